@@ -1,0 +1,170 @@
+"""The `jaxpeft` command: one file per subcommand, found through `COMMANDS`.
+
+A command's file holds a frozen dataclass whose fields are the flags, `run(args) -> dict`, which does
+the work and returns the document, and `show(document)`, which prints it for a reader. With --json
+the document itself is printed instead, and whatever else is printed meanwhile goes to stderr.
+
+Only the named command's file is imported, and heavy imports stay inside its `run`: help and
+mistakes answer at once.
+
+Exit status: 0 done; 1 a bug, with its traceback; 2 a mistake in the arguments or the input, with one
+line on stderr; 130 interrupted.
+"""
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.cli.output import did_you_mean, print_error, print_json
+from jaxpeft.errors import InputError
+
+# Command name -> the module in this package and its dataclass, and a line for the help.
+COMMANDS = {
+    "train": ("train:Train", "fine-tune a model on a file of examples"),
+    "methods": ("methods:Methods", "list the fine-tuning methods"),
+}
+
+USAGE = """\
+usage: jaxpeft COMMAND [flags]
+
+Parameter-efficient fine-tuning in JAX.
+
+commands:
+{commands}
+
+`jaxpeft COMMAND --help` lists a command's flags.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status.
+
+    Args:
+        argv: the arguments after the program's name; those of the process by default.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _main(argv)
+    except InputError as error:
+        print_error(str(error))
+        return 2
+    except KeyboardInterrupt:
+        print_error("interrupted")
+        return 130
+
+
+def _main(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        width = max(map(len, COMMANDS)) + 2
+        lines = [f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items()]
+        print(USAGE.format(commands="\n".join(lines)), end="")
+        return 0
+    if argv[0] == "--version":
+        from importlib.metadata import version
+
+        print(f"jaxpeft {version('jaxpeft')}")
+        return 0
+    name, *flags = argv
+    if name not in COMMANDS:
+        raise InputError(f"unknown command {name!r}" + did_you_mean(name, COMMANDS))
+
+    module_name, class_name = COMMANDS[name][0].split(":")
+    module = importlib.import_module(f"{__name__}.{module_name}")
+    kind = getattr(module, class_name)
+    if "-h" in flags or "--help" in flags:
+        _print_help(kind, name)
+        return 0
+
+    args = parse(kind, name, flags)
+    if args.json:
+        with contextlib.redirect_stdout(sys.stderr):
+            document = module.run(args)
+        print_json(document)
+    else:
+        module.show(module.run(args))
+    return 0
+
+
+def parse(kind: type, name: str, flags: list[str]) -> Any:
+    """A command's flags as an instance of its dataclass.
+
+    Args:
+        kind: the dataclass; a field `config` names a YAML file that is read first.
+        name: the command's name, for messages.
+        flags: the arguments after the command's name.
+
+    Raises:
+        InputError: for an unknown flag, a stray argument, or a value that does not fit its flag.
+    """
+    args = _parse_flags(kind, name, flags)
+    path: Path | None = getattr(args, "config", None)
+    if path is None:
+        return args
+
+    from jaxpeft.cli.config import config_arguments
+
+    fields = [field.name for field in dataclasses.fields(kind) if field.name != "config"]
+    from_file = config_arguments(path, fields)
+    try:
+        _parse_flags(kind, name, [word for words in from_file.values() for word in words])
+    except InputError as error:
+        raise InputError(f"--config {path}: {error}") from None
+    given = {_field_name(word) for word in flags if word.startswith("--")}
+    defaults = [word for key, words in from_file.items() if key not in given for word in words]
+    return _parse_flags(kind, name, defaults + flags)
+
+
+def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
+    import tyro
+
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            args, unknown = tyro.cli(
+                kind, prog=f"jaxpeft {name}", args=flags, return_unknown_args=True
+            )
+    except SystemExit:
+        raise InputError(f"{name}: {_box_message(box.getvalue())}") from None
+    if unknown:
+        raise InputError(f"{name}: {_unknown_message(kind, unknown)}")
+    return args
+
+
+def _unknown_message(kind: type, unknown: list[str]) -> str:
+    """Names the first unknown flag with its nearest relatives, else the first stray argument."""
+    flag = next((word for word in unknown if word.startswith("--")), None)
+    if flag is None:
+        return f"unexpected argument {unknown[0]!r}; every argument is a --flag or its value"
+    flag = flag.partition("=")[0]
+    known = ["--" + field.name.replace("_", "-") for field in dataclasses.fields(kind)]
+    return f"unknown flag {flag}" + did_you_mean(flag, known)
+
+
+def _box_message(box: str) -> str:
+    """The message in one of tyro's error boxes, without the frame and the help under it."""
+    words: list[str] = []
+    for line in box.splitlines():
+        if line.startswith(("╭", "╰")):
+            continue
+        text = line.strip("│ ").strip()
+        if words and text.startswith("──"):
+            break
+        words.append(text)
+    return " ".join(words)
+
+
+def _field_name(flag: str) -> str:
+    """The field that a flag sets: --no-skip-bad-lines -> skip_bad_lines."""
+    return flag.partition("=")[0].lstrip("-").replace("-", "_").removeprefix("no_")
+
+
+def _print_help(kind: type, name: str) -> None:
+    import tyro
+
+    with contextlib.suppress(SystemExit):
+        tyro.cli(kind, prog=f"jaxpeft {name}", args=["--help"])

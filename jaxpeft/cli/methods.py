@@ -1,0 +1,63 @@
+"""`jaxpeft methods`: every method in jaxpeft/methods, what it is, what it saves and its source.
+
+A method file says so itself in four constants: SUMMARY, KIND, SAVES and REFERENCE.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Methods:
+    """List the fine-tuning methods: what each is, what it saves, its reference."""
+
+    json: bool = False
+    """Print one JSON document on stdout and nothing else there."""
+
+
+def run(args: Methods) -> dict[str, Any]:
+    """Returns {"methods": [{"name", "summary", "kind", "saves", "reference"}, ...]}, by name."""
+    from jaxpeft import methods
+
+    return {"methods": list_methods(methods.__path__, methods.__name__)}
+
+
+def list_methods(folders: Iterable[str], package: str) -> list[dict[str, str]]:
+    """What each public module of a package says of itself.
+
+    Args:
+        folders: the package's folders (its `__path__`).
+        package: the package's dotted name.
+
+    Raises:
+        AttributeError: for a method file without one of the four constants.
+    """
+    names = sorted(m.name for m in pkgutil.iter_modules(folders) if not m.name.startswith("_"))
+    return [describe(name, importlib.import_module(f"{package}.{name}")) for name in names]
+
+
+def describe(name: str, module: Any) -> dict[str, str]:
+    """One method's name and its four constants."""
+    return {
+        "name": name,
+        "summary": module.SUMMARY,
+        "kind": module.KIND,
+        "saves": module.SAVES,
+        "reference": module.REFERENCE,
+    }
+
+
+def show(document: dict[str, Any]) -> None:
+    """Prints the methods, a few lines each."""
+    import rich.console
+    import rich.table
+
+    table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
+    for column in ("name", "kind", "what it is", "saves", "reference"):
+        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    for row in document["methods"]:
+        table.add_row(row["name"], row["kind"], row["summary"], row["saves"], row["reference"])
+    rich.console.Console(markup=False, highlight=False).print(table)

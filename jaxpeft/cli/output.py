@@ -1,0 +1,53 @@
+"""What every command shares in talking to its user: JSON, error lines and names spelt wrongly."""
+
+import difflib
+import json
+import math
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+
+def print_json(document: Any) -> None:
+    """Prints one strict JSON document on stdout: no NaN or Infinity, which become null."""
+    print(json.dumps(jsonable(document), indent=2, ensure_ascii=False, allow_nan=False))
+
+
+def jsonable(value: Any) -> Any:
+    """The value in JSON's own types: paths as text, tuples as lists, array scalars as numbers.
+
+    Raises:
+        TypeError: for a value that has no JSON form.
+    """
+    if isinstance(value, dict):
+        return {str(key): jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if hasattr(value, "tolist"):  # numpy and JAX scalars and arrays
+        return jsonable(value.tolist())
+    raise TypeError(f"no JSON form for {type(value).__name__}: {value!r}")
+
+
+def print_error(message: str) -> None:
+    """Prints a user's mistake as one line on stderr."""
+    print(f"jaxpeft: error: {' '.join(str(message).split())}", file=sys.stderr)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known ones, or all of them.
+
+    >>> did_you_mean("lorra", ["lora", "lora_fa", "full"])
+    '; did you mean lora or lora_fa?'
+    """
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; known: {', '.join(known)}" if known else ""

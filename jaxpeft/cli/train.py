@@ -1,0 +1,182 @@
+"""`jaxpeft train`: fine-tune a model on a file of examples and leave an adapter.
+
+Every field of `Train` is a flag; `--config run.yaml` gives the same names in a file, and a flag on
+the command line wins over the file.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxpeft.cli.config import flag
+from jaxpeft.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Fine-tune a model on a file of examples; without arguments, the embedded model on its data."""
+
+    model: str | None = None
+    """Directory or hub id of a Hugging Face checkpoint. Default: the embedded model."""
+    data: str | None = None
+    """Training examples, JSON lines. Default: the embedded examples."""
+    eval_data: str | None = None
+    """Validation examples, JSON lines. Default: none, or the embedded ones with embedded data."""
+    out: Path | None = None
+    """Folder for adapter/, checkpoints/, metrics.jsonl and the plots. Default: out/run-1, -2, ..."""
+    resume: bool = False
+    """Continue the run in --out bit-identically from its newest checkpoint."""
+
+    method: str = "lora"
+    """Fine-tuning method; `jaxpeft methods` lists them."""
+    rank: int | None = None
+    """Rank of the adapter. Default: the method's own."""
+    alpha: float | None = None
+    """Scale of the adapter: its output is multiplied by alpha / rank. Default: the method's own."""
+    targets: str | None = None
+    """Sites to adapt: all-linear, attention or a regular expression. Default: the method's own."""
+    method_options: tuple[str, ...] = ()
+    """Further arguments of the method's factory, as NAME=VALUE with a YAML value."""
+
+    steps: int = 200
+    """Optimizer steps to take."""
+    batch_size: int = 8
+    """Sequences in one step, over all of its accumulated parts."""
+    seq_len: int = 512
+    """Tokens in one sequence."""
+    accumulate: int = 1
+    """Parts that a step's batch is cut into, their gradients added up; divides --batch-size."""
+    lr: float = 1e-3
+    """Peak learning rate."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or falling to zero linearly or as a cosine."""
+    warmup: int = 10
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradients; None leaves them as they are."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Type of the frozen weights and of the computation; what trains is float32."""
+    seed: int = 0
+    """Seed of initialisation, shuffling and dropout."""
+
+    pack: bool = True
+    """Put several short examples in one sequence; they do not see each other."""
+    buckets: tuple[int, ...] = ()
+    """Sequence lengths to pad up to without packing, each at most --seq-len. Default: --seq-len."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to an example longer than --seq-len."""
+    skip_bad_lines: bool = False
+    """Count lines that cannot be read instead of stopping at the first."""
+
+    eval_every: int = 50
+    """Steps between two evaluations; 0 evaluates before and after the run only."""
+    checkpoint_every: int = 50
+    """Steps between two checkpoints; 0 writes one at the end only."""
+
+    config: Path | None = None
+    """YAML file whose keys are these flags' names."""
+    json: bool = False
+    """Print the report as one JSON document on stdout and nothing else there."""
+
+
+def run(args: Train) -> dict[str, Any]:
+    """Checks the arguments, trains, and returns the report as a JSON-able dict.
+
+    Raises:
+        InputError: for arguments or input that cannot be used.
+    """
+    check(args)
+    if args.out is None:
+        args = dataclasses.replace(args, out=fresh_directory(Path("out")))
+
+    from jaxpeft.train import loop
+
+    return loop.train(args)
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints the report for a reader."""
+    from jaxpeft.train import report as rendering
+
+    rendering.print_report(report)
+
+
+def check(args: Train) -> None:
+    """Raises InputError for the first argument whose value makes no sense by itself."""
+    minima = {
+        "steps": 1,
+        "batch_size": 1,
+        "seq_len": 2,
+        "accumulate": 1,
+        "warmup": 0,
+        "weight_decay": 0,
+        "eval_every": 0,
+        "checkpoint_every": 0,
+        "seed": 0,
+    }
+    for name, least in minima.items():
+        value = getattr(args, name)
+        if not value >= least:
+            raise InputError(f"{flag(name)} {value}: must be at least {least}")
+    for name in ("lr", "clip", "alpha"):
+        value = getattr(args, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{flag(name)} {value}: must be a finite number above 0")
+    if args.rank is not None and args.rank < 1:
+        raise InputError(f"--rank {args.rank}: must be at least 1")
+    if args.batch_size % args.accumulate:
+        raise InputError(
+            f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}"
+        )
+    if args.buckets and args.pack:
+        raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
+    for length in args.buckets:
+        if not 2 <= length <= args.seq_len:
+            raise InputError(f"--buckets {length}: must be from 2 to --seq-len {args.seq_len}")
+    if args.resume and args.out is None:
+        raise InputError("--resume: needs --out, the folder of the run to continue")
+    method_settings(args)
+
+
+def method_settings(args: Train) -> dict[str, Any]:
+    """The keyword arguments for the method's factory: those that were given, and no others.
+
+    Raises:
+        InputError: for a method option that is not NAME=VALUE or is given twice.
+    """
+    import yaml
+
+    named = {"rank": args.rank, "alpha": args.alpha, "targets": args.targets}
+    settings = {name: value for name, value in named.items() if value is not None}
+    for option in args.method_options:
+        name, equals, text = option.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name.isidentifier():
+            raise InputError(f"--method-options {option!r}: must be NAME=VALUE")
+        if name in settings:
+            raise InputError(f"--method-options {option!r}: {name} is given twice")
+        try:
+            settings[name] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise InputError(f"--method-options {option!r}: the value is not YAML") from None
+        if isinstance(settings[name], str):
+            settings[name] = _number(settings[name])
+    return settings
+
+
+def fresh_directory(parent: Path) -> Path:
+    """The first of parent/run-1, parent/run-2, ... that does not exist; creates nothing."""
+    number = 1
+    while (parent / f"run-{number}").exists():
+        number += 1
+    return parent / f"run-{number}"
+
+
+def _number(text: str) -> str | float:
+    """YAML 1.1 reads 1e-4 as text because it has no dot; everybody means the number."""
+    try:
+        return float(text)
+    except ValueError:
+        return text

@@ -1,0 +1,20 @@
+"""Shared fixtures. JAX is held to the CPU (unless told otherwise) before its import."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real checkpoints and texts: $JAXPEFT_DATA, else ../shared/data; or a skip."""
+    folder = Path(os.environ.get("JAXPEFT_DATA") or REPOSITORY.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set JAXPEFT_DATA")
+    return folder
