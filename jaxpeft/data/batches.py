@@ -1,0 +1,298 @@
+"""Examples to batches: shuffled, repeated, padded or bucketed or packed, and resumable anywhere.
+
+grain does the work on *indices* of examples, so that all its elements are small:
+
+    range -> shuffle(seed), anew each epoch -> repeat -> rows of a batch -> collate
+
+An epoch's end is no batch's end: a batch may hold the last examples of one epoch and the first of
+the next, so every batch is full except the last of a finite run. The order is a function of (seed,
+position) alone, and an iterator's state is a few integers.
+
+Three ways to make rows, all of static shapes:
+
+- plain: one example a row, padded to seq_len.
+- buckets: a window of 16 batches is sorted by length and cut into batches, each padded to the
+  smallest bucket that holds it; the window's batches are then shuffled.
+- pack: first fit of whole examples into rows of seq_len; an example is never split.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+import numpy.typing as npt
+
+from jaxpeft.data.examples import Example
+from jaxpeft.errors import InputError
+
+Batch = dict[str, npt.NDArray[Any]]
+Lines = list[list[int]]  # for each row of a batch, the source lines of its documents
+
+_WINDOW_BATCHES = 16  # sorted together: wider pads less, and makes batches less mixed in length
+_PACKING_ROWS = 32  # open at once, at least: more waste less, and reorder more
+
+
+class Batches:
+    """Iterator of (batch, lines): the batch dict below, and the source lines of each of its rows.
+
+        tokens        int32   (B, S)  input ids, 0 in padding
+        targets       int32   (B, S)  the next token of the same document
+        loss_weights  float32 (B, S)  1 where the target is completion, else 0
+        positions     int32   (B, S)  0.. in each document
+        segment_ids   int32   (B, S)  1.. for the documents of a row, 0 in padding
+
+    `get_state` gives the position as a small JSON value, and after `set_state` on an iterator made
+    with the same arguments the next batch is the one that would have followed.
+    """
+
+    def __init__(
+        self,
+        rows: grain.IterDataset[list[list[int]]],
+        examples: Sequence[Example],
+        batch_size: int,
+        widths: Sequence[int],
+        identity: str,
+    ):
+        self._dataset = rows
+        self._rows = iter(rows)
+        self._examples = examples
+        self._batch_size = batch_size
+        self._widths = widths
+        self._identity = identity
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> tuple[Batch, Lines]:
+        rows = [[self._examples[i] for i in row] for row in next(self._rows)]
+        lines = [[example.line for example in row] for row in rows]
+        return collate(rows, self._batch_size, self._widths), lines
+
+    def get_state(self) -> dict[str, Any]:
+        """The position of the next batch; plain JSON."""
+        return {"identity": self._identity, "rows": self._rows.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continues from a state of `get_state`.
+
+        Raises:
+          InputError: the state is of other examples or other settings.
+        """
+        if state.get("identity") != self._identity:
+            raise InputError(
+                "the saved data position is of other data or other batch settings"
+                f" (saved {state.get('identity')}, now {self._identity})"
+            )
+        # A new iterator: grain's flat map keeps its old buffer if the state is the end of the data.
+        self._rows = iter(self._dataset)
+        self._rows.set_state(state["rows"])
+
+
+def make_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    *,
+    pack: bool = False,
+    buckets: Sequence[int] = (),
+    epochs: int | None = None,
+    shuffle: bool = True,
+) -> Batches:
+    """Batches to train on.
+
+    Args:
+      examples: from `load_examples`, none longer than seq_len positions.
+      batch_size: rows of a batch, B. The last batch of a finite run is filled up with empty rows
+        (segment_ids 0, loss_weights 0).
+      seq_len: positions of a row, S, without buckets.
+      seed: of the order, any integer from 0.
+      pack: several whole examples to a row.
+      buckets: the lengths that a batch may be padded to; seq_len is added if none reaches it.
+      epochs: passes over the examples; None is without end.
+      shuffle: a new order for each epoch; False keeps the file's order (up to the sorting of a
+        bucket window and the first fit of packing).
+
+    Raises:
+      InputError: no examples, an argument out of range, pack with buckets, an example too long.
+    """
+    _check(examples, batch_size, seq_len, seed, pack, buckets, epochs)
+    widths = sorted({*buckets, seq_len}) if buckets else [seq_len]
+    # grain seeds epoch e with seed + e: neighbouring seeds would share all but one epoch's order.
+    mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    indices = grain.MapDataset.range(len(examples))
+    if shuffle:
+        indices = indices.shuffle(seed=mixed_seed)
+    indices = indices.repeat(epochs)
+    lengths = [len(example.ids) - 1 for example in examples]
+    if pack:
+        rows = _packed_rows(indices, lengths, batch_size, seq_len, mixed_seed, shuffle)
+    elif buckets:
+        rows = _bucketed_rows(indices, lengths, batch_size, mixed_seed, shuffle)
+    else:
+        rows = _in_memory(indices.batch(batch_size, batch_fn=_single_rows))
+    settings = (batch_size, seq_len, seed, pack, tuple(widths), epochs, shuffle)
+    return Batches(rows, examples, batch_size, widths, _identity(examples, settings))
+
+
+def eval_batches(
+    examples: Sequence[Example],
+    batch_size: int,
+    seq_len: int,
+    *,
+    pack: bool = False,
+    buckets: Sequence[int] = (),
+) -> Iterator[tuple[Batch, Lines]]:
+    """One pass over every example, always in the same order; the last batch has empty rows."""
+    return make_batches(
+        examples, batch_size, seq_len, 0, pack=pack, buckets=buckets, epochs=1, shuffle=False
+    )
+
+
+def power_of_two_buckets(seq_len: int, smallest: int = 32) -> tuple[int, ...]:
+    """Powers of two from `smallest` below seq_len, and seq_len: about log2 of it shapes."""
+    below = []
+    width = smallest
+    while width < seq_len:
+        below.append(width)
+        width *= 2
+    return (*below, seq_len)
+
+
+def collate(rows: Sequence[Sequence[Example]], batch_size: int, widths: Sequence[int]) -> Batch:
+    """Lays documents into rows.
+
+    Args:
+      rows: at most batch_size rows, each of one or more examples, laid one after the other.
+      batch_size: B; missing rows stay empty.
+      widths: ascending; S is the first that holds the longest row.
+
+    Returns:
+      The batch dict (see `Batches`).
+    """
+    longest = max(sum(len(example.ids) - 1 for example in row) for row in rows)
+    shape = (batch_size, next(width for width in widths if width >= longest))
+    batch: Batch = {
+        "tokens": np.zeros(shape, np.int32),
+        "targets": np.zeros(shape, np.int32),
+        "loss_weights": np.zeros(shape, np.float32),
+        "positions": np.zeros(shape, np.int32),
+        "segment_ids": np.zeros(shape, np.int32),
+    }
+    for r, row in enumerate(rows):
+        start = 0
+        for segment, example in enumerate(row, start=1):
+            length = len(example.ids) - 1
+            here = (r, slice(start, start + length))
+            batch["tokens"][here] = example.ids[:-1]
+            batch["targets"][here] = example.ids[1:]
+            batch["loss_weights"][here] = example.completion[1:]
+            batch["positions"][here] = np.arange(length)
+            batch["segment_ids"][here] = segment
+            start += length
+    return batch
+
+
+def _single_rows(indices: Sequence[int]) -> list[list[int]]:
+    return [[int(i)] for i in indices]
+
+
+def _bucketed_rows(
+    indices: "grain.MapDataset[int]",
+    lengths: Sequence[int],
+    batch_size: int,
+    seed: int,
+    shuffle: bool,
+) -> "grain.IterDataset[list[list[int]]]":
+    """Rows of batches of similar length; batch i is made from the window it lies in alone."""
+
+    def cut(window: list[int], rng: np.random.Generator) -> list[list[list[int]]]:
+        by_length = sorted(window, key=lengths.__getitem__)
+        batches = [
+            _single_rows(by_length[start : start + batch_size])
+            for start in range(0, len(by_length), batch_size)
+        ]
+        return [batches[i] for i in rng.permutation(len(batches))] if shuffle else batches
+
+    windows = indices.batch(batch_size * _WINDOW_BATCHES, batch_fn=list).random_map(cut, seed=seed)
+    return grain.experimental.FlatMapIterDataset(_in_memory(windows), _Flatten())
+
+
+class _Flatten(grain.experimental.FlatMapTransform):
+    max_fan_out = _WINDOW_BATCHES
+
+    def flat_map(self, element: list[Any]) -> list[Any]:
+        return element
+
+
+def _packed_rows(
+    indices: "grain.MapDataset[int]",
+    lengths: Sequence[int],
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    shuffle: bool,
+) -> "grain.IterDataset[list[list[int]]]":
+    """Rows of several examples by first fit; grain's packer sees each as a run of empty slots."""
+
+    def slots(index: int) -> dict[str, Any]:
+        return {"slots": np.zeros(lengths[index], np.bool_), "index": index}
+
+    packed = grain.experimental.FirstFitPackIterDataset(
+        _in_memory(indices.map(slots)),
+        length_struct={"slots": seq_len},
+        # A multiple of the batch size, so that a finite run has one short batch at most.
+        num_packing_bins=batch_size * -(-_PACKING_ROWS // batch_size),
+        seed=seed,
+        shuffle_bins=shuffle,
+        meta_features=("index",),
+    )
+    return packed.map(lambda row: [int(i) for i in row["index"]]).batch(batch_size, batch_fn=list)
+
+
+def _in_memory(dataset: "grain.MapDataset[Any]") -> "grain.IterDataset[Any]":
+    """Without grain's reader threads: the data are in memory already."""
+    return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+
+
+def _identity(examples: Sequence[Example], settings: tuple[Any, ...]) -> str:
+    """A digest of all that the order of the batches depends on."""
+    digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
+    for example in examples:
+        digest.update(example.ids.tobytes())
+        digest.update(example.completion.tobytes())
+        digest.update(b"%d;" % example.line)
+    return digest.hexdigest()
+
+
+def _check(
+    examples: Sequence[Example],
+    batch_size: int,
+    seq_len: int,
+    seed: int,
+    pack: bool,
+    buckets: Sequence[int],
+    epochs: int | None,
+) -> None:
+    if not examples:
+        raise InputError("no examples to make batches of")
+    if batch_size < 1:
+        raise InputError(f"batch size must be at least 1, got {batch_size}")
+    if seed < 0:
+        raise InputError(f"seed must be at least 0, got {seed}")
+    if epochs is not None and epochs < 1:
+        raise InputError(f"epochs must be at least 1, got {epochs}")
+    if pack and buckets:
+        raise InputError("packing fills rows of the sequence length: give either pack or buckets")
+    if any(width < 1 or width > seq_len for width in buckets):
+        raise InputError(
+            f"buckets must lie between 1 and the sequence length {seq_len}, got {tuple(buckets)}"
+        )
+    longest = max(examples, key=lambda example: len(example.ids))
+    if len(longest.ids) - 1 > seq_len:
+        raise InputError(
+            f"the example of line {longest.line} has {len(longest.ids) - 1} tokens, more than the"
+            f" sequence length {seq_len}"
+        )
