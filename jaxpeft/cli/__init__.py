@@ -1,14 +1,15 @@
 """The `jaxpeft` command: one file per subcommand, found through `COMMANDS`.
 
-A command's file holds a frozen dataclass whose fields are the flags, `run(args) -> dict`, which does
-the work and returns the document, and `show(document)`, which prints it for a reader. With --json
-the document itself is printed instead, and whatever else is printed meanwhile goes to stderr.
+A command's file holds a frozen dataclass whose fields are the flags (one of them `json`),
+`run(args) -> dict`, which does the work and returns the document, and `show(document)`, which
+prints it for a reader. With --json the document itself is printed instead, and whatever else is
+printed meanwhile goes to stderr.
 
 Only the named command's file is imported, and heavy imports stay inside its `run`: help and
 mistakes answer at once.
 
-Exit status: 0 done; 1 a bug, with its traceback; 2 a mistake in the arguments or the input, with one
-line on stderr; 130 interrupted.
+Exit status: 0 done; 1 a bug, with its traceback; 2 a mistake in the arguments or the input, with
+one line on stderr; 130 interrupted.
 """
 
 import contextlib
@@ -122,6 +123,7 @@ def parse(kind: type, name: str, flags: list[str]) -> Any:
 def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
     import tyro
 
+    args: Any
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):

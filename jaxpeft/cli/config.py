@@ -17,7 +17,7 @@ def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
 
     Values pass through the same parser as flags, so that both accept and refuse the same things
     (PyYAML, for one, takes 1e-4 for text). Lists become several values; a mapping becomes
-    NAME=VALUE pairs; null leaves the default.
+    NAME=VALUE pairs; null is the flag's None.
 
     Args:
         path: the file; keys are flags' names, with dashes or underscores.
@@ -52,8 +52,7 @@ def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
             )
         if name in arguments:
             raise InputError(f"--config {path}: {key!r} is given twice")
-        if value is not None:
-            arguments[name] = _as_arguments(name, value)
+        arguments[name] = _as_arguments(name, value)
     return arguments
 
 

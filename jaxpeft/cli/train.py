@@ -14,7 +14,7 @@ from jaxpeft.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    """Fine-tune a model on a file of examples; without arguments, the embedded model on its data."""
+    """Fine-tune a model on a file of examples; without arguments, the embedded ones."""
 
     model: str | None = None
     """Directory or hub id of a Hugging Face checkpoint. Default: the embedded model."""
@@ -23,7 +23,7 @@ class Train:
     eval_data: str | None = None
     """Validation examples, JSON lines. Default: none, or the embedded ones with embedded data."""
     out: Path | None = None
-    """Folder for adapter/, checkpoints/, metrics.jsonl and the plots. Default: out/run-1, -2, ..."""
+    """Folder for adapter/, checkpoints/, metrics.jsonl and plots. Default: out/run-1, -2, ..."""
     resume: bool = False
     """Continue the run in --out bit-identically from its newest checkpoint."""
 
@@ -91,16 +91,16 @@ def run(args: Train) -> dict[str, Any]:
     if args.out is None:
         args = dataclasses.replace(args, out=fresh_directory(Path("out")))
 
-    from jaxpeft.train import loop
+    from jaxpeft.train.loop import train
 
-    return loop.train(args)
+    return train(args)
 
 
 def show(report: dict[str, Any]) -> None:
     """Prints the report for a reader."""
-    from jaxpeft.train import report as rendering
+    from jaxpeft.train.report import print_report
 
-    rendering.print_report(report)
+    print_report(report)
 
 
 def check(args: Train) -> None:
@@ -149,7 +149,7 @@ def method_settings(args: Train) -> dict[str, Any]:
     import yaml
 
     named = {"rank": args.rank, "alpha": args.alpha, "targets": args.targets}
-    settings = {name: value for name, value in named.items() if value is not None}
+    settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     for option in args.method_options:
         name, equals, text = option.partition("=")
         name = name.strip().replace("-", "_")
@@ -158,11 +158,10 @@ def method_settings(args: Train) -> dict[str, Any]:
         if name in settings:
             raise InputError(f"--method-options {option!r}: {name} is given twice")
         try:
-            settings[name] = yaml.safe_load(text)
+            value = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"--method-options {option!r}: the value is not YAML") from None
-        if isinstance(settings[name], str):
-            settings[name] = _number(settings[name])
+        settings[name] = _number(value) if isinstance(value, str) else value
     return settings
 
 
