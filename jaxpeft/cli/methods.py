@@ -4,9 +4,6 @@ A method file says so itself in four constants: SUMMARY, KIND, SAVES and REFEREN
 """
 
 import dataclasses
-import importlib
-import pkgutil
-from collections.abc import Iterable
 from typing import Any
 
 
@@ -20,27 +17,17 @@ class Methods:
 
 def run(args: Methods) -> dict[str, Any]:
     """Returns {"methods": [{"name", "summary", "kind", "saves", "reference"}, ...]}, by name."""
-    from jaxpeft import methods
+    from jaxpeft import method
 
-    return {"methods": list_methods(methods.__path__, methods.__name__)}
-
-
-def list_methods(folders: Iterable[str], package: str) -> list[dict[str, str]]:
-    """What each public module of a package says of itself.
-
-    Args:
-        folders: the package's folders (its `__path__`).
-        package: the package's dotted name.
-
-    Raises:
-        AttributeError: for a method file without one of the four constants.
-    """
-    names = sorted(m.name for m in pkgutil.iter_modules(folders) if not m.name.startswith("_"))
-    return [describe(name, importlib.import_module(f"{package}.{name}")) for name in names]
+    return {"methods": [describe(name, method.module(name)) for name in method.names()]}
 
 
 def describe(name: str, module: Any) -> dict[str, str]:
-    """One method's name and its four constants."""
+    """One method's name and its four constants.
+
+    Raises:
+        AttributeError: for a method file without one of the four.
+    """
     return {
         "name": name,
         "summary": module.SUMMARY,

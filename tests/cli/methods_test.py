@@ -1,63 +1,46 @@
-"""`jaxpeft methods` on a package made here and on the real one."""
+"""`jaxpeft methods`: what each method file says of itself, as JSON and as a table."""
 
 import json
-import sys
+from types import SimpleNamespace
 
 import pytest
 
 from jaxpeft import cli
 from jaxpeft.cli import methods
 
-FILE = """
-SUMMARY = "trains two small factors"
-KIND = "site"
-SAVES = "optimizer state"
-REFERENCE = "Somebody et al., 2021"
-"""
+CONSTANTS = {"SUMMARY": "does [x]", "KIND": "site", "SAVES": "optimizer state", "REFERENCE": "z"}
+ROW = {
+    "name": "alpha",
+    "summary": "does [x]",
+    "kind": "site",
+    "saves": "optimizer state",
+    "reference": "z",
+}
 
 
-@pytest.fixture
-def package(tmp_path, monkeypatch):
-    """A folder of methods importable under the name given."""
-    folder = tmp_path / "some_methods"
-    folder.mkdir()
-    (folder / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path)
-    yield folder
-    for name in [name for name in sys.modules if name.split(".")[0] == folder.name]:
-        del sys.modules[name]
+def test_a_method_is_described_by_its_four_constants():
+    assert methods.describe("alpha", SimpleNamespace(**CONSTANTS)) == ROW
 
 
-def test_every_public_file_is_listed_by_name(package):
-    for name in ("zeta", "alpha", "_private"):
-        (package / f"{name}.py").write_text(FILE)
-    rows = methods.list_methods([str(package)], "some_methods")
-    assert [row["name"] for row in rows] == ["alpha", "zeta"]
-    assert rows[0] == {
-        "name": "alpha",
-        "summary": "trains two small factors",
-        "kind": "site",
-        "saves": "optimizer state",
-        "reference": "Somebody et al., 2021",
-    }
-
-
-def test_a_file_that_does_not_say_what_it_is_fails(package):
-    (package / "beta.py").write_text(FILE.replace("SAVES", "SAVED"))
-    with pytest.raises(AttributeError, match="SAVES"):
-        methods.list_methods([str(package)], "some_methods")
+@pytest.mark.parametrize("absent", CONSTANTS)
+def test_a_file_that_does_not_say_what_it_is_fails(absent):
+    rest = {name: text for name, text in CONSTANTS.items() if name != absent}
+    with pytest.raises(AttributeError, match=absent):
+        methods.describe("alpha", SimpleNamespace(**rest))
 
 
 def test_the_table_holds_every_cell(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    row = {"name": "m", "summary": "does [x]", "kind": "site", "saves": "y", "reference": "z 2020"}
-    methods.show({"methods": [row]})
+    methods.show({"methods": [ROW]})
     shown = capsys.readouterr().out
-    for cell in row.values():
+    for cell in ROW.values():
         assert cell in shown
 
 
-def test_the_first_methods_are_listed(capsys):
+def test_the_real_methods_say_what_they_are(capsys):
     assert cli.main(["methods", "--json"]) == 0
-    names = [row["name"] for row in json.loads(capsys.readouterr().out)["methods"]]
-    assert {"full", "lora", "lora_fa"} <= set(names)
+    rows = json.loads(capsys.readouterr().out)["methods"]
+    assert {"full", "lora", "lora_fa"} <= {row["name"] for row in rows}
+    for row in rows:
+        assert row.keys() == ROW.keys()
+        assert all(text and "\n" not in text for text in row.values())
