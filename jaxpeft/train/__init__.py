@@ -1,1 +1,1 @@
-"""Training: a pure step, the loop around it, and what a run reports."""
+"""Training: pure functions (state, step, loss), then one loop around them."""

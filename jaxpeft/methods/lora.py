@@ -1,0 +1,272 @@
+"""LoRA: a low-rank update beside each frozen kernel.
+
+    y = x W + s (drop(x) A) B        x (..., n), W (n, m) frozen, A (n, r), B (r, m), s = alpha / r, rsLoRA: alpha / sqrt(r)
+
+A is random and B zero, so the adapted model starts at the base. Kept for the backward pass: x (shared by the sites that read it) and
+x A; with dropout also the mask and the dropped copy.
+
+Paper: Hu et al. 2021, "LoRA", arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+ (`lr_ratio`): Hayou et al. 2024,
+arXiv:2402.12354. PiSSA (`init="pissa"`): Meng et al. 2024, arXiv:2404.02948: A, B are the principal part of W's singular value
+decomposition, W keeps the rest, and the sum starts at the base up to the rounding of W.
+
+Deviations: masters are float32 and cast to the stream's dtype for the product (PEFT casts the input to float32 and keeps that copy). PiSSA
+keeps its start (A0, B0) beside A, B so that the adapter can be exported for the *original* base as ordinary LoRA of rank 2r.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft import sites, tree
+from jaxpeft.errors import InputError
+from jaxpeft.method import Method, Spec
+from jaxpeft.quant import dot
+
+SUMMARY = "a trainable low-rank product beside each frozen kernel"
+KIND = "site"
+SAVES = "gradients and optimizer state of all but r(n+m) numbers per kernel; no activations"
+REFERENCE = "Hu et al. 2021, arXiv:2106.09685"
+EXAMPLE = {"rank": 4, "alpha": 8.0}
+STARTS_AT_BASE = True
+PEFT_SCOPE = "lora"
+
+Targets = str | Sequence[str]
+
+
+def _kaiming(key, shape, dtype=jnp.float32):
+    bound = 1 / math.sqrt(shape[0])
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+
+def _gaussian(key, shape, dtype=jnp.float32):
+    return jax.random.normal(key, shape, dtype) / shape[1]
+
+
+# How A (n, r) starts: U(-1/sqrt(n), 1/sqrt(n)); N(0, 1/r^2); orthonormal columns.
+INITS: dict[str, Callable[..., jax.Array]] = {
+    "kaiming": _kaiming,
+    "gaussian": _gaussian,
+    "orthonormal": nn.initializers.orthogonal(),
+}
+
+
+class LoRA(nn.Module):
+    """The adapted product. Parameters: a (n, r), b (r, m), float32."""
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    init_a: str = "kaiming"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kernel: Any) -> jax.Array:
+        n, m = kernel.shape
+        a = self.param("a", INITS[self.init_a], (n, self.rank))
+        b = self.param("b", nn.initializers.zeros, (self.rank, m))
+        dropped = x
+        if self.dropout and self.has_rng("dropout"):
+            dropped = drop(x, self.dropout, self.make_rng("dropout"))
+        low = checkpoint_name(dropped @ a.astype(x.dtype), "lora_low")
+        return dot(x, kernel) + self.scale * (low @ b.astype(x.dtype))
+
+
+def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Inverted dropout."""
+    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    return jnp.where(kept, x / (1 - rate), 0)
+
+
+def scale_of(alpha: float, rank: int, rslora: bool) -> float:
+    """s of the equation."""
+    return alpha / math.sqrt(rank) if rslora else alpha / rank
+
+
+def saved_bytes(inputs: int, outputs: int, itemsize: int, rank: int, **_) -> int:
+    """Bytes per token kept at one adapted kernel beyond what a frozen backbone keeps (no dropout): x and x A.
+
+    Sites that read the same x share it; this counts it at each.
+    """
+    del outputs
+    return (inputs + rank) * itemsize
+
+
+def check_rank(name: str, rank: int) -> int:
+    """A rank as it was given, if it can be one."""
+    if rank < 1:
+        raise InputError(f"{name}: rank {rank} must be at least 1")
+    return rank
+
+
+def check_kernel(name: str, site: str, rank: int, kernel: Any) -> None:
+    """Refuses a rank above the kernel's smaller side."""
+    n, m = kernel.shape[-2:]
+    if rank > min(n, m):
+        raise InputError(
+            f"{name}: rank {rank} is above the smaller side of {site}, a kernel of {n} x {m}"
+        )
+
+
+def chosen_sites(
+    name: str, targets: Targets, rank_of: Callable[[str], int]
+) -> Callable[[tree.Params], list[str]]:
+    """params -> the sites that targets choose, each checked against its rank."""
+
+    def choose(params):
+        flat = tree.flatten(params)
+        found = sites.find(params, targets)
+        for site in found:
+            check_kernel(name, site, rank_of(site), flat[f"{site}/kernel"])
+        return found
+
+    return choose
+
+
+def lora(
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: Targets = "all-linear",
+    init: str = "kaiming",
+    dropout: float = 0.0,
+    rslora: bool = False,
+    lr_ratio: float = 1.0,
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
+) -> Method:
+    """LoRA on the sites that `targets` chooses.
+
+    Args:
+      rank: r, at most the smaller side of each kernel.
+      alpha: numerator of the scale; None: the rank (a scale of 1, or sqrt(r) with rsLoRA).
+      targets: "all-linear", "attention", "mlp", a regular expression, or a list of names (see `sites.find`).
+      init: how A starts: "kaiming" (PEFT's default), "gaussian", "orthonormal", or "pissa".
+      dropout: rate of dropout in front of A.
+      rslora: scale by alpha / sqrt(r).
+      lr_ratio: LoRA+: the learning rate of B over that of A.
+      rank_pattern: regular expression -> rank, for sites in whose path it is found (first match wins).
+      alpha_pattern: the same for alpha.
+
+    Returns:
+      The method; it trains `<site>/lora/a` (L, n, r) and `<site>/lora/b` (L, r, m).
+
+    Raises:
+      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init, a rate outside [0, 1), or targets that match nothing.
+    """
+    config = {key: value for key, value in locals().items()}
+    check_rank("lora", rank)
+    if init not in (*INITS, "pissa"):
+        raise InputError(f"lora: init {init!r} is not one of {', '.join((*INITS, 'pissa'))}")
+    if not 0 <= dropout < 1:
+        raise InputError(f"lora: dropout {dropout} must be at least 0 and below 1")
+
+    def rank_of(site):
+        return check_rank("lora", sites.first_match(rank_pattern or {}, site, rank))
+
+    def scale(site):
+        r = rank_of(site)
+        default = alpha if alpha is not None else r
+        return scale_of(sites.first_match(alpha_pattern or {}, site, default), r, rslora)
+
+    def adapter(site):
+        return LoRA(rank_of(site), scale(site), dropout, "kaiming" if init == "pissa" else init)
+
+    choose = chosen_sites("lora", targets, rank_of)
+
+    def prepare(params):
+        flat = tree.flatten(params)
+        for site in choose(params):
+            flat.update(_pissa(site, flat, rank_of(site), scale(site)))
+        return tree.unflatten(flat)
+
+    def update(optimizer):
+        def of_b(leaves):
+            return {path: path.endswith("/lora/b") for path in leaves}
+
+        return optax.chain(optimizer, optax.masked(optax.scale(lr_ratio), of_b))
+
+    return Method(
+        prepare=prepare if init == "pissa" else lambda params: params,
+        forward=lambda model: sites.attach(model, "lora", adapter, choose),
+        trainable=lambda path: path.endswith(("/lora/a", "/lora/b")),
+        update=update if lr_ratio != 1 else lambda optimizer: optimizer,
+        merge=lambda params: fold(
+            params, "lora", scale, lambda leaves, n: (leaves["a"], leaves["b"])
+        ),
+        specs=(Spec("lora", config),),
+    )
+
+
+def fold(
+    params: Mapping[str, Any],
+    scope: str,
+    scale: Callable[[str], float],
+    factors: Callable[[Mapping[str, Any], int], tuple[jax.Array, jax.Array]],
+) -> tree.Params:
+    """W <- W + s A B at every site with `scope`, whose leaves go; in float32, rounded once to W's dtype.
+
+    `factors(leaves, n)` gives A (..., n, r) and B (..., r, m) from a site's leaves.
+    """
+    flat = tree.flatten(params)
+    marker = f"/{scope}/"
+    merged = {path: leaf for path, leaf in flat.items() if marker not in path}
+    for site in sorted({path.split(marker)[0] for path in flat if marker in path}):
+        leaves = {
+            path.rsplit("/", 1)[1]: leaf
+            for path, leaf in flat.items()
+            if path.startswith(site + marker)
+        }
+        kernel = merged[f"{site}/kernel"]
+        a, b = factors(leaves, kernel.shape[-2])
+        delta = scale(site) * jnp.matmul(a, b, precision="highest")
+        merged[f"{site}/kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+    return tree.unflatten(merged)
+
+
+def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.Flat:
+    """W = U S V^T -> A = U_r sqrt(S_r / s), B = sqrt(S_r / s) V_r^T, W <- W - s A B."""
+    kernel = flat[f"{site}/kernel"]
+    wide = kernel.astype(jnp.float32)
+    u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank] / scale)
+    a = u[..., :, :rank] * root[..., None, :]
+    b = root[..., :, None] * vt[..., :rank, :]
+    rest = (wide - scale * jnp.matmul(a, b, precision="highest")).astype(kernel.dtype)
+    own = {"a": a, "b": b, "a0": a, "b0": b}
+    return {f"{site}/kernel": rest, **{f"{site}/lora/{name}": leaf for name, leaf in own.items()}}
+
+
+# Hugging Face PEFT: lora_A.weight = A^T, lora_B.weight = B^T, per layer.
+
+
+def peft_factors(
+    config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int
+) -> tuple[jax.Array, jax.Array]:
+    """A (..., n, r) and B (..., r, m) for the original base. PiSSA's are [A, A0] and [B; -B0]."""
+    del config, inputs
+    if "a0" not in leaves:
+        return leaves["a"], leaves["b"]
+    a = jnp.concatenate([leaves["a"], leaves["a0"]], axis=-1)
+    return a, jnp.concatenate([leaves["b"], -leaves["b0"]], axis=-2)
+
+
+def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of adapter_config.json that the factory's arguments decide; ranks and targets come from the leaves."""
+    return {
+        "peft_type": "LORA",
+        "lora_dropout": config.get("dropout", 0.0),
+        "use_rslora": config.get("rslora", False),
+    }
+
+
+def peft_scale(config: Mapping[str, Any], site: str) -> float:
+    """s at a site."""
+    rank = sites.first_match(config.get("rank_pattern") or {}, site, config["rank"])
+    alpha = sites.first_match(config.get("alpha_pattern") or {}, site, config.get("alpha") or rank)
+    return scale_of(alpha, rank, config.get("rslora", False))

@@ -1,0 +1,181 @@
+"""LoRA-FA: LoRA with A frozen, so that no adapter keeps its input.
+
+    y = x W + s (x A) B        x (..., n), W (n, m) and A (n, r) frozen, B (r, m) trainable, s = alpha / r
+    dB = s (x A)^T dy,  dx = dy W^T + s (dy B^T) A^T
+
+Only x A is kept for the backward pass: r numbers per token instead of n + r. A is stored, or made again from a 4-byte seed in both passes
+(`store_a=False`).
+
+Projected form: a step on B moves W by s A dB. The step whose effect is nearest to the gradient of the whole W,
+argmin_g || s A g - dW ||_F, is
+
+    g = (A^T A)^-1 dB / s^2
+
+which needs the r x r Gram matrix only. With orthonormal A (`init="orthonormal"`) it is dB up to the factor, which Adam ignores.
+
+Paper: Zhang et al. 2023, "LoRA-FA", arXiv:2308.03303; the projected form as in PEFT's LoRA-FA optimizer. Deviations: the Gram matrix is
+computed in each step (n r^2 operations per site, nothing beside the step); the projection comes before the optimizer's clipping, where
+PEFT clips first. Dropout is on x A, where it needs no copy and no mask of x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft import sites, tree
+from jaxpeft.errors import InputError
+from jaxpeft.method import Method, Objective, Spec
+from jaxpeft.methods import lora as _lora
+from jaxpeft.quant import dot
+
+SUMMARY = "LoRA with A frozen: no adapter input is kept for the backward pass"
+KIND = "site"
+SAVES = "as LoRA, and the activations that only A's gradient needs: n per token and kernel"
+REFERENCE = "Zhang et al. 2023, arXiv:2308.03303"
+EXAMPLE = {"rank": 4, "alpha": 8.0}
+STARTS_AT_BASE = True
+PEFT_SCOPE = "lora_fa"
+
+
+class LoRAFA(nn.Module):
+    """The adapted product. Parameters: a (n, r) float32 or seed () uint32, frozen; b (r, m) float32."""
+
+    rank: int
+    scale: float
+    dropout: float = 0.0
+    init_a: str = "kaiming"
+    store_a: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array, kernel: Any) -> jax.Array:
+        n, m = kernel.shape
+        if self.store_a:
+            a = self.param("a", _lora.INITS[self.init_a], (n, self.rank))
+            low = x @ a.astype(x.dtype)
+        else:
+            seed = self.param("seed", lambda key: jax.random.bits(key, (), jnp.uint32))
+            # Checkpointed, so that the backward pass makes A again instead of keeping it.
+            low = jax.checkpoint(
+                lambda x, seed: x @ regenerate(seed, n, self.rank, self.init_a).astype(x.dtype)
+            )(x, seed)
+        b = self.param("b", nn.initializers.zeros, (self.rank, m))
+        if self.dropout and self.has_rng("dropout"):
+            low = _lora.drop(low, self.dropout, self.make_rng("dropout"))
+        low = checkpoint_name(low, "lora_low")
+        return dot(x, kernel) + self.scale * (low @ b.astype(x.dtype))
+
+
+def regenerate(seed: jax.Array, n: int, rank: int, init: str) -> jax.Array:
+    """A (n, r) float32 from its seed () uint32."""
+    return _lora.INITS[init](jax.random.key(seed), (n, rank))
+
+
+def saved_bytes(inputs: int, outputs: int, itemsize: int, rank: int, **_) -> int:
+    """Bytes per token kept at one adapted kernel beyond what a frozen backbone keeps (no dropout): x A."""
+    del inputs, outputs
+    return rank * itemsize
+
+
+def lora_fa(
+    rank: int = 8,
+    alpha: float | None = None,
+    targets: _lora.Targets = "all-linear",
+    init: str = "kaiming",
+    dropout: float = 0.0,
+    projected: bool = False,
+    store_a: bool = True,
+) -> Method:
+    """LoRA-FA on the sites that `targets` chooses.
+
+    Args:
+      rank: r, at most the smaller side of each kernel.
+      alpha: numerator of the scale; None: the rank.
+      targets: "all-linear", "attention", "mlp", a regular expression, or a list of names (see `sites.find`).
+      init: how A is drawn: "kaiming", "gaussian", or "orthonormal".
+      dropout: rate of dropout on x A.
+      projected: use the projected gradient (see the module's docstring).
+      store_a: keep A among the frozen parameters; False keeps a seed and draws A again in every pass.
+
+    Returns:
+      The method; it trains `<site>/lora_fa/b` (L, r, m).
+
+    Raises:
+      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init, a rate outside [0, 1), or targets that match nothing.
+    """
+    config = {key: value for key, value in locals().items()}
+    _lora.check_rank("lora_fa", rank)
+    if init not in _lora.INITS:
+        raise InputError(f"lora_fa: init {init!r} is not one of {', '.join(_lora.INITS)}")
+    if not 0 <= dropout < 1:
+        raise InputError(f"lora_fa: dropout {dropout} must be at least 0 and below 1")
+    scale = (alpha if alpha is not None else rank) / rank
+
+    def adapter(site):
+        del site
+        return LoRAFA(rank, scale, dropout, init, store_a)
+
+    choose = _lora.chosen_sites("lora_fa", targets, lambda site: rank)
+
+    def gradient(objective: Objective) -> Objective:
+        def value_and_grad(trainable, frozen, batch, key, opt_state):
+            value, grads = objective.value_and_grad(trainable, frozen, batch, key, opt_state)
+            own = {path: g for path, g in grads.items() if path.endswith("/lora_fa/b")}
+            for path, g in own.items():
+                site = path.removesuffix("/lora_fa/b")
+                leaves = {name: frozen.get(f"{site}/lora_fa/{name}") for name in ("a", "seed")}
+                a, _ = peft_factors(config, {**leaves, "b": g}, frozen[f"{site}/kernel"].shape[-2])
+                own[path] = project(a, g, scale)
+            return value, {**grads, **own}
+
+        return objective._replace(value_and_grad=value_and_grad)
+
+    return Method(
+        forward=lambda model: sites.attach(model, "lora_fa", adapter, choose),
+        trainable=lambda path: path.endswith("/lora_fa/b"),
+        gradient=gradient if projected else lambda objective: objective,
+        merge=lambda params: _lora.fold(
+            params, "lora_fa", lambda site: scale, lambda leaves, n: peft_factors(config, leaves, n)
+        ),
+        specs=(Spec("lora_fa", config),),
+    )
+
+
+def project(a: jax.Array, d_b: jax.Array, scale: float) -> jax.Array:
+    """(A^T A)^-1 dB / s^2 for A (..., n, r), dB (..., r, m); 1e-8 on the Gram matrix's diagonal, as PEFT adds."""
+    a = a.astype(jnp.float32)
+    gram = jnp.einsum("...nr,...ns->...rs", a, a, precision="highest")
+    gram += 1e-8 * jnp.eye(gram.shape[-1])
+    return jnp.linalg.solve(gram, d_b.astype(jnp.float32)) / scale**2
+
+
+# Hugging Face PEFT: an ordinary LoRA checkpoint.
+
+
+def peft_factors(
+    config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int
+) -> tuple[jax.Array, jax.Array]:
+    """A (..., n, r), drawn again where only its seed is kept, and B (..., r, m)."""
+    a = leaves.get("a")
+    if a is None:
+        seed, rank = jnp.asarray(leaves["seed"]), leaves["b"].shape[-2]
+        a = jax.vmap(lambda s: regenerate(s, inputs, rank, config["init"]))(seed.reshape(-1))
+        a = a.reshape(*seed.shape, inputs, rank)
+    return a, leaves["b"]
+
+
+def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of adapter_config.json that the factory's arguments decide."""
+    del config
+    return {"peft_type": "LORA", "lora_dropout": 0.0, "use_rslora": False}
+
+
+def peft_scale(config: Mapping[str, Any], site: str) -> float:
+    """s at a site."""
+    del site
+    return (config["alpha"] if config["alpha"] is not None else config["rank"]) / config["rank"]

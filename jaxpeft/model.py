@@ -1,0 +1,173 @@
+"""The pure-function view of a model, and the stack that methods act on.
+
+A model is a stack: `embed`, one `block` whose parameters are stacked over layers, `head`.
+
+    logits = head(params, run(stack, params, batch))        run = scan over layers by default
+
+Methods change a stack by replacing its functions: adapters wrap `block`, prompts wrap `embed`, a reversible or a side network
+replaces `run`, a memory plan wraps `block` in `jax.checkpoint`. As `run` takes the stack that it runs, these changes compose in any
+order. A Flax module of any other shape is a stack with no layers (`from_linen`, `from_nnx`).
+
+What all layers of one forward pass share travels in the context `ctx`, a dict of arrays (and so a pytree that a `custom_vjp` can
+take as an argument):
+
+    positions (B, S) int32, segment_ids (B, S) int32    as in the batch
+    layer () int32                                      set by `run`
+    key                                                 PRNG key of this layer; absent when the forward pass is deterministic
+    ... and whatever the family's `embed` adds (rotary tables, window sizes)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxpeft import tree
+
+Batch = Mapping[str, jax.Array]
+Cache = Mapping[str, jax.Array]
+
+
+class Stack(NamedTuple):
+    """A model as the functions that methods see.
+
+    embed: (params, batch, key) -> (x, ctx)                     x (B, S, d) in the compute dtype
+    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters and cache (None when not decoding)
+    head:  (params, x) -> logits float32 (..., V)               final norm and unembedding, for any leading axes
+    run:   (stack, params, batch, key, cache) -> (x, cache)     embed and all layers
+    """
+
+    embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
+    block: Callable[..., tuple[jax.Array, Cache | None]]
+    head: Callable[[tree.Params, jax.Array], jax.Array]
+    run: Callable[..., tuple[jax.Array, Cache | None]]
+
+
+class Model(NamedTuple):
+    """A pure-function model.
+
+    init: (key, params) -> params; creates whatever the model needs and `params` lacks, and keeps the rest. `init(key, {})` is a
+      freshly initialised model; given pretrained parameters an adapted model adds only its adapters.
+    stack: the functions that compute it.
+    config: the family's frozen configuration, or None.
+    """
+
+    init: Callable[[jax.Array, tree.Params], tree.Params]
+    stack: Stack
+    config: Any = None
+
+    def hidden(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """The stream after the last layer, (B, S, d); `head` turns it, or a part of it, into logits.
+
+        `key=None` is deterministic; otherwise it seeds dropout.
+        """
+        return self.stack.run(self.stack, params, batch, key, None)[0]
+
+    def head(self, params: tree.Params, x: jax.Array) -> jax.Array:
+        """(..., d) -> float32 logits (..., V)."""
+        return self.stack.head(params, x)
+
+    def apply(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """The whole forward pass: float32 logits (B, S, V)."""
+        return self.head(params, self.hidden(params, batch, key))
+
+
+def scan_layers(
+    stack: Stack,
+    params: tree.Params,
+    batch: Batch,
+    key: jax.Array | None = None,
+    cache: Cache | None = None,
+) -> tuple[jax.Array, Cache | None]:
+    """`run` of an ordinary stack: one `lax.scan` per segment, so that compile time does not grow with depth.
+
+    Args:
+      stack: the functions.
+      params: nested parameters.
+      batch: dict of (B, S) arrays.
+      key: PRNG key for dropout, or None; layer i gets `fold_in(key, i)`.
+      cache: None, or a pytree with leading axis L (all layers), which comes back updated.
+    """
+    x, ctx = stack.embed(params, batch, key)
+    parts = []
+    for segment, first, end in tree.segments(params):
+
+        def body(x, per_layer, segment=segment):
+            layer, index, past = per_layer
+            own = {**ctx, "layer": index}
+            if key is not None:
+                own["key"] = jax.random.fold_in(key, index)
+            return stack.block(layer, x, own, past, segment)
+
+        part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
+        x, part = jax.lax.scan(body, x, (params[segment], jnp.arange(first, end), part))
+        parts.append(part)
+    if cache is not None:
+        cache = jax.tree.map(lambda *c: jnp.concatenate(c), *parts)
+    return x, cache
+
+
+def _opaque(apply: Callable[..., Any]) -> Stack:
+    """A model without visible layers: everything happens in `embed`."""
+
+    def embed(params, batch, key):
+        return apply(params, batch, key), {}
+
+    def block(layer, x, ctx, cache, segment):
+        raise NotImplementedError(
+            "this model shows no layers; methods on the stack need one of jaxpeft.models"
+        )
+
+    def run(stack, params, batch, key=None, cache=None):
+        if cache is not None:
+            raise NotImplementedError("this model has no key-value cache")
+        return stack.embed(params, batch, key)[0], None
+
+    return Stack(embed, block, head=lambda params, x: x, run=run)
+
+
+def from_linen(module: nn.Module, example: Batch, method: Callable | str | None = None) -> Model:
+    """A Model of any Linen module called as `module(**batch)`.
+
+    Site methods (LoRA and its family) attach to its `nn.Dense` layers by path; methods on the stack do not apply.
+
+    Args:
+      module: the module; a dropout key is passed as the rng "dropout".
+      example: a batch, to initialise with.
+      method: what to call instead of `__call__`.
+    """
+
+    def init(key, params):
+        if params:
+            return params
+        return module.init(key, **example, method=method)["params"]
+
+    def apply(params, batch, key):
+        rngs = {} if key is None else {"dropout": key}
+        return module.apply({"params": params}, **batch, rngs=rngs, method=method)
+
+    return Model(init, _opaque(apply))
+
+
+def from_nnx(module: Any) -> tuple[Model, tree.Params]:
+    """(Model, params) of any NNX module called as `module(**batch)`, through `nnx.split` and `nnx.merge`.
+
+    Its parameters come back as a nested dict; full fine-tuning and methods on gradients and updates apply, site adapters do not
+    (NNX has no interceptors).
+    """
+    from flax import nnx
+
+    graph, state, rest = nnx.split(module, nnx.Param, ...)
+    params = nnx.to_pure_dict(state)
+
+    def apply(params, batch, key):
+        del key
+        filled = jax.tree.map(lambda x: x, state)
+        nnx.replace_by_pure_dict(filled, params)
+        return nnx.merge(graph, filled, rest)(**batch)
+
+    return Model(lambda key, given: given or params, _opaque(apply)), params

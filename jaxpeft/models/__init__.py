@@ -1,0 +1,29 @@
+"""Model families by Hugging Face `model_type`.
+
+A family file has: MODEL_TYPES, a frozen configuration with `from_hf`, the NAMES table, `shapes`, and the function that makes the Model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import ModuleType
+from typing import Any
+
+from jaxpeft.errors import InputError
+from jaxpeft.models import decoder
+
+FAMILIES: dict[str, ModuleType] = {kind: decoder for kind in decoder.MODEL_TYPES}
+
+
+def family(config: Mapping[str, Any]) -> ModuleType:
+    """The family file for a parsed config.json.
+
+    Raises:
+      InputError: for a `model_type` that no family knows.
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise InputError(
+            f"config.json: unsupported model_type {kind!r}; supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[kind]

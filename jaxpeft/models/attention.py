@@ -1,0 +1,199 @@
+"""Exact attention in linear memory, in plain JAX: any backend, any mask, grouped queries.
+
+    out[q] = sum_k softmax_k(scale * <query[q], key[k]>) value[k]      over the keys that q may see
+
+computed tile by tile with a running maximum and sum (Dao et al. 2022, "FlashAttention", arXiv:2205.14135; Rabe & Staats 2021,
+arXiv:2112.05682). The forward pass keeps its inputs, the output and one float32 log-sum-exp per query and head; the backward pass computes
+each tile of scores again. No array of queries x keys exists in either, masks included: a tile's mask comes from indices and segment
+ids. Causal tiles above the diagonal and tiles left of a sliding window are skipped.
+
+Shapes: B batch, S queries, K keys, H heads, N key-value heads (H = N * G), D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+MASKED = -1e30
+EVERYONE = -1  # the segment id of a key that every query sees (a prefix)
+
+
+class Where(NamedTuple):
+    """Who may see whom. All int32.
+
+    query_index (S,), key_index (K,): positions in the row; a query sees keys at its own index and before.
+    query_segment (B, S), key_segment (B, K): a query sees keys of its own segment, and those of segment `EVERYONE`.
+    window (): a query sees keys less than `window` behind it; None: no limit.
+    """
+
+    query_index: jax.Array
+    key_index: jax.Array
+    query_segment: jax.Array
+    key_segment: jax.Array
+    window: jax.Array | None = None
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, where: Where, scale: float, tile: int = 256
+) -> jax.Array:
+    """Causal attention with segments, windows and grouped queries.
+
+    Args:
+      query: (B, S, H, D).
+      key: (B, K, N, D), N dividing H; head h reads key-value head h // (H / N).
+      value: (B, K, N, D).
+      where: the mask, by indices.
+      scale: factor of the scores.
+      tile: queries and keys per tile.
+
+    Returns:
+      (B, S, H, D) in query's dtype; scores and sums are float32. A query that may see no key gets 0.
+    """
+    b, s, h, d = query.shape
+    k, n = key.shape[1:3]
+    tile_q, tile_k = min(tile, s), min(tile, k)
+    pad_q, pad_k = -s % tile_q, -k % tile_k
+    # Padding: keys at an index that no query reaches.
+    where = where._replace(
+        query_index=jnp.pad(where.query_index, (0, pad_q), constant_values=-1),
+        key_index=jnp.pad(where.key_index, (0, pad_k), constant_values=np.iinfo(np.int32).max),
+        query_segment=jnp.pad(where.query_segment, ((0, 0), (0, pad_q))),
+        key_segment=jnp.pad(where.key_segment, ((0, 0), (0, pad_k))),
+    )
+    grouped = jnp.pad(query, ((0, 0), (0, pad_q), (0, 0), (0, 0))).reshape(
+        b, s + pad_q, n, h // n, d
+    )
+    key, value = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (key, value))
+    out = _attend(grouped, key, value, where, scale, (tile_q, tile_k))
+    return out.reshape(b, s + pad_q, h, d)[:, :s]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _attend(query, key, value, where, scale, tiles):
+    return _forward(query, key, value, where, scale, tiles)[0]
+
+
+def _save(query, key, value, where, scale, tiles):
+    out, lse = _forward(query, key, value, where, scale, tiles)
+    return out, (query, key, value, where, out, lse)
+
+
+def _rows(x, start, size, axis=1):
+    return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+
+
+def _scores(q, k, where, i, j, scale, tiles):
+    """Tile (i, j) of the masked scores: (B, N, G, tq, tk) float32."""
+    tq, tk = tiles
+    qi, ki = (
+        _rows(where.query_index, i * tq, tq, 0)[:, None],
+        _rows(where.key_index, j * tk, tk, 0)[None],
+    )
+    qs = _rows(where.query_segment, i * tq, tq)[:, :, None]
+    ks = _rows(where.key_segment, j * tk, tk)[:, None]
+    seen = (ki <= qi) & ((qs == ks) | (ks == EVERYONE))
+    if where.window is not None:
+        seen &= (qi - ki < where.window) | (ks == EVERYONE)
+    scores = scale * jnp.einsum("bqngd,bknd->bngqk", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(seen[:, None, None], scores, MASKED)
+
+
+def _key_tiles(where, i, tiles):
+    """Range [first, end) of the key tiles that query tile i can see, as far as indices tell."""
+    tq, tk = tiles
+    count = where.key_index.shape[0] // tk
+    last_query = jnp.max(_rows(where.query_index, i * tq, tq, 0))
+    lowest = where.key_index.reshape(count, tk).min(1)
+    end = jnp.sum(lowest <= last_query)
+    if where.window is None:
+        return 0, end
+    queries = _rows(where.query_index, i * tq, tq, 0)
+    first_query = jnp.min(jnp.where(queries >= 0, queries, np.iinfo(np.int32).max))
+    highest = where.key_index.reshape(count, tk).max(1)
+    everyone = (where.key_segment == EVERYONE).any(0).reshape(count, tk).any(1)
+    return jnp.argmax((highest > first_query - where.window) | everyone), end
+
+
+def _forward(query, key, value, where, scale, tiles):
+    b, s, n, g, d = query.shape
+    tq, tk = tiles
+
+    def queries(_, i):
+        q = _rows(query, i * tq, tq)
+
+        def keys(j, carry):
+            total, top, acc = carry
+            scores = _scores(q, _rows(key, j * tk, tk), where, i, j, scale, tiles)
+            new_top = jnp.maximum(top, scores.max(-1))
+            # A row with every key masked so far has top = MASKED, where exp(0) would count the masked keys.
+            weights = jnp.where(scores > MASKED / 2, jnp.exp(scores - new_top[..., None]), 0.0)
+            shrink = jnp.exp(top - new_top)
+            v = _rows(value, j * tk, tk)
+            part = jnp.einsum(
+                "bngqk,bknd->bngqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+            )
+            return total * shrink + weights.sum(-1), new_top, acc * shrink[..., None] + part
+
+        zeros = jnp.zeros((b, n, g, tq), jnp.float32)
+        start = (zeros, jnp.full_like(zeros, MASKED), jnp.zeros((b, n, g, tq, d), jnp.float32))
+        total, top, acc = jax.lax.fori_loop(*_key_tiles(where, i, tiles), keys, start)
+        total = jnp.where(total == 0, 1.0, total)
+        out = (acc / total[..., None]).astype(query.dtype)
+        return None, (out.transpose(0, 3, 1, 2, 4), top + jnp.log(total))
+
+    _, (out, lse) = jax.lax.scan(queries, None, jnp.arange(s // tq))
+    out = out.transpose(1, 0, 2, 3, 4, 5).reshape(query.shape)
+    return out, lse.transpose(1, 2, 3, 0, 4).reshape(b, n, g, s)
+
+
+def _backward(scale, tiles, saved, d_out):
+    query, key, value, where, out, lse = saved
+    tq, tk = tiles
+    delta = jnp.einsum("bqngd,bqngd->bngq", d_out, out, preferred_element_type=jnp.float32)
+
+    def queries(carry, i):
+        q, d_o = _rows(query, i * tq, tq), _rows(d_out, i * tq, tq)
+        lse_i, delta_i = (
+            _rows(lse, i * tq, tq, 3)[..., None],
+            _rows(delta, i * tq, tq, 3)[..., None],
+        )
+
+        def keys(j, carry):
+            d_key, d_value, d_q = carry
+            k, v = _rows(key, j * tk, tk), _rows(value, j * tk, tk)
+            scores = _scores(q, k, where, i, j, scale, tiles)
+            weights = jnp.where(scores > MASKED / 2, jnp.exp(scores - lse_i), 0.0)
+            d_v = jnp.einsum(
+                "bngqk,bqngd->bknd",
+                weights.astype(v.dtype),
+                d_o,
+                preferred_element_type=jnp.float32,
+            )
+            d_weights = jnp.einsum("bqngd,bknd->bngqk", d_o, v, preferred_element_type=jnp.float32)
+            d_scores = (weights * (d_weights - delta_i) * scale).astype(q.dtype)
+            d_q += jnp.einsum("bngqk,bknd->bqngd", d_scores, k, preferred_element_type=jnp.float32)
+            d_k = jnp.einsum("bngqk,bqngd->bknd", d_scores, q, preferred_element_type=jnp.float32)
+            return _add(d_key, d_k, j * tk), _add(d_value, d_v, j * tk), d_q
+
+        start = (*carry, jnp.zeros(q.shape, jnp.float32))
+        d_key, d_value, d_q = jax.lax.fori_loop(*_key_tiles(where, i, tiles), keys, start)
+        return (d_key, d_value), d_q.astype(query.dtype)
+
+    zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
+    (d_key, d_value), d_query = jax.lax.scan(queries, zeros, jnp.arange(query.shape[1] // tq))
+    d_query = d_query.transpose(1, 0, 2, 3, 4, 5).reshape(query.shape)
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
+
+
+def _add(whole, part, start):
+    """whole[:, start:start+size] += part."""
+    rows = _rows(whole, start, part.shape[1]) + part
+    return jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 1)
+
+
+_attend.defvjp(_save, _backward)

@@ -1,0 +1,273 @@
+"""Decoders of the Llama family: Llama 2, 3 and 3.x, Mistral, Qwen2 and 2.5, Qwen3.
+
+One block: x += attention(norm(x)); x += mlp(norm(x)). The members differ in what their configuration says: biases on q, k, v (Qwen2),
+norms on the heads of q and k (Qwen3), sliding windows (Mistral; Qwen2 by layer), rotary scaling (Llama 3.1 and later), tied embeddings.
+
+Parameters are called as in Hugging Face's checkpoints; NAMES is the whole translation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.model import Batch, Model, Stack, scan_layers
+from jaxpeft.models import rotary
+from jaxpeft.models.layers import Attention, Dense, GatedMLP, RMSNorm, rotary_tables
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+# our path -> (Hugging Face name, whether the matrix is transposed there); {i} is the layer. First match wins.
+NAMES = (
+    (r"embed_tokens/embedding", "model.embed_tokens.weight", False),
+    (r"layers/(\w+)/kernel", r"model.layers.{i}.\1.weight", True),
+    (r"layers/(\w+)/(\w+)/kernel", r"model.layers.{i}.\1.\2.weight", True),
+    (r"layers/(\w+)/(\w+)/bias", r"model.layers.{i}.\1.\2.bias", False),
+    (r"layers/(\w+)/scale", r"model.layers.{i}.\1.weight", False),
+    (r"layers/(\w+)/(\w+)/scale", r"model.layers.{i}.\1.\2.weight", False),
+    (r"norm/scale", "model.norm.weight", False),
+    (r"lm_head/kernel", "lm_head.weight", True),
+)
+
+NO_WINDOW = np.iinfo(np.int32).max // 2
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """The numbers of a config.json, under Hugging Face's names where they mean the same."""
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    max_position_embeddings: int
+    rope_theta: float
+    rope_scaling: tuple[
+        tuple[str, Any], ...
+    ] = ()  # items of the scaling's dict, so that configurations hash
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    tie_word_embeddings: bool = False
+    windows: tuple[int, ...] | None = None  # tokens per layer; None: no layer has a window
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    dtype: Any = jnp.float32  # of the stream; parameters are created in it too
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> DecoderConfig:
+        """From a parsed config.json.
+
+        Raises:
+          InputError: for a missing field, or a feature that is not supported.
+        """
+        kind = config.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise InputError(
+                f"config.json: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}"
+            )
+        if (act := config.get("hidden_act", "silu")) != "silu":
+            raise InputError(
+                f"config.json: hidden_act {act!r} is not supported; these families use 'silu'"
+            )
+        try:
+            heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
+            rope = dict(config.get("rope_parameters") or {}) or dict(
+                config.get("rope_scaling") or {}
+            )
+            theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
+            bias = bool(config.get("attention_bias", False))
+            eos = config.get("eos_token_id")
+            return cls(
+                model_type=kind,
+                vocab_size=config["vocab_size"],
+                hidden_size=config["hidden_size"],
+                intermediate_size=config["intermediate_size"],
+                num_hidden_layers=layers,
+                num_attention_heads=heads,
+                num_key_value_heads=config.get("num_key_value_heads") or heads,
+                head_dim=config.get("head_dim")
+                or (128 if kind == "qwen3" else config["hidden_size"] // heads),
+                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+                max_position_embeddings=config.get("max_position_embeddings", 2048),
+                rope_theta=float(theta),
+                rope_scaling=tuple(sorted(rope.items())),
+                qkv_bias=kind == "qwen2" or bias,
+                out_bias=bias,
+                mlp_bias=bool(config.get("mlp_bias", False)),
+                qk_norm=kind == "qwen3",
+                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+                windows=_windows(kind, config, layers),
+                bos_token_id=config.get("bos_token_id"),
+                eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+                dtype=dtype,
+            )
+        except KeyError as error:
+            raise InputError(f"config.json: the field {error} is missing") from None
+
+
+def _windows(kind: str, config: Mapping[str, Any], layers: int) -> tuple[int, ...] | None:
+    window = config.get("sliding_window")
+    if not window or (kind.startswith("qwen") and not config.get("use_sliding_window", False)):
+        return None
+    if kind == "llama":
+        return None
+    if types := config.get("layer_types"):
+        sliding = [name == "sliding_attention" for name in types]
+    elif kind == "mistral":
+        sliding = [True] * layers
+    else:
+        sliding = [i >= config.get("max_window_layers", 28) for i in range(layers)]
+    return tuple(window if slides else NO_WINDOW for slides in sliding) if any(sliding) else None
+
+
+class Embed(nn.Module):
+    """Token embeddings, (B, S) int32 -> (B, S, d) in the compute dtype."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        c = self.config
+        table = self.param(
+            "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), c.dtype
+        )
+        return checkpoint_name(jnp.take(table, tokens, axis=0).astype(c.dtype), "embed_tokens")
+
+
+class Block(nn.Module):
+    """One layer: (x (B, S, d), ctx, cache) -> (x, cache)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None
+    ):
+        c = self.config
+        x = checkpoint_name(x, "block_input")
+        attended, cache = Attention(
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.qkv_bias,
+            c.out_bias,
+            c.rms_norm_eps if c.qk_norm else None,
+            c.dtype,
+            name="self_attn",
+        )(RMSNorm(c.rms_norm_eps, c.dtype, name="input_layernorm")(x), ctx, cache)
+        x = checkpoint_name(x + attended, "after_attention")
+        normed = RMSNorm(c.rms_norm_eps, c.dtype, name="post_attention_layernorm")(x)
+        x = checkpoint_name(
+            x + GatedMLP(c.intermediate_size, c.mlp_bias, c.dtype, name="mlp")(normed),
+            "block_output",
+        )
+        return x, cache
+
+
+class Head(nn.Module):
+    """Final norm and unembedding, (..., d) -> float32 logits (..., V)."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, embedding: jax.Array | None = None) -> jax.Array:
+        c = self.config
+        x = RMSNorm(c.rms_norm_eps, c.dtype, name="norm")(x)
+        if c.tie_word_embeddings:
+            assert embedding is not None
+            logits = checkpoint_name(x @ embedding.astype(x.dtype).T, "lm_head")
+        else:
+            logits = Dense(c.vocab_size, False, c.dtype, name="lm_head")(x)
+        return logits.astype(jnp.float32)
+
+
+def decoder(config: DecoderConfig) -> Model:
+    """The Model of a configuration: pure functions, nothing allocated."""
+    embed_module, block_module, head_module = Embed(config), Block(config), Head(config)
+    freqs, factor = rotary.frequencies(
+        config.head_dim,
+        config.rope_theta,
+        dict(config.rope_scaling),
+        config.max_position_embeddings,
+    )
+
+    def embed(params: tree.Params, batch: Batch, key: jax.Array | None = None):
+        del key
+        tokens = batch["tokens"]
+        positions = batch.get("positions")
+        if positions is None:
+            positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+        segment_ids = batch.get("segment_ids")
+        if segment_ids is None:
+            segment_ids = jnp.ones_like(tokens)
+        ctx = {"positions": positions, "segment_ids": segment_ids}
+        ctx["rotary"] = rotary_tables(positions, jnp.asarray(freqs), factor)
+        if config.windows is not None:
+            ctx["window"] = jnp.asarray(config.windows, jnp.int32)
+        return embed_module.apply({"params": params["embed_tokens"]}, tokens), ctx
+
+    def block(layer, x, ctx, cache=None, segment="layers"):
+        del segment
+        rngs = {"dropout": ctx["key"]} if "key" in ctx else {}
+        return block_module.apply({"params": layer}, x, ctx, cache, rngs=rngs)
+
+    def head(params: tree.Params, x: jax.Array) -> jax.Array:
+        own = {name: params[name] for name in ("norm", "lm_head") if name in params}
+        embedding = params["embed_tokens"]["embedding"] if config.tie_word_embeddings else None
+        return head_module.apply({"params": own}, x, embedding)
+
+    def init(key: jax.Array, params: tree.Params) -> tree.Params:
+        return params or fresh(key)
+
+    @jax.jit
+    def fresh(key):
+        keys = jax.random.split(key, config.num_hidden_layers + 2)
+        x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
+        ones = jnp.ones((1, 1), jnp.int32)
+        ctx = {"segment_ids": ones, "layer": jnp.zeros((), jnp.int32)}
+        ctx["rotary"] = rotary_tables(ones, jnp.asarray(freqs), factor)
+        table = embed_module.init(keys[0], ones)["params"]
+        embedding = table["embedding"]
+        return {
+            "embed_tokens": table,
+            "layers": jax.vmap(lambda k: block_module.init(k, x, ctx)["params"])(keys[2:]),
+            **head_module.init(keys[1], x, embedding)["params"],
+        }
+
+    return Model(init, Stack(embed, block, head, scan_layers), config)
+
+
+@functools.cache
+def shapes(config: DecoderConfig) -> tree.Flat:
+    """`{path: ShapeDtypeStruct}` of every parameter; nothing is allocated."""
+    return tree.flatten(
+        jax.eval_shape(lambda key: decoder(config).init(key, {}), jax.random.key(0))
+    )
+
+
+def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict[str, jax.Array]:
+    """An empty key-value cache for all layers: k, v (L, B, length, N, D); see `layers.Attention`."""
+    layers, kv = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
+    return {
+        "k": jnp.zeros((layers, batch_size, length, *kv), config.dtype),
+        "v": jnp.zeros((layers, batch_size, length, *kv), config.dtype),
+        "segment_ids": jnp.zeros((layers, batch_size, length), jnp.int32),
+        "index": jnp.zeros((layers,), jnp.int32),
+    }

@@ -1,0 +1,164 @@
+"""The only Dense, RMSNorm, rotary embedding and Attention of the library; each names what it computes.
+
+Every activation passes through `jax.ad_checkpoint.checkpoint_name`, so that a memory plan can say by name which are saved for the
+backward pass. Parameters are stored in `param_dtype`; computation is in the dtype of the stream, float32 inside norms and softmax.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft.models import attention as attention_op
+from jaxpeft.quant import dot
+
+
+class Dense(nn.Module):
+    """y = x W + bias, x (..., n), W (n, m). `linear` is where adapters attach (see `jaxpeft.sites`)."""
+
+    features: int
+    use_bias: bool = False
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        shape = (x.shape[-1], self.features)
+        if self.has_variable("params", "kernel"):
+            kernel = self.get_variable(
+                "params", "kernel"
+            )  # a quantized kernel has no shape that `param` would accept
+        else:
+            kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
+        y = self.linear(x, kernel)
+        if self.use_bias:
+            y = y + self.param(
+                "bias", nn.initializers.zeros, (self.features,), self.param_dtype
+            ).astype(y.dtype)
+        return checkpoint_name(y, self.name or "dense")
+
+    def linear(self, x: jax.Array, kernel: Any) -> jax.Array:
+        """The site's product."""
+        return dot(x, kernel)
+
+
+class RMSNorm(nn.Module):
+    """y = x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    epsilon: float
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return checkpoint_name(wide.astype(x.dtype) * scale.astype(x.dtype), self.name or "norm")
+
+
+def rotary_tables(
+    positions: jax.Array, frequencies: jax.Array, factor: float = 1.0
+) -> dict[str, jax.Array]:
+    """cos and sin, float32 (B, S, 1, D/2), of positions (B, S) times frequencies (D/2,); `factor` scales both (YaRN)."""
+    angles = positions[..., None, None].astype(jnp.float32) * frequencies
+    return {"cos": jnp.cos(angles) * factor, "sin": jnp.sin(angles) * factor}
+
+
+def rotate(x: jax.Array, tables: Mapping[str, jax.Array]) -> jax.Array:
+    """Rotary embedding of x (B, S, H, D), halves paired as in Hugging Face's Llama (Su et al. 2021, arXiv:2104.09864)."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = tables["cos"], tables["sin"]
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and grouped queries.
+
+    `cache` holds earlier keys and values of this layer, in one of two forms:
+      {"k", "v"} (B, P, N, D): a prefix that every query sees; it is only read.
+      {"k", "v", "segment_ids" (B, C), "index" ()}: a buffer of C slots. The new keys are written from slot `index` on; it comes back
+      updated. Slots 0.. are in the order of the text; unwritten slots have segment id 0.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    use_bias: bool = False
+    use_out_bias: bool = False
+    norm_epsilon: float | None = None  # RMSNorm on each head of q and k (Qwen3)
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None
+    ) -> tuple[jax.Array, Mapping[str, jax.Array] | None]:
+        b, s, d = x.shape
+
+        def project(name, heads):
+            y = Dense(heads * self.head_dim, self.use_bias, self.param_dtype, name=name)(x)
+            return y.reshape(b, s, heads, self.head_dim)
+
+        q = project("q_proj", self.num_heads)
+        k = project("k_proj", self.num_kv_heads)
+        v = project("v_proj", self.num_kv_heads)
+        if self.norm_epsilon is not None:
+            q = RMSNorm(self.norm_epsilon, self.param_dtype, name="q_norm")(q)
+            k = RMSNorm(self.norm_epsilon, self.param_dtype, name="k_norm")(k)
+        q = checkpoint_name(rotate(q, ctx["rotary"]), "q_rotary")
+        k = checkpoint_name(rotate(k, ctx["rotary"]), "k_rotary")
+
+        index = jnp.arange(s, dtype=jnp.int32)
+        segments = ctx["segment_ids"]
+        window = ctx["window"][ctx["layer"]] if "window" in ctx else None
+        where = attention_op.Where(index, index, segments, segments, window)
+        if cache is not None:
+            k, v, where, cache = _with_cache(k, v, where, cache)
+        out = attention_op.attention(q, k, v, where, scale=self.head_dim**-0.5)
+        out = checkpoint_name(out.reshape(b, s, self.num_heads * self.head_dim), "attention")
+        return Dense(d, self.use_out_bias, self.param_dtype, name="o_proj")(out), cache
+
+
+def _with_cache(k, v, where, cache):
+    """Keys, values and mask including the cached ones; the cache after writing."""
+    s = k.shape[1]
+    if "index" not in cache:
+        prefix = cache["k"].shape[1]
+        every = jnp.full((k.shape[0], prefix), attention_op.EVERYONE, jnp.int32)
+        where = where._replace(
+            key_index=jnp.concatenate([jnp.zeros(prefix, jnp.int32), where.key_index]),
+            key_segment=jnp.concatenate([every, where.key_segment], axis=1),
+        )
+        k, v = (
+            jnp.concatenate([cache[name].astype(x.dtype), x], 1) for name, x in (("k", k), ("v", v))
+        )
+        return k, v, where, cache
+    start = cache["index"]
+    k, v, segments = (
+        jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), start, axis=1)
+        for name, x in (("k", k), ("v", v), ("segment_ids", where.key_segment))
+    )
+    where = where._replace(
+        query_index=start + jnp.arange(s, dtype=jnp.int32),
+        key_index=jnp.arange(k.shape[1], dtype=jnp.int32),
+        key_segment=segments,
+    )
+    return k, v, where, {"k": k, "v": v, "segment_ids": segments, "index": start + s}
+
+
+class GatedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202)."""
+
+    intermediate_size: int
+    use_bias: bool = False
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gate = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="gate_proj")(x)
+        up = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="up_proj")(x)
+        product = checkpoint_name(nn.silu(gate) * up, "mlp_product")
+        return Dense(x.shape[-1], self.use_bias, self.param_dtype, name="down_proj")(product)

@@ -1,0 +1,158 @@
+"""Adapters at linear sites.
+
+A site is one linear map, named by the path of its kernel: `layers/self_attn/q_proj` holds `layers/self_attn/q_proj/kernel`. An
+adapter is a Flax module called as `adapter(x, kernel) -> y` in place of the product `x @ kernel`; it owns its parameters in a child
+scope of the site, called by the adapter's `name`: `layers/self_attn/q_proj/lora/a`.
+
+Which sites are adapted is written once, in the parameters: `init` adds the child scope at every site that `adapter_for` chooses, and the
+forward pass adapts the sites that have it.
+
+A Linen interceptor does the forward part. It is entered inside the stack's functions, because a backward pass that traces them again
+(`custom_vjp`, `jax.checkpoint`) would otherwise run the model without its adapters. Adapters use `self.param`, never an `nn.Dense`, which
+the interceptor would catch as well.
+"""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.model import Model
+from jaxpeft.models.layers import Dense
+
+AdapterFor = Callable[[str], nn.Module]
+
+_PRESETS = {
+    "all-linear": r"^layers.*/[^/]+$",
+    "attention": r"^layers.*/(self_attn|attention|attn)/.+$",
+    "mlp": r"^layers.*/mlp/[^/]+$",
+}
+
+
+def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear") -> list[str]:
+    """The sites that `targets` chooses.
+
+    Args:
+      params: nested parameters; a site is every path with a `kernel` of two axes (three with the layer axis).
+      targets: "all-linear" (every linear map of the layers, not the head), "attention", "mlp", a regular expression found in the site's
+        path (`re.search`), or names that sites end with, as in PEFT's `target_modules` (`["q_proj", "v_proj"]`).
+
+    Raises:
+      InputError: if a target matches no site, with the nearest names.
+    """
+    flat = tree.flatten(params)
+    sites = sorted(path.removesuffix("/kernel") for path in flat if path.endswith("/kernel"))
+    if isinstance(targets, str):
+        wanted = [_PRESETS.get(targets, targets)]
+        stray = wanted if targets not in _PRESETS else []
+    else:
+        wanted = [rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets]
+        stray = list(targets)
+    chosen: set[str] = set()
+    for i, pattern in enumerate(wanted):
+        try:
+            found = {
+                site
+                for site in sites
+                if re.search(pattern, tree.canonical(site)) or re.search(pattern, site)
+            }
+        except re.error as error:
+            raise InputError(f"targets {stray[i]!r}: not a regular expression ({error})") from None
+        if not found:
+            leaves = [site.rsplit("/", 1)[-1] for site in sites] + sorted(
+                {tree.canonical(site) for site in sites}
+            )
+            what = stray[i] if stray else targets
+            raise InputError(
+                f"targets {what!r}: matches no linear site; nearest: {tree.nearest(what, leaves)}"
+            )
+        chosen |= found
+    return sorted(chosen)
+
+
+def first_match(patterns: Mapping[str, Any], site: str, default: Any) -> Any:
+    """The value of the first pattern (regular expression, `re.search`) found in the site's path, else `default`."""
+    for pattern, value in patterns.items():
+        if re.search(pattern, site):
+            return value
+    return default
+
+
+def attach(
+    model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[tree.Params], list[str]]
+) -> Model:
+    """The model with adapters at the sites that `choose(params)` names.
+
+    Args:
+      model: any model; a site's linear map is a `jaxpeft.models.layers.Dense` or a `flax.linen.Dense`.
+      name: the adapter's scope at its site, e.g. "lora".
+      adapter_for: site -> Flax module, called as `module(x (..., n), kernel (n, m)) -> y (..., m)`.
+      choose: params -> sites that get an adapter at init.
+
+    Returns:
+      A model whose `init` adds the adapters' parameters (axis 0 is the layer, where the site's kernel has that axis).
+    """
+
+    def init(key, params):
+        params = model.init(key, params)
+        flat = tree.flatten(params)
+        for site in choose(params):
+            if any(path.startswith(f"{site}/{name}/") for path in flat):
+                continue
+            kernel = flat[f"{site}/kernel"]
+            site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))
+            fresh = _init(adapter_for(site), site_key, kernel, tree.stacked(site))
+            flat.update(
+                {f"{site}/{name}/{leaf}": value for leaf, value in tree.flatten(fresh).items()}
+            )
+        return tree.unflatten(flat)
+
+    def intercepted(function, prefix=""):
+        def call(*args, segment=None):
+            head = prefix if segment is None else f"{segment}/"
+            with nn.intercept_methods(_interceptor(name, adapter_for, head)):
+                return function(*args) if segment is None else function(*args, segment)
+
+        return call
+
+    block = intercepted(model.stack.block)
+    stack = model.stack._replace(
+        embed=intercepted(model.stack.embed),
+        block=lambda layer, x, ctx, cache, segment: block(layer, x, ctx, cache, segment=segment),
+        head=intercepted(model.stack.head),
+    )
+    return model._replace(init=init, stack=stack)
+
+
+def _init(adapter: nn.Module, key: jax.Array, kernel: Any, stacked: bool) -> tree.Params:
+    def one(key, kernel):
+        return adapter.init(key, jnp.zeros((1, kernel.shape[0])), kernel).get("params", {})
+
+    if not stacked:
+        return jax.jit(one)(key, kernel)
+    layers = jax.tree.leaves(kernel)[0].shape[0]
+    return jax.jit(jax.vmap(one))(jax.random.split(key, layers), kernel)
+
+
+def _interceptor(name: str, adapter_for: AdapterFor, prefix: str):
+    def intercept(next_function, args, kwargs, context):
+        module = context.module
+        ours = isinstance(module, Dense) and context.method_name == "linear"
+        linen = isinstance(module, nn.Dense) and context.method_name == "__call__"
+        if not (ours or linen) or not module.has_variable("params", name):
+            return next_function(*args, **kwargs)
+        adapter = adapter_for(prefix + "/".join(module.path)).clone(parent=module, name=name)
+        if ours:
+            return adapter(*args)
+        y = adapter(args[0], module.get_variable("params", "kernel"))
+        return y + module.get_variable("params", "bias").astype(y.dtype) if module.use_bias else y
+
+    return intercept

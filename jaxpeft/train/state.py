@@ -1,0 +1,41 @@
+"""What a training run carries from step to step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpeft import tree
+from jaxpeft.method import Method
+
+
+class TrainState(NamedTuple):
+    """Everything that a step reads and writes: a pytree, so it shards, donates and checkpoints as one.
+
+    step: () int32, steps done.
+    trainable: {path: leaf}, float32 masters.
+    frozen: {path: leaf}, never differentiated, never changed.
+    opt_state: the optimizer's state, the one place for state between steps.
+    key: PRNG key of the run; step i uses `fold_in(key, i)`.
+    """
+
+    step: jax.Array
+    trainable: tree.Flat
+    frozen: tree.Flat
+    opt_state: Any
+    key: jax.Array
+
+
+def init_state(
+    method: Method,
+    optimizer: optax.GradientTransformation,
+    trainable: tree.Flat,
+    frozen: tree.Flat,
+    key: jax.Array,
+) -> TrainState:
+    """The state before the first step; `make_train_step` must be given the same method and optimizer."""
+    opt_state = method.update(optimizer).init(trainable)
+    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, opt_state, key)
