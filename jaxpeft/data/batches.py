@@ -32,6 +32,8 @@ Lines = list[list[int]]  # for each row of a batch, the source lines of its docu
 
 _WINDOW_BATCHES = 16  # sorted together: wider pads less, and makes batches less mixed in length
 _PACKING_ROWS = 32  # open at once, at least: more waste less, and reorder more
+# grain's own endless repeat overflows in batches of one: sys.maxsize does not survive its division.
+_ENDLESS_EXAMPLES = 2**50
 
 
 class Batches:
@@ -125,7 +127,7 @@ def make_batches(
     indices = grain.MapDataset.range(len(examples))
     if shuffle:
         indices = indices.shuffle(seed=mixed_seed)
-    indices = indices.repeat(epochs)
+    indices = indices.repeat(epochs or _ENDLESS_EXAMPLES // len(examples))
     lengths = [len(example.ids) - 1 for example in examples]
     if pack:
         rows = _packed_rows(indices, lengths, batch_size, seq_len, mixed_seed, shuffle)
@@ -146,9 +148,7 @@ def eval_batches(
     buckets: Sequence[int] = (),
 ) -> Iterator[tuple[Batch, Lines]]:
     """One pass over every example, always in the same order; the last batch has empty rows."""
-    return make_batches(
-        examples, batch_size, seq_len, 0, pack=pack, buckets=buckets, epochs=1, shuffle=False
-    )
+    return make_batches(examples, batch_size, seq_len, 0, pack=pack, buckets=buckets, epochs=1, shuffle=False)
 
 
 def power_of_two_buckets(seq_len: int, smallest: int = 32) -> tuple[int, ...]:
@@ -211,8 +211,7 @@ def _bucketed_rows(
     def cut(window: list[int], rng: np.random.Generator) -> list[list[list[int]]]:
         by_length = sorted(window, key=lengths.__getitem__)
         batches = [
-            _single_rows(by_length[start : start + batch_size])
-            for start in range(0, len(by_length), batch_size)
+            _single_rows(by_length[start : start + batch_size]) for start in range(0, len(by_length), batch_size)
         ]
         return [batches[i] for i in rng.permutation(len(batches))] if shuffle else batches
 
@@ -287,9 +286,7 @@ def _check(
     if pack and buckets:
         raise InputError("packing fills rows of the sequence length: give either pack or buckets")
     if any(width < 1 or width > seq_len for width in buckets):
-        raise InputError(
-            f"buckets must lie between 1 and the sequence length {seq_len}, got {tuple(buckets)}"
-        )
+        raise InputError(f"buckets must lie between 1 and the sequence length {seq_len}, got {tuple(buckets)}")
     longest = max(examples, key=lambda example: len(example.ids))
     if len(longest.ids) - 1 > seq_len:
         raise InputError(

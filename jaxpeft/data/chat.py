@@ -75,24 +75,37 @@ def render_chat(messages: Messages, tokenizer: "PreTrainedTokenizerBase", where:
     Raises:
       InputError: the template refuses the conversation, or is not prefix-consistent on it.
     """
-    full = _apply(tokenizer, messages, where, tokenize=False)
+
+    def render(first: int, **options: bool) -> str:
+        return _apply(tokenizer, messages[:first], where, tokenize=False, **options)
+
+    full = render(len(messages))
     spans = []
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = _apply(tokenizer, messages[:i], where, tokenize=False, add_generation_prompt=True)
-        upto = full
-        if i + 1 < len(messages):
-            upto = _apply(tokenizer, messages[: i + 1], where, tokenize=False)
-        end = _turn_end(full, len(before), upto, message["content"].strip())
-        if not full.startswith(before) or end is None:
+        content, upto = message["content"].strip(), render(i + 1)
+        if i == 0:
+            prompt = render(1, add_generation_prompt=True).removeprefix(upto)
+            start = _opening_turn_start(full, prompt, content)
+        else:
+            before = render(i, add_generation_prompt=True)
+            start = len(before) if full.startswith(before) else None
+        end = None if start is None else _turn_end(full, start, upto, content)
+        if start is None or end is None:
             raise InputError(
                 f"{where}: the chat template writes messages[{i}] differently once later messages"
                 " follow, so its tokens cannot be told apart: mark the assistant's words in the"
                 " template with {% generation %} ... {% endgeneration %}, or split the conversation"
             )
-        spans.append((len(before), end))
+        spans.append((start, end))
     return Chat(full, tuple(spans))
+
+
+def _opening_turn_start(full: str, generation_prompt: str, content: str) -> int | None:
+    """Where an assistant turn that opens the conversation starts: there is no prefix to render."""
+    found = full.find(generation_prompt or content)
+    return found + len(generation_prompt) if found >= 0 else None
 
 
 def _turn_end(full: str, start: int, upto: str, content: str) -> int | None:
@@ -107,9 +120,7 @@ def _turn_end(full: str, start: int, upto: str, content: str) -> int | None:
     return found + len(tail) if found >= 0 else None
 
 
-def _apply(
-    tokenizer: "PreTrainedTokenizerBase", messages: Messages, where: str, **options: bool
-) -> Any:
+def _apply(tokenizer: "PreTrainedTokenizerBase", messages: Messages, where: str, **options: Any) -> Any:
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:

@@ -15,7 +15,7 @@ a token counts as completion if any of its characters is in an assistant turn.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,21 +37,14 @@ class Encoded(NamedTuple):
     completion: npt.NDArray[np.bool_]
 
 
-def starts_with_bos(tokenizer: "PreTrainedTokenizerBase") -> bool:
-    """Whether the tokenizer puts its BOS before a text by itself."""
-    ids = tokenizer("a")["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
 def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
     """The ids that a prompt has in training: what to give the model to generate from."""
-    bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
-    return bos + _tokenize([prompt], tokenizer)[0]
+    return _bos(tokenizer) + _tokenize([prompt], tokenizer)[0]
 
 
 def encode_texts(rows: Sequence[Text], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
     """Token ids and masks of text rows, in their order."""
-    bos = [tokenizer.bos_token_id] if starts_with_bos(tokenizer) else []
+    bos = _bos(tokenizer)
     eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     prompts = _tokenize([row.prompt for row in rows], tokenizer)
     completions = _tokenize([row.completion for row in rows], tokenizer)
@@ -77,21 +70,23 @@ def encode_chats(rows: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase") -> 
     )
     return [
         Encoded(np.array(ids, np.int32), _overlaps(offsets, row.spans))
-        for row, ids, offsets in zip(
-            rows, encoded["input_ids"], encoded["offset_mapping"], strict=True
-        )
+        for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
 
 
-def _overlaps(
-    offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
-) -> npt.NDArray[np.bool_]:
+def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
     """(n,) bool: which tokens, given as [first, end) characters, share one with a span."""
     first, end = np.array(offsets, np.int64).reshape(-1, 2).T
     mask = np.zeros(len(first), np.bool_)
     for span_first, span_end in spans:
         mask |= (first < span_end) & (end > span_first)
     return mask
+
+
+def _bos(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
+    """[BOS] if the tokenizer puts its BOS before a text by itself, else []."""
+    bos = tokenizer.bos_token_id
+    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
 
 
 def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

@@ -61,10 +61,7 @@ class Report:
     def summary(self) -> str:
         """One line for people; what did not happen is left out."""
         shapes = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items()))
-        parts = [
-            f"{self.examples} examples ({shapes}) with {self.positions} tokens,"
-            f" {self.target_tokens} trained on"
-        ]
+        parts = [f"{self.examples} examples ({shapes}) with {self.positions} tokens, {self.target_tokens} trained on"]
         if self.truncated:
             parts.append(f"{self.truncated} truncated")
         if self.dropped_too_long:
@@ -153,9 +150,7 @@ def _read_rows(
             try:
                 if template == "marked":
                     ids, mask = tokenize_marked(content.messages, tokenizer, where)
-                    row: Text | Chat | Encoded = Encoded(
-                        np.array(ids, np.int32), np.array(mask, np.bool_)
-                    )
+                    row: Text | Chat | Encoded = Encoded(np.array(ids, np.int32), np.array(mask, np.bool_))
                 else:
                     row = render_chat(content.messages, tokenizer, where)
             except InputError as error:
@@ -174,9 +169,7 @@ def _bad_line(error: InputError, skip_bad_lines: bool, report: Report) -> None:
     report.first_bad_line = report.first_bad_line or str(error)
 
 
-def _encode(
-    rows: Sequence[_Row], tokenizer: "PreTrainedTokenizerBase"
-) -> Iterable[tuple[int, Encoded]]:
+def _encode(rows: Sequence[_Row], tokenizer: "PreTrainedTokenizerBase") -> Iterable[tuple[int, Encoded]]:
     """(line, ids and mask) in the rows' order, with one tokenizer call for each kind of row."""
     texts = [row.content for row in rows if isinstance(row.content, Text)]
     chats = [row.content for row in rows if isinstance(row.content, Chat)]

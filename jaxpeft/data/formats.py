@@ -57,9 +57,7 @@ def read_record(record: dict[str, Any], where: str) -> tuple[Format, Text | Conv
     if "messages" in record:
         return "messages", Conversation(_messages(record["messages"], where))
     if "prompt" in record and "completion" in record:
-        return "prompt/completion", Text(
-            _string(record, "prompt", where), _string(record, "completion", where)
-        )
+        return "prompt/completion", Text(_string(record, "prompt", where), _string(record, "completion", where))
     if "instruction" in record and "output" in record:
         instruction = _string(record, "instruction", where)
         input = "" if record.get("input") is None else _string(record, "input", where)
@@ -81,12 +79,8 @@ def _string(record: dict[str, Any], field: str, where: str, path: str = "") -> s
         raise InputError(f"{where}: field {name} must be a string, found {json_type(value)}")
     try:
         value.encode("utf-8")
-    except (
-        UnicodeEncodeError
-    ) as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
-        raise InputError(
-            f"{where}: field {name} holds an unpaired surrogate at character {error.start + 1}"
-        ) from error
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
+        raise InputError(f"{where}: field {name} holds an unpaired surrogate at character {error.start + 1}") from error
     return value
 
 
@@ -101,7 +95,5 @@ def _messages(value: object, where: str) -> list[dict[str, Any]]:
             _string(message, field, where, path + ".")
     if not any(message["role"] == "assistant" for message in value):
         roles = ", ".join(message["role"] for message in value) or "none"
-        raise InputError(
-            f"{where}: messages must have a turn whose role is assistant; roles found: {roles}"
-        )
+        raise InputError(f"{where}: messages must have a turn whose role is assistant; roles found: {roles}")
     return cast(list[dict[str, Any]], value)

@@ -49,23 +49,15 @@ def parse_line(raw: bytes, where: str) -> dict[str, Any]:
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}"
-        ) from error
+        raise InputError(f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}") from error
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise InputError(
-            f"{where}: not JSON: {error.msg} at column {error.colno}: {_excerpt(text)}"
-        ) from error
+        raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}: {_excerpt(text)}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number too long
-        raise InputError(
-            f"{where}: JSON that cannot be read ({error}): {_excerpt(text)}"
-        ) from error
+        raise InputError(f"{where}: JSON that cannot be read ({error}): {_excerpt(text)}") from error
     if not isinstance(record, dict):
-        raise InputError(
-            f"{where}: must be a JSON object, found {json_type(record)}: {_excerpt(text)}"
-        )
+        raise InputError(f"{where}: must be a JSON object, found {json_type(record)}: {_excerpt(text)}")
     return record
 
 
