@@ -8,11 +8,12 @@
     update     optax transform -> optax transform           GaLore, LISA, SpIEL, learning-rate groups
     merge      params -> params                             everything that folds back into the base
 
-`trainable` differentiates structurally: `tree.split` makes two flat dicts of the parameters and the loss is differentiated with
-respect to the first only. State between steps lives in one place, the optimizer state: a method that needs some adds an optax
-transform in `update`, and its `gradient` slot reads it from the `opt_state` that it is handed
-(`optax.tree_utils.tree_get(opt_state, "field")`). What a `gradient` slot has to say to `update` it puts into `aux`, which every
-update receives as the extra argument `aux`. docs/contract.md writes ten methods of the literature in these slots.
+`trainable` differentiates structurally: `tree.split` makes two flat dicts of the parameters and the loss is
+differentiated with respect to the first only. State between steps lives in one place, the optimizer state: a method
+that needs some adds an optax transform in `update`, and its `gradient` slot reads it from the `opt_state` that it is
+handed (`optax.tree_utils.tree_get(opt_state, "field")`). What a `gradient` slot has to say to `update` it puts into
+`aux`, which every update receives as the extra argument `aux`. docs/contract.md writes ten methods of the literature
+in these slots.
 """
 
 from __future__ import annotations
@@ -100,9 +101,7 @@ def chain(*methods: Method) -> Method:
     )
 
 
-def setup(
-    method: Method, base: Model, params: Mapping[str, Any], key: jax.Array
-) -> tuple[Model, tree.Flat, tree.Flat]:
+def setup(method: Method, base: Model, params: Mapping[str, Any], key: jax.Array) -> tuple[Model, tree.Flat, tree.Flat]:
     """Puts a method on a model.
 
     Args:
@@ -112,8 +111,8 @@ def setup(
       key: PRNG key for the parameters that the method adds.
 
     Returns:
-      (model, trainable, frozen): the adapted model; flat dicts. Floating trainable leaves are float32 (the models cast them to the
-      compute dtype where they are used); frozen leaves keep their dtype.
+      (model, trainable, frozen): the adapted model; flat dicts. Floating trainable leaves are float32 (the models
+      cast them to the compute dtype where they are used); frozen leaves keep their dtype.
 
     Raises:
       InputError: if nothing would train.
@@ -123,9 +122,7 @@ def setup(
     trainable, frozen = tree.split(params, method.trainable)
     if not trainable:
         names = ", ".join(spec.name for spec in method.specs) or "method"
-        raise InputError(
-            f"{names}: no parameter is trainable; the model has {', '.join(sorted(frozen)[:6])}, ..."
-        )
+        raise InputError(f"{names}: no parameter is trainable; the model has {', '.join(sorted(frozen)[:6])}, ...")
     return model, {path: as_master(leaf) for path, leaf in trainable.items()}, frozen
 
 
@@ -140,11 +137,7 @@ def as_master(leaf: jax.Array) -> jax.Array:
 def names() -> list[str]:
     """Every method's name: the files of `jaxpeft.methods`."""
     package = importlib.import_module("jaxpeft.methods")
-    return sorted(
-        info.name
-        for info in pkgutil.iter_modules(package.__path__)
-        if not info.name.startswith("_")
-    )
+    return sorted(info.name for info in pkgutil.iter_modules(package.__path__) if not info.name.startswith("_"))
 
 
 def module(name: str) -> ModuleType:
@@ -154,9 +147,7 @@ def module(name: str) -> ModuleType:
       InputError: for an unknown name, with the nearest ones.
     """
     if name not in names():
-        raise InputError(
-            f"unknown method {name!r}; nearest: {tree.nearest(name, names())} (see `jaxpeft methods`)"
-        )
+        raise InputError(f"unknown method {name!r}; nearest: {tree.nearest(name, names())} (see `jaxpeft methods`)")
     return importlib.import_module(f"jaxpeft.methods.{name}")
 
 

@@ -4,17 +4,17 @@ A model is a stack: `embed`, one `block` whose parameters are stacked over layer
 
     logits = head(params, run(stack, params, batch))        run = scan over layers by default
 
-Methods change a stack by replacing its functions: adapters wrap `block`, prompts wrap `embed`, a reversible or a side network
-replaces `run`, a memory plan wraps `block` in `jax.checkpoint`. As `run` takes the stack that it runs, these changes compose in any
-order. A Flax module of any other shape is a stack with no layers (`from_linen`, `from_nnx`).
+Methods change a stack by replacing its functions: adapters wrap `block`, prompts wrap `embed`, a reversible or a side
+network replaces `run`, a memory plan wraps `block` in `jax.checkpoint`. As `run` takes the stack that it runs, these
+changes compose in any order. A Flax module of any other shape is a stack with no layers (`from_linen`, `from_nnx`).
 
-What all layers of one forward pass share travels in the context `ctx`, a dict of arrays (and so a pytree that a `custom_vjp` can
-take as an argument):
+What all layers of one forward pass share travels in the context `ctx`, a dict of arrays (and so a pytree that a
+`custom_vjp` can take as an argument):
 
     positions (B, S) int32, segment_ids (B, S) int32    as in the batch
     layer () int32                                      set by `run`
-    key                                                 PRNG key of this layer; absent when the forward pass is deterministic
-    ... and whatever the family's `embed` adds (rotary tables, window sizes)
+    key                                                 PRNG key of this layer; absent when the forward pass is
+    deterministic ... and whatever the family's `embed` adds (rotary tables, window sizes)
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stack(NamedTuple):
     """A model as the functions that methods see.
 
     embed: (params, batch, key) -> (x, ctx)                     x (B, S, d) in the compute dtype
-    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters and cache (None when not decoding)
+    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters and cache, or None
     head:  (params, x) -> logits float32 (..., V)               final norm and unembedding, for any leading axes
     run:   (stack, params, batch, key, cache) -> (x, cache)     embed and all layers
     """
@@ -50,8 +50,8 @@ class Stack(NamedTuple):
 class Model(NamedTuple):
     """A pure-function model.
 
-    init: (key, params) -> params; creates whatever the model needs and `params` lacks, and keeps the rest. `init(key, {})` is a
-      freshly initialised model; given pretrained parameters an adapted model adds only its adapters.
+    init: (key, params) -> params; creates whatever the model needs and `params` lacks, and keeps the rest.
+      `init(key, {})` is a freshly initialised model; given pretrained parameters an adapted model adds its adapters.
     stack: the functions that compute it.
     config: the family's frozen configuration, or None.
     """
@@ -118,9 +118,7 @@ def _opaque(apply: Callable[..., Any]) -> Stack:
         return apply(params, batch, key), {}
 
     def block(layer, x, ctx, cache, segment):
-        raise NotImplementedError(
-            "this model shows no layers; methods on the stack need one of jaxpeft.models"
-        )
+        raise NotImplementedError("this model shows no layers; methods on the stack need one of jaxpeft.models")
 
     def run(stack, params, batch, key=None, cache=None):
         if cache is not None:
@@ -156,8 +154,8 @@ def from_linen(module: nn.Module, example: Batch, method: Callable | str | None 
 def from_nnx(module: Any) -> tuple[Model, tree.Params]:
     """(Model, params) of any NNX module called as `module(**batch)`, through `nnx.split` and `nnx.merge`.
 
-    Its parameters come back as a nested dict; full fine-tuning and methods on gradients and updates apply, site adapters do not
-    (NNX has no interceptors).
+    Its parameters come back as a nested dict; full fine-tuning and methods on gradients and updates apply, site
+    adapters do not (NNX has no interceptors).
     """
     from flax import nnx
 

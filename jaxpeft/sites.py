@@ -1,15 +1,16 @@
 """Adapters at linear sites.
 
-A site is one linear map, named by the path of its kernel: `layers/self_attn/q_proj` holds `layers/self_attn/q_proj/kernel`. An
-adapter is a Flax module called as `adapter(x, kernel) -> y` in place of the product `x @ kernel`; it owns its parameters in a child
-scope of the site, called by the adapter's `name`: `layers/self_attn/q_proj/lora/a`.
+A site is one linear map, named by the path of its kernel: `layers/self_attn/q_proj` holds
+`layers/self_attn/q_proj/kernel`. An adapter is a Flax module called as `adapter(x, kernel) -> y` in place of the
+product `x @ kernel`; it owns its parameters in a child scope of the site, called by the adapter's `name`:
+`layers/self_attn/q_proj/lora/a`.
 
-Which sites are adapted is written once, in the parameters: `init` adds the child scope at every site that `adapter_for` chooses, and the
-forward pass adapts the sites that have it.
+Which sites are adapted is written once, in the parameters: `init` adds the child scope at every site that
+`adapter_for` chooses, and the forward pass adapts the sites that have it.
 
-A Linen interceptor does the forward part. It is entered inside the stack's functions, because a backward pass that traces them again
-(`custom_vjp`, `jax.checkpoint`) would otherwise run the model without its adapters. Adapters use `self.param`, never an `nn.Dense`, which
-the interceptor would catch as well.
+A Linen interceptor does the forward part. It is entered inside the stack's functions, because a backward pass that
+traces them again (`custom_vjp`, `jax.checkpoint`) would otherwise run the model without its adapters. Adapters use
+`self.param`, never an `nn.Dense`, which the interceptor would catch as well.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
 
     Args:
       params: nested parameters; a site is every path with a `kernel` of two axes (three with the layer axis).
-      targets: "all-linear" (every linear map of the layers, not the head), "attention", "mlp", a regular expression found in the site's
-        path (`re.search`), or names that sites end with, as in PEFT's `target_modules` (`["q_proj", "v_proj"]`).
+      targets: "all-linear" (every linear map of the layers, not the head), "attention", "mlp", a regular expression
+        found in the site's path (`re.search`), or names that sites end with, as in PEFT's `target_modules`
+        (`["q_proj", "v_proj"]`).
 
     Raises:
       InputError: if a target matches no site, with the nearest names.
@@ -59,21 +61,13 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
     chosen: set[str] = set()
     for i, pattern in enumerate(wanted):
         try:
-            found = {
-                site
-                for site in sites
-                if re.search(pattern, tree.canonical(site)) or re.search(pattern, site)
-            }
+            found = {site for site in sites if re.search(pattern, tree.canonical(site)) or re.search(pattern, site)}
         except re.error as error:
             raise InputError(f"targets {stray[i]!r}: not a regular expression ({error})") from None
         if not found:
-            leaves = [site.rsplit("/", 1)[-1] for site in sites] + sorted(
-                {tree.canonical(site) for site in sites}
-            )
+            leaves = [site.rsplit("/", 1)[-1] for site in sites] + sorted({tree.canonical(site) for site in sites})
             what = stray[i] if stray else targets
-            raise InputError(
-                f"targets {what!r}: matches no linear site; nearest: {tree.nearest(what, leaves)}"
-            )
+            raise InputError(f"targets {what!r}: matches no linear site; nearest: {tree.nearest(what, leaves)}")
         chosen |= found
     return sorted(chosen)
 
@@ -86,9 +80,7 @@ def first_match(patterns: Mapping[str, Any], site: str, default: Any) -> Any:
     return default
 
 
-def attach(
-    model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[tree.Params], list[str]]
-) -> Model:
+def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[tree.Params], list[str]]) -> Model:
     """The model with adapters at the sites that `choose(params)` names.
 
     Args:
@@ -110,9 +102,7 @@ def attach(
             kernel = flat[f"{site}/kernel"]
             site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))
             fresh = _init(adapter_for(site), site_key, kernel, tree.stacked(site))
-            flat.update(
-                {f"{site}/{name}/{leaf}": value for leaf, value in tree.flatten(fresh).items()}
-            )
+            flat.update({f"{site}/{name}/{leaf}": value for leaf, value in tree.flatten(fresh).items()})
         return tree.unflatten(flat)
 
     def intercepted(function, prefix=""):

@@ -1,8 +1,8 @@
 """Parameters as flat `{path: leaf}` dicts: match, split, combine, cut.
 
-A path joins the keys of a nested dict with "/": `layers/self_attn/q_proj/kernel`. Layers are stacked on axis 0 of one subtree, a
-*segment*: `layers`. A stack can be cut, so that its parts are treated differently; the segments are then called by their range of
-layers: `layers_0_24` and `layers_24_32`.
+A path joins the keys of a nested dict with "/": `layers/self_attn/q_proj/kernel`. Layers are stacked on axis 0 of one
+subtree, a *segment*: `layers`. A stack can be cut, so that its parts are treated differently; the segments are then
+called by their range of layers: `layers_0_24` and `layers_24_32`.
 """
 
 from __future__ import annotations
@@ -73,9 +73,7 @@ def match(pattern: str, paths: Iterable[str]) -> list[str]:
 def nearest(word: str, words: Iterable[str], count: int = 3) -> str:
     """The words most like `word`, joined for an error message."""
     words = list(dict.fromkeys(words))
-    return ", ".join(
-        difflib.get_close_matches(word, words, n=count, cutoff=0.3) or sorted(words)[:count]
-    )
+    return ", ".join(difflib.get_close_matches(word, words, n=count, cutoff=0.3) or sorted(words)[:count])
 
 
 # Segments: stacks of consecutive layers.
@@ -120,9 +118,7 @@ def join_layers(params: Mapping[str, Any]) -> Params:
     if len(keys) <= 1:
         return dict(params)
     result = {key: value for key, value in params.items() if key not in keys}
-    result["layers"] = jax.tree.map(
-        lambda *parts: jnp.concatenate(parts), *(params[key] for key in keys)
-    )
+    result["layers"] = jax.tree.map(lambda *parts: jnp.concatenate(parts), *(params[key] for key in keys))
     return result
 
 

@@ -234,21 +234,24 @@ def _packed_rows(
     seed: int,
     shuffle: bool,
 ) -> "grain.IterDataset[list[list[int]]]":
-    """Rows of several examples by first fit; grain's packer sees each as a run of empty slots."""
+    """Rows of several examples by first fit; grain packs runs of an example's own index."""
 
-    def slots(index: int) -> dict[str, Any]:
-        return {"slots": np.zeros(lengths[index], np.bool_), "index": index}
+    def run(index: int) -> dict[str, Any]:
+        return {"index": np.full(lengths[index], index, np.int64)}
+
+    def documents(row: dict[str, Any]) -> list[int]:
+        starts = (row["index_positions"] == 0) & (row["index_segment_ids"] > 0)
+        return [int(index) for index in row["index"][starts]]
 
     packed = grain.experimental.FirstFitPackIterDataset(
-        _in_memory(indices.map(slots)),
-        length_struct={"slots": seq_len},
+        _in_memory(indices.map(run)),
+        length_struct={"index": seq_len},
         # A multiple of the batch size, so that a finite run has one short batch at most.
         num_packing_bins=batch_size * -(-_PACKING_ROWS // batch_size),
         seed=seed,
         shuffle_bins=shuffle,
-        meta_features=("index",),
     )
-    return packed.map(lambda row: [int(i) for i in row["index"]]).batch(batch_size, batch_fn=list)
+    return packed.map(documents).batch(batch_size, batch_fn=list)
 
 
 def _in_memory(dataset: "grain.MapDataset[Any]") -> "grain.IterDataset[Any]":

@@ -2,9 +2,9 @@
 
     W <- W + update(dL/dW)        for every path that `which` chooses
 
-Parts are chosen by path, so bias-only tuning (Ben Zaken et al. 2022, arXiv:2106.10199), norms, the head, or the last k layers are the
-same method. The last k layers are a segment of their own: `prepare` cuts the stack and only that segment is differentiated, so the
-layers below keep nothing for weight gradients.
+Parts are chosen by path, so bias-only tuning (Ben Zaken et al. 2022, arXiv:2106.10199), norms, the head, or the last
+k layers are the same method. The last k layers are a segment of their own: `prepare` cuts the stack and only that
+segment is differentiated, so the layers below keep nothing for weight gradients.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def full(which: str = "all") -> Method:
     """Full fine-tuning of the parameters that `which` names.
 
     Args:
-      which: "all", "biases", "norms", "head", "embeddings", "last:K" (the last K layers), or a regular expression found in the path.
+      which: "all", "biases", "norms", "head", "embeddings", "last:K" (the last K layers), or a regular expression
+        found in the path.
 
     Returns:
       The method. With "last:K" the parameters come in two segments (`tree.join_layers` undoes it, and so does `merge`).

@@ -1,16 +1,18 @@
 """LoRA: a low-rank update beside each frozen kernel.
 
-    y = x W + s (drop(x) A) B        x (..., n), W (n, m) frozen, A (n, r), B (r, m), s = alpha / r, rsLoRA: alpha / sqrt(r)
+    y = x W + s (drop(x) A) B        x (..., n), W (n, m) frozen, A (n, r), B (r, m)
+    s = alpha / r, with rsLoRA alpha / sqrt(r)
 
-A is random and B zero, so the adapted model starts at the base. Kept for the backward pass: x (shared by the sites that read it) and
-x A; with dropout also the mask and the dropped copy.
+A is random and B zero, so the adapted model starts at the base. Kept for the backward pass: x (shared by the sites
+that read it) and x A; with dropout also the mask and the dropped copy.
 
-Paper: Hu et al. 2021, "LoRA", arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+ (`lr_ratio`): Hayou et al. 2024,
-arXiv:2402.12354. PiSSA (`init="pissa"`): Meng et al. 2024, arXiv:2404.02948: A, B are the principal part of W's singular value
-decomposition, W keeps the rest, and the sum starts at the base up to the rounding of W.
+Paper: Hu et al. 2021, "LoRA", arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+ (`lr_ratio`):
+Hayou et al. 2024, arXiv:2402.12354. PiSSA (`init="pissa"`): Meng et al. 2024, arXiv:2404.02948: A, B are the principal
+part of W's singular value decomposition, W keeps the rest, and the sum starts at the base up to the rounding of W.
 
-Deviations: masters are float32 and cast to the stream's dtype for the product (PEFT casts the input to float32 and keeps that copy). PiSSA
-keeps its start (A0, B0) beside A, B so that the adapter can be exported for the *original* base as ordinary LoRA of rank 2r.
+Deviations: masters are float32 and cast to the stream's dtype for the product (PEFT casts the input to float32 and
+keeps that copy). PiSSA keeps its start (A0, B0) beside A, B so that the adapter can be exported for the *original*
+base as ordinary LoRA of rank 2r.
 """
 
 from __future__ import annotations
@@ -109,14 +111,10 @@ def check_kernel(name: str, site: str, rank: int, kernel: Any) -> None:
     """Refuses a rank above the kernel's smaller side."""
     n, m = kernel.shape[-2:]
     if rank > min(n, m):
-        raise InputError(
-            f"{name}: rank {rank} is above the smaller side of {site}, a kernel of {n} x {m}"
-        )
+        raise InputError(f"{name}: rank {rank} is above the smaller side of {site}, a kernel of {n} x {m}")
 
 
-def chosen_sites(
-    name: str, targets: Targets, rank_of: Callable[[str], int]
-) -> Callable[[tree.Params], list[str]]:
+def chosen_sites(name: str, targets: Targets, rank_of: Callable[[str], int]) -> Callable[[tree.Params], list[str]]:
     """params -> the sites that targets choose, each checked against its rank."""
 
     def choose(params):
@@ -157,9 +155,10 @@ def lora(
       The method; it trains `<site>/lora/a` (L, n, r) and `<site>/lora/b` (L, r, m).
 
     Raises:
-      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init, a rate outside [0, 1), or targets that match nothing.
+      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init, a rate outside [0, 1), or
+        targets that match nothing.
     """
-    config = {key: value for key, value in locals().items()}
+    config = dict(locals())
     check_rank("lora", rank)
     if init not in (*INITS, "pissa"):
         raise InputError(f"lora: init {init!r} is not one of {', '.join((*INITS, 'pissa'))}")
@@ -196,9 +195,7 @@ def lora(
         forward=lambda model: sites.attach(model, "lora", adapter, choose),
         trainable=lambda path: path.endswith(("/lora/a", "/lora/b")),
         update=update if lr_ratio != 1 else lambda optimizer: optimizer,
-        merge=lambda params: fold(
-            params, "lora", scale, lambda leaves, n: (leaves["a"], leaves["b"])
-        ),
+        merge=lambda params: fold(params, "lora", scale, lambda leaves, n: (leaves["a"], leaves["b"])),
         specs=(Spec("lora", config),),
     )
 
@@ -217,11 +214,7 @@ def fold(
     marker = f"/{scope}/"
     merged = {path: leaf for path, leaf in flat.items() if marker not in path}
     for site in sorted({path.split(marker)[0] for path in flat if marker in path}):
-        leaves = {
-            path.rsplit("/", 1)[1]: leaf
-            for path, leaf in flat.items()
-            if path.startswith(site + marker)
-        }
+        leaves = {path.rsplit("/", 1)[1]: leaf for path, leaf in flat.items() if path.startswith(site + marker)}
         kernel = merged[f"{site}/kernel"]
         a, b = factors(leaves, kernel.shape[-2])
         delta = scale(site) * jnp.matmul(a, b, precision="highest")
@@ -245,9 +238,7 @@ def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.
 # Hugging Face PEFT: lora_A.weight = A^T, lora_B.weight = B^T, per layer.
 
 
-def peft_factors(
-    config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int
-) -> tuple[jax.Array, jax.Array]:
+def peft_factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int) -> tuple[jax.Array, jax.Array]:
     """A (..., n, r) and B (..., r, m) for the original base. PiSSA's are [A, A0] and [B; -B0]."""
     del config, inputs
     if "a0" not in leaves:

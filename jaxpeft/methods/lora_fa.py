@@ -3,19 +3,20 @@
     y = x W + s (x A) B        x (..., n), W (n, m) and A (n, r) frozen, B (r, m) trainable, s = alpha / r
     dB = s (x A)^T dy,  dx = dy W^T + s (dy B^T) A^T
 
-Only x A is kept for the backward pass: r numbers per token instead of n + r. A is stored, or made again from a 4-byte seed in both passes
-(`store_a=False`).
+Only x A is kept for the backward pass: r numbers per token instead of n + r. A is stored, or made again from a 4-byte
+seed in both passes (`store_a=False`).
 
 Projected form: a step on B moves W by s A dB. The step whose effect is nearest to the gradient of the whole W,
 argmin_g || s A g - dW ||_F, is
 
     g = (A^T A)^-1 dB / s^2
 
-which needs the r x r Gram matrix only. With orthonormal A (`init="orthonormal"`) it is dB up to the factor, which Adam ignores.
+which needs the r x r Gram matrix only. With orthonormal A (`init="orthonormal"`) it is dB up to the factor, which
+Adam ignores.
 
-Paper: Zhang et al. 2023, "LoRA-FA", arXiv:2308.03303; the projected form as in PEFT's LoRA-FA optimizer. Deviations: the Gram matrix is
-computed in each step (n r^2 operations per site, nothing beside the step); the projection comes before the optimizer's clipping, where
-PEFT clips first. Dropout is on x A, where it needs no copy and no mask of x.
+Paper: Zhang et al. 2023, "LoRA-FA", arXiv:2308.03303; the projected form as in PEFT's LoRA-FA optimizer. Deviations:
+the Gram matrix is computed in each step (n r^2 operations per site, nothing beside the step); the projection comes
+before the optimizer's clipping, where PEFT clips first. Dropout is on x A, where it needs no copy and no mask of x.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import sites, tree
+from jaxpeft import sites
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Objective, Spec
 from jaxpeft.methods import lora as _lora
@@ -61,9 +62,9 @@ class LoRAFA(nn.Module):
         else:
             seed = self.param("seed", lambda key: jax.random.bits(key, (), jnp.uint32))
             # Checkpointed, so that the backward pass makes A again instead of keeping it.
-            low = jax.checkpoint(
-                lambda x, seed: x @ regenerate(seed, n, self.rank, self.init_a).astype(x.dtype)
-            )(x, seed)
+            low = jax.checkpoint(lambda x, seed: x @ regenerate(seed, n, self.rank, self.init_a).astype(x.dtype))(
+                x, seed
+            )
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
         if self.dropout and self.has_rng("dropout"):
             low = _lora.drop(low, self.dropout, self.make_rng("dropout"))
@@ -106,9 +107,10 @@ def lora_fa(
       The method; it trains `<site>/lora_fa/b` (L, r, m).
 
     Raises:
-      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init, a rate outside [0, 1), or targets that match nothing.
+      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init, a rate outside [0, 1), or
+        targets that match nothing.
     """
-    config = {key: value for key, value in locals().items()}
+    config = dict(locals())
     _lora.check_rank("lora_fa", rank)
     if init not in _lora.INITS:
         raise InputError(f"lora_fa: init {init!r} is not one of {', '.join(_lora.INITS)}")
@@ -157,9 +159,7 @@ def project(a: jax.Array, d_b: jax.Array, scale: float) -> jax.Array:
 # Hugging Face PEFT: an ordinary LoRA checkpoint.
 
 
-def peft_factors(
-    config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int
-) -> tuple[jax.Array, jax.Array]:
+def peft_factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int) -> tuple[jax.Array, jax.Array]:
     """A (..., n, r), drawn again where only its seed is kept, and B (..., r, m)."""
     a = leaves.get("a")
     if a is None:

@@ -1,6 +1,7 @@
 """Model families by Hugging Face `model_type`.
 
-A family file has: MODEL_TYPES, a frozen configuration with `from_hf`, the NAMES table, `shapes`, and the function that makes the Model.
+A family file has: MODEL_TYPES, a frozen configuration with `from_hf`, the NAMES table, `shapes`, and the function
+that makes the Model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 from jaxpeft.errors import InputError
 from jaxpeft.models import decoder
 
-FAMILIES: dict[str, ModuleType] = {kind: decoder for kind in decoder.MODEL_TYPES}
+FAMILIES: dict[str, ModuleType] = dict.fromkeys(decoder.MODEL_TYPES, decoder)
 
 
 def family(config: Mapping[str, Any]) -> ModuleType:
@@ -23,7 +24,5 @@ def family(config: Mapping[str, Any]) -> ModuleType:
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise InputError(
-            f"config.json: unsupported model_type {kind!r}; supported: {', '.join(sorted(FAMILIES))}"
-        )
+        raise InputError(f"config.json: unsupported model_type {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind]

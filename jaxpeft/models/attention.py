@@ -2,10 +2,11 @@
 
     out[q] = sum_k softmax_k(scale * <query[q], key[k]>) value[k]      over the keys that q may see
 
-computed tile by tile with a running maximum and sum (Dao et al. 2022, "FlashAttention", arXiv:2205.14135; Rabe & Staats 2021,
-arXiv:2112.05682). The forward pass keeps its inputs, the output and one float32 log-sum-exp per query and head; the backward pass computes
-each tile of scores again. No array of queries x keys exists in either, masks included: a tile's mask comes from indices and segment
-ids. Causal tiles above the diagonal and tiles left of a sliding window are skipped.
+computed tile by tile with a running maximum and sum (Dao et al. 2022, "FlashAttention", arXiv:2205.14135; Rabe &
+Staats 2021, arXiv:2112.05682). The forward pass keeps its inputs, the output and one float32 log-sum-exp per query
+and head; the backward pass computes each tile of scores again. No array of queries x keys exists in either, masks
+included: a tile's mask comes from indices and segment ids. Causal tiles above the diagonal and tiles left of a
+sliding window are skipped.
 
 Shapes: B batch, S queries, K keys, H heads, N key-value heads (H = N * G), D head size.
 """
@@ -65,9 +66,7 @@ def attention(
         query_segment=jnp.pad(where.query_segment, ((0, 0), (0, pad_q))),
         key_segment=jnp.pad(where.key_segment, ((0, 0), (0, pad_k))),
     )
-    grouped = jnp.pad(query, ((0, 0), (0, pad_q), (0, 0), (0, 0))).reshape(
-        b, s + pad_q, n, h // n, d
-    )
+    grouped = jnp.pad(query, ((0, 0), (0, pad_q), (0, 0), (0, 0))).reshape(b, s + pad_q, n, h // n, d)
     key, value = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (key, value))
     out = _attend(grouped, key, value, where, scale, (tile_q, tile_k))
     return out.reshape(b, s + pad_q, h, d)[:, :s]
@@ -134,9 +133,7 @@ def _forward(query, key, value, where, scale, tiles):
             weights = jnp.where(scores > MASKED / 2, jnp.exp(scores - new_top[..., None]), 0.0)
             shrink = jnp.exp(top - new_top)
             v = _rows(value, j * tk, tk)
-            part = jnp.einsum(
-                "bngqk,bknd->bngqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
-            )
+            part = jnp.einsum("bngqk,bknd->bngqd", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
             return total * shrink + weights.sum(-1), new_top, acc * shrink[..., None] + part
 
         zeros = jnp.zeros((b, n, g, tq), jnp.float32)

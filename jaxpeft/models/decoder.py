@@ -1,7 +1,8 @@
 """Decoders of the Llama family: Llama 2, 3 and 3.x, Mistral, Qwen2 and 2.5, Qwen3.
 
-One block: x += attention(norm(x)); x += mlp(norm(x)). The members differ in what their configuration says: biases on q, k, v (Qwen2),
-norms on the heads of q and k (Qwen3), sliding windows (Mistral; Qwen2 by layer), rotary scaling (Llama 3.1 and later), tied embeddings.
+One block: x += attention(norm(x)); x += mlp(norm(x)). The members differ in what their configuration says: biases on
+q, k, v (Qwen2), norms on the heads of q and k (Qwen3), sliding windows (Mistral; Qwen2 by layer), rotary scaling
+(Llama 3.1 and later), tied embeddings.
 
 Parameters are called as in Hugging Face's checkpoints; NAMES is the whole translation.
 """
@@ -57,9 +58,7 @@ class DecoderConfig:
     rms_norm_eps: float
     max_position_embeddings: int
     rope_theta: float
-    rope_scaling: tuple[
-        tuple[str, Any], ...
-    ] = ()  # items of the scaling's dict, so that configurations hash
+    rope_scaling: tuple[tuple[str, Any], ...] = ()  # items of the scaling's dict, so that configurations hash
     qkv_bias: bool = False
     out_bias: bool = False
     mlp_bias: bool = False
@@ -79,18 +78,12 @@ class DecoderConfig:
         """
         kind = config.get("model_type")
         if kind not in MODEL_TYPES:
-            raise InputError(
-                f"config.json: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}"
-            )
+            raise InputError(f"config.json: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
         if (act := config.get("hidden_act", "silu")) != "silu":
-            raise InputError(
-                f"config.json: hidden_act {act!r} is not supported; these families use 'silu'"
-            )
+            raise InputError(f"config.json: hidden_act {act!r} is not supported; these families use 'silu'")
         try:
             heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-            rope = dict(config.get("rope_parameters") or {}) or dict(
-                config.get("rope_scaling") or {}
-            )
+            rope = dict(config.get("rope_parameters") or {}) or dict(config.get("rope_scaling") or {})
             theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
             bias = bool(config.get("attention_bias", False))
             eos = config.get("eos_token_id")
@@ -102,8 +95,7 @@ class DecoderConfig:
                 num_hidden_layers=layers,
                 num_attention_heads=heads,
                 num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim")
-                or (128 if kind == "qwen3" else config["hidden_size"] // heads),
+                head_dim=config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // heads),
                 rms_norm_eps=config.get("rms_norm_eps", 1e-6),
                 max_position_embeddings=config.get("max_position_embeddings", 2048),
                 rope_theta=float(theta),
@@ -145,9 +137,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         c = self.config
-        table = self.param(
-            "embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), c.dtype
-        )
+        table = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), c.dtype)
         return checkpoint_name(jnp.take(table, tokens, axis=0).astype(c.dtype), "embed_tokens")
 
 
@@ -157,9 +147,7 @@ class Block(nn.Module):
     config: DecoderConfig
 
     @nn.compact
-    def __call__(
-        self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None
-    ):
+    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
         c = self.config
         x = checkpoint_name(x, "block_input")
         attended, cache = Attention(
@@ -257,9 +245,7 @@ def decoder(config: DecoderConfig) -> Model:
 @functools.cache
 def shapes(config: DecoderConfig) -> tree.Flat:
     """`{path: ShapeDtypeStruct}` of every parameter; nothing is allocated."""
-    return tree.flatten(
-        jax.eval_shape(lambda key: decoder(config).init(key, {}), jax.random.key(0))
-    )
+    return tree.flatten(jax.eval_shape(lambda key: decoder(config).init(key, {}), jax.random.key(0)))
 
 
 def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict[str, jax.Array]:

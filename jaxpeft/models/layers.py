@@ -1,7 +1,8 @@
 """The only Dense, RMSNorm, rotary embedding and Attention of the library; each names what it computes.
 
-Every activation passes through `jax.ad_checkpoint.checkpoint_name`, so that a memory plan can say by name which are saved for the
-backward pass. Parameters are stored in `param_dtype`; computation is in the dtype of the stream, float32 inside norms and softmax.
+Every activation passes through `jax.ad_checkpoint.checkpoint_name`, so that a memory plan can say by name which are
+saved for the backward pass. Parameters are stored in `param_dtype`; computation is in the dtype of the stream,
+float32 inside norms and softmax.
 """
 
 from __future__ import annotations
@@ -29,16 +30,12 @@ class Dense(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         shape = (x.shape[-1], self.features)
         if self.has_variable("params", "kernel"):
-            kernel = self.get_variable(
-                "params", "kernel"
-            )  # a quantized kernel has no shape that `param` would accept
+            kernel = self.get_variable("params", "kernel")  # a quantized kernel has no shape that `param` would accept
         else:
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
         y = self.linear(x, kernel)
         if self.use_bias:
-            y = y + self.param(
-                "bias", nn.initializers.zeros, (self.features,), self.param_dtype
-            ).astype(y.dtype)
+            y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(y.dtype)
         return checkpoint_name(y, self.name or "dense")
 
     def linear(self, x: jax.Array, kernel: Any) -> jax.Array:
@@ -47,7 +44,10 @@ class Dense(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """y = x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32 (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """y = x / sqrt(mean(x^2) + epsilon) * scale over the last axis, in float32.
+
+    Zhang & Sennrich 2019, arXiv:1910.07467.
+    """
 
     epsilon: float
     param_dtype: Any = jnp.float32
@@ -60,16 +60,20 @@ class RMSNorm(nn.Module):
         return checkpoint_name(wide.astype(x.dtype) * scale.astype(x.dtype), self.name or "norm")
 
 
-def rotary_tables(
-    positions: jax.Array, frequencies: jax.Array, factor: float = 1.0
-) -> dict[str, jax.Array]:
-    """cos and sin, float32 (B, S, 1, D/2), of positions (B, S) times frequencies (D/2,); `factor` scales both (YaRN)."""
+def rotary_tables(positions: jax.Array, frequencies: jax.Array, factor: float = 1.0) -> dict[str, jax.Array]:
+    """cos and sin, float32 (B, S, 1, D/2), of positions (B, S) times frequencies (D/2,).
+
+    `factor` scales both (YaRN).
+    """
     angles = positions[..., None, None].astype(jnp.float32) * frequencies
     return {"cos": jnp.cos(angles) * factor, "sin": jnp.sin(angles) * factor}
 
 
 def rotate(x: jax.Array, tables: Mapping[str, jax.Array]) -> jax.Array:
-    """Rotary embedding of x (B, S, H, D), halves paired as in Hugging Face's Llama (Su et al. 2021, arXiv:2104.09864)."""
+    """Rotary embedding of x (B, S, H, D), halves paired as in Hugging Face's Llama.
+
+    Su et al. 2021, arXiv:2104.09864.
+    """
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = tables["cos"], tables["sin"]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
@@ -80,8 +84,8 @@ class Attention(nn.Module):
 
     `cache` holds earlier keys and values of this layer, in one of two forms:
       {"k", "v"} (B, P, N, D): a prefix that every query sees; it is only read.
-      {"k", "v", "segment_ids" (B, C), "index" ()}: a buffer of C slots. The new keys are written from slot `index` on; it comes back
-      updated. Slots 0.. are in the order of the text; unwritten slots have segment id 0.
+      {"k", "v", "segment_ids" (B, C), "index" ()}: a buffer of C slots. The new keys are written from slot `index`
+      on; it comes back updated. Slots 0.. are in the order of the text; unwritten slots have segment id 0.
     """
 
     num_heads: int
@@ -132,9 +136,7 @@ def _with_cache(k, v, where, cache):
             key_index=jnp.concatenate([jnp.zeros(prefix, jnp.int32), where.key_index]),
             key_segment=jnp.concatenate([every, where.key_segment], axis=1),
         )
-        k, v = (
-            jnp.concatenate([cache[name].astype(x.dtype), x], 1) for name, x in (("k", k), ("v", v))
-        )
+        k, v = (jnp.concatenate([cache[name].astype(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
         return k, v, where, cache
     start = cache["index"]
     k, v, segments = (

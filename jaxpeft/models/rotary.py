@@ -3,8 +3,9 @@
 Base frequencies: f_i = theta^(-2i/D), i = 0 .. D/2 - 1 (Su et al. 2021, arXiv:2104.09864). Scalings:
 
     linear   f / factor (position interpolation, Chen et al. 2023, arXiv:2306.15595)
-    llama3   long wavelengths by `factor`, short ones not at all, linear between (Llama 3.1 model card and reference code)
-    yarn     the same idea with bounds from numbers of rotations, and cos, sin scaled (Peng et al. 2023, arXiv:2309.00071)
+    llama3   long wavelengths by `factor`, short ones not at all, linear between (Llama 3.1 model card and reference
+    code) yarn     the same idea with bounds from numbers of rotations, and cos, sin scaled (Peng et al. 2023,
+    arXiv:2309.00071)
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def frequencies(
     Args:
       head_dim: D.
       theta: the base.
-      scaling: Hugging Face's `rope_scaling` (or the rest of `rope_parameters`): `rope_type` and its numbers; {} for none.
+      scaling: Hugging Face's `rope_scaling` (or the rest of `rope_parameters`): `rope_type` and its numbers; {} for
+        none.
       max_positions: `max_position_embeddings`, YaRN's original context where the scaling doesn't say.
 
     Raises:
@@ -45,9 +47,7 @@ def frequencies(
     if kind == "yarn":
         scaled, factor = _yarn(base, head_dim, theta, scaling, max_positions)
         return scaled.astype(np.float32), factor
-    raise InputError(
-        f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}"
-    )
+    raise InputError(f"config.json: rope_type {kind!r} is not supported; supported: {', '.join(KINDS)}")
 
 
 def _llama3(base: np.ndarray, scaling: Mapping[str, Any]) -> np.ndarray:

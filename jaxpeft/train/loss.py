@@ -2,9 +2,9 @@
 
     loss = sum_t w_t (logsumexp(head(h_t)) - head(h_t)[target_t]) / sum_t w_t
 
-Float32 logits of all tokens are often the largest array of a fine-tuning step (16 x 1024 tokens x 128k words: 8 GiB). Here the head
-runs over chunks of tokens, and each chunk's logits are computed again in the backward pass. The head is the model's own function, so
-adapters on it, tied embeddings and final norms need no special case.
+Float32 logits of all tokens are often the largest array of a fine-tuning step (16 x 1024 tokens x 128k words: 8 GiB).
+Here the head runs over chunks of tokens, and each chunk's logits are computed again in the backward pass. The head is
+the model's own function, so adapters on it, tied embeddings and final norms need no special case.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def completion_loss(
       chunk: tokens whose logits exist at once.
 
     Returns:
-      (loss, aux): nats per token; aux["weight"] is the sum of the weights, by which micro-batches are averaged. A batch of weight 0 has
-      loss 0.
+      (loss, aux): nats per token; aux["weight"] is the sum of the weights, by which micro-batches are averaged. A
+      batch of weight 0 has loss 0.
     """
     x = model.hidden(params, batch, key)
     tokens = x.shape[0] * x.shape[1]
@@ -55,7 +55,5 @@ def completion_loss(
     return total / jnp.maximum(weight, 1e-9), {"weight": weight}
 
 
-LossFn = (
-    Any  # (model, params, batch, key) -> (loss, aux dict with "weight"); `completion_loss` is one
-)
+LossFn = Any  # (model, params, batch, key) -> (loss, aux dict with "weight"); `completion_loss` is one
 Metrics = Mapping[str, jax.Array]

@@ -2,8 +2,8 @@
 
     state, metrics = step(state, batch)
 
-It assumes nothing about devices: batch and state may be sharded in any way, and `jax.jit(step, donate_argnums=0)` reuses the state's
-buffers.
+It assumes nothing about devices: batch and state may be sharded in any way, and `jax.jit(step, donate_argnums=0)`
+reuses the state's buffers.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ def make_train_step(
       method: the method; its `gradient` and `update` slots act here.
       optimizer: an optax transform over the flat trainable dict.
       loss: (model, params, batch, key) -> (loss, aux), aux["weight"] being what the loss is a mean over.
-      accumulate: micro-batches per step; the batch's leading axis is divided by it. The result is that of the whole batch: losses and
-        gradients are averaged by weight.
+      accumulate: micro-batches per step; the batch's leading axis is divided by it. The result is that of the whole
+        batch: losses and gradients are averaged by weight.
 
     Returns:
-      A pure step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss, grad_norm (of the trainable leaves, after the
-      method's gradient slot, before clipping) and the scalars of aux.
+      A pure step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss, grad_norm (of the trainable
+      leaves, after the method's gradient slot, before clipping) and the scalars of aux.
 
     Raises:
       ValueError: when traced with a batch that `accumulate` does not divide.
@@ -53,9 +53,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        (value, aux), grads = objective.value_and_grad(
-            state.trainable, state.frozen, batch, key, state.opt_state
-        )
+        (value, aux), grads = objective.value_and_grad(state.trainable, state.frozen, batch, key, state.opt_state)
         updates, opt_state = update(grads, state.opt_state, state.trainable, aux=aux)
         metrics = {name: x for name, x in aux.items() if jnp.ndim(x) == 0}
         metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
@@ -92,9 +90,7 @@ def _objective(model: Model, loss: Callable[..., Any], accumulate: int) -> Objec
     return Objective(value, value_and_grad)
 
 
-def _mean(
-    function: Callable[..., Any], batch: Batch, key: jax.Array, parts: int
-) -> tuple[Any, dict[str, Any]]:
+def _mean(function: Callable[..., Any], batch: Batch, key: jax.Array, parts: int) -> tuple[Any, dict[str, Any]]:
     """function(part, key) -> (tree, aux) averaged by aux["weight"] over the parts of the batch; weights add up."""
     if parts == 1:
         return function(batch, key)
@@ -102,16 +98,12 @@ def _mean(
     if rows % parts:
         raise ValueError(f"a batch of {rows} rows is not divided by accumulate={parts}")
     # Part i takes every parts-th row, so that a batch sharded by rows stays where it is.
-    split = jax.tree.map(
-        lambda x: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch
-    )
+    split = jax.tree.map(lambda x: x.reshape(rows // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total, inputs):
         index, part = inputs
         result, aux = function(part, jax.random.fold_in(key, index))
-        weighted = jax.tree.map(
-            lambda x: aux["weight"] * x, (result, {**aux, "weight": jnp.ones(())})
-        )
+        weighted = jax.tree.map(lambda x: aux["weight"] * x, (result, {**aux, "weight": jnp.ones(())}))
         return jax.tree.map(jnp.add, total, weighted), None
 
     shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], split), key)
