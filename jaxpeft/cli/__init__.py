@@ -127,9 +127,7 @@ def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
     box = io.StringIO()
     try:
         with contextlib.redirect_stderr(box):
-            args, unknown = tyro.cli(
-                kind, prog=f"jaxpeft {name}", args=flags, return_unknown_args=True
-            )
+            args, unknown = tyro.cli(kind, prog=f"jaxpeft {name}", args=flags, return_unknown_args=True)
     except SystemExit:
         raise InputError(f"{name}: {_box_message(box.getvalue())}") from None
     if unknown:

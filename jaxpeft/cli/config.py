@@ -46,10 +46,7 @@ def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
         name = str(key).lstrip("-").replace("-", "_")
         if name not in known:
             spelt = [other.replace("_", "-") for other in known]
-            raise InputError(
-                f"--config {path}: unknown key {key!r}"
-                + did_you_mean(name.replace("_", "-"), spelt)
-            )
+            raise InputError(f"--config {path}: unknown key {key!r}" + did_you_mean(name.replace("_", "-"), spelt))
         if name in arguments:
             raise InputError(f"--config {path}: {key!r} is given twice")
         arguments[name] = _as_arguments(name, value)
@@ -71,6 +68,4 @@ def _plain(value: Any) -> str:
     """A value as YAML on one line."""
     import yaml
 
-    return (
-        yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()
-    )
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

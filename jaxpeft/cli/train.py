@@ -127,9 +127,7 @@ def check(args: Train) -> None:
     if args.rank is not None and args.rank < 1:
         raise InputError(f"--rank {args.rank}: must be at least 1")
     if args.batch_size % args.accumulate:
-        raise InputError(
-            f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}"
-        )
+        raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
     if args.buckets and args.pack:
         raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
     for length in args.buckets:

@@ -1,8 +1,9 @@
 """A run's numbers on disk: metrics.jsonl, one JSON object a line, and TensorBoard events.
 
-A row is a flat dict of numbers and short texts with at least `step` (int, counted from 1) and
-`split` ("train" or "eval"). Rows are appended and flushed one at a time, so that a killed run loses
-at most the line it was writing; `truncate` takes back what lies beyond the checkpoint to resume.
+A row is a flat dict of numbers and short texts with at least `step` (int: the steps done, 0 for
+an evaluation before the first) and `split` ("train" or "eval"). Rows are appended and flushed one
+at a time, so that a killed run loses at most the line it was writing; `truncate` takes back what
+lies beyond the checkpoint to resume.
 """
 
 import json
@@ -20,21 +21,20 @@ class MetricsLog:
 
     Args:
         folder: the run's folder; created when absent.
-        after_step: the step that the run continues from: rows and events beyond it are dropped. 0
-            starts a new run, which drops them all.
+        after_step: the step of the checkpoint that the run continues from: rows and events beyond
+            it are dropped. None starts anew and drops them all.
     """
 
-    def __init__(self, folder: Path, after_step: int = 0):
+    def __init__(self, folder: Path, after_step: int | None = None):
         import tensorboardX
 
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        truncate(path, after_step)
+        last = -1 if after_step is None else after_step
+        truncate(path, last)
         self._file = path.open("a", encoding="utf-8")
         # TensorBoard hides the events from purge_step on that an earlier, killed run left behind.
-        self._events = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"), purge_step=after_step + 1
-        )
+        self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends one row: `step`, `split` and plain Python numbers or texts.

@@ -70,6 +70,16 @@ def test_resuming_drops_what_lies_beyond_the_checkpoint(tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_a_new_run_starts_empty_and_step_0_survives_a_resume(tmp_path):
+    before = {"step": 0, "split": "eval", "loss": 4.0}
+    with MetricsLog(tmp_path) as log:
+        log.write(before)
+    with MetricsLog(tmp_path, after_step=0):
+        assert metrics.read(tmp_path / "metrics.jsonl") == [before]
+    with MetricsLog(tmp_path):
+        assert metrics.read(tmp_path / "metrics.jsonl") == []
+
+
 def test_a_line_cut_off_in_writing_is_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps(train_row(1)) + '\n{"step": 2, "spl')

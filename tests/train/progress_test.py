@@ -51,8 +51,6 @@ def test_a_bar_in_a_terminal(monkeypatch):
     assert "saved [here]" in shown
 
 
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(0, "0:00"), (59.2, "1:00"), (61, "1:01"), (3723, "1:02:03")]
-)
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.2, "1:00"), (61, "1:01"), (3723, "1:02:03")])
 def test_duration(seconds, text):
     assert duration(seconds) == text
