@@ -1,6 +1,7 @@
 """jaxpeft: the memory of fine-tuning, visible, predictable and controllable in JAX."""
 
 from jaxpeft.errors import InputError
+from jaxpeft.hf import load_pretrained, save_pretrained
 from jaxpeft.method import Method, Objective, Spec, chain, setup
 from jaxpeft.methods.full import full
 from jaxpeft.methods.lora import lora
@@ -26,9 +27,11 @@ __all__ = [
     "from_nnx",
     "full",
     "init_state",
+    "load_pretrained",
     "lora",
     "lora_fa",
     "make_train_step",
+    "save_pretrained",
     "setup",
     "split",
 ]

@@ -1,7 +1,7 @@
 """Model families by Hugging Face `model_type`.
 
-A family file has: MODEL_TYPES, a frozen configuration with `from_hf`, the NAMES table, `shapes`, and the function
-that makes the Model.
+A family file has: MODEL_TYPES, a frozen configuration, `from_hf` (config.json -> Model), the NAMES table, and `shapes`
+(the parameters of a configuration).
 """
 
 from __future__ import annotations

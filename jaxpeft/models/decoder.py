@@ -242,6 +242,11 @@ def decoder(config: DecoderConfig) -> Model:
     return Model(init, Stack(embed, block, head, scan_layers), config)
 
 
+def from_hf(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
+    """The Model of a parsed config.json; see `DecoderConfig.from_hf`."""
+    return decoder(DecoderConfig.from_hf(config, dtype))
+
+
 @functools.cache
 def shapes(config: DecoderConfig) -> tree.Flat:
     """`{path: ShapeDtypeStruct}` of every parameter; nothing is allocated."""

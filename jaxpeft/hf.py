@@ -1,0 +1,435 @@
+"""Hugging Face checkpoints in and out: config.json, safetensors weights, tokenizer.
+
+A checkpoint is a folder, or the id of one on the hub. Weights lie in `model.safetensors`, or in shards that
+`model.safetensors.index.json` lists; pickled weights (*.bin, *.pt) are never read, as reading them runs code. A
+family's NAMES table translates between its parameter paths and the tensor names; matrices are (out, in) in the file and
+(in, out) here, layers are single tensors in the file and stacked on axis 0 here.
+
+Host memory stays near one tensor above the model in both directions: each stacked leaf is allocated once and filled in
+place, each tensor is read from a mapping of its own (pages of a mapping that have been read count as the process's
+memory), and files are written tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import models, tree
+from jaxpeft.errors import InputError
+from jaxpeft.model import Model
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
+COPIED = (*TOKENIZER_FILES, "generation_config.json")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+# safetensors' names of the types that weights come in -> their names in numpy and config.json
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+_CODES = {name: code for code, name in _DTYPES.items()}
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # buffers that old versions of transformers saved
+
+
+# Where things are.
+
+
+def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()) -> Path:
+    """The local folder of a checkpoint; a hub id is downloaded first: `patterns`, configuration and tokenizer.
+
+    What looks like a path is never sent to the hub: only `owner/name` is an id, and only if no folder `owner` lies here.
+
+    Raises:
+      InputError: if there is no such folder, or the hub cannot be reached or has no such repository.
+    """
+    given = os.fspath(path_or_hub_id)
+    folder = Path(given).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists():
+        raise InputError(f"{given}: is a file; a checkpoint is a directory with config.json and {WEIGHTS}")
+    if not _HUB_ID.fullmatch(given) or Path(given).parts[0] in (".", "..") or folder.parent.is_dir():
+        raise InputError(f"{given}: no such directory (and not a hub id, which reads owner/name)")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(given, allow_patterns=["config.json", *COPIED, *patterns]))
+    except Exception as error:  # whatever the hub's client and its transport raise, one line serves the user
+        raise InputError(
+            f"{given}: no such directory, and it could not be fetched from the hub: {_first_line(error)}"
+        ) from error
+
+
+def load_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed config.json of a checkpoint.
+
+    Raises:
+      InputError: for no such checkpoint, no config.json, or one that is not a JSON object.
+    """
+    folder = resolve(path_or_hub_id)
+    return _read_json(folder / "config.json", missing=f"{folder}: has no config.json; is it a model checkpoint?")
+
+
+def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
+    """The tokenizer of a checkpoint, a transformers `PreTrainedTokenizerBase`. No code of the checkpoint is run.
+
+    Raises:
+      InputError: for no such checkpoint, or one whose tokenizer is missing or not readable.
+    """
+    folder = resolve(path_or_hub_id)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise InputError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        raise InputError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
+
+
+def _read_json(file: Path, missing: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(missing) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not JSON: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: is not JSON: line {error.lineno}: {error.msg}") from None
+    if not isinstance(parsed, dict):
+        raise InputError(f"{file}: should hold a JSON object, not a {type(parsed).__name__}")
+    return parsed
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+# Names.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """Where a tensor of the file goes: row `layer` of the leaf at `path` (all of it if None), transposed or not."""
+
+    path: str
+    layer: int | None
+    transposed: bool
+    shape: tuple[int, ...]  # in the file
+
+
+def _translate(names: Sequence[tuple[str, str, bool]], path: str) -> tuple[str, bool]:
+    """Our path -> (Hugging Face name with {i} for the layer, transposed)."""
+    for pattern, name, transposed in names:
+        if found := re.fullmatch(pattern, path):
+            return found.expand(name), transposed
+    raise ValueError(f"{path} has no name in a Hugging Face checkpoint; adapters are merged or exported first")
+
+
+def _places(family: ModuleType, shapes: Mapping[str, Any]) -> dict[str, _Place]:
+    """Hugging Face name -> place, for all parameters, a leaf's layers in order."""
+    places = {}
+    for path, leaf in shapes.items():
+        name, transposed = _translate(family.NAMES, path)
+        layers = range(leaf.shape[0]) if tree.stacked(path) else (None,)
+        shape = leaf.shape[1:] if tree.stacked(path) else leaf.shape
+        for layer in layers:
+            places[name.format(i=layer)] = _Place(path, layer, transposed, shape[::-1] if transposed else shape)
+    return places
+
+
+# In.
+
+
+def load_pretrained(path_or_hub_id: str | os.PathLike[str], dtype: Any = jnp.bfloat16) -> tuple[Model, tree.Params]:
+    """The model of a checkpoint and its parameters.
+
+    Args:
+      path_or_hub_id: a local folder, or `owner/name` on the hub.
+      dtype: of the parameters and of the computation.
+
+    Returns:
+      (Model, nested dict of parameters in `dtype`).
+
+    Raises:
+      InputError: for no such checkpoint, a configuration that is not supported, weights that are pickled, damaged, or
+        don't fit the configuration.
+    """
+    folder = resolve(path_or_hub_id, ["*.safetensors", INDEX])
+    raw = load_config(folder)
+    family = models.family(raw)
+    if "quantization_config" in raw:
+        raise InputError(f"{folder}: the weights are quantized (quantization_config); load the original checkpoint")
+    model = family.from_hf(raw, jnp.dtype(dtype))
+    shapes = family.shapes(model.config)
+    places = _places(family, shapes)
+    sources = _check(folder, places, tied=bool(raw.get("tie_word_embeddings")))
+    by_path: dict[str, list[str]] = {}
+    for name, place in places.items():
+        by_path.setdefault(place.path, []).append(name)
+    flat = {}
+    for path, names in by_path.items():
+        leaf = _aligned(shapes[path].shape, np.dtype(shapes[path].dtype))
+        for name in names:
+            place, tensor = places[name], _read(sources[name])
+            row = leaf if place.layer is None else leaf[place.layer]
+            np.copyto(row, tensor.T if place.transposed else tensor, casting="unsafe")
+        flat[path] = jax.device_put(leaf)
+    return model, tree.unflatten(flat)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint.
+
+    Raises:
+      InputError: if there are none, or the index names one that is absent.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if not (folder / INDEX).is_file():
+        if pickled := sorted(file.name for pattern in PICKLES for file in folder.glob(pattern)):
+            raise InputError(
+                f"{folder}: the weights are pickled ({pickled[0]}), which can run code and is refused; convert them in "
+                "a trusted environment with transformers' model.save_pretrained(directory, safe_serialization=True)"
+            )
+        raise InputError(f"{folder}: has no weights ({WEIGHTS} or {INDEX})")
+    index = _read_json(folder / INDEX, missing=f"{folder}: has no {INDEX}")
+    shards = index.get("weight_map")
+    if not isinstance(shards, dict) or not shards:
+        raise InputError(f"{folder / INDEX}: has no weight_map")
+    for name, shard in shards.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise InputError(f"{folder / INDEX}: {name} should be in a file beside the index, not in {shard!r}")
+        if not (folder / shard).is_file():
+            raise InputError(f"{folder / INDEX}: the shard {shard} (of {name}) is absent")
+    return [folder / shard for shard in sorted(set(shards.values()))]
+
+
+@contextlib.contextmanager
+def _open(file: Path) -> Iterator[Any]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="numpy") as opened:
+            yield opened
+    except SafetensorError as error:
+        raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {_first_line(error)}") from None
+
+
+def _check(folder: Path, places: Mapping[str, _Place], tied: bool) -> dict[str, tuple[Path, str]]:
+    """Name -> (file, name there), after the headers alone have been compared with the configuration."""
+    sources: dict[str, tuple[Path, str]] = {}
+    unexpected, wrong, head = [], [], None
+    for file in weight_files(folder):
+        with _open(file) as opened:
+            for stored in opened.keys():  # noqa: SIM118 (not a dict)
+                name = stored if stored in places else f"model.{stored}"  # a checkpoint of the model without its head
+                if name not in places:
+                    if tied and stored == "lm_head.weight":
+                        head = (file, stored)
+                    elif not _IGNORED.fullmatch(stored):
+                        unexpected.append(stored)
+                    continue
+                header = opened.get_slice(stored)
+                if header.get_dtype() not in _DTYPES:
+                    wrong.append(f"{stored} is {header.get_dtype()}, expected one of {', '.join(_DTYPES)}")
+                elif tuple(header.get_shape()) != places[name].shape:
+                    wrong.append(f"{stored} has shape {tuple(header.get_shape())}, expected {places[name].shape}")
+                sources[name] = (file, stored)
+    missing = [name for name in places if name not in sources]
+    problems = [
+        f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("that differ", wrong))
+        if names
+    ]
+    if problems:
+        raise InputError(f"{folder}: tensors do not fit config.json: {'; '.join(problems)}")
+    if head is not None and not np.array_equal(_read(head), _read(sources["model.embed_tokens.weight"])):
+        raise InputError(
+            f"{folder}: config.json ties the head to the embeddings, but lm_head.weight differs from them; "
+            "set tie_word_embeddings to false there"
+        )
+    return sources
+
+
+def _read(source: tuple[Path, str]) -> np.ndarray:
+    with _open(source[0]) as opened:
+        return opened.get_tensor(source[1])
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Uninitialised, at an address that lets JAX's CPU backend adopt it instead of copying it."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+# Out.
+
+
+class _Tensor(NamedTuple):
+    """A tensor to write: row `row` of `leaf` (all of it if None)."""
+
+    name: str
+    leaf: Any
+    row: int | None
+    transposed: bool
+    shape: tuple[int, ...]  # in the file
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.leaf.dtype).itemsize
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any] | str | os.PathLike[str],
+    params: Mapping[str, Any],
+    max_shard_gb: float = 5.0,
+) -> Path:
+    """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
+
+    Args:
+      directory: the folder to make; it may exist if it is empty.
+      config: a parsed config.json, or the checkpoint (folder or hub id) that the parameters began as: then its
+        tokenizer and generation settings are copied too.
+      params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype.
+      max_shard_gb: the largest file, in units of 10^9 bytes; larger models are cut into several files with an index.
+
+    Returns:
+      `directory`.
+
+    Raises:
+      InputError: if `directory` exists and is not empty, or cannot be written.
+      ValueError: for parameters that are not those of `config`, or not floating-point arrays.
+    """
+    target = Path(directory).expanduser()
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise InputError(f"{target}: exists and is not an empty directory; choose another or remove it first")
+    source = None if isinstance(config, Mapping) else resolve(config)
+    raw = dict(config) if isinstance(config, Mapping) else load_config(config)
+    tensors = _tensors(raw, params)
+    raw |= {key: str(tensors[0].leaf.dtype) for key in ("dtype", "torch_dtype") if key in raw}
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _appearing(target) as folder:
+            _write_json(folder / "config.json", raw)
+            _write_weights(folder, tensors, int(max_shard_gb * 1e9))
+            for name in COPIED:
+                if source is not None and (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return target
+
+
+@contextlib.contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place at the end, or is gone after an error."""
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder = temporary / target.name  # made by mkdir, so with the user's usual permissions
+        folder.mkdir()
+        yield folder
+        folder.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tensor]:
+    """Every tensor of the file in the order of the forward pass: embeddings, layer by layer, head."""
+    family = models.family(config)
+    places = _places(family, family.shapes(family.from_hf(config).config))
+    by_place = {(place.path, place.layer): (name, place) for name, place in places.items()}
+    first = {segment: start for segment, start, _ in tree.segments(params)}
+    tensors = []
+    for path, leaf in tree.flatten(params).items():
+        if getattr(leaf, "dtype", None) is None or str(leaf.dtype) not in _CODES:
+            raise ValueError(f"{path}: expected an array of {', '.join(_CODES)}, found {getattr(leaf, 'dtype', leaf)}")
+        start = first.get(path.split("/", 1)[0])
+        for row in (None,) if start is None else range(leaf.shape[0]):
+            key = (tree.canonical(path), None if start is None or row is None else start + row)
+            name, place = by_place.pop(key, (None, None))
+            if name is None or place is None:
+                raise ValueError(f"{path} has no name in a Hugging Face checkpoint; merge or export adapters first")
+            shape = leaf.shape if row is None else leaf.shape[1:]
+            if (shape[::-1] if place.transposed else shape) != place.shape:
+                raise ValueError(f"{path}: shape {leaf.shape} does not fit the configuration")
+            tensors.append(_Tensor(name, leaf, row, place.transposed, place.shape))
+    if by_place:
+        raise ValueError(f"params lack {', '.join(sorted({path for path, _ in by_place}))}")
+    order = {name: (place.layer is None, place.layer or 0) for name, place in places.items()}
+    embeddings = [tensor for tensor in tensors if "embed" in tensor.name and tensor.row is None]
+    return embeddings + sorted((t for t in tensors if t not in embeddings), key=lambda tensor: order[tensor.name])
+
+
+def _write_weights(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> None:
+    """One file, or shards of at most `max_bytes` (a larger tensor has a file to itself) and their index."""
+    shards: list[list[_Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
+    if len(shards) == 1:
+        return _write_safetensors(folder / WEIGHTS, tensors)
+    weight_map = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        _write_safetensors(folder / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    total = sum(tensor.num_bytes for tensor in tensors)
+    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+
+
+def _write_safetensors(file: Path, tensors: Sequence[_Tensor]) -> None:
+    """The format as its README gives it: length of the header (uint64), header (JSON), data; here one tensor at a time.
+
+    The library's own writer wants all tensors of a file in memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.num_bytes
+        code = _CODES[str(tensor.leaf.dtype)]
+        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as out:
+        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            array = np.asarray(tensor.leaf if tensor.row is None else tensor.leaf[tensor.row])
+            out.write(np.ascontiguousarray(array.T if tensor.transposed else array).view(np.uint8).data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
