@@ -1,4 +1,4 @@
-"""The one exception for a user's mistake."""
+"""The two exceptions that the command line prints as one line, without a traceback."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,14 @@ class InputError(ValueError):
 
     The command line prints it without a traceback and exits with status 2.
     """
+
+
+class RunError(RuntimeError):
+    """A job that began well and could not be finished: one line that says what happened and what is left to go on from.
+
+    The command line prints it without a traceback and exits with `status`.
+    """
+
+    def __init__(self, message: str, status: int = 1):
+        super().__init__(message)
+        self.status = status

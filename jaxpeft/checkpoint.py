@@ -1,0 +1,245 @@
+"""A run's checkpoints: what cannot be made again, written asynchronously and atomically (orbax).
+
+    FOLDER/frozen/         frozen leaves that the base checkpoint does not hold (adapters' frozen leaves, kernels that a method's `prepare`
+                           changed); they never change, so they are written once, before the first step
+    FOLDER/<step>/state/   step, trainable leaves, optimizer state, key
+    FOLDER/<step>/meta/    JSON: the data position, and what the run has to report later
+
+The base weights are in none of them. A checkpoint is written under a temporary name and renamed when it is whole, and an older one goes only
+after that, so that a process killed at any moment leaves the last good one as it was. Kept are the newest ones and the one with the lowest
+validation loss. Restoring is given the arrays' shapes and shardings and puts them there, whatever devices had written them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from jaxpeft import tree
+from jaxpeft.errors import RunError
+from jaxpeft.train.state import TrainState
+
+FROZEN = "frozen"
+_SEGMENT = re.compile(r"layers_(\d+)_(\d+)/")
+
+
+class Checkpoints:
+    """The checkpoints in a folder; a context manager that waits for the last write at its end.
+
+    Args:
+      folder: where they lie; created when absent. What a killed process left half-written is removed.
+      keep: how many of the newest to keep, besides the best.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
+        # A write that fails is reported once, as a RunError, not also as a traceback in the log.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self.folder = folder.absolute()
+        self._losses: dict[int, float] = {}
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=_Preserve(keep, self.best),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        for step in self.steps():
+            self._note(step, self.meta(step))
+
+    def save_frozen(self, leaves: Mapping[str, jax.Array]) -> None:
+        """Writes the frozen leaves that only this run has; returns when they are on disk.
+
+        Raises:
+          RunError: if they cannot be written.
+        """
+        if leaves:
+            with ocp.StandardCheckpointer() as checkpointer:
+                self._guard(FROZEN, lambda: checkpointer.save(self.folder / FROZEN, dict(leaves), force=True))
+                self._guard(FROZEN, checkpointer.wait_until_finished)
+
+    def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
+        """Begins to write a checkpoint of the state and returns; the state's buffers may be donated from then on.
+
+        Args:
+          state: its frozen leaves are left out.
+          meta: a JSON object; `meta["eval_loss"]` (a number, or None) is what the best checkpoint is chosen by.
+
+        Raises:
+          RunError: if this one, or the one before it, cannot be written.
+        """
+        step = int(state.step)
+        if step in self.steps():
+            return
+        self.wait()
+        self._note(step, meta)
+        meta = {**meta, "key_impl": str(jax.random.key_impl(state.key))}
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_changing(state)), meta=ocp.args.JsonSave(meta))
+        self._guard(step, lambda: self._manager.save(step, args=args))
+
+    def check(self) -> None:
+        """Raises the RunError of a write that has failed meanwhile."""
+        self._guard(self._manager.latest_step(), self._manager.check_for_errors)
+
+    def wait(self) -> None:
+        """Waits until the checkpoint being written is on disk.
+
+        Raises:
+          RunError: if it cannot be written.
+        """
+        self._guard(self._manager.latest_step(), self._manager.wait_until_finished)
+
+    def steps(self) -> list[int]:
+        """The steps with a checkpoint, ascending; the one being written among them."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """The newest step."""
+        return max(self.steps(), default=None)
+
+    def best(self) -> int | None:
+        """The step with the lowest validation loss; None if none was evaluated."""
+        return min(self._losses, key=lambda step: (self._losses[step], step), default=None)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """A checkpoint's JSON."""
+        return json.loads((self.folder / str(step) / "meta" / "metadata").read_text(encoding="utf-8"))
+
+    def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
+        """A checkpoint's state and meta.
+
+        Args:
+          like: a state of the same structure, of arrays or of `ShapeDtypeStruct`s with shardings: each leaf comes back with the type and
+            the sharding that it has here, on these devices. Frozen leaves that no checkpoint holds are taken from it.
+          step: which; the newest by default.
+
+        Raises:
+          RunError: if there is no such checkpoint, or it is not of such a state.
+        """
+        step = self.latest() if step is None else step
+        if step not in self.steps():
+            raise RunError(f"{self.folder}: no checkpoint of step {step}; there are {self.steps() or 'none'}")
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(_changing(like))))
+        try:
+            changing = self._manager.restore(step, args=args)["state"]
+            frozen = {**like.frozen, **self._restore_frozen(like.frozen)}
+        except (ValueError, KeyError, OSError) as error:
+            raise RunError(f"{self.folder / str(step)}: cannot be restored: {_reason(error)}") from error
+        meta = self.meta(step)
+        key = jax.random.wrap_key_data(changing.pop("key"), impl=meta.pop("key_impl"))
+        return TrainState(frozen=frozen, key=key, **changing), meta
+
+    def _restore_frozen(self, like: Mapping[str, Any]) -> tree.Flat:
+        folder = self.folder / FROZEN
+        if not folder.exists():
+            return {}
+        with ocp.StandardCheckpointer() as checkpointer:
+            paths = checkpointer.metadata(folder).item_metadata.tree
+            return checkpointer.restore(folder, _abstract({path: like[path] for path in paths}))
+
+    def close(self) -> None:
+        """Waits for the last write and ends the manager's threads."""
+        self.wait()
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        if error is None:
+            self.close()
+
+    def _note(self, step: int, meta: Mapping[str, Any]) -> None:
+        if meta.get("eval_loss") is not None:
+            self._losses[step] = meta["eval_loss"]
+
+    def _guard(self, step: int | str | None, call: Callable[[], Any]) -> Any:
+        """Runs a call of orbax; what it raises becomes one line that names the last good checkpoint."""
+        try:
+            return call()
+        except Exception as error:  # OSError from Python's own writes, ValueError from tensorstore's
+            unfinished = [path for path in self.folder.glob("*.orbax-checkpoint-tmp*") if path.is_dir()]
+            for path in unfinished:  # makes room again: logs and the last words may need it
+                shutil.rmtree(path, ignore_errors=True)
+            good = on_disk(self.folder)
+            left = f"last good checkpoint: step {good[-1]}" if good else "no checkpoint has been written yet"
+            raise RunError(f"{self.folder / str(step)}: not written: {_reason(error)}; {left}", status=2) from error
+
+
+class _Preserve:
+    """orbax's policy: the newest `keep` and the best."""
+
+    def __init__(self, keep: int, best: Callable[[], int | None]):
+        self._keep, self._best = keep, best
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        del context
+        newest = sorted(checkpoint.step for checkpoint in checkpoints)[-self._keep :]
+        return [checkpoint.step in newest or checkpoint.step == self._best() for checkpoint in checkpoints]
+
+
+def on_disk(folder: Path) -> list[int]:
+    """The steps of the whole checkpoints in a folder, ascending, without opening any."""
+    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def not_in_base(frozen: Mapping[str, Any], base: Mapping[str, Any]) -> tree.Flat:
+    """The frozen leaves that differ from the base's, bit for bit, or that it lacks.
+
+    Args:
+      frozen: `{path: leaf}` of an adapted model; its stack may be cut into segments.
+      base: `{path: leaf}` of the base, in one segment.
+    """
+    return {path: leaf for path, leaf in frozen.items() if not _same(leaf, _in_base(path, base))}
+
+
+def _in_base(path: str, base: Mapping[str, Any]) -> Any:
+    if path in base or not (cut := _SEGMENT.match(path)):
+        return base.get(path)
+    whole = base.get(tree.canonical(path))
+    return None if whole is None else jax.tree.map(lambda leaf: leaf[int(cut[1]) : int(cut[2])], whole)
+
+
+def _same(leaf: Any, other: Any) -> bool:
+    if leaf is other or other is None:
+        return leaf is other
+    ours, theirs = jax.tree.leaves(leaf), jax.tree.leaves(other)
+    return len(ours) == len(theirs) and all(
+        x.shape == y.shape and x.dtype == y.dtype and bool(jnp.array_equal(x, y))
+        for x, y in zip(ours, theirs, strict=True)
+    )
+
+
+def _changing(state: TrainState) -> dict[str, Any]:
+    """What a step changes, and the key (as its data, which is an array of integers)."""
+    data = jax.eval_shape if isinstance(state.key, jax.ShapeDtypeStruct) else lambda f, x: f(x)
+    fields = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
+    return {**fields, "key": data(jax.random.key_data, state.key)}
+
+
+def _abstract(leaves: Any) -> Any:
+    def one(leaf):
+        if isinstance(leaf, np.ndarray | np.generic):
+            return np.asarray(leaf)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+    return jax.tree.map(one, leaves)
+
+
+def _reason(error: BaseException) -> str:
+    """Why a write or a read failed, in a few words: tensorstore's messages run over many lines."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    if found := re.search(r"([^:\]]+) \[os_error_code", text):
+        return found[1].strip()
+    return text[:200] or type(error).__name__
