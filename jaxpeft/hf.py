@@ -60,19 +60,19 @@ _IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # buffers that old versions of
 def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()) -> Path:
     """The local folder of a checkpoint; a hub id is downloaded first: `patterns`, configuration and tokenizer.
 
-    What looks like a path is never sent to the hub: only `owner/name` is an id, and only if no folder `owner` lies here.
+    What looks like a path is never sent to the hub: an id is `owner/name`, where no folder `owner` lies here.
 
     Raises:
       InputError: if there is no such folder, or the hub cannot be reached or has no such repository.
     """
     given = os.fspath(path_or_hub_id)
     folder = Path(given).expanduser()
-    if folder.is_dir():
+    if given and folder.is_dir():
         return folder
-    if folder.exists():
+    if given and folder.exists():
         raise InputError(f"{given}: is a file; a checkpoint is a directory with config.json and {WEIGHTS}")
     if not _HUB_ID.fullmatch(given) or Path(given).parts[0] in (".", "..") or folder.parent.is_dir():
-        raise InputError(f"{given}: no such directory (and not a hub id, which reads owner/name)")
+        raise InputError(f"{given or repr(given)}: no such directory (and not a hub id, which reads owner/name)")
     import huggingface_hub
 
     try:

@@ -1,0 +1,440 @@
+"""Checkpoints: what is written is read back bit by bit, and each mistake gets its line."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import numpy as safetensors_numpy
+from safetensors import safe_open
+
+import jaxpeft as jp
+from jaxpeft import hf, models, tree
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 48,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    "attention_bias": True,
+    "hidden_act": "silu",
+}
+LAYER = {
+    "input_layernorm.weight": (16,),
+    "post_attention_layernorm.weight": (16,),
+    "self_attn.q_proj.weight": (16, 16),
+    "self_attn.k_proj.weight": (8, 16),
+    "self_attn.v_proj.weight": (8, 16),
+    "self_attn.o_proj.weight": (16, 16),
+    "self_attn.q_proj.bias": (16,),
+    "self_attn.k_proj.bias": (8,),
+    "self_attn.v_proj.bias": (8,),
+    "self_attn.o_proj.bias": (16,),
+    "mlp.gate_proj.weight": (24, 16),
+    "mlp.up_proj.weight": (24, 16),
+    "mlp.down_proj.weight": (16, 24),
+}
+SHAPES = {
+    "model.embed_tokens.weight": (48, 16),
+    "model.norm.weight": (16,),
+    "lm_head.weight": (48, 16),
+    **{f"model.layers.{i}.{name}": shape for i in range(3) for name, shape in LAYER.items()},
+}
+
+
+def random_tensors(dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return {name: rng.normal(size=shape).astype(dtype) for name, shape in SHAPES.items()}
+
+
+def write(folder: Path, tensors=None, config=None) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    safetensors_numpy.save_file(random_tensors() if tensors is None else tensors, folder / "model.safetensors")
+    return folder
+
+
+def stored(folder: Path) -> dict[str, np.ndarray]:
+    found = {}
+    for file in folder.glob("*.safetensors"):
+        found |= safetensors_numpy.load_file(file)
+    return found
+
+
+def bits(array) -> bytes:
+    return np.ascontiguousarray(array).tobytes()
+
+
+# In.
+
+
+def test_every_tensor_lands_in_its_place(tmp_path):
+    tensors = random_tensors()
+    _, params = jp.load_pretrained(write(tmp_path / "model", tensors), dtype=jnp.float32)
+    flat = tree.flatten(params)
+    for i in range(3):
+        for name in LAYER:
+            module, kind = name.rsplit(".", 1)
+            base = f"layers/{module.replace('.', '/')}"
+            expected = tensors[f"model.layers.{i}.{name}"]
+            if kind == "bias":
+                found = flat.pop(f"{base}/bias")[i] if i == 2 else flat[f"{base}/bias"][i]
+            elif expected.ndim == 1:
+                found = flat.pop(f"{base}/scale")[i] if i == 2 else flat[f"{base}/scale"][i]
+            else:
+                found = (flat.pop(f"{base}/kernel")[i] if i == 2 else flat[f"{base}/kernel"][i]).T
+            np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(flat.pop("embed_tokens/embedding"), tensors["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(flat.pop("norm/scale"), tensors["model.norm.weight"])
+    np.testing.assert_array_equal(flat.pop("lm_head/kernel").T, tensors["lm_head.weight"])
+    assert not flat
+
+
+@pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_dtypes_are_cast_once(tmp_path, source, dtype):
+    tensors = random_tensors(source)
+    model, params = jp.load_pretrained(write(tmp_path / "model", tensors), dtype=dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
+    assert model.config.dtype == dtype
+    expected = tensors["model.layers.1.mlp.down_proj.weight"].astype(dtype)
+    assert bits(params["layers"]["mlp"]["down_proj"]["kernel"][1].T) == bits(expected)
+
+
+def test_the_default_dtype_is_bfloat16(tmp_path):
+    _, params = jp.load_pretrained(str(write(tmp_path / "model")))
+    assert params["norm"]["scale"].dtype == jnp.bfloat16
+
+
+def test_old_buffers_and_a_missing_prefix_are_accepted(tmp_path):
+    tensors = random_tensors()
+    _, expected = jp.load_pretrained(write(tmp_path / "a", tensors), jnp.float32)
+    old = {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)}
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    for name, changed in (("b", old), ("c", bare)):
+        _, params = jp.load_pretrained(write(tmp_path / name, changed), jnp.float32)
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def test_a_tied_head_may_be_stored_if_it_is_the_embedding(tmp_path):
+    config = {**CONFIG, "tie_word_embeddings": True}
+    tensors = random_tensors()
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    _, params = jp.load_pretrained(write(tmp_path / "same", tensors, config))
+    assert "lm_head" not in params
+    del tensors["lm_head.weight"]
+    jp.load_pretrained(write(tmp_path / "absent", tensors, config))
+    with pytest.raises(jp.InputError, match=r"lm_head.weight differs .* set tie_word_embeddings to false"):
+        jp.load_pretrained(write(tmp_path / "other", random_tensors(), config))
+
+
+def test_loaded_parameters_can_be_donated(tmp_path):
+    """Leaves may share memory with the array they were read into; a donating step must not write there."""
+    _, params = jp.load_pretrained(write(tmp_path / "model"), jnp.float32)
+    expected = jax.tree.map(lambda leaf: np.array(leaf) * 2, params)
+    doubled = jax.jit(lambda p: jax.tree.map(lambda leaf: leaf * 2, p), donate_argnums=0)(params)
+    jax.tree.map(np.testing.assert_array_equal, doubled, expected)
+
+
+def test_real_tokenizer(shared_data):
+    tokenizer = hf.load_tokenizer(shared_data / "checkpoints" / "stories260K")
+    assert tokenizer.decode(tokenizer("Once upon a time", add_special_tokens=False).input_ids) == "Once upon a time"
+
+
+# Out.
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("max_shard_gb", [5.0, 4e-6])
+def test_round_trip_is_bit_identical(tmp_path, dtype, max_shard_gb):
+    source = write(tmp_path / "model", random_tensors(dtype))
+    _, params = jp.load_pretrained(source, dtype)
+    out = jp.save_pretrained(tmp_path / "new" / "out", source, params, max_shard_gb=max_shard_gb)
+    before, after = stored(source), stored(out)
+    assert before.keys() == after.keys()
+    assert all(after[name].dtype == dtype and bits(after[name]) == bits(before[name]) for name in before)
+    assert json.loads((out / "config.json").read_text()) == {**CONFIG, "torch_dtype": np.dtype(dtype).name}
+    _, again = jp.load_pretrained(out, dtype)
+    assert [bits(leaf) for leaf in jax.tree.leaves(again)] == [bits(leaf) for leaf in jax.tree.leaves(params)]
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["out"]
+
+
+def test_shards_keep_to_their_size_and_are_indexed(tmp_path):
+    source = write(tmp_path / "model")
+    _, params = jp.load_pretrained(source, jnp.float32)
+    out = jp.save_pretrained(tmp_path / "out", source, params, max_shard_gb=6e-6)
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = sorted(file.name for file in out.glob("*.safetensors"))
+    assert files == [f"model-{i + 1:05}-of-{len(files):05}.safetensors" for i in range(len(files))]
+    assert len(files) > 2
+    assert index["weight_map"].keys() == SHAPES.keys()
+    sizes = {}
+    for name, shape in SHAPES.items():
+        sizes[index["weight_map"][name]] = sizes.get(index["weight_map"][name], 0) + 4 * int(np.prod(shape))
+    assert sum(sizes.values()) == index["metadata"]["total_size"]
+    assert max(sizes.values()) <= 6000
+    with safe_open(out / files[0], framework="numpy") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+def test_a_cut_stack_is_joined(tmp_path):
+    source = write(tmp_path / "model")
+    _, params = jp.load_pretrained(source, jnp.float32)
+    cut = tree.cut_layers(tree.cut_layers(params, 1), 2)
+    assert "layers_1_2" in cut
+    out = jp.save_pretrained(tmp_path / "out", CONFIG, cut)
+    before, after = stored(source), stored(out)
+    assert all(bits(after[name]) == bits(before[name]) for name in before)
+
+
+def test_transformers_reads_what_is_written(tmp_path, shared_data):
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    source = shared_data / "checkpoints" / "stories260K"
+    _, params = jp.load_pretrained(source, jnp.float32)
+    jp.save_pretrained(tmp_path / "out", source, params, max_shard_gb=3e-4)
+    ours = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    original = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
+    expected = dict(original.named_parameters())
+    assert {name for name, _ in ours.named_parameters()} == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in ours.named_parameters())
+    ids = hf.load_tokenizer(source)("Lily saw a ball").input_ids
+    assert hf.load_tokenizer(tmp_path / "out")("Lily saw a ball").input_ids == ids
+
+
+def test_nothing_is_overwritten_and_nothing_is_left_after_an_error(tmp_path, monkeypatch):
+    source = write(tmp_path / "model")
+    _, params = jp.load_pretrained(source, jnp.float32)
+    with pytest.raises(jp.InputError, match="exists and is not an empty directory"):
+        jp.save_pretrained(source, CONFIG, params)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(jp.InputError, match="exists and is not an empty directory"):
+        jp.save_pretrained(tmp_path / "file", CONFIG, params)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(jp.InputError, match="out: cannot be written: No space left on device"):
+        jp.save_pretrained(tmp_path / "out", CONFIG, params)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "model"]
+    monkeypatch.undo()
+    (tmp_path / "out").mkdir()
+    jp.save_pretrained(tmp_path / "out", CONFIG, params)
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_parameters_that_are_not_the_models_are_refused(tmp_path):
+    _, params = jp.load_pretrained(write(tmp_path / "model"), jnp.float32)
+    flat = tree.flatten(params)
+    with pytest.raises(ValueError, match="q_proj/lora/a has no name"):
+        extra = {**flat, "layers/self_attn/q_proj/lora/a": jnp.zeros((3, 16, 2))}
+        jp.save_pretrained(tmp_path / "out", CONFIG, tree.unflatten(extra))
+    with pytest.raises(ValueError, match="lack norm/scale"):
+        jp.save_pretrained(tmp_path / "out", CONFIG, {k: v for k, v in params.items() if k != "norm"})
+    with pytest.raises(ValueError, match="norm/scale: expected an array of .*, found int8"):
+        jp.save_pretrained(tmp_path / "out", CONFIG, {**params, "norm": {"scale": jnp.ones(16, jnp.int8)}})
+    with pytest.raises(ValueError, match=r"norm/scale: shape \(15,\) does not fit"):
+        jp.save_pretrained(tmp_path / "out", CONFIG, {**params, "norm": {"scale": jnp.ones(15)}})
+    assert not (tmp_path / "out").exists()
+
+
+# Bad input: one line each.
+
+
+def refused(path, match):
+    with pytest.raises(jp.InputError, match=match) as caught:
+        jp.load_pretrained(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_such_directory(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    def never(*args, **kwargs):
+        raise AssertionError("a path was sent to the hub")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", never)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    paths = ("absent", "./absent", "runs/absent", "a/b/c", "~/absent", "../absent", "absent/", "a/", "a\\b", "", "...")
+    for path in (str(tmp_path / "absent"), *paths):
+        refused(path, f"^{re.escape(path or repr(path))}: no such directory")
+
+
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    refused("nobody-here/no-such-model", "nobody-here/no-such-model: no such directory, and it could not be fetched")
+
+
+def test_a_hub_id_is_fetched_without_pickles(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = {}
+
+    def snapshot(repo_id, allow_patterns):
+        asked.update(id=repo_id, patterns=allow_patterns)
+        return str(tmp_path / "snapshot")
+
+    write(tmp_path / "snapshot")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    jp.load_pretrained("owner/name")
+    assert asked["id"] == "owner/name"
+    assert {"config.json", "*.safetensors", "tokenizer.json"} <= set(asked["patterns"])
+    assert not any(pattern.endswith(("bin", "pt", "*")) for pattern in asked["patterns"])
+
+
+def test_a_file_instead_of_a_directory(tmp_path):
+    refused(write(tmp_path / "model") / "model.safetensors", "is a file; a checkpoint is a directory")
+
+
+def test_config_json(tmp_path):
+    folder = write(tmp_path / "model")
+    for content, match in (
+        (b"{", "config.json: is not JSON: line 1"),
+        (b"\xff{}", "config.json: is not JSON: not UTF-8 at byte 0"),
+        (b"[]", "config.json: should hold a JSON object, not a list"),
+        (b'{"model_type": "mamba"}', "unsupported model_type 'mamba'; supported: llama"),
+        (b'{"model_type": "llama"}', "config.json: the field '.*' is missing"),
+        (json.dumps({**CONFIG, "quantization_config": {}}).encode(), "the weights are quantized"),
+    ):
+        (folder / "config.json").write_bytes(content)
+        refused(folder, match)
+    (folder / "config.json").unlink()
+    refused(folder, "model: has no config.json")
+
+
+def test_weights_only_as_pickle_are_refused_and_not_read(tmp_path):
+    folder = write(tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    refused(folder, "model: has no weights")
+    (folder / "pytorch_model.bin").write_bytes(b"cos\nabort\n(tR.")  # ends the process if unpickled
+    refused(folder, r"pickled \(pytorch_model.bin\).*refused; convert .* safe_serialization=True")
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1, -1000])
+def test_a_truncated_file(tmp_path, keep):
+    file = write(tmp_path / "model") / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    refused(tmp_path / "model", r"model.safetensors: not a whole safetensors file \(truncated or damaged\)")
+
+
+def test_tensors_that_do_not_fit(tmp_path):
+    tensors = random_tensors()
+    tensors["model.norm.weight"] = np.ones(15, np.float32)
+    tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((24, 16), np.int8)
+    for i in range(3):
+        del tensors[f"model.layers.{i}.self_attn.q_proj.weight"], tensors[f"model.layers.{i}.self_attn.k_proj.bias"]
+    tensors["model.vision.weight"] = np.ones(1, np.float32)
+    folder = write(tmp_path / "model", tensors)
+    refused(folder, r"6 missing: model.layers.0.self_attn.\w+.\w+, .*, \.\.\.; 1 unexpected: model.vision.weight")
+    refused(folder, r"2 that differ: .*model.norm.weight has shape \(15,\), expected \(16,\)")
+    refused(folder, r"model.layers.0.mlp.up_proj.weight is I8, expected one of BF16")
+
+
+def test_an_index_and_its_shards(tmp_path):
+    source = write(tmp_path / "model")
+    _, params = jp.load_pretrained(source, jnp.float32)
+    out = jp.save_pretrained(tmp_path / "out", source, params, max_shard_gb=6e-6)
+    index = out / "model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    victim = whole["weight_map"]["model.norm.weight"]
+    (out / victim).unlink()
+    refused(out, f"index.json: the shard {victim} .* is absent")
+    for content, match in (
+        ({"weight_map": {"model.norm.weight": "../x.safetensors"}}, "should be in a file beside the index"),
+        ({"weight_map": {"model.norm.weight": 3}}, "should be in a file beside the index"),
+        ({}, "has no weight_map"),
+    ):
+        index.write_text(json.dumps(content))
+        refused(out, match)
+
+
+def test_no_tokenizer(tmp_path):
+    folder = write(tmp_path / "model")
+    with pytest.raises(jp.InputError, match="model: has no tokenizer"):
+        hf.load_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(jp.InputError, match="the tokenizer cannot be read") as caught:
+        hf.load_tokenizer(folder)
+    assert "\n" not in str(caught.value)
+
+
+# Memory.
+
+MEASURE = """
+    import sys, threading, time
+    from pathlib import Path
+    import jax, jax.numpy as jnp
+    import jaxpeft as jp
+    from jaxpeft import tree
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    def growth(work):
+        peak, done = [resident()], threading.Event()
+        def watch():
+            while not done.is_set():
+                peak[0] = max(peak[0], resident())
+                time.sleep(0.0005)
+        before, thread = resident(), threading.Thread(target=watch)
+        thread.start()
+        result = work()
+        jax.block_until_ready(result)
+        done.set()
+        thread.join()
+        return peak[0] - before, result
+
+    source, target = sys.argv[1:]
+    jnp.zeros(3).block_until_ready()
+    loading, (model, params) = growth(lambda: jp.load_pretrained(source, jnp.bfloat16))
+    saving, _ = growth(lambda: jp.save_pretrained(target, source, params) and None)
+    print(loading, saving, tree.num_bytes(params))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_host_memory_stays_near_one_tensor_above_the_model(tmp_path):
+    config = {**CONFIG, "hidden_size": 640, "intermediate_size": 2560, "num_hidden_layers": 16, "vocab_size": 25600}
+    config |= {
+        "num_attention_heads": 10,
+        "num_key_value_heads": 10,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    }
+    family = models.family(config)
+    shapes = family.shapes(family.from_hf(config, jnp.bfloat16).config)
+    params = tree.unflatten({path: np.ones(leaf.shape, leaf.dtype) for path, leaf in shapes.items()})
+    total, largest = tree.num_bytes(params), 2 * 25600 * 640
+    assert total > 220e6
+    jp.save_pretrained(tmp_path / "model", config, params)
+    del params
+    environment = {**os.environ, "PYTHONPATH": str(Path(jp.__file__).parent.parent)}
+    command = [sys.executable, "-c", textwrap.dedent(MEASURE), str(tmp_path / "model"), str(tmp_path / "out")]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    loading, saving, in_memory = map(int, ran.stdout.split())
+    assert in_memory == total
+    print(f"model {total}, loading +{loading}, saving +{saving}, largest tensor {largest} bytes")
+    slack = 40e6  # modules imported and small programs compiled on the way
+    assert loading < total + 2 * largest + slack
+    assert saving < 3 * largest + slack
