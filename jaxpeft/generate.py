@@ -1,0 +1,208 @@
+"""Decoding with a key-value cache: greedy or sampled, prompts of any lengths in one batch, any adapted model.
+
+A batch of prompts is padded on the left, so that all rows write the same cache slot in each step:
+
+    slots     0 .. P-1 hold the prompts, row b from slot P - len_b on; P, P+1, ... what is generated
+    segment   0 in the padding, 1 elsewhere: nothing that counts sees the padding
+    position  slot - (P - len_b): each row counts from its own first token
+
+One pass over all prompts fills the cache, then one `lax.while_loop` takes a token per row and step and ends early when every row has
+ended. P and the number of slots are rounded up to a few sizes, so calls of similar lengths share one compilation.
+
+Randomness belongs to a prompt and not to its batch: token t of prompt i is drawn with fold_in(fold_in(key, i), t).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import models, tree
+from jaxpeft.errors import InputError
+from jaxpeft.model import Model
+
+_TILE = 256  # of attention: a cache of more slots is a multiple of it, or each step would pad it
+
+
+def generate(
+    model: Model,
+    params: tree.Params,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    eos: Sequence[int] | None = None,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """Continues each prompt.
+
+    Args:
+      model: a base or adapted model of `jaxpeft.models`.
+      params: its nested parameters, adapters included.
+      prompts: token ids, at least one per prompt.
+      max_new_tokens: the most tokens to add to a prompt; fewer are added where `max_position_embeddings` is reached.
+      temperature: 0 takes the likeliest token; otherwise logits are divided by it and a token is drawn.
+      top_k: draw among the k likeliest tokens only.
+      top_p: draw among the fewest tokens that together have at least this probability (after temperature and top_k).
+      key: PRNG key, needed when the temperature is above 0.
+      eos: token ids that end a text; None: those of the model's configuration; (): none.
+      batch_size: prompts decoded at once. Prompts of similar lengths go together; the result doesn't depend on it.
+
+    Returns:
+      The new ids of each prompt, in order, without the prompt and without the end token.
+
+    Raises:
+      InputError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room below `max_position_embeddings`, or
+        settings out of range.
+    """
+    _check(model.config, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size)
+    greedy = temperature == 0
+    settings = {
+        "temperature": np.float32(temperature or 1),
+        "top_k": np.int32(min(top_k or model.config.vocab_size, model.config.vocab_size)),
+        "top_p": np.float32(1 if top_p is None else top_p),
+    }
+    filtered = not greedy and (top_k is not None or top_p is not None)
+    ends = np.asarray(model.config.eos_token_id if eos is None else tuple(eos), np.int32)
+    key = jax.random.key(0) if key is None else key
+
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch, slots = _padded([prompts[i] for i in chosen], max_new_tokens, model.config.max_position_embeddings)
+        rows = np.zeros(len(batch["limit"]), np.int32)
+        rows[: len(chosen)] = chosen
+        new, count = _decode(model, slots, greedy, filtered, params, batch, ends, settings, key, rows)
+        for i, ids, length in zip(chosen, np.asarray(new), np.asarray(count), strict=False):
+            results[i] = ids[:length].tolist()
+    return results
+
+
+def _check(config: Any, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size) -> None:
+    if config is None:
+        raise InputError("generate: this model shows no layers and has no key-value cache; use a model of jaxpeft.models")
+    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 1), ("batch_size", batch_size, 1)):
+        if value is not None and value < least:
+            raise InputError(f"generate: {name} {value} must be at least {least}")
+    if not 0 <= temperature < float("inf"):
+        raise InputError(f"generate: temperature {temperature} must be a finite number of at least 0")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise InputError(f"generate: top_p {top_p} must be above 0 and at most 1")
+    if temperature > 0 and key is None:
+        raise InputError("generate: sampling (temperature above 0) needs a PRNG key")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise InputError(f"generate: prompt {i} is empty; give it at least the token that begins a text")
+        if len(prompt) >= config.max_position_embeddings:
+            raise InputError(
+                f"generate: prompt {i} has {len(prompt)} tokens; the model has room for {config.max_position_embeddings} "
+                "(max_position_embeddings), new tokens included"
+            )
+        if not (0 <= min(prompt) and max(prompt) < config.vocab_size):
+            raise InputError(f"generate: prompt {i} has an id outside the vocabulary of {config.vocab_size}")
+
+
+def _round_up(length: int) -> int:
+    """The size that stands for `length`: the next multiple of 32, from 256 on of 256."""
+    unit = 32 if length <= _TILE else _TILE
+    return -(-length // unit) * unit
+
+
+def _padded(prompts: Sequence[Sequence[int]], max_new_tokens: int, room: int) -> tuple[dict[str, np.ndarray], int]:
+    """(batch, slots): the prompts padded on the left, rows to a power of two; how many slots the cache needs.
+
+    `limit` (B,) is how many tokens a row may get; a row of padding gets none.
+    """
+    longest = max(map(len, prompts))
+    width, rows = _round_up(longest), 1 << (len(prompts) - 1).bit_length()
+    batch = {name: np.zeros((rows, width), np.int32) for name in ("tokens", "positions", "segment_ids")}
+    limit = np.zeros(rows, np.int32)
+    for b, prompt in enumerate(prompts):
+        first = width - len(prompt)
+        batch["tokens"][b, first:] = prompt
+        batch["positions"][b, first:] = np.arange(len(prompt))
+        batch["segment_ids"][b, first:] = 1
+        limit[b] = min(max_new_tokens, room - len(prompt))
+    return {**batch, "limit": limit}, _round_up(width + int(limit.max()))
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "greedy", "filtered"))
+def _decode(model, slots, greedy, filtered, params, batch, ends, settings, key, rows):
+    """(new ids (B, N), how many of them count (B,)), N the slots after the prompts."""
+    batch, limit = dict(batch), batch["limit"]
+    del batch["limit"]
+    b, width = batch["tokens"].shape
+    lengths = batch["segment_ids"].sum(1)
+    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
+    cache = models.FAMILIES[model.config.model_type].init_cache(model.config, b, slots)
+
+    def choose(x, t):
+        """The next token of each row, from the last hidden state (B, 1, d)."""
+        logits = model.head(params, x[:, -1])
+        if greedy:
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        logits = logits / settings["temperature"]
+        if filtered:
+            logits = keep_likeliest(logits, settings["top_k"], settings["top_p"])
+        own = jax.vmap(lambda k: jax.random.fold_in(k, t))(keys)
+        return jax.vmap(jax.random.categorical)(own, logits).astype(jnp.int32)
+
+    def unfinished(state):
+        return ~state["done"].all()
+
+    def step(state):
+        """Takes in the token that was chosen and chooses the next."""
+        t, token = state["t"], state["token"]
+        ended = state["done"] | jnp.isin(token, ends)
+        count = state["count"] + ~ended
+        done = ended | (count >= limit)
+        new = state["new"].at[:, t].set(token)
+
+        def following():
+            one = {
+                "tokens": token[:, None],
+                "positions": (lengths + t)[:, None],
+                "segment_ids": jnp.ones((b, 1), jnp.int32),
+            }
+            x, cache = model.stack.run(model.stack, params, one, None, state["cache"])
+            return choose(x, t + 1), cache
+
+        token, cache = jax.lax.cond(done.all(), lambda: (token, state["cache"]), following)
+        return {"t": t + 1, "token": token, "done": done, "count": count, "new": new, "cache": cache}
+
+    x, cache = model.stack.run(model.stack, params, batch, None, cache)
+    zero = jnp.zeros((), jnp.int32)
+    state = {
+        "t": zero,
+        "token": choose(x, zero),
+        "done": limit == 0,
+        "count": jnp.zeros_like(limit),
+        "new": jnp.zeros((b, slots - width), jnp.int32),
+        "cache": cache,
+    }
+    state = jax.lax.while_loop(unfinished, step, state)
+    return state["new"], state["count"]
+
+
+def keep_likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """Logits (B, V) with all but the likeliest tokens at -inf.
+
+    First the `top_k` largest stay; of these the fewest whose probabilities (renormalised) sum to at least `top_p`, never none. Tokens
+    as likely as the last one that stays stay too.
+    """
+    ordered = -jnp.sort(-logits, axis=-1)
+    ordered = jnp.where(jnp.arange(ordered.shape[-1]) < top_k, ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    stays = (before < top_p) & (ordered > -jnp.inf)
+    threshold = jnp.min(jnp.where(stays, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= threshold, logits, -jnp.inf)
