@@ -12,6 +12,7 @@ validation loss. Restoring is given the arrays' shapes and shardings and puts th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -22,9 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
 
 from jaxpeft import tree
 from jaxpeft.errors import RunError
@@ -82,8 +81,7 @@ class Checkpoints:
             return
         self.wait()
         self._note(step, meta)
-        meta = {**meta, "key_impl": str(jax.random.key_impl(state.key))}
-        args = ocp.args.Composite(state=ocp.args.StandardSave(_changing(state)), meta=ocp.args.JsonSave(meta))
+        args = ocp.args.Composite(state=ocp.args.StandardSave(_changing(state)), meta=ocp.args.JsonSave(dict(meta)))
         self._guard(step, lambda: self._manager.save(step, args=args))
 
     def check(self) -> None:
@@ -110,6 +108,10 @@ class Checkpoints:
         """The step with the lowest validation loss; None if none was evaluated."""
         return min(self._losses, key=lambda step: (self._losses[step], step), default=None)
 
+    def loss(self, step: int | None) -> float | None:
+        """The validation loss of a checkpoint, None if it was not evaluated."""
+        return self._losses.get(step) if step is not None else None
+
     def meta(self, step: int) -> dict[str, Any]:
         """A checkpoint's JSON."""
         return json.loads((self.folder / str(step) / "meta" / "metadata").read_text(encoding="utf-8"))
@@ -134,9 +136,7 @@ class Checkpoints:
             frozen = {**like.frozen, **self._restore_frozen(like.frozen)}
         except (ValueError, KeyError, OSError) as error:
             raise RunError(f"{self.folder / str(step)}: cannot be restored: {_reason(error)}") from error
-        meta = self.meta(step)
-        key = jax.random.wrap_key_data(changing.pop("key"), impl=meta.pop("key_impl"))
-        return TrainState(frozen=frozen, key=key, **changing), meta
+        return TrainState(frozen=frozen, **changing), self.meta(step)
 
     def _restore_frozen(self, like: Mapping[str, Any]) -> tree.Flat:
         folder = self.folder / FROZEN
@@ -157,6 +157,9 @@ class Checkpoints:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if error is None:
             self.close()
+        else:
+            with contextlib.suppress(Exception):  # the error that is on its way says more
+                self._manager.close()
 
     def _note(self, step: int, meta: Mapping[str, Any]) -> None:
         if meta.get("eval_loss") is not None:
@@ -220,19 +223,14 @@ def _same(leaf: Any, other: Any) -> bool:
 
 
 def _changing(state: TrainState) -> dict[str, Any]:
-    """What a step changes, and the key (as its data, which is an array of integers)."""
-    data = jax.eval_shape if isinstance(state.key, jax.ShapeDtypeStruct) else lambda f, x: f(x)
-    fields = {"step": state.step, "trainable": state.trainable, "opt_state": state.opt_state}
-    return {**fields, "key": data(jax.random.key_data, state.key)}
+    """What a step changes, and the key."""
+    fields = state._asdict()
+    del fields["frozen"]
+    return fields
 
 
 def _abstract(leaves: Any) -> Any:
-    def one(leaf):
-        if isinstance(leaf, np.ndarray | np.generic):
-            return np.asarray(leaf)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-    return jax.tree.map(one, leaves)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), leaves)
 
 
 def _reason(error: BaseException) -> str:

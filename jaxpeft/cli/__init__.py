@@ -8,8 +8,9 @@ printed meanwhile goes to stderr.
 Only the named command's file is imported, and heavy imports stay inside its `run`: help and
 mistakes answer at once.
 
-Exit status: 0 done; 1 a bug, with its traceback; 2 a mistake in the arguments or the input, with
-one line on stderr; 130 interrupted.
+Exit status: 0 the whole job was done; 2 a mistake in the arguments or the input, or a full disk; 1 a run that cannot go on (a loss that is
+not finite), or a bug; 143 and 130 a run that SIGTERM or SIGINT ended, saved where it was. All but a bug, which shows its traceback, say so in
+one line on stderr.
 """
 
 import contextlib
@@ -22,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli.output import did_you_mean, print_error, print_json
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, RunError
 
 # Command name -> the module in this package and its dataclass, and a line for the help.
 COMMANDS = {
@@ -54,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print_error(str(error))
         return 2
+    except RunError as error:
+        print_error(str(error))
+        return error.status
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130

@@ -74,6 +74,10 @@ class Train:
     """Steps between two evaluations; 0 evaluates before and after the run only."""
     checkpoint_every: int = 50
     """Steps between two checkpoints; 0 writes one at the end only."""
+    keep: int = 2
+    """Newest checkpoints to keep, besides the one with the lowest validation loss."""
+    samples: int = 16
+    """Validation examples to answer before and after the run, for the overlap score."""
 
     config: Path | None = None
     """YAML file whose keys are these flags' names."""
@@ -114,6 +118,8 @@ def check(args: Train) -> None:
         "weight_decay": 0,
         "eval_every": 0,
         "checkpoint_every": 0,
+        "keep": 1,
+        "samples": 0,
         "seed": 0,
     }
     for name, least in minima.items():

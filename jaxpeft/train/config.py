@@ -1,0 +1,125 @@
+"""A run's configuration on disk, OUT/config.json: what `--resume` compares with, and what other commands read a run by.
+
+    {"jax": version, "arguments": {flag's field: value}, "method": [[name, arguments], ...], "content": {name: digest}}
+
+Files are compared by content, so that a run continues where its model and data have been moved to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.errors import InputError
+
+FILE = "config.json"
+REPORT = "report.json"
+# What a run leaves in its folder; one of these there, and the folder holds a run.
+TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "model", "tensorboard")
+# Fields that may differ when a run is continued: they don't bear on its numbers ...
+_FREE = {"out", "resume", "json", "config"}
+# ... or are compared by what the files hold.
+_BY_CONTENT = {"model", "data", "eval_data"}
+
+
+def describe(args: Any, specs: Any, content: Mapping[str, str | None]) -> dict[str, Any]:
+    """The document of a run.
+
+    Args:
+      args: the dataclass of the train command.
+      specs: `Method.specs`.
+      content: digests of "model", "data" and "eval_data" (None without).
+    """
+    arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in _FREE}
+    document = {
+        "jax": jax.__version__,
+        "arguments": arguments,
+        "method": [[spec.name, spec.config] for spec in specs],
+        "content": dict(content),
+    }
+    return json.loads(json.dumps(document, default=str))  # as it will be read: tuples are lists, paths text
+
+
+def write_json(path: Path, document: Mapping[str, Any]) -> None:
+    """Writes a JSON file atomically and durably."""
+    fresh = path.with_name(path.name + ".tmp")
+    with fresh.open("w", encoding="utf-8") as file:
+        json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(fresh, path)
+
+
+def read(out: Path, name: str = FILE) -> dict[str, Any]:
+    """The document of the run in a folder, or its report.
+
+    Raises:
+      InputError: if there is none.
+    """
+    try:
+        return json.loads((out / name).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{out}: holds no run (no {name})") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{out / name}: cannot be read: {error}") from None
+
+
+def check_new(out: Path) -> None:
+    """Raises InputError for a folder that holds a run, or a path that cannot be a folder."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file; give a folder")
+    if found := [name for name in TRACES if (out / name).exists()]:
+        raise InputError(
+            f"--out {out}: already holds a run ({', '.join(found)}); give another folder, or --resume to continue it"
+        )
+
+
+def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises InputError with every field in which a run is to be continued otherwise than it began (old -> new)."""
+    before, now = old.get("arguments", {}), new["arguments"]
+    changes = [
+        f"--{name.replace('_', '-')} {before.get(name)} -> {now.get(name)}"
+        for name in [*now, *(name for name in before if name not in now)]
+        if name not in _BY_CONTENT and before.get(name) != now.get(name)
+    ]
+    for name in sorted(_BY_CONTENT):
+        if old.get("content", {}).get(name) != new["content"].get(name):
+            where = f"{before.get(name) or 'the default'} -> {now.get(name) or 'the default'}"
+            changes.append(f"--{name.replace('_', '-')} {where} (other content)")
+    if not changes and old.get("method") != new["method"]:
+        changes.append(f"the method's defaults {old.get('method')} -> {new['method']}")
+    if changes:
+        raise InputError(f"--resume {out}: the run was begun otherwise: {'; '.join(changes)}")
+
+
+def digest(leaves: Mapping[str, jax.Array]) -> str:
+    """A fingerprint of arrays' bits, made on their devices: equal for equal leaves, whatever their sharding.
+
+    For each leaf, the sum of its words (as unsigned integers, modulo 2^32), each times an odd number that depends on where it stands.
+    """
+    import hashlib
+
+    result = hashlib.blake2b(digest_size=8)
+    sums = {path: _sum(leaf) for path, leaf in sorted(leaves.items())}
+    for path, value in sums.items():
+        result.update(f"{path}:{leaves[path].shape}:{leaves[path].dtype}:{int(value)};".encode())
+    return result.hexdigest()
+
+
+@jax.jit
+def _sum(leaf: jax.Array) -> jax.Array:
+    bits = jnp.dtype(leaf.dtype).itemsize * 8
+    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
+    odd = jnp.zeros((), jnp.uint32)
+    for axis, length in enumerate(words.shape):
+        shape = [length if i == axis else 1 for i in range(words.ndim)]
+        odd = odd * jnp.uint32(1000003) + jnp.arange(length, dtype=jnp.uint32).reshape(shape)
+    return jnp.sum(words * (2 * odd + 1), dtype=jnp.uint32)

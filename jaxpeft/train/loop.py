@@ -1,0 +1,327 @@
+"""The loop around the pure step: a run from its arguments to its report.
+
+    OUT/config.json       how the run was begun           OUT/adapter/       the result, a PEFT adapter (OUT/model/ where the base itself trained)
+    OUT/metrics.jsonl     a row per step and evaluation   OUT/checkpoints/   see `jaxpeft.checkpoint`
+    OUT/tensorboard/, OUT/loss.png                        OUT/report.json    written last: the run is finished
+
+A run is a function of its configuration alone: killed at any moment and resumed, it ends with the same bits. Everything that a step reads is in
+the state or follows from the data position, both saved together; rows of metrics.jsonl beyond the checkpoint are taken back and made again.
+
+A step's metrics are fetched while the next step runs. A checkpoint is written only after the loss *of the state that it holds* has been seen
+to be finite (in the evaluation that is due there, or on the batch just trained on), so that there is always something good to go back to.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxpeft import tree
+from jaxpeft.checkpoint import Checkpoints, on_disk
+from jaxpeft.errors import InputError, RunError
+from jaxpeft.model import Batch
+from jaxpeft.train import config, memory
+from jaxpeft.train.compiled import Compiled
+from jaxpeft.train.evaluate import Answers, answer, make_eval_step, mean_loss
+from jaxpeft.train.metrics import MetricsLog
+from jaxpeft.train.metrics import read as read_metrics
+from jaxpeft.train.prepare import Job, prepare
+from jaxpeft.train.progress import Progress
+from jaxpeft.train.report import build_report, write_curve
+from jaxpeft.train.signals import Signals
+from jaxpeft.train.state import TrainState
+from jaxpeft.train.step import make_train_step
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class _Pending(NamedTuple):
+    """A step whose metrics have not been fetched yet."""
+
+    step: int
+    metrics: Any
+    lines: list[list[int]]
+    tokens: int
+
+
+class _Stopped(Exception):
+    """A signal came in during an evaluation."""
+
+
+def train(args: Any) -> dict[str, Any]:
+    """Trains, or continues, and returns the report (see `jaxpeft.train.report`).
+
+    Args:
+      args: the dataclass of the train command (`jaxpeft.cli.train.Train`) with `out` set.
+
+    Raises:
+      InputError: for arguments or files that cannot be used; nothing has been written then.
+      RunError: for a run that cannot go on: a loss that is not finite (status 1), a full disk (2), SIGTERM (143), SIGINT (130).
+    """
+    out = Path(args.out)
+    old = config.read(out) if args.resume else config.check_new(out)
+    if old is not None:
+        config.check_same(out, old, {**old, "arguments": config.describe(args, (), {})["arguments"]})
+        if (out / config.REPORT).exists():
+            _say(f"{out}: the run is finished; this is its report")
+            return config.read(out, config.REPORT)
+    started = time.monotonic()
+    job = prepare(args)
+    if old is not None:
+        config.check_same(out, old, job.document)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        config.write_json(out / config.FILE, old or job.document)
+        with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints:
+            return _Run(args, job, checkpoints, signals).whole(started)
+    except OSError as error:
+        if isinstance(error.__context__, RunError):  # a log that could not be closed after it
+            raise error.__context__ from None
+        if error.errno in _NO_ROOM:
+            good = on_disk(out / "checkpoints")
+            left = f"last good checkpoint: step {good[-1]}" if good else "no checkpoint has been written yet"
+            raise RunError(f"{error.filename or out}: not written: {error.strerror}; {left}", 2) from error
+        if isinstance(error, PermissionError | NotADirectoryError):
+            raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
+        raise
+
+
+class _Run:
+    """One run in this process: what its parts share."""
+
+    def __init__(self, args: Any, job: Job, checkpoints: Checkpoints, signals: Signals):
+        self.args, self.job, self.checkpoints, self.signals = args, job, checkpoints, signals
+        self.out = Path(args.out)
+        self.step = Compiled(make_train_step(job.model, job.method, job.optimizer, accumulate=args.accumulate), donate=True)
+        self.eval_step = Compiled(make_eval_step(job.model))
+        self.rates = np.asarray(jax.vmap(job.schedule)(np.arange(args.steps)))
+        self.state: TrainState = job.state
+        # What a checkpoint's meta holds beside the data position.
+        self.done, self.tokens, self.loss = 0, 0, float("nan")
+        self.eval_step_number: int | None = None
+        self.eval_loss: float | None = None
+        self.before: dict[str, Any] = {"eval_loss": None, "overlap": None, "texts": []}
+
+    def whole(self, started: float) -> dict[str, Any]:
+        """From where the newest checkpoint is to the report."""
+        resumed = self._restore()
+        with MetricsLog(self.out, resumed) as self.log:
+            if resumed is None:
+                self._begin()
+            elif self._evaluation_due() and self.eval_step_number != self.done:
+                self._evaluate_late()
+            with Progress(self.args.steps, self.done) as self.progress:
+                self._steps()
+        return self._finish(started, resumed)
+
+    def _restore(self) -> int | None:
+        """Continues from the newest checkpoint; its step, None where there is none."""
+        latest = self.checkpoints.latest()
+        if latest is None:
+            if self.args.resume:
+                _say(f"{self.out}: no checkpoint yet: from the beginning")
+            return None
+        self.state, meta = self.checkpoints.restore(self.state)
+        self.job = self.job._replace(state=self.state, own={})  # frees what was made for the first step
+        self.job.train.set_state(meta["data"])
+        self.done, self.tokens, self.loss = latest, meta["tokens"], meta["loss"]
+        self.before, self.eval_loss, self.eval_step_number = meta["before"], meta["last_eval_loss"], meta["eval_step"]
+        _say(f"{self.out}: continuing from step {latest}")
+        return latest
+
+    def _begin(self) -> None:
+        """Scores the model as it was, before the first step."""
+        self.checkpoints.save_frozen(self.job.own)
+        answers = self._answer()
+        if self.job.validation:
+            self._evaluate()
+        self.before = {"eval_loss": self.eval_loss, "overlap": answers.overlap, "texts": answers.texts}
+
+    def _steps(self) -> None:
+        """The steps that are left."""
+        pending: _Pending | None = None
+        while self.done < self.args.steps:
+            self._stop_if_asked()
+            batch, lines = next(self.job.train)
+            self.state, metrics = self.step(self.state, batch)
+            self.done += 1
+            if pending:
+                self._account(pending)
+            pending = _Pending(self.done, metrics, lines, int((batch["segment_ids"] > 0).sum()))
+            self.checkpoints.check()
+            if self._evaluation_due() or self._checkpoint_due() or self.signals.received:
+                self._account(pending)
+                self._pause(batch, pending)
+                pending = None
+        self._stop_if_asked()
+
+    def _pause(self, batch: Batch, last: _Pending) -> None:
+        """Between two steps: what is due of an evaluation and a checkpoint."""
+        best = self.checkpoints.loss(self.checkpoints.best())
+        if self._evaluation_due():
+            try:
+                self._evaluate()
+            except _Stopped:
+                pass  # done when the run is continued
+        evaluated = self.eval_step_number == self.done
+        loss = self.eval_loss if evaluated else mean_loss(self.eval_step, self.state, [batch])
+        if loss is None or not math.isfinite(loss):
+            self._not_finite(last, "loss after the update", loss)
+        improved = evaluated and (best is None or loss < best) and self.args.checkpoint_every
+        if improved or self._checkpoint_due() or self.signals.received:
+            self._save()
+
+    def _account(self, pending: _Pending) -> None:
+        """Fetches a step's metrics, refuses what is not finite, and writes the row."""
+        metrics = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                self._not_finite(pending, name.replace("grad_norm", "gradient norm"), metrics[name])
+        self.loss = metrics.pop("loss")
+        self.tokens += pending.tokens
+        rate = float(self.rates[pending.step - 1])
+        row = {"step": pending.step, "split": "train", "loss": self.loss, "lr": rate, "tokens": self.tokens}
+        self.log.write({**row, **metrics})
+        self.progress.update(pending.step, self.loss, pending.tokens)
+
+    def _not_finite(self, at: _Pending, what: str, value: float | None) -> None:
+        self.checkpoints.wait()
+        latest = self.checkpoints.latest()
+        good = f"last good checkpoint: step {latest}" if latest is not None else "no checkpoint has been written yet"
+        raise RunError(
+            f"step {at.step}: {what} is {value}; its batch is {self.job.source.train}, lines {ranges(at.lines)}; {good}"
+        )
+
+    def _evaluate(self) -> None:
+        batches = self._until_stopped(self.job.validation())
+        self.eval_loss, self.eval_step_number = mean_loss(self.eval_step, self.state, batches), self.done
+        self.log.write({"step": self.done, "split": "eval", "loss": self.eval_loss})
+
+    def _evaluate_late(self) -> None:
+        """The evaluation that a signal cut off before the checkpoint; its row may be there from an earlier attempt."""
+        rows = [row for row in read_metrics(self.out / "metrics.jsonl") if row["split"] == "eval" and row["step"] == self.done]
+        if rows:
+            self.eval_loss, self.eval_step_number = rows[0]["loss"], self.done
+        else:
+            self._evaluate()
+
+    def _until_stopped(self, batches: Iterable[tuple[Batch, Any]]) -> Iterator[Batch]:
+        for batch, _ in batches:
+            if self.signals.received and self.done:
+                raise _Stopped
+            yield batch
+
+    def _answer(self) -> Answers:
+        return answer(self.job.model, self.state, self.job.asked, self.job.tokenizer)
+
+    def _evaluation_due(self) -> bool:
+        every = self.args.eval_every
+        regular = every and self.done % every == 0
+        return bool(self.job.validation and (regular or self.done in (0, self.args.steps)))
+
+    def _checkpoint_due(self) -> bool:
+        every = self.args.checkpoint_every
+        return bool(self.done == self.args.steps or (every and self.done % every == 0))
+
+    def _save(self) -> None:
+        evaluated = self.eval_step_number == self.done
+        meta = {
+            "data": self.job.train.get_state(),
+            "tokens": self.tokens,
+            "loss": self.loss,
+            "before": self.before,
+            "eval_loss": self.eval_loss if evaluated else None,
+            "last_eval_loss": self.eval_loss,
+            "eval_step": self.eval_step_number,
+        }
+        self.checkpoints.save(self.state, meta)
+
+    def _stop_if_asked(self) -> None:
+        if self.signals.received is None:
+            return
+        self.checkpoints.wait()
+        where = f"at step {self.checkpoints.latest()}, which is saved" if self.done else "before the first step"
+        raise RunError(
+            f"{self.out}: stopped by {self.signals.name} {where}; --resume continues it", 128 + self.signals.received
+        )
+
+    def _finish(self, started: float, resumed: int | None) -> dict[str, Any]:
+        """The result, the report and the curve."""
+        self.checkpoints.wait()
+        answers = self._answer()
+        state, job = self.state, self.job
+        export(self.out, job, state)
+        executable = self.step.widest() or self.step.executable(state, next(job.train)[0])  # resumed after the last step
+        best = self.checkpoints.best()
+        report = build_report(
+            out=self.out,
+            method=self.args.method,
+            steps=self.done,
+            tokens=self.tokens,
+            seconds=time.monotonic() - started,
+            train_loss=self.loss,
+            eval_loss=(self.before["eval_loss"], self.eval_loss),
+            overlap=(self.before["overlap"], answers.overlap),
+            sample=_sample(job, self.before["texts"], answers.texts),
+            trainable_parameters=tree.size(state.trainable),
+            frozen_parameters=tree.size(state.frozen),
+            memory=memory.step_memory(executable, state, job.base),
+            best_step=best,
+            best_eval_loss=self.checkpoints.loss(best),
+            resumed_from=resumed,
+            examples=job.reports,
+        )
+        write_curve(self.out / "metrics.jsonl", self.out / "loss.png")
+        config.write_json(self.out / config.REPORT, report)
+        return report
+
+
+def export(out: Path, job: Job, state: TrainState) -> None:
+    """Writes the result: a PEFT adapter, or a whole checkpoint where leaves of the base trained."""
+    import shutil
+
+    if any(tree.canonical(path) in job.base for path in state.trainable):
+        from jaxpeft.hf import save_pretrained
+
+        shutil.rmtree(out / "model", ignore_errors=True)  # of a process that was killed here
+        params = job.method.merge(tree.combine(state.trainable, state.frozen))
+        typed = {path: leaf.astype(job.base[path].dtype) for path, leaf in tree.flatten(params).items()}
+        save_pretrained(out / "model", job.source.model, tree.unflatten(typed))
+    else:
+        from jaxpeft.peft import export_adapter
+
+        export_adapter(out / "adapter", job.method, tree.combine(state.trainable, state.frozen), job.source.model)
+
+
+def ranges(lines: Iterable[Iterable[int]]) -> str:
+    """Line numbers in order, neighbours joined.
+
+    >>> ranges([[7, 3], [8], [9, 20]])
+    '3, 7-9, 20'
+    """
+    parts: list[list[int]] = []
+    for line in sorted({line for row in lines for line in row}):
+        if parts and line == parts[-1][1] + 1:
+            parts[-1][1] = line
+        else:
+            parts.append([line, line])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
+
+
+def _sample(job: Job, before: list[str], after: list[str]) -> dict[str, str] | None:
+    if not job.asked or not before or not after:
+        return None
+    prompt = job.tokenizer.decode(job.asked[0].prompt, skip_special_tokens=True)
+    return {"prompt": prompt, "reference": job.asked[0].reference, "before": before[0], "after": after[0]}
+
+
+def _say(text: str) -> None:
+    sys.stderr.write(text + "\n")
