@@ -1,13 +1,14 @@
 """A run's checkpoints: what cannot be made again, written asynchronously and atomically (orbax).
 
-    FOLDER/frozen/         frozen leaves that the base checkpoint does not hold (adapters' frozen leaves, kernels that a method's `prepare`
-                           changed); they never change, so they are written once, before the first step
+    FOLDER/frozen/         frozen leaves that the base checkpoint does not hold (adapters' frozen leaves, kernels that a
+                           method's `prepare` changed); they never change, so they are written once, before step 1
     FOLDER/<step>/state/   step, trainable leaves, optimizer state, key
     FOLDER/<step>/meta/    JSON: the data position, and what the run has to report later
 
-The base weights are in none of them. A checkpoint is written under a temporary name and renamed when it is whole, and an older one goes only
-after that, so that a process killed at any moment leaves the last good one as it was. Kept are the newest ones and the one with the lowest
-validation loss. Restoring is given the arrays' shapes and shardings and puts them there, whatever devices had written them.
+The base weights are in none of them. A checkpoint is written under a temporary name and renamed when it is whole, and
+an older one goes only after that, so that a process killed at any moment leaves the last good one as it was. Kept are
+the newest ones and the one with the lowest validation loss. Restoring is given the arrays' shapes and shardings and
+puts them there, whatever devices had written them.
 """
 
 from __future__ import annotations
@@ -120,8 +121,9 @@ class Checkpoints:
         """A checkpoint's state and meta.
 
         Args:
-          like: a state of the same structure, of arrays or of `ShapeDtypeStruct`s with shardings: each leaf comes back with the type and
-            the sharding that it has here, on these devices. Frozen leaves that no checkpoint holds are taken from it.
+          like: a state of the same structure, of arrays or of `ShapeDtypeStruct`s with shardings: each leaf comes back
+            with the type and the sharding that it has here, on these devices. Frozen leaves that no checkpoint holds
+            are taken from it.
           step: which; the newest by default.
 
         Raises:

@@ -8,9 +8,10 @@ printed meanwhile goes to stderr.
 Only the named command's file is imported, and heavy imports stay inside its `run`: help and
 mistakes answer at once.
 
-Exit status: 0 the whole job was done; 2 a mistake in the arguments or the input, or a full disk; 1 a run that cannot go on (a loss that is
-not finite), or a bug; 143 and 130 a run that SIGTERM or SIGINT ended, saved where it was. All but a bug, which shows its traceback, say so in
-one line on stderr.
+Exit status: 0 the whole job was done; 2 a mistake in the arguments or the input, or a full disk;
+1 a run that cannot go on (a loss that is not finite), or a bug; 143 and 130 a run that SIGTERM or
+SIGINT ended, saved where it was. All but a bug, which shows its traceback, say so in one line on
+stderr.
 """
 
 import contextlib

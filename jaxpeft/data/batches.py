@@ -17,7 +17,7 @@ Three ways to make rows, all of static shapes:
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import grain
@@ -146,7 +146,7 @@ def eval_batches(
     *,
     pack: bool = False,
     buckets: Sequence[int] = (),
-) -> Iterator[tuple[Batch, Lines]]:
+) -> Batches:
     """One pass over every example, always in the same order; the last batch has empty rows."""
     return make_batches(examples, batch_size, seq_len, 0, pack=pack, buckets=buckets, epochs=1, shuffle=False)
 

@@ -103,7 +103,8 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
 def digest(leaves: Mapping[str, jax.Array]) -> str:
     """A fingerprint of arrays' bits, made on their devices: equal for equal leaves, whatever their sharding.
 
-    For each leaf, the sum of its words (as unsigned integers, modulo 2^32), each times an odd number that depends on where it stands.
+    For each leaf, the sum of its words (unsigned integers, modulo 2^32), each times an odd number that depends on where
+    it stands.
     """
     import hashlib
 

@@ -42,7 +42,7 @@ class Question(NamedTuple):
 
 
 def questions(examples: Sequence[Example], count: int, tokenizer: Any) -> list[Question]:
-    """Up to `count` examples, evenly spread, each cut before its first completion; those without a prompt are left out."""
+    """Up to `count` examples, evenly spread, each cut before its first completion; without a prompt it is left out."""
     asked = []
     for example in examples:
         start = int(np.argmax(example.completion))

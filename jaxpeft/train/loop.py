@@ -1,18 +1,23 @@
 """The loop around the pure step: a run from its arguments to its report.
 
-    OUT/config.json       how the run was begun           OUT/adapter/       the result, a PEFT adapter (OUT/model/ where the base itself trained)
-    OUT/metrics.jsonl     a row per step and evaluation   OUT/checkpoints/   see `jaxpeft.checkpoint`
-    OUT/tensorboard/, OUT/loss.png                        OUT/report.json    written last: the run is finished
+    OUT/config.json      how the run was begun
+    OUT/metrics.jsonl    a row per step and evaluation; as events in OUT/tensorboard/, as a picture in OUT/loss.png
+    OUT/checkpoints/     see `jaxpeft.checkpoint`
+    OUT/adapter/         the result, a PEFT adapter; OUT/model/, a whole checkpoint, where the base itself trained
+    OUT/report.json      written last: the run is finished
 
-A run is a function of its configuration alone: killed at any moment and resumed, it ends with the same bits. Everything that a step reads is in
-the state or follows from the data position, both saved together; rows of metrics.jsonl beyond the checkpoint are taken back and made again.
+A run is a function of its configuration alone: killed at any moment and resumed, it ends with the same bits. Everything
+that a step reads is in the state or follows from the data position, both saved together; rows of metrics.jsonl beyond
+the checkpoint are taken back and made again.
 
-A step's metrics are fetched while the next step runs. A checkpoint is written only after the loss *of the state that it holds* has been seen
-to be finite (in the evaluation that is due there, or on the batch just trained on), so that there is always something good to go back to.
+A step's metrics are fetched while the next step runs. A checkpoint is written only after the loss *of the state that it
+holds* has been seen to be finite (in the evaluation that is due there, or on the batch just trained on), so that there
+is always something good to go back to.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import math
 import sys
@@ -64,11 +69,15 @@ def train(args: Any) -> dict[str, Any]:
 
     Raises:
       InputError: for arguments or files that cannot be used; nothing has been written then.
-      RunError: for a run that cannot go on: a loss that is not finite (status 1), a full disk (2), SIGTERM (143), SIGINT (130).
+      RunError: for a run that cannot go on: a loss that is not finite (status 1), a full disk (2), SIGTERM (143),
+        SIGINT (130).
     """
     out = Path(args.out)
-    old = config.read(out) if args.resume else config.check_new(out)
-    if old is not None:
+    old = None
+    if not args.resume:
+        config.check_new(out)
+    else:
+        old = config.read(out)
         config.check_same(out, old, {**old, "arguments": config.describe(args, (), {})["arguments"]})
         if (out / config.REPORT).exists():
             _say(f"{out}: the run is finished; this is its report")
@@ -100,7 +109,8 @@ class _Run:
     def __init__(self, args: Any, job: Job, checkpoints: Checkpoints, signals: Signals):
         self.args, self.job, self.checkpoints, self.signals = args, job, checkpoints, signals
         self.out = Path(args.out)
-        self.step = Compiled(make_train_step(job.model, job.method, job.optimizer, accumulate=args.accumulate), donate=True)
+        step = make_train_step(job.model, job.method, job.optimizer, accumulate=args.accumulate)
+        self.step = Compiled(step, donate=True)
         self.eval_step = Compiled(make_eval_step(job.model))
         self.rates = np.asarray(jax.vmap(job.schedule)(np.arange(args.steps)))
         self.state: TrainState = job.state
@@ -167,13 +177,13 @@ class _Run:
         """Between two steps: what is due of an evaluation and a checkpoint."""
         best = self.checkpoints.loss(self.checkpoints.best())
         if self._evaluation_due():
-            try:
+            with contextlib.suppress(_Stopped):  # it is done when the run is continued
                 self._evaluate()
-            except _Stopped:
-                pass  # done when the run is continued
         evaluated = self.eval_step_number == self.done
-        loss = self.eval_loss if evaluated else mean_loss(self.eval_step, self.state, [batch])
-        if loss is None or not math.isfinite(loss):
+        loss = self.eval_loss if evaluated else None
+        if loss is None:
+            loss = mean_loss(self.eval_step, self.state, [batch])
+        if not math.isfinite(loss):
             self._not_finite(last, "loss after the update", loss)
         improved = evaluated and (best is None or loss < best) and self.args.checkpoint_every
         if improved or self._checkpoint_due() or self.signals.received:
@@ -187,12 +197,20 @@ class _Run:
                 self._not_finite(pending, name.replace("grad_norm", "gradient norm"), metrics[name])
         self.loss = metrics.pop("loss")
         self.tokens += pending.tokens
-        rate = float(self.rates[pending.step - 1])
-        row = {"step": pending.step, "split": "train", "loss": self.loss, "lr": rate, "tokens": self.tokens}
-        self.log.write({**row, **metrics})
+        self.log.write(
+            {
+                "step": pending.step,
+                "split": "train",
+                "loss": self.loss,
+                "lr": float(self.rates[pending.step - 1]),
+                "tokens": self.tokens,
+                "target_tokens": metrics.pop("weight"),
+                **metrics,
+            }
+        )
         self.progress.update(pending.step, self.loss, pending.tokens)
 
-    def _not_finite(self, at: _Pending, what: str, value: float | None) -> None:
+    def _not_finite(self, at: _Pending, what: str, value: float) -> None:
         self.checkpoints.wait()
         latest = self.checkpoints.latest()
         good = f"last good checkpoint: step {latest}" if latest is not None else "no checkpoint has been written yet"
@@ -207,9 +225,10 @@ class _Run:
 
     def _evaluate_late(self) -> None:
         """The evaluation that a signal cut off before the checkpoint; its row may be there from an earlier attempt."""
-        rows = [row for row in read_metrics(self.out / "metrics.jsonl") if row["split"] == "eval" and row["step"] == self.done]
-        if rows:
-            self.eval_loss, self.eval_step_number = rows[0]["loss"], self.done
+        rows = read_metrics(self.out / "metrics.jsonl")
+        found = [row["loss"] for row in rows if (row["split"], row["step"]) == ("eval", self.done)]
+        if found:
+            self.eval_loss, self.eval_step_number = found[0], self.done
         else:
             self._evaluate()
 
@@ -259,7 +278,8 @@ class _Run:
         answers = self._answer()
         state, job = self.state, self.job
         export(self.out, job, state)
-        executable = self.step.widest() or self.step.executable(state, next(job.train)[0])  # resumed after the last step
+        # A run that is resumed after its last step has compiled nothing yet.
+        executable = self.step.widest() or self.step.executable(state, next(job.train)[0])
         best = self.checkpoints.best()
         report = build_report(
             out=self.out,

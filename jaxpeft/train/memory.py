@@ -16,11 +16,11 @@ def step_memory(compiled: Any, state: TrainState, base: Iterable[str]) -> dict[s
         adapters           leaves that the method added
         optimizer_state
         gradients          one number for each trainable one, in its type
-        saved_activations  what the compiler sets aside besides: activations kept for the backward pass, and its workspace
+        saved_activations  what the compiler sets aside besides: activations kept for the backward pass, and workspace
         total              what the executable needs: arguments, results that reuse no argument, and temporaries
 
-    The first three are exact sums over arrays. The compiler reports its temporaries as one figure; the gradients' size is taken off it, and
-    so is counted there even where the compiler fuses a gradient into its update and never holds it.
+    The first three are exact sums over arrays. The compiler reports its temporaries as one figure; the gradients' size
+    is taken off it, also where the compiler fuses a gradient into its update and never holds the whole of it.
 
     Args:
       compiled: the executable of a train step, `jit(step).lower(state, batch).compile()`.

@@ -1,4 +1,4 @@
-"""The optimizer of a run: AdamW behind a clip by global norm, with a learning rate that is a function of the step alone."""
+"""The optimizer of a run: AdamW behind a clip by global norm; its learning rate is a function of the step alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Everything that a run needs before its first step, from its arguments; whatever can be refused is refused here, before anything is written."""
+"""Everything that a run needs before its first step, made from its arguments.
+
+Whatever can be refused is refused here, before anything is written.
+"""
 
 from __future__ import annotations
 
@@ -157,6 +160,5 @@ def donatable(state: TrainState) -> TrainState:
 
 def _check_vocabulary(path: str | Path, tokenizer: Any, model: Model) -> None:
     if len(tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {model.config.vocab_size}"
-        )
+        size = model.config.vocab_size
+        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {size}")

@@ -9,9 +9,9 @@ from typing import Any
 
 
 class Signals:
-    """A context in which SIGTERM and SIGINT are noted in `received` instead of ending the process; a second SIGINT ends it.
+    """A context in which SIGTERM and SIGINT are noted in `received` instead of ending the process.
 
-    Outside the main thread, where Python allows no handlers, nothing is changed.
+    A second SIGINT ends it. Outside the main thread, where Python allows no handlers, nothing is changed.
     """
 
     received: int | None = None
