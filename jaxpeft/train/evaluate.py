@@ -35,10 +35,11 @@ def mean_loss(step: Callable[..., Any], state: TrainState, batches: Iterable[Bat
 
 
 class Question(NamedTuple):
-    """A validation example as a prompt to answer: token ids, and the text of its own completion."""
+    """A validation example as a prompt to answer: its token ids, the text of its own completion, the tokens of that."""
 
     prompt: list[int]
     reference: str
+    length: int
 
 
 def questions(examples: Sequence[Example], count: int, tokenizer: Any) -> list[Question]:
@@ -49,7 +50,7 @@ def questions(examples: Sequence[Example], count: int, tokenizer: Any) -> list[Q
         if start:
             end = start + int(np.argmin(np.append(example.completion[start:], False)))
             reference = tokenizer.decode(example.ids[start:end].tolist(), skip_special_tokens=True)
-            asked.append(Question(example.ids[:start].tolist(), reference.strip()))
+            asked.append(Question(example.ids[:start].tolist(), reference.strip(), end - start))
     places = np.linspace(0, len(asked) - 1, min(count, len(asked))).round().astype(int)
     return [asked[i] for i in places]
 
@@ -62,12 +63,16 @@ class Answers(NamedTuple):
 
 
 def answer(
-    model: Model, state: TrainState, asked: Sequence[Question], tokenizer: Any, max_new_tokens: int = 64
+    model: Model, state: TrainState, asked: Sequence[Question], tokenizer: Any, most_tokens: int = 64
 ) -> Answers:
-    """Greedy answers to the questions, scored by `rouge_l`; the overlap is None without questions."""
+    """Greedy answers to the questions, scored by `rouge_l`; the overlap is None without questions.
+
+    An answer may be a quarter longer than the longest reference, and has at most `most_tokens`.
+    """
     if not asked:
         return Answers([], None)
     params = tree.combine(state.trainable, state.frozen)
+    max_new_tokens = min(most_tokens, max(question.length for question in asked) * 5 // 4 + 1)
     room = model.config.max_position_embeddings - max_new_tokens
     prompts = [question.prompt[-max(room, 1) :] for question in asked]  # the end of a prompt that leaves no room
     new = generate(model, params, prompts, max_new_tokens)

@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -306,19 +307,19 @@ class _Run:
 
 def export(out: Path, job: Job, state: TrainState) -> None:
     """Writes the result: a PEFT adapter, or a whole checkpoint where leaves of the base trained."""
-    import shutil
-
+    params = tree.combine(state.trainable, state.frozen)
     if any(tree.canonical(path) in job.base for path in state.trainable):
         from jaxpeft.hf import save_pretrained
 
-        shutil.rmtree(out / "model", ignore_errors=True)  # of a process that was killed here
-        params = job.method.merge(tree.combine(state.trainable, state.frozen))
-        typed = {path: leaf.astype(job.base[path].dtype) for path, leaf in tree.flatten(params).items()}
+        # It may be there already, from a process that was killed between this and the report.
+        shutil.rmtree(out / "model", ignore_errors=True)
+        merged = tree.flatten(job.method.merge(params))
+        typed = {path: leaf.astype(job.base[path].dtype) for path, leaf in merged.items()}
         save_pretrained(out / "model", job.source.model, tree.unflatten(typed))
     else:
         from jaxpeft.peft import export_adapter
 
-        export_adapter(out / "adapter", job.method, tree.combine(state.trainable, state.frozen), job.source.model)
+        export_adapter(out / "adapter", params, job.method, job.model.config, job.source.model, replace=True)
 
 
 def ranges(lines: Iterable[Iterable[int]]) -> str:
