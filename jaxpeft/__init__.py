@@ -1,37 +1,57 @@
-"""jaxpeft: the memory of fine-tuning, visible, predictable and controllable in JAX."""
+"""jaxpeft: the memory of fine-tuning, visible, predictable and controllable in JAX.
 
-from jaxpeft.errors import InputError
-from jaxpeft.hf import load_pretrained, save_pretrained
-from jaxpeft.method import Method, Objective, Spec, chain, setup
-from jaxpeft.methods.full import full
-from jaxpeft.methods.lora import lora
-from jaxpeft.methods.lora_fa import lora_fa
-from jaxpeft.model import Model, Stack, from_linen, from_nnx
-from jaxpeft.train.loss import completion_loss
-from jaxpeft.train.state import TrainState, init_state
-from jaxpeft.train.step import make_train_step
-from jaxpeft.tree import combine, split
+Names are imported at their first use, so that the command line can answer before JAX is loaded.
+"""
 
-__all__ = [
-    "InputError",
-    "Method",
-    "Model",
-    "Objective",
-    "Spec",
-    "Stack",
-    "TrainState",
-    "chain",
-    "combine",
-    "completion_loss",
-    "from_linen",
-    "from_nnx",
-    "full",
-    "init_state",
-    "load_pretrained",
-    "lora",
-    "lora_fa",
-    "make_train_step",
-    "save_pretrained",
-    "setup",
-    "split",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxpeft.errors import InputError
+    from jaxpeft.hf import load_pretrained, save_pretrained
+    from jaxpeft.method import Method, Objective, Spec, chain, setup
+    from jaxpeft.methods.full import full
+    from jaxpeft.methods.lora import lora
+    from jaxpeft.methods.lora_fa import lora_fa
+    from jaxpeft.model import Model, Stack, from_linen, from_nnx
+    from jaxpeft.train.loss import completion_loss
+    from jaxpeft.train.state import TrainState, init_state
+    from jaxpeft.train.step import make_train_step
+    from jaxpeft.tree import combine, split
+
+_MODULE_OF = {
+    "InputError": "errors",
+    "Method": "method",
+    "Model": "model",
+    "Objective": "method",
+    "Spec": "method",
+    "Stack": "model",
+    "TrainState": "train.state",
+    "chain": "method",
+    "combine": "tree",
+    "completion_loss": "train.loss",
+    "from_linen": "model",
+    "from_nnx": "model",
+    "full": "methods.full",
+    "init_state": "train.state",
+    "load_pretrained": "hf",
+    "lora": "methods.lora",
+    "lora_fa": "methods.lora_fa",
+    "make_train_step": "train.step",
+    "save_pretrained": "hf",
+    "setup": "method",
+    "split": "tree",
+}
+__all__ = [*_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jaxpeft.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -11,7 +11,9 @@
 `trainable` differentiates structurally: `tree.split` makes two flat dicts of the parameters and the loss is
 differentiated with respect to the first only. State between steps lives in one place, the optimizer state: a method
 that needs some adds an optax transform in `update`, and its `gradient` slot reads it from the `opt_state` that it is
-handed (`optax.tree_utils.tree_get(opt_state, "field")`). What a `gradient` slot has to say to `update` it puts into
+handed (`optax.tree_utils.tree_get(opt_state, "field")`). Leaves that change between steps without being
+differentiated (indices, masks, sampled layers) are a `jaxpeft.train.state.Mutable` in that state; the step lays them
+over the frozen leaves. What a `gradient` slot has to say to `update` it puts into
 `aux`, which every update receives as the extra argument `aux`. docs/contract.md writes ten methods of the literature
 in these slots.
 """
@@ -41,12 +43,15 @@ class Spec(NamedTuple):
 
 
 class Objective(NamedTuple):
-    """What a step minimises, over one whole batch (micro-batches are inside).
+    """What a step minimises.
 
-    value: (trainable, frozen, batch, key) -> (loss, aux)
-    value_and_grad: (trainable, frozen, batch, key, opt_state) -> ((loss, aux), gradients like trainable)
+    value: (trainable, frozen, batch, key) -> (loss, aux) of a batch of any size
+    value_and_grad: (trainable, frozen, batch, key, opt_state) -> ((loss, aux), gradients) of a step's batch; the
+      micro-batches of gradient accumulation are inside. Gradients are like `trainable`, or whatever the method's own
+      `update` takes in their place.
 
-    `key` is a PRNG key, always given. `aux` is a dict of arrays; its scalars become metrics.
+    `key` is a PRNG key, always given. `aux` is a dict of arrays: "weight" is what the loss is a mean over, scalars
+    become metrics.
     """
 
     value: Callable[..., tuple[jax.Array, dict[str, Any]]]

@@ -1,9 +1,9 @@
 """Adapters at linear sites.
 
 A site is one linear map, named by the path of its kernel: `layers/self_attn/q_proj` holds
-`layers/self_attn/q_proj/kernel`. An adapter is a Flax module called as `adapter(x, kernel) -> y` in place of the
-product `x @ kernel`; it owns its parameters in a child scope of the site, called by the adapter's `name`:
-`layers/self_attn/q_proj/lora/a`.
+`layers/self_attn/q_proj/kernel`. An adapter is a Flax module called as `adapter(x, kernel, ctx) -> y` in place of
+the product `x @ kernel`; it owns its parameters in a child scope of the site, called by the adapter's `name`:
+`layers/self_attn/q_proj/lora/a`. `ctx` is the layer's context (see `jaxpeft.model`), {} outside the layers.
 
 Which sites are adapted is written once, in the parameters: `init` adds the child scope at every site that
 `adapter_for` chooses, and the forward pass adapts the sites that have it.
@@ -15,6 +15,7 @@ traces them again (`custom_vjp`, `jax.checkpoint`) would otherwise run the model
 
 from __future__ import annotations
 
+import functools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping
@@ -66,7 +67,7 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
             raise InputError(f"targets {stray[i]!r}: not a regular expression ({error})") from None
         if not found:
             leaves = [site.rsplit("/", 1)[-1] for site in sites] + sorted({tree.canonical(site) for site in sites})
-            what = stray[i] if stray else targets
+            what = str(stray[i] if stray else targets)
             raise InputError(f"targets {what!r}: matches no linear site; nearest: {tree.nearest(what, leaves)}")
         chosen |= found
     return sorted(chosen)
@@ -86,53 +87,60 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
     Args:
       model: any model; a site's linear map is a `jaxpeft.models.layers.Dense` or a `flax.linen.Dense`.
       name: the adapter's scope at its site, e.g. "lora".
-      adapter_for: site -> Flax module, called as `module(x (..., n), kernel (n, m)) -> y (..., m)`.
+      adapter_for: site -> Flax module, called as `module(x (..., n), kernel (n, m), ctx) -> y (..., m)`; `init` calls
+        it with ctx = {}.
       choose: params -> sites that get an adapter at init.
 
     Returns:
       A model whose `init` adds the adapters' parameters (axis 0 is the layer, where the site's kernel has that axis).
+      It raises InputError where a site has another adapter already: the product can be replaced once.
     """
 
     def init(key, params):
         params = model.init(key, params)
         flat = tree.flatten(params)
         for site in choose(params):
-            if any(path.startswith(f"{site}/{name}/") for path in flat):
+            scopes = {path[len(site) + 1 :].split("/")[0] for path in flat if re.match(f"{re.escape(site)}/[^/]+/", path)}
+            if name in scopes:
                 continue
+            if scopes:
+                raise InputError(f"{name}: {site} already has the adapter {min(scopes)!r}; give them different targets")
             kernel = flat[f"{site}/kernel"]
             site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))
-            fresh = _init(adapter_for(site), site_key, kernel, tree.stacked(site))
+            fresh = _init(adapter_for(site), tree.stacked(site), site_key, kernel)
             flat.update({f"{site}/{name}/{leaf}": value for leaf, value in tree.flatten(fresh).items()})
         return tree.unflatten(flat)
 
-    def intercepted(function, prefix=""):
-        def call(*args, segment=None):
-            head = prefix if segment is None else f"{segment}/"
-            with nn.intercept_methods(_interceptor(name, adapter_for, head)):
-                return function(*args) if segment is None else function(*args, segment)
+    def adapted(prefix, ctx):
+        return nn.intercept_methods(_interceptor(name, adapter_for, prefix, ctx))
 
-        return call
+    def embed(params, batch, key):
+        with adapted("", {}):
+            return model.stack.embed(params, batch, key)
 
-    block = intercepted(model.stack.block)
-    stack = model.stack._replace(
-        embed=intercepted(model.stack.embed),
-        block=lambda layer, x, ctx, cache, segment: block(layer, x, ctx, cache, segment=segment),
-        head=intercepted(model.stack.head),
-    )
-    return model._replace(init=init, stack=stack)
+    def block(layer, x, ctx, cache, segment):
+        with adapted(f"{segment}/", ctx):
+            return model.stack.block(layer, x, ctx, cache, segment)
+
+    def head(params, x):
+        with adapted("", {}):
+            return model.stack.head(params, x)
+
+    return model._replace(init=init, stack=model.stack._replace(embed=embed, block=block, head=head))
 
 
-def _init(adapter: nn.Module, key: jax.Array, kernel: Any, stacked: bool) -> tree.Params:
+@functools.partial(jax.jit, static_argnums=(0, 1))  # sites of one shape share one compilation
+def _init(adapter: nn.Module, stacked: bool, key: jax.Array, kernel: Any) -> tree.Params:
     def one(key, kernel):
-        return adapter.init(key, jnp.zeros((1, kernel.shape[0])), kernel).get("params", {})
+        return adapter.init(key, jnp.zeros((1, kernel.shape[0])), kernel, {}).get("params", {})
 
     if not stacked:
-        return jax.jit(one)(key, kernel)
+        return one(key, kernel)
     layers = jax.tree.leaves(kernel)[0].shape[0]
-    return jax.jit(jax.vmap(one))(jax.random.split(key, layers), kernel)
+    return jax.vmap(one)(jax.random.split(key, layers), kernel)
 
 
-def _interceptor(name: str, adapter_for: AdapterFor, prefix: str):
+def _interceptor(name: str, adapter_for: AdapterFor, prefix: str, ctx: Mapping[str, Any]):
     def intercept(next_function, args, kwargs, context):
         module = context.module
         ours = isinstance(module, Dense) and context.method_name == "linear"
@@ -141,8 +149,8 @@ def _interceptor(name: str, adapter_for: AdapterFor, prefix: str):
             return next_function(*args, **kwargs)
         adapter = adapter_for(prefix + "/".join(module.path)).clone(parent=module, name=name)
         if ours:
-            return adapter(*args)
-        y = adapter(args[0], module.get_variable("params", "kernel"))
+            return adapter(*args, ctx)
+        y = adapter(args[0], module.get_variable("params", "kernel"), ctx)
         return y + module.get_variable("params", "bias").astype(y.dtype) if module.use_bias else y
 
     return intercept

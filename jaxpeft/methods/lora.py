@@ -39,6 +39,7 @@ REFERENCE = "Hu et al. 2021, arXiv:2106.09685"
 EXAMPLE = {"rank": 4, "alpha": 8.0}
 STARTS_AT_BASE = True
 PEFT_SCOPE = "lora"
+PEFT_EXTRA = ()
 
 Targets = str | Sequence[str]
 
@@ -69,7 +70,7 @@ class LoRA(nn.Module):
     init_a: str = "kaiming"
 
     @nn.compact
-    def __call__(self, x: jax.Array, kernel: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: Any, ctx: Mapping[str, Any]) -> jax.Array:
         n, m = kernel.shape
         a = self.param("a", INITS[self.init_a], (n, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
@@ -223,15 +224,19 @@ def fold(
 
 
 def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.Flat:
-    """W = U S V^T -> A = U_r sqrt(S_r / s), B = sqrt(S_r / s) V_r^T, W <- W - s A B."""
+    """W = U S V^T -> A0 = U_r sqrt(S_r / s), B0 = sqrt(S_r / s) V_r^T, W <- W - s A0 B0; A, B start at A0, B0.
+
+    An adapter that is already there (imported, for the original W) keeps its four leaves.
+    """
     kernel = flat[f"{site}/kernel"]
     wide = kernel.astype(jnp.float32)
-    u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / scale)
-    a = u[..., :, :rank] * root[..., None, :]
-    b = root[..., :, None] * vt[..., :rank, :]
-    rest = (wide - scale * jnp.matmul(a, b, precision="highest")).astype(kernel.dtype)
-    own = {"a": a, "b": b, "a0": a, "b0": b}
+    own = {name: flat.get(f"{site}/lora/{name}") for name in ("a", "b", "a0", "b0")}
+    if own["a0"] is None:
+        u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
+        root = jnp.sqrt(s[..., :rank] / scale)
+        own["a"] = own["a0"] = u[..., :, :rank] * root[..., None, :]
+        own["b"] = own["b0"] = root[..., :, None] * vt[..., :rank, :]
+    rest = (wide - scale * jnp.matmul(own["a0"], own["b0"], precision="highest")).astype(kernel.dtype)
     return {f"{site}/kernel": rest, **{f"{site}/lora/{name}": leaf for name, leaf in own.items()}}
 
 
@@ -247,17 +252,27 @@ def peft_factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: i
     return a, jnp.concatenate([leaves["b"], -leaves["b0"]], axis=-2)
 
 
+def peft_leaves(config: Mapping[str, Any], a: jax.Array, b: jax.Array, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a site: the inverse of `peft_factors`."""
+    del extra
+    if config["init"] != "pissa":
+        return {"a": a, "b": b}
+    r = a.shape[-1] // 2
+    return {"a": a[..., :r], "a0": a[..., r:], "b": b[..., :r, :], "b0": -b[..., r:, :]}
+
+
 def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """The fields of adapter_config.json that the factory's arguments decide; ranks and targets come from the leaves."""
-    return {
-        "peft_type": "LORA",
-        "lora_dropout": config.get("dropout", 0.0),
-        "use_rslora": config.get("rslora", False),
-    }
+    return {"peft_type": "LORA", "lora_dropout": config["dropout"], "use_rslora": config["rslora"]}
 
 
 def peft_scale(config: Mapping[str, Any], site: str) -> float:
     """s at a site."""
-    rank = sites.first_match(config.get("rank_pattern") or {}, site, config["rank"])
-    alpha = sites.first_match(config.get("alpha_pattern") or {}, site, config.get("alpha") or rank)
-    return scale_of(alpha, rank, config.get("rslora", False))
+    rank = sites.first_match(config["rank_pattern"] or {}, site, config["rank"])
+    default = config["alpha"] if config["alpha"] is not None else rank
+    return scale_of(sites.first_match(config["alpha_pattern"] or {}, site, default), rank, config["rslora"])
+
+
+def changes_kernels(config: Mapping[str, Any]) -> bool:
+    """Whether the kernels beside the adapters are not those of the base that the exported adapter is for."""
+    return config["init"] == "pissa"

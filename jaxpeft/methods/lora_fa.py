@@ -42,6 +42,7 @@ REFERENCE = "Zhang et al. 2023, arXiv:2308.03303"
 EXAMPLE = {"rank": 4, "alpha": 8.0}
 STARTS_AT_BASE = True
 PEFT_SCOPE = "lora_fa"
+PEFT_EXTRA = ("seed",)
 
 
 class LoRAFA(nn.Module):
@@ -54,7 +55,7 @@ class LoRAFA(nn.Module):
     store_a: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, kernel: Any) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: Any, ctx: Mapping[str, Any]) -> jax.Array:
         n, m = kernel.shape
         if self.store_a:
             a = self.param("a", _lora.INITS[self.init_a], (n, self.rank))
@@ -169,8 +170,23 @@ def peft_factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: i
     return a, leaves["b"]
 
 
+def peft_leaves(config: Mapping[str, Any], a: jax.Array, b: jax.Array, extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a site: the inverse of `peft_factors`.
+
+    Raises:
+      InputError: if the stored A is not the one that the seed gives (random bits of another JAX version).
+    """
+    if config["store_a"]:
+        return {"a": a, "b": b}
+    leaves = {"seed": jnp.asarray(extra["seed"], jnp.uint32), "b": b}
+    drawn, _ = peft_factors(config, leaves, a.shape[-2])
+    if not jnp.allclose(drawn, a, rtol=1e-5, atol=1e-6):
+        raise InputError("lora_fa: the seed does not give the stored A; remove jaxpeft.json to read it as plain LoRA")
+    return leaves
+
+
 def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of adapter_config.json that the factory's arguments decide."""
+    """The fields of adapter_config.json that the factory's arguments decide; ranks and targets come from the leaves."""
     del config
     return {"peft_type": "LORA", "lora_dropout": 0.0, "use_rslora": False}
 
@@ -179,3 +195,9 @@ def peft_scale(config: Mapping[str, Any], site: str) -> float:
     """s at a site."""
     del site
     return (config["alpha"] if config["alpha"] is not None else config["rank"]) / config["rank"]
+
+
+def changes_kernels(config: Mapping[str, Any]) -> bool:
+    """Whether the kernels beside the adapters are not those of the base that the exported adapter is for."""
+    del config
+    return False

@@ -12,6 +12,18 @@ from jaxpeft import tree
 from jaxpeft.method import Method
 
 
+class Mutable(NamedTuple):
+    """Leaves that a method changes between steps without differentiating them: indices, masks, sampled layers.
+
+    They live in the optimizer state, where the method's `update` changes them, and lie over the frozen leaves wherever
+    the model is computed.
+
+    leaves: {path: leaf}.
+    """
+
+    leaves: tree.Flat
+
+
 class TrainState(NamedTuple):
     """Everything that a step reads and writes: a pytree, so it shards, donates and checkpoints as one.
 
@@ -20,6 +32,7 @@ class TrainState(NamedTuple):
     frozen: {path: leaf}, never differentiated, never changed.
     opt_state: the optimizer's state, the one place for state between steps.
     key: PRNG key of the run; step i uses `fold_in(key, i)`.
+    params: nested parameters as the model computes with them now.
     """
 
     step: jax.Array
@@ -27,6 +40,16 @@ class TrainState(NamedTuple):
     frozen: tree.Flat
     opt_state: Any
     key: jax.Array
+
+    @property
+    def params(self) -> tree.Params:  # noqa: D102
+        return tree.combine(self.trainable, {**self.frozen, **mutable(self.opt_state)})
+
+
+def mutable(opt_state: Any) -> tree.Flat:
+    """The leaves of every `Mutable` in an optimizer state."""
+    found = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Mutable))
+    return {path: leaf for node in found if isinstance(node, Mutable) for path, leaf in node.leaves.items()}
 
 
 def init_state(

@@ -19,7 +19,7 @@ from jaxpeft import tree
 from jaxpeft.method import Method, Objective
 from jaxpeft.model import Batch, Model
 from jaxpeft.train.loss import completion_loss
-from jaxpeft.train.state import TrainState
+from jaxpeft.train.state import TrainState, mutable
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -53,7 +53,8 @@ def make_train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         key = jax.random.fold_in(state.key, state.step)
-        (value, aux), grads = objective.value_and_grad(state.trainable, state.frozen, batch, key, state.opt_state)
+        frozen = {**state.frozen, **mutable(state.opt_state)}
+        (value, aux), grads = objective.value_and_grad(state.trainable, frozen, batch, key, state.opt_state)
         updates, opt_state = update(grads, state.opt_state, state.trainable, aux=aux)
         metrics = {name: x for name, x in aux.items() if jnp.ndim(x) == 0}
         metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
@@ -68,24 +69,21 @@ def make_train_step(
 
 
 def _objective(model: Model, loss: Callable[..., Any], accumulate: int) -> Objective:
-    """Value and gradient of the whole batch, micro-batch by micro-batch."""
-
-    def of_one(trainable, frozen, batch, key):
-        return loss(model, tree.combine(trainable, frozen), batch, key)
+    """The loss of any batch, and its value and gradient micro-batch by micro-batch."""
 
     def value(trainable, frozen, batch, key):
-        return _mean(lambda part, key: of_one(trainable, frozen, part, key), batch, key, accumulate)
+        return loss(model, tree.combine(trainable, frozen), batch, key)
 
     def value_and_grad(trainable, frozen, batch, key, opt_state):
         del opt_state
-        function = jax.value_and_grad(of_one, has_aux=True)
+        function = jax.value_and_grad(value, has_aux=True)
 
         def part(batch, key):
-            (value, aux), grads = function(trainable, frozen, batch, key)
-            return (value, grads), aux
+            (mean, aux), grads = function(trainable, frozen, batch, key)
+            return (mean, grads), aux
 
-        (value, grads), aux = _mean(part, batch, key, accumulate)
-        return (value, aux), grads
+        (mean, grads), aux = _mean(part, batch, key, accumulate)
+        return (mean, aux), grads
 
     return Objective(value, value_and_grad)
 

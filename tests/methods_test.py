@@ -1,0 +1,184 @@
+"""What every method promises, held against each file of jaxpeft/methods."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import method as contract
+from jaxpeft import tree
+from jaxpeft.train.loss import completion_loss
+from tests import residuals, tiny
+
+METHODS = contract.names()
+BATCH = tiny.batch()
+
+
+@pytest.fixture(scope="module", params=METHODS)
+def case(request):
+    """(file, method, model, trainable, frozen) at the start of training."""
+    file = contract.module(request.param)
+    method = getattr(file, request.param)(**file.EXAMPLE)
+    base, params = tiny.model()
+    return file, method, *jp.setup(method, base, params, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def trained(case):
+    """(state, losses) after a few steps."""
+    _, method, model, trainable, frozen = case
+    optimizer = optax.adam(1e-2)
+    state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(1))
+    step = jax.jit(jp.make_train_step(model, method, optimizer))
+    losses = []
+    for _ in range(6):
+        state, metrics = step(state, BATCH)
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def sites_of(frozen, trainable):
+    """(inputs, outputs) of every linear map of every layer."""
+    shapes = [leaf.shape for path, leaf in {**frozen, **trainable}.items() if path.endswith("/kernel")]
+    return [shape[-2:] for shape in shapes for _ in range(shape[0] if len(shape) == 3 else 0)]
+
+
+def test_says_what_it_is(case):
+    file = case[0]
+    for field in ("SUMMARY", "KIND", "SAVES", "REFERENCE"):
+        assert isinstance(getattr(file, field), str) and getattr(file, field).strip(), field
+    assert file.__doc__ and len(file.__doc__.splitlines()) > 5
+
+
+def test_made_again_from_its_spec(case):
+    """The spec is enough to make a method that trains the same leaves from the same values."""
+    _, method, _, trainable, frozen = case
+    base, params = tiny.model()
+    _, again, _ = jp.setup(contract.from_specs(method.specs), base, params, jax.random.key(0))
+    assert again.keys() == trainable.keys()
+    for path, leaf in trainable.items():
+        np.testing.assert_array_equal(again[path], leaf)
+
+
+def test_starts_at_the_base(case):
+    file, _, model, trainable, frozen = case
+    if not file.STARTS_AT_BASE:
+        pytest.skip("not promised")
+    base, params = tiny.model()
+    np.testing.assert_allclose(
+        model.apply(jp.combine(trainable, frozen), BATCH), base.apply(params, BATCH), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_partition_is_whole_and_masters_are_float32(case):
+    _, method, model, trainable, frozen = case
+    assert trainable and not trainable.keys() & frozen.keys()
+    assert all(method.trainable(path) for path in trainable)
+    assert not any(method.trainable(path) for path in frozen)
+    assert all(leaf.dtype == jnp.float32 for leaf in trainable.values())
+
+
+def test_trains_and_leaves_frozen_leaves_alone(case, trained):
+    _, _, _, trainable, frozen = case
+    state, losses = trained
+    assert losses[-1] < losses[0] - 0.01
+    assert all(np.any(np.asarray(state.trainable[path]) != np.asarray(leaf)) for path, leaf in trainable.items())
+    assert state.frozen.keys() == frozen.keys()
+    for path, leaf in frozen.items():
+        assert np.asarray(state.frozen[path]).tobytes() == np.asarray(leaf).tobytes(), path
+
+
+def test_optimizer_state_covers_the_trainable_leaves_only(case, trained):
+    state, _ = trained
+    moments = tree.size(optax.tree_utils.tree_get(state.opt_state, "mu"))
+    assert moments == tree.size(case[3])
+
+
+def test_merged_equals_adapted(case, trained):
+    _, method, model, _, _ = case
+    state, _ = trained
+    params = jp.combine(state.trainable, state.frozen)
+    base, original = tiny.model()
+    merged = method.merge(params)
+    assert tree.flatten(merged).keys() == tree.flatten(original).keys()
+    np.testing.assert_allclose(base.apply(merged, BATCH), model.apply(params, BATCH), rtol=1e-4, atol=1e-4)
+
+
+def unrolled(stack, params, batch, key=None, cache=None):
+    """`run` without `lax.scan`."""
+    x, ctx = stack.embed(params, batch, key)
+    for segment, first, end in tree.segments(params):
+        for i in range(first, end):
+            layer = jax.tree.map(lambda leaf, i=i, first=first: leaf[i - first], params[segment])
+            x, _ = stack.block(layer, x, {**ctx, "layer": i}, None, segment)
+    return x, cache
+
+
+def rematerialised(stack):
+    def block(layer, x, ctx, cache, segment):
+        function = jax.checkpoint(lambda layer, x, ctx: stack.block(layer, x, ctx, cache, segment))
+        return function(layer, x, ctx)
+
+    return stack._replace(block=block)
+
+
+def test_scan_unrolled_and_remat_give_the_same_gradients(case, trained):
+    _, _, model, _, _ = case
+    state, _ = trained
+
+    def gradients(stack):
+        changed = model._replace(stack=stack)
+
+        def loss(trainable):
+            return completion_loss(changed, tree.combine(trainable, state.frozen), BATCH)[0]
+
+        return jax.jit(jax.grad(loss))(state.trainable)
+
+    scanned = gradients(model.stack)
+    for stack in (model.stack._replace(run=unrolled), rematerialised(model.stack)):
+        for path, gradient in gradients(stack).items():
+            scale = np.abs(scanned[path]).max()
+            np.testing.assert_allclose(gradient, scanned[path], rtol=1e-4, atol=1e-5 * scale, err_msg=path)
+
+
+def backbone():
+    """A model whose embeddings alone train: all that a frozen backbone must keep."""
+    base, params = tiny.model()
+    return jp.setup(jp.full("embeddings"), base, params, jax.random.key(0))
+
+
+def stated(case):
+    """Bytes per token that the method's file says it keeps beyond the backbone."""
+    file, _, _, trainable, frozen = case
+    sites = sites_of(frozen, trainable)
+    return sum(file.saved_bytes(inputs=n, outputs=m, itemsize=4, **file.EXAMPLE) for n, m in sites)
+
+
+def test_keeps_for_the_backward_pass_what_it_states(case):
+    _, _, model, trainable, frozen = case
+    kept = residuals.bytes_per_token(model, trainable, frozen, tiny.batch)
+    floor = residuals.bytes_per_token(*backbone(), tiny.batch)
+    assert kept - floor <= stated(case)
+
+
+def test_compiled_temporaries_within_what_it_states(case):
+    """The slope in tokens of the compiled gradient's temporaries; one layer's worth beside the stack is in work."""
+    _, _, model, trainable, frozen = case
+    layers = 3
+
+    def slope(model, trainable, frozen):
+        def temporaries(rows):
+            batch = tiny.batch(rows, 64)
+
+            def function(trainable, frozen, batch):
+                return jax.grad(lambda t: completion_loss(model, tree.combine(t, frozen), batch)[0])(trainable)
+
+            compiled = jax.jit(function).lower(trainable, frozen, batch).compile()
+            return compiled.memory_analysis().temp_size_in_bytes
+
+        return (temporaries(32) - temporaries(8)) / (24 * 64)
+
+    extra = slope(model, trainable, frozen) - slope(*backbone())
+    assert extra <= stated(case) * (layers + 1) / layers

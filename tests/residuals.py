@@ -1,0 +1,29 @@
+"""What a backward pass keeps, counted on the vjp's own closure: no compiler, no device, no timing."""
+
+import jax
+
+from jaxpeft import tree
+from jaxpeft.train.loss import completion_loss
+
+
+def saved(model, trainable, frozen, batch, of="hidden", key=None):
+    """Shapes and dtypes of everything that the backward pass of hidden states (or the loss) keeps."""
+
+    def function(trainable, frozen):
+        def value(trainable):
+            params = tree.combine(trainable, frozen)
+            if of == "hidden":
+                return model.hidden(params, batch, key)
+            return completion_loss(model, params, batch, key)[0]
+
+        return jax.vjp(value, trainable)[1]
+
+    return jax.tree.leaves(jax.eval_shape(function, trainable, frozen))
+
+
+def bytes_per_token(model, trainable, frozen, make_batch, of="hidden"):
+    """Slope of the kept bytes in the number of tokens: weights and constants cancel."""
+    small, large = make_batch(rows=2), make_batch(rows=6)
+    tokens = large["tokens"].size - small["tokens"].size
+    kept = [tree.num_bytes(saved(model, trainable, frozen, batch, of)) for batch in (small, large)]
+    return (kept[1] - kept[0]) / tokens
