@@ -1,0 +1,102 @@
+"""The base that an adapter belongs to: its linear modules by name, and how to tell it from another."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpeft import models, tree
+from jaxpeft.errors import InputError
+
+CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json"
+FORMAT = 1  # of jaxpeft.json
+
+SIZES = (
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+)
+_SAMPLES = 64  # elements per leaf
+
+
+class Module(NamedTuple):
+    """A linear module of the base: one layer of a site (`layer` None: the site has no layers), a kernel of n x m."""
+
+    site: str
+    layer: int | None
+    n: int
+    m: int
+
+
+def modules(config: Any) -> dict[str, Module]:
+    """Hugging Face module name -> module, in the order of the layers, for every kernel of the configuration."""
+    family = models.FAMILIES[config.model_type]
+    found = {}
+    for path, leaf in family.shapes(config).items():
+        if not path.endswith("/kernel"):
+            continue
+        name = next(match.expand(to) for pattern, to, _ in family.NAMES if (match := re.fullmatch(pattern, path)))
+        name, site = name.removesuffix(".weight"), path.removesuffix("/kernel")
+        layers = range(leaf.shape[0]) if tree.stacked(path) else (None,)
+        found.update({name.format(i=layer): Module(site, layer, *leaf.shape[-2:]) for layer in layers})
+    return dict(sorted(found.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0)))
+
+
+def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) -> dict[str, Any]:
+    """What tells a base from another: its sizes, and for each leaf a hash of some of its elements.
+
+    Elements are rounded to bfloat16 first, so that a base has one fingerprint whichever type it is loaded in. Leaves that are not
+    among the configuration's parameters as it shapes them (adapters, quantized kernels, parts of a cut stack) are left out.
+
+    Args:
+      config: the model's configuration.
+      params: nested parameters, adapters and all.
+      kernels: False leaves the kernels out (they are not the base's own).
+    """
+    shapes = models.FAMILIES[config.model_type].shapes(config)
+    samples = {}
+    for path, leaf in tree.flatten(params).items():
+        known = path in shapes and getattr(leaf, "shape", None) == shapes[path].shape
+        if known and (kernels or not path.endswith("/kernel")):
+            at = np.linspace(0, leaf.size - 1, _SAMPLES).astype(np.int64)
+            elements = np.asarray(jax.device_get(leaf[np.unravel_index(at, leaf.shape)])).astype(jnp.bfloat16)
+            samples[path] = hashlib.sha256(elements.tobytes()).hexdigest()[:16]
+    return {"sizes": {name: getattr(config, name) for name in SIZES if hasattr(config, name)}, "samples": samples}
+
+
+def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mapping[str, Any] | None) -> None:
+    """Compares a stored fingerprint with a base.
+
+    Args:
+      where: the adapter, for the message.
+      stored: from `fingerprint`.
+      config: the base's configuration.
+      params: its parameters, or None to compare sizes only.
+
+    Raises:
+      InputError: if the adapter is for another base, with the first difference.
+    """
+    for name, value in stored["sizes"].items():
+        if getattr(config, name, None) != value:
+            raise InputError(
+                f"{where}: an adapter for another base: {name} is {getattr(config, name, None)} here, {value} there"
+            )
+    found = fingerprint(config, params)["samples"] if params is not None else {}
+    for path, digest in stored["samples"].items():
+        if found.get(path, digest) != digest:
+            raise InputError(
+                f"{where}: an adapter for another base: the values of {path} differ from those it was trained beside "
+                f"(remove its {OWN} to use it nevertheless)"
+            )

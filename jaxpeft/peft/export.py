@@ -1,0 +1,268 @@
+"""Adapters out: the factors of a method's sites as a PEFT adapter."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.method import Method, Spec
+from jaxpeft.method import module as method_file
+from jaxpeft.peft.base import CONFIG, FORMAT, OWN, WEIGHTS, fingerprint, modules
+
+
+def export_adapter(
+    directory: str | os.PathLike[str],
+    params: Mapping[str, Any],
+    method: Method,
+    base_config: Any,
+    base_name: str | os.PathLike[str] = "",
+    replace: bool = False,
+) -> Path:
+    """Writes the adapters in `params` for PEFT and for `import_adapter`. The folder appears whole or not at all.
+
+    LoRA-FA is written as ordinary LoRA, with A drawn from its seed; PiSSA as LoRA of twice the rank for the original base. Trailing pairs
+    of a zero column of A and a zero row of B (adapters whose layers differ have them, see `import_adapter`) are left out.
+
+    Args:
+      directory: the folder to make; it may exist if it is empty.
+      params: nested parameters of the adapted model; the adapters suffice, the base's leaves give it a fingerprint to be told by.
+      method: the method that they are of.
+      base_config: the model's configuration (`Model.config`).
+      base_name: folder or hub id of the base, for PEFT's `base_model_name_or_path`.
+      replace: an adapter that is already in `directory` may be replaced; nothing else ever is.
+
+    Returns:
+      `directory`.
+
+    Raises:
+      InputError: if the method has no PEFT form, or something else trains beside its adapters; if `directory` is in the way or cannot be
+        written.
+    """
+    spec, file = adapter_of(method, params)
+    target = Path(directory).expanduser()
+    check_target(target, replace)
+    pairs, extra = _pairs(params, spec, file, base_config)
+    if not pairs:
+        raise InputError(f"{spec.name}: the parameters hold no adapter that is not zero")
+    tensors = {}
+    for name, pair in pairs.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(pair.a.T)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(pair.b.T)
+    config = _config(pairs, file.peft_config(spec.config), list(modules(base_config)), os.fspath(base_name))
+    own = {
+        "format": FORMAT,
+        "method": [[s.name, s.config] for s in method.specs],
+        "ranks": {pair.site: pair.rank for pair in pairs.values()},
+        "extra": extra,
+        "base": fingerprint(base_config, params, kernels=not file.changes_kernels(spec.config)),
+    }
+
+    from safetensors.numpy import save
+
+    weights = save(tensors, metadata={"format": "pt"})
+    own["sha256"] = hashlib.sha256(weights).hexdigest()
+    try:
+        with appearing(target) as folder:
+            _write(folder / CONFIG, _json(config))
+            _write(folder / WEIGHTS, weights)
+            _write(folder / OWN, _json(own))
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return target
+
+
+class _Pair(NamedTuple):
+    """One module's factors, a (n, r), b (r, m) float32, and scale; `rank` is that of its site, at least r."""
+
+    site: str
+    rank: int
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+
+def adapter_of(method: Method, params: Mapping[str, Any]) -> tuple[Spec, ModuleType]:
+    """The one part of a method that PEFT knows, and its file.
+
+    Raises:
+      InputError: if there is none, or several, or other parameters train than its own.
+    """
+    known = [(spec, file) for spec in method.specs if hasattr(file := method_file(spec.name), "PEFT_SCOPE")]
+    names = ", ".join(spec.name for spec in method.specs) or "the method"
+    if len(known) != 1:
+        what = "no part that is" if not known else f"{len(known)} parts that are each"
+        raise InputError(f"{names}: has {what} a PEFT adapter; merge it and save the whole model instead")
+    spec, file = known[0]
+    for path in tree.flatten(params):
+        if method.trainable(path) and f"/{file.PEFT_SCOPE}/" not in path:
+            raise InputError(
+                f"{names}: {path} trains too and has no place in a PEFT adapter; merge it and save the whole model instead"
+            )
+    return spec, file
+
+
+def _pairs(params: Mapping[str, Any], spec: Spec, file: ModuleType, config: Any) -> tuple[dict[str, _Pair], dict]:
+    """Module name -> pair, in the order of the layers; `{site: {leaf: values}}` of what the factors do not hold."""
+    marker = f"/{file.PEFT_SCOPE}/"
+    first = {segment: start for segment, start, _ in tree.segments(params)}
+    leaves: dict[str, dict[str, Any]] = {}
+    for path, leaf in tree.flatten(params).items():
+        if marker in path:
+            site, _, name = path.rpartition(marker)
+            leaves.setdefault(site, {})[name] = leaf
+    places = {(module.site, module.layer): (name, module) for name, module in modules(config).items()}
+    pairs, extra = {}, {}
+    for site, own in leaves.items():
+        whole, start = tree.canonical(site), first.get(site.split("/")[0])
+        if (whole, None if start is None else start) not in places:
+            raise InputError(f"{spec.name}: {site} is no linear site of this {config.model_type} configuration")
+        inputs = places[whole, start][1].n
+        a, b = (np.asarray(x, np.float32) for x in file.peft_factors(spec.config, own, inputs))
+        scale = file.peft_scale(spec.config, site)
+        for row in (None,) if start is None else range(len(a)):
+            name, _ = places[whole, None if start is None or row is None else start + row]
+            one_a, one_b = (a, b) if row is None else (a[row], b[row])
+            if used := _used(one_a, one_b):
+                pairs[name] = _Pair(whole, a.shape[-1], one_a[:, :used], one_b[:used], scale)
+        if kept := {name: np.asarray(own[name]).tolist() for name in file.PEFT_EXTRA if name in own}:
+            extra[whole] = kept
+    order = {name: i for i, (name, _) in enumerate(places.values())}
+    return dict(sorted(pairs.items(), key=lambda item: order[item[0]])), extra
+
+
+def _used(a: np.ndarray, b: np.ndarray) -> int:
+    """The rank without trailing pairs of zeros, which can neither act nor learn."""
+    nonzero = np.flatnonzero(a.any(axis=0) | b.any(axis=1))
+    return int(nonzero[-1]) + 1 if len(nonzero) else 0
+
+
+def _config(pairs: Mapping[str, _Pair], fields: Mapping[str, Any], linear: list[str], base_name: str) -> dict[str, Any]:
+    """adapter_config.json: ranks and alphas that most modules have as the default, the rest as patterns."""
+    ranks = {name: pair.b.shape[0] for name, pair in pairs.items()}
+    rslora = fields["use_rslora"]
+    alphas = {name: _tidy(p.scale * (math.sqrt(ranks[name]) if rslora else ranks[name])) for name, p in pairs.items()}
+    leaf_names = {name.rsplit(".", 1)[-1] for name in pairs}
+    short = {name for name in linear if name.rsplit(".", 1)[-1] in leaf_names} == set(pairs)
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    return {
+        "alpha_pattern": _pattern(alphas, alpha, short),
+        "auto_mapping": None,
+        "base_model_name_or_path": base_name or None,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "peft_version": "0.18.0",  # the oldest that this has been written for
+        "r": rank,
+        "rank_pattern": _pattern(ranks, rank, short),
+        "revision": None,
+        "target_modules": sorted(leaf_names) if short else list(pairs),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": False,
+        **fields,
+    }
+
+
+def _pattern(values: Mapping[str, Any], default: Any, short: bool) -> dict[str, Any]:
+    """PEFT's patterns (regular expressions for the end of a module's name) for the modules that differ from the default.
+
+    A leaf name whose modules all agree stands for them.
+    """
+    by_leaf: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        by_leaf.setdefault(name.rsplit(".", 1)[-1], {})[name] = value
+    pattern = {}
+    for leaf, own in by_leaf.items():
+        if short and len(set(own.values())) == 1:
+            own = {leaf: next(iter(own.values()))}
+        pattern.update({name: value for name, value in own.items() if value != default})
+    return pattern
+
+
+def _tidy(alpha: float) -> float | int:
+    """Without what s * r has lost in the last digits, and whole numbers as PEFT writes them."""
+    rounded = float(f"{alpha:.12g}")
+    return int(rounded) if rounded.is_integer() else rounded
+
+
+# Files.
+
+
+def check_target(target: Path, replace: bool = False, holds: str = CONFIG) -> None:
+    """Raises InputError if a folder cannot be made at `target`: something is there that may not be replaced."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: is a file; give a folder")
+    if any(target.iterdir()) and not replace:
+        raise InputError(f"{target}: exists and is not an empty directory; choose another or remove it first")
+    if any(target.iterdir()) and not (target / holds).is_file():
+        raise InputError(f"{target}: holds something else than an adapter (no {holds}) and is not replaced")
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place at the end, or is gone after an error.
+
+    An old folder is moved aside first and deleted last: at every moment one of the two is whole.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder = temporary / target.name  # made by mkdir, so with the user's usual permissions
+        folder.mkdir()
+        yield folder
+        _sync(folder)
+        if target.is_dir() and any(target.iterdir()):
+            old = temporary / "old"
+            target.replace(old)
+            try:
+                folder.replace(target)
+            except OSError:
+                old.replace(target)
+                raise
+        else:
+            folder.replace(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
