@@ -29,6 +29,10 @@ from jaxpeft.errors import InputError, RunError
 # Command name -> the module in this package and its dataclass, and a line for the help.
 COMMANDS = {
     "train": ("train:Train", "fine-tune a model on a file of examples"),
+    "generate": ("generate:Generate", "continue a prompt, with or without an adapter"),
+    "merge": ("merge:Merge", "fold an adapter into the weights of its base"),
+    "export": ("export:Export", "write a run's checkpoint as a Hugging Face PEFT adapter"),
+    "import": ("import_:Import", "read a Hugging Face PEFT adapter and check it against its base"),
     "methods": ("methods:Methods", "list the fine-tuning methods"),
 }
 

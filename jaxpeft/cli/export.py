@@ -1,0 +1,110 @@
+"""`jaxpeft export`: a checkpoint of a training run as a PEFT adapter."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """Write the adapter of a training run's checkpoint in PEFT's format; the run may still be going on."""
+
+    run: Path
+    """Folder of the run, the --out of `jaxpeft train`."""
+    out: Path
+    """Folder to make; it may exist if it is empty."""
+    step: int | None = None
+    """Step of the checkpoint. Default: the newest."""
+    best: bool = False
+    """Take the checkpoint with the lowest validation loss."""
+    model: str | None = None
+    """Directory or hub id of the base, if it has moved since. Default: the run's."""
+    json: bool = False
+    """Print one JSON document on stdout and nothing else there."""
+
+
+def run(args: Export) -> dict[str, Any]:
+    """Returns {"out", "run", "step", "model", "method": [[name, arguments], ...]}.
+
+    Raises:
+      InputError: for arguments or input that cannot be used.
+    """
+    from jaxpeft.peft.export import check_target
+    from jaxpeft.train import config
+
+    check_target(args.out)
+    document = config.read(args.run)
+    folder = args.run / "checkpoints"
+    step = chosen_step(folder, args.step, args.best)
+
+    from jaxpeft import hf, tree
+    from jaxpeft.cli.models import model_or_default
+    from jaxpeft.method import Spec, from_specs
+    from jaxpeft.peft import export_adapter
+
+    name = model_or_default(args.model or document["arguments"]["model"])
+    method = from_specs(tuple(Spec(*spec) for spec in document["method"]))
+    base, params = hf.load_pretrained(name, document["arguments"]["dtype"])
+    if config.digest(tree.flatten(params)) != document["content"]["model"]:
+        raise InputError(f"{name}: is not the base of the run {args.run}; name that one with --model")
+    flat = {**tree.flatten(params), **saved_leaves(folder, step)}
+    export_adapter(args.out, tree.unflatten(flat), method, base.config, name)
+    return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"]}
+
+
+def show(document: dict[str, Any]) -> None:
+    """Prints what was written."""
+    print(f"{document['out']}: the adapter of {document['run']} at step {document['step']}")
+
+
+def chosen_step(folder: Path, step: int | None, best: bool) -> int:
+    """The step of a run's checkpoint: the one named, the one with the lowest validation loss, or the newest.
+
+    Raises:
+      InputError: if there is none such.
+    """
+    import json
+
+    from jaxpeft.checkpoint import on_disk
+
+    if not (steps := on_disk(folder)):
+        raise InputError(f"{folder}: holds no checkpoint yet")
+    if step is not None and best:
+        raise InputError(f"--step {step}: and --best choose two checkpoints; give one of them")
+    if step is not None and step not in steps:
+        raise InputError(f"--step {step}: {folder} has no such checkpoint; it has {', '.join(map(str, steps))}")
+    if not best:
+        return steps[-1] if step is None else step
+    metas = {s: json.loads((folder / str(s) / "meta" / "metadata").read_text(encoding="utf-8")) for s in steps}
+    losses = {s: meta["eval_loss"] for s, meta in metas.items() if meta.get("eval_loss") is not None}
+    if not losses:
+        raise InputError(f"--best: no checkpoint in {folder} was evaluated; name one with --step")
+    return min(losses, key=lambda s: (losses[s], s))
+
+
+def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
+    """`{path: leaf}` of what a checkpoint holds beside the base: trainable leaves and the run's own frozen ones.
+
+    It only reads, so that a run which is writing there is not disturbed.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def restore(path: Path, part: str | None = None) -> dict[str, Any]:
+        checkpointer = ocp.PyTreeCheckpointer()
+        found = checkpointer.metadata(path).item_metadata.tree
+        wanted = found if part is None else {part: found[part]}
+        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted)
+        args = ocp.args.PyTreeRestore(
+            item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
+        )
+        restored = checkpointer.restore(path, args=args)
+        return restored if part is None else restored[part]
+
+    folder = folder.absolute()
+    frozen = restore(folder / "frozen") if (folder / "frozen").is_dir() else {}
+    return {**frozen, **restore(folder / str(step) / "state", "trainable")}

@@ -1,0 +1,44 @@
+"""What the commands that take --model and --adapter share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.errors import InputError
+
+
+def model_or_default(model: str | None) -> str:
+    """The checkpoint that was named, else the embedded one."""
+    from jaxpeft import assets
+
+    return os.fspath(assets.MODEL) if model is None else model
+
+
+def load(model: str, adapter: Path | None = None, dtype: str | None = None) -> tuple[Any, Any, Any]:
+    """A checkpoint, with an adapter where one is given.
+
+    Args:
+      model: folder or hub id.
+      adapter: folder of a PEFT adapter.
+      dtype: "bfloat16" or "float32"; None: the type that config.json names, float32 where that is neither.
+
+    Returns:
+      (Model, nested parameters, method); the method is None without an adapter.
+
+    Raises:
+      InputError: for what cannot be loaded.
+    """
+    from jaxpeft import hf, peft
+
+    if adapter is not None and not adapter.is_dir():
+        raise InputError(f"--adapter {adapter}: no such directory")
+    if dtype is None:
+        raw = hf.load_config(model)
+        named = raw.get("dtype") or raw.get("torch_dtype")
+        dtype = "bfloat16" if named == "bfloat16" else "float32"
+    base, params = hf.load_pretrained(model, dtype)
+    if adapter is None:
+        return base, params, None
+    return peft.attach(adapter, base, params)
