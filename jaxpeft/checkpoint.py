@@ -46,10 +46,10 @@ class Checkpoints:
         # A write that fails is reported once, as a RunError, not also as a traceback in the log.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder.absolute()
+        _remove_unfinished(self.folder)
         self._losses: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Preserve(keep, self.best),
-            cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -172,9 +172,7 @@ class Checkpoints:
         try:
             return call()
         except Exception as error:  # OSError from Python's own writes, ValueError from tensorstore's
-            unfinished = [path for path in self.folder.glob("*.orbax-checkpoint-tmp*") if path.is_dir()]
-            for path in unfinished:  # makes room again: logs and the last words may need it
-                shutil.rmtree(path, ignore_errors=True)
+            _remove_unfinished(self.folder)  # makes room again: logs may need it
             good = on_disk(self.folder)
             left = f"last good checkpoint: step {good[-1]}" if good else "no checkpoint has been written yet"
             raise RunError(f"{self.folder / str(step)}: not written: {_reason(error)}; {left}", status=2) from error
@@ -190,6 +188,13 @@ class _Preserve:
         del context
         newest = sorted(checkpoint.step for checkpoint in checkpoints)[-self._keep :]
         return [checkpoint.step in newest or checkpoint.step == self._best() for checkpoint in checkpoints]
+
+
+def _remove_unfinished(folder: Path) -> None:
+    """Deletes what orbax began to write and never renamed."""
+    if jax.process_index() == 0:
+        for path in folder.glob("*.orbax-checkpoint-tmp*"):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def on_disk(folder: Path) -> list[int]:

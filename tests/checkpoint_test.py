@@ -1,0 +1,204 @@
+"""Checkpoints: what is in them, which are kept, other devices, and a disk that is full."""
+
+import contextlib
+import os
+import resource
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxpeft.checkpoint import Checkpoints, not_in_base, on_disk
+from jaxpeft.errors import RunError
+from jaxpeft.train.state import TrainState
+from tests import runs
+
+OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
+
+
+def make(step=0, size=4, seed=0):
+    """A state whose every leaf tells seed and size apart."""
+    rng = np.random.default_rng(seed)
+    trainable = {
+        "layers/q_proj/lora/b": jnp.asarray(rng.normal(size=(2, size, 8)), jnp.float32),
+        "norm/scale": jnp.asarray(rng.normal(size=8), jnp.float32),
+    }
+    frozen = {"embed/embedding": jnp.ones((3, 2), jnp.bfloat16), "layers/q_proj/lora/a": jnp.full((2, 3), 7.0)}
+    opt_state = OPTIMIZER.init(trainable)
+    _, opt_state = OPTIMIZER.update(trainable, opt_state, trainable)
+    return TrainState(jnp.int32(step), trainable, frozen, opt_state, jax.random.key(seed))
+
+
+def as_bytes(state):
+    state = state._replace(key=jax.random.key_data(state.key))
+    return {
+        jax.tree_util.keystr(path): np.asarray(x).tobytes() for path, x in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def test_a_state_comes_back_bit_for_bit_with_its_meta(tmp_path):
+    state = make(step=3, seed=1)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(state, {"data": {"next": [1, 2]}, "eval_loss": None})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, meta = checkpoints.restore(make(seed=2)._replace(frozen=state.frozen))
+    assert as_bytes(restored) == as_bytes(state)
+    assert jax.tree.structure(restored) == jax.tree.structure(state)
+    assert meta == {"data": {"next": [1, 2]}, "eval_loss": None}
+
+
+def test_a_donated_state_is_saved_as_it_was(tmp_path):
+    advance = jax.jit(
+        lambda s: s._replace(step=s.step + 1, trainable=jax.tree.map(lambda x: x + 1, s.trainable)), donate_argnums=0
+    )
+    state, expected = make(size=20_000), {}
+    with Checkpoints(tmp_path, keep=3) as checkpoints:
+        for step in (1, 2, 3):
+            state = advance(state)
+            expected[step] = as_bytes(jax.tree.map(jnp.copy, state))
+            checkpoints.save(state, {})
+        state = advance(advance(state))
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2, 3):
+            assert as_bytes(checkpoints.restore(make(size=20_000), step)[0]) == expected[step]
+
+
+def test_the_newest_and_the_best_are_kept_also_after_reopening(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: None}
+    for step, loss in losses.items():
+        with Checkpoints(tmp_path, keep=2) as checkpoints:
+            checkpoints.save(make(step), {"eval_loss": loss})
+    assert on_disk(tmp_path) == [2, 4, 5]
+    with Checkpoints(tmp_path) as checkpoints:
+        assert (checkpoints.best(), checkpoints.latest(), checkpoints.loss(2)) == (2, 5, 1.0)
+
+
+def test_frozen_leaves_of_a_run_are_written_once_and_come_back(tmp_path):
+    state = make(step=1)
+    own = {"layers/q_proj/lora/a": state.frozen["layers/q_proj/lora/a"]}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_frozen(own)
+        checkpoints.save(state, {})
+    other = make()._replace(frozen={"embed/embedding": jnp.zeros((3, 2)), "layers/q_proj/lora/a": jnp.zeros((2, 3))})
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, _ = checkpoints.restore(other)
+    np.testing.assert_array_equal(restored.frozen["layers/q_proj/lora/a"], 7.0)
+    np.testing.assert_array_equal(restored.frozen["embed/embedding"], 0.0)
+
+
+def test_not_in_base_finds_changes_and_sees_through_a_cut_stack():
+    kernel = jnp.arange(12.0).reshape(3, 2, 2)
+    base = {"layers/kernel": kernel, "norm/scale": jnp.ones(2), "head": jnp.ones(2)}
+    frozen = {
+        "layers_0_2/kernel": kernel[:2],
+        "layers_2_3/kernel": kernel[2:] + 1,
+        "norm/scale": base["norm/scale"],
+        "head": base["head"].astype(jnp.bfloat16),
+        "layers_0_2/lora/a": jnp.ones((2, 2)),
+    }
+    assert sorted(not_in_base(frozen, base)) == ["head", "layers_0_2/lora/a", "layers_2_3/kernel"]
+
+
+def test_what_was_half_written_is_ignored_and_removed(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(1), {})
+    (tmp_path / "2.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def test_a_state_of_another_shape_is_refused_in_one_line(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(1, size=4), {})
+        checkpoints.wait()
+        with pytest.raises(RunError, match="cannot be restored") as caught:
+            checkpoints.restore(make(size=6))
+        assert "\n" not in str(caught.value)
+        with pytest.raises(RunError, match=r"no checkpoint of step 9; there are \[1\]"):
+            checkpoints.restore(make(), 9)
+
+
+SHARDED = """
+import sys, jax, numpy as np
+from pathlib import Path
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxpeft.checkpoint import Checkpoints
+from tests.checkpoint_test import make
+mesh = Mesh(np.array(jax.devices()), ("data",))
+def abstract(x):
+    spec = PartitionSpec(None, "data") if x.ndim == 3 else PartitionSpec()
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+state = make(seed=5)
+with Checkpoints(Path(sys.argv[1])) as checkpoints:
+    restored, _ = checkpoints.restore(jax.tree.map(abstract, make()))
+leaf = restored.trainable["layers/q_proj/lora/b"]
+assert len(leaf.addressable_shards) == 4 and leaf.addressable_shards[0].data.shape == (2, 1, 8)
+np.testing.assert_array_equal(leaf, state.trainable["layers/q_proj/lora/b"])
+np.testing.assert_array_equal(jax.random.key_data(restored.key), jax.random.key_data(state.key))
+print(len(jax.devices()))
+"""
+
+
+def test_a_checkpoint_of_one_device_is_restored_onto_four(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(1, seed=5), {})
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(runs.ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED, str(tmp_path)], env=environment, cwd=runs.ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "4\n", done.stderr
+
+
+@contextlib.contextmanager
+def file_size_limit(size):
+    """A kernel limit on files written by this process: a real write error in the middle of a file."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path):
+    small, large = make(1, size=4), make(2, size=40_000, seed=3)
+    with pytest.raises(RunError) as caught, Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(small, {"n": 1})
+        checkpoints.wait()
+        with file_size_limit(100_000):
+            checkpoints.save(large, {})
+            checkpoints.wait()
+    assert "/2: not written: File too large; last good checkpoint: step 1" in str(caught.value)
+    assert caught.value.status == 2
+    assert on_disk(tmp_path) == [1]
+    with Checkpoints(tmp_path) as checkpoints:
+        restored, meta = checkpoints.restore(make(size=4))
+    assert as_bytes(restored) == as_bytes(small)
+    assert meta == {"n": 1}
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 6 MB, where the system lets us mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no permission to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk):
+    folder = small_disk / "checkpoints"
+    with pytest.raises(RunError, match="No space left on device; last good checkpoint: step 1"):
+        with Checkpoints(folder, keep=9) as checkpoints:
+            for step in (1, 2, 3):
+                checkpoints.save(make(step, size=50_000 if step == 2 else 10_000, seed=step), {})
+    with Checkpoints(folder) as checkpoints:
+        assert as_bytes(checkpoints.restore(make(size=10_000))[0]) == as_bytes(make(1, size=10_000, seed=1))

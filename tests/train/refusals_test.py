@@ -1,0 +1,96 @@
+"""What `jaxpeft train` refuses: one line, status 2, and nothing written or changed."""
+
+import json
+import shutil
+
+import pytest
+
+from jaxpeft import cli
+from jaxpeft.train import config, loop
+from tests import runs
+
+
+def refused(args, capsys) -> str:
+    """The one line on stderr of a train command that is refused."""
+    capsys.readouterr()
+    assert cli.main(["train", *runs.flags(args)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.strip().splitlines()
+    return line
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": "no/such/model"}, "no/such/model: no such directory"),
+        ({"data": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"eval_data": "none.jsonl"}, "none.jsonl: no such file"),
+        ({"method": "lorra"}, "unknown method 'lorra'; nearest: lora"),
+        ({"targets": "q_prj"}, "targets 'q_prj': matches no linear site; nearest: q_proj"),
+        ({"targets": "q_proj("}, "not a regular expression"),
+        ({"rank": 0}, "--rank 0: must be at least 1"),
+        ({"rank": 9}, "rank 9 is above the smaller side of"),
+        ({"method": "full"}, "method full takes no rank; it takes which"),
+        ({"method_options": ("dropout=2",)}, "dropout 2 must be at least 0 and below 1"),
+        ({"method_options": ("dropout=high",)}, "method lora: "),
+        ({"seq_len": 2, "too_long": "drop"}, "no example left of 60 lines"),
+        ({"keep": 0}, "--keep 0: must be at least 1"),
+    ],
+)
+def test_refused_before_anything_is_written(files, tmp_path, capsys, changes, message):
+    args = runs.arguments(files, tmp_path / "run", **changes)
+    assert message in refused(args, capsys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bad_line_is_named_by_file_and_line(files, tmp_path, capsys):
+    data = tmp_path / "bad.jsonl"
+    data.write_text((files / "train.jsonl").read_text() + "{oops\n")
+    assert f"{data}:61: not JSON" in refused(runs.arguments(files, tmp_path / "run", data=str(data)), capsys)
+
+
+def test_a_folder_with_a_run_is_left_alone(files, tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_text("mine\n")
+    line = refused(runs.arguments(files, tmp_path), capsys)
+    assert "already holds a run (metrics.jsonl)" in line
+    assert "--resume" in line
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("metrics.jsonl", "mine\n")]
+    assert "is a file" in refused(runs.arguments(files, tmp_path / "metrics.jsonl"), capsys)
+
+
+def test_nothing_to_resume(files, tmp_path, capsys):
+    assert "holds no run (no config.json)" in refused(runs.arguments(files, tmp_path / "no", resume=True), capsys)
+    (tmp_path / "config.json").write_text("{")
+    assert "cannot be read" in refused(runs.arguments(files, tmp_path, resume=True), capsys)
+
+
+@pytest.fixture
+def begun(files, tmp_path):
+    """The arguments of a run that was killed before its first checkpoint."""
+    own = tmp_path / "files"
+    shutil.copytree(files, own)
+    args = runs.arguments(own, tmp_path / "run")
+    args.out.mkdir()
+    config.write_json(args.out / "config.json", loop.prepare(args).document)
+    return args
+
+
+def test_resume_lists_every_field_that_differs(begun, files, capsys):
+    changed = runs.arguments(files, begun.out, resume=True, lr=0.5, steps=9, rank=None, buckets=())
+    line = refused(changed, capsys)
+    assert "the run was begun otherwise: --rank 2 -> None; --steps 6 -> 9; --lr 0.01 -> 0.5" in line
+    assert [path.name for path in begun.out.iterdir()] == ["config.json"]
+
+
+def test_resume_compares_files_by_what_they_hold(begun, files, capsys):
+    own = begun.out.parent / "files"
+    rows = (own / "eval.jsonl").read_text().splitlines()
+    (own / "eval.jsonl").write_text("\n".join([json.dumps({"prompt": "a", "completion": "b"}), *rows[1:]]) + "\n")
+    line = refused(runs.arguments(own, begun.out, resume=True), capsys)
+    assert "--eval-data" in line
+    assert "(other content)" in line
+    assert "--data" not in line.replace("--eval-data", "")
+    # The same files in another place are the same run.
+    document = loop.prepare(runs.arguments(files, begun.out)).document
+    config.check_same(begun.out, config.read(begun.out), document)
