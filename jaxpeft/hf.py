@@ -400,7 +400,7 @@ def _write_weights(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> 
         filled += tensor.num_bytes
     if len(shards) == 1:
         return _write_safetensors(folder / WEIGHTS, tensors)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, shard in enumerate(shards):
         file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         _write_safetensors(folder / file, shard)
