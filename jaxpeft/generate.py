@@ -6,8 +6,9 @@ A batch of prompts is padded on the left, so that all rows write the same cache 
     segment   0 in the padding, 1 elsewhere: nothing that counts sees the padding
     position  slot - (P - len_b): each row counts from its own first token
 
-One pass over all prompts fills the cache, then one `lax.while_loop` takes a token per row and step and ends early when every row has
-ended. P and the number of slots are rounded up to a few sizes, so calls of similar lengths share one compilation.
+One pass over all prompts fills the cache, then one `lax.while_loop` takes a token per row and step and ends early when
+every row has ended. P and the number of slots are rounded up to a few sizes, so calls of similar lengths share one
+compilation.
 
 Randomness belongs to a prompt and not to its batch: token t of prompt i is drawn with fold_in(fold_in(key, i), t).
 """
@@ -15,7 +16,7 @@ Randomness belongs to a prompt and not to its batch: token t of prompt i is draw
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -60,8 +61,8 @@ def generate(
       The new ids of each prompt, in order, without the prompt and without the end token.
 
     Raises:
-      InputError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room below `max_position_embeddings`, or
-        settings out of range.
+      InputError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room below
+        `max_position_embeddings`, or settings out of range.
     """
     _check(model.config, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size)
     greedy = temperature == 0
@@ -89,10 +90,10 @@ def generate(
 
 def _check(config: Any, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size) -> None:
     if config is None:
-        raise InputError("generate: this model shows no layers and has no key-value cache; use a model of jaxpeft.models")
-    for name, value, least in (("max_new_tokens", max_new_tokens, 1), ("top_k", top_k, 1), ("batch_size", batch_size, 1)):
-        if value is not None and value < least:
-            raise InputError(f"generate: {name} {value} must be at least {least}")
+        raise InputError("generate: this model shows no layers and has no key-value cache; use one of jaxpeft.models")
+    for name, value in {"max_new_tokens": max_new_tokens, "top_k": top_k, "batch_size": batch_size}.items():
+        if value is not None and value < 1:
+            raise InputError(f"generate: {name} {value} must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise InputError(f"generate: temperature {temperature} must be a finite number of at least 0")
     if top_p is not None and not 0 < top_p <= 1:
@@ -104,10 +105,10 @@ def _check(config: Any, prompts, max_new_tokens, temperature, top_k, top_p, key,
             raise InputError(f"generate: prompt {i} is empty; give it at least the token that begins a text")
         if len(prompt) >= config.max_position_embeddings:
             raise InputError(
-                f"generate: prompt {i} has {len(prompt)} tokens; the model has room for {config.max_position_embeddings} "
-                "(max_position_embeddings), new tokens included"
+                f"generate: prompt {i} has {len(prompt)} tokens; the model has room for "
+                f"{config.max_position_embeddings} (max_position_embeddings), new tokens included"
             )
-        if not (0 <= min(prompt) and max(prompt) < config.vocab_size):
+        if not (min(prompt) >= 0 and max(prompt) < config.vocab_size):
             raise InputError(f"generate: prompt {i} has an id outside the vocabulary of {config.vocab_size}")
 
 
@@ -196,8 +197,8 @@ def _decode(model, slots, greedy, filtered, params, batch, ends, settings, key, 
 def keep_likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """Logits (B, V) with all but the likeliest tokens at -inf.
 
-    First the `top_k` largest stay; of these the fewest whose probabilities (renormalised) sum to at least `top_p`, never none. Tokens
-    as likely as the last one that stays stay too.
+    First the `top_k` largest stay; of these the fewest whose probabilities (renormalised) sum to at least `top_p`,
+    never none. Tokens as likely as the last one that stays stay too.
     """
     ordered = -jnp.sort(-logits, axis=-1)
     ordered = jnp.where(jnp.arange(ordered.shape[-1]) < top_k, ordered, -jnp.inf)

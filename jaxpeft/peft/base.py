@@ -40,15 +40,21 @@ class Module(NamedTuple):
     m: int
 
 
+def hf_name(config: Any, path: str) -> tuple[str, bool]:
+    """Hugging Face's name of the parameter at `path`, with {i} for the layer, and whether it is transposed there."""
+    for pattern, name, transposed in models.FAMILIES[config.model_type].NAMES:
+        if found := re.fullmatch(pattern, path):
+            return found.expand(name), transposed
+    raise ValueError(f"{path} has no name in a Hugging Face checkpoint")
+
+
 def modules(config: Any) -> dict[str, Module]:
     """Hugging Face module name -> module, in the order of the layers, for every kernel of the configuration."""
-    family = models.FAMILIES[config.model_type]
     found = {}
-    for path, leaf in family.shapes(config).items():
+    for path, leaf in models.FAMILIES[config.model_type].shapes(config).items():
         if not path.endswith("/kernel"):
             continue
-        name = next(match.expand(to) for pattern, to, _ in family.NAMES if (match := re.fullmatch(pattern, path)))
-        name, site = name.removesuffix(".weight"), path.removesuffix("/kernel")
+        name, site = hf_name(config, path)[0].removesuffix(".weight"), path.removesuffix("/kernel")
         layers = range(leaf.shape[0]) if tree.stacked(path) else (None,)
         found.update({name.format(i=layer): Module(site, layer, *leaf.shape[-2:]) for layer in layers})
     return dict(sorted(found.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0)))
@@ -57,8 +63,9 @@ def modules(config: Any) -> dict[str, Module]:
 def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) -> dict[str, Any]:
     """What tells a base from another: its sizes, and for each leaf a hash of some of its elements.
 
-    Elements are rounded to bfloat16 first, so that a base has one fingerprint whichever type it is loaded in. Leaves that are not
-    among the configuration's parameters as it shapes them (adapters, quantized kernels, parts of a cut stack) are left out.
+    Elements are rounded to bfloat16 first, so that a base has one fingerprint whichever type it is loaded in. Leaves
+    that are not among the configuration's parameters as it shapes them (adapters, quantized kernels, parts of a cut
+    stack) are left out.
 
     Args:
       config: the model's configuration.

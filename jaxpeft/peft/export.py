@@ -34,12 +34,14 @@ def export_adapter(
 ) -> Path:
     """Writes the adapters in `params` for PEFT and for `import_adapter`. The folder appears whole or not at all.
 
-    LoRA-FA is written as ordinary LoRA, with A drawn from its seed; PiSSA as LoRA of twice the rank for the original base. Trailing pairs
-    of a zero column of A and a zero row of B (adapters whose layers differ have them, see `import_adapter`) are left out.
+    LoRA-FA is written as ordinary LoRA, with A drawn from its seed; PiSSA as LoRA of twice the rank for the original
+    base. Trailing pairs of a zero column of A and a zero row of B (adapters whose layers differ have them, see
+    `import_adapter`) are left out.
 
     Args:
       directory: the folder to make; it may exist if it is empty.
-      params: nested parameters of the adapted model; the adapters suffice, the base's leaves give it a fingerprint to be told by.
+      params: nested parameters of the adapted model; the adapters suffice, the base's leaves give it a fingerprint to
+        be told by.
       method: the method that they are of.
       base_config: the model's configuration (`Model.config`).
       base_name: folder or hub id of the base, for PEFT's `base_model_name_or_path`.
@@ -49,8 +51,8 @@ def export_adapter(
       `directory`.
 
     Raises:
-      InputError: if the method has no PEFT form, or something else trains beside its adapters; if `directory` is in the way or cannot be
-        written.
+      InputError: if the method has no PEFT form, or something else trains beside its adapters; if `directory` is in the
+        way or cannot be written.
     """
     spec, file = adapter_of(method, params)
     target = Path(directory).expanduser()
@@ -110,7 +112,8 @@ def adapter_of(method: Method, params: Mapping[str, Any]) -> tuple[Spec, ModuleT
     for path in tree.flatten(params):
         if method.trainable(path) and f"/{file.PEFT_SCOPE}/" not in path:
             raise InputError(
-                f"{names}: {path} trains too and has no place in a PEFT adapter; merge it and save the whole model instead"
+                f"{names}: {path} trains too and has no place in a PEFT adapter; merge it and save the whole model "
+                "instead"
             )
     return spec, file
 
@@ -185,7 +188,7 @@ def _config(pairs: Mapping[str, _Pair], fields: Mapping[str, Any], linear: list[
 
 
 def _pattern(values: Mapping[str, Any], default: Any, short: bool) -> dict[str, Any]:
-    """PEFT's patterns (regular expressions for the end of a module's name) for the modules that differ from the default.
+    """PEFT's patterns (regular expressions for the end of a module's name), for modules that differ from the default.
 
     A leaf name whose modules all agree stands for them.
     """

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,19 +15,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import tree
+from jaxpeft import models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, from_specs, setup
 from jaxpeft.method import module as method_file
 from jaxpeft.methods.lora import lora, scale_of
 from jaxpeft.model import Model
-from jaxpeft.peft.base import CONFIG, FORMAT, OWN, WEIGHTS, Module, check_base, modules
+from jaxpeft.peft.base import CONFIG, FORMAT, OWN, WEIGHTS, Module, check_base, hf_name, modules
 
 # Fields of adapter_config.json that say nothing about what the adapter computes, or that are read here.
 _READ = "peft_type r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora init_lora_weights bias".split()
 _HARMLESS = (
-    "auto_mapping base_model_name_or_path revision inference_mode task_type peft_version target_modules exclude_modules "
-    "layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config ensure_weight_tying"
+    "auto_mapping base_model_name_or_path revision inference_mode task_type peft_version target_modules "
+    "exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config "
+    "ensure_weight_tying"
 ).split()
 # Initialisations that leave the base's kernels as they are.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
@@ -40,10 +40,11 @@ def import_adapter(
 ) -> tuple[Method, tree.Flat]:
     """Reads an adapter.
 
-    An adapter that `export_adapter` wrote comes back as its method and its leaves, bit for bit. One of PEFT's own comes back as
-    `jaxpeft.lora`. Layers are stacked here, so where PEFT's layers differ they are padded: a layer without an adapter gets A = B = 0, a
-    layer of smaller rank zero columns in A and zero rows in B, and a layer of another scale has the difference folded into B. That
-    computes the same, and as a pair of zeros gets no gradient it also trains as the unpadded adapter does.
+    An adapter that `export_adapter` wrote comes back as its method and its leaves, bit for bit. One of PEFT's own comes
+    back as `jaxpeft.lora`. Layers are stacked here, so where PEFT's layers differ they are padded: a layer without an
+    adapter gets A = B = 0, a layer of smaller rank zero columns in A and zero rows in B, and a layer of another scale
+    has the difference folded into B. That computes the same, and as a pair of zeros gets no gradient it also trains as
+    the unpadded adapter does.
 
     Args:
       directory: a folder with adapter_config.json and adapter_model.safetensors.
@@ -51,19 +52,22 @@ def import_adapter(
       base_params: the base's nested parameters, to recognise an adapter for another base of the same sizes.
 
     Returns:
-      (method, leaves): leaves `{path: float32 array}` to put among the base's parameters before `jaxpeft.setup` (see `attach`).
+      (method, leaves): leaves `{path: float32 array}` to put among the base's parameters before `jaxpeft.setup` (see
+        `attach`).
 
     Raises:
-      InputError: for no such adapter, pickled or damaged weights, an adapter for another base, or a feature that is not supported.
+      InputError: for no such adapter, pickled or damaged weights, an adapter for another base, or a feature that is not
+        supported.
     """
     folder = Path(directory).expanduser()
     config = _read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it a PEFT adapter?")
     _check_config(folder / CONFIG, config)
-    weights = _read_weights(folder)
-    known = modules(base_config)
-    if own := _own(folder, weights):
+    file = _weights(folder)
+    tensors = _tensors(file)
+    if own := _own(folder):
         check_base(os.fspath(folder), own["base"], base_config, base_params)
-    pairs = _pairs(folder / WEIGHTS, _tensors(folder / WEIGHTS, weights), known)
+    known = modules(base_config)
+    pairs = _pairs(file, _without_copies(file, tensors, base_config, base_params), known)
     if own:
         return _restore(folder / OWN, own, pairs, known)
     return _as_lora(folder / CONFIG, config, pairs, known)
@@ -108,41 +112,39 @@ def _read_json(file: Path, missing: str) -> dict[str, Any]:
     return parsed
 
 
-def _read_weights(folder: Path) -> bytes:
-    try:
-        return (folder / WEIGHTS).read_bytes()
-    except FileNotFoundError:
-        pass
+def _weights(folder: Path) -> Path:
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
     if pickled := sorted(file.name for pattern in ("*.bin", "*.pt") for file in folder.glob(pattern)):
         raise InputError(
-            f"{folder}: the adapter is pickled ({pickled[0]}), which can run code and is refused; convert it in a trusted "
-            "environment with PEFT's model.save_pretrained(directory, safe_serialization=True)"
+            f"{folder}: the adapter is pickled ({pickled[0]}), which can run code and is refused; convert it in a "
+            "trusted environment with PEFT's model.save_pretrained(directory, safe_serialization=True)"
         )
     raise InputError(f"{folder}: has no {WEIGHTS}")
 
 
-def _own(folder: Path, weights: bytes) -> dict[str, Any] | None:
-    """jaxpeft.json, if it speaks of these weights."""
+def _own(folder: Path) -> dict[str, Any] | None:
+    """jaxpeft.json, if it speaks of these tensors."""
     if not (folder / OWN).is_file():
         return None
     own = _read_json(folder / OWN, "")
-    if own.get("sha256") != hashlib.sha256(weights).hexdigest():
-        return None
+    with (folder / WEIGHTS).open("rb") as file:
+        if own.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
+            return None
     if own.get("format") != FORMAT:
         raise InputError(f"{folder / OWN}: has format {own.get('format')}; this version of jaxpeft reads {FORMAT}")
     return own
 
 
-def _tensors(file: Path, weights: bytes) -> dict[str, np.ndarray]:
-    from safetensors import SafetensorError
-    from safetensors.flax import load
+def _tensors(file: Path) -> dict[str, np.ndarray]:
+    """Every tensor, in float32."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        with jax.default_device(jax.devices("cpu")[0]):
-            tensors = load(weights)
-    except (SafetensorError, KeyError) as error:
+        with safe_open(file, framework="numpy") as opened:
+            return {name: opened.get_tensor(name).astype(np.float32) for name in opened.keys()}  # noqa: SIM118
+    except SafetensorError as error:
         raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {error}") from None
-    return {name: np.asarray(tensor).astype(np.float32) for name, tensor in tensors.items()}
 
 
 # PEFT's form.
@@ -157,14 +159,38 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
     init = config.get("init_lora_weights", True)
     if not any(init is known or (isinstance(known, str) and init == known) for known in _INITS):
         raise InputError(
-            f"{file}: init_lora_weights {init!r} changes the base's kernels; save the adapter for the original base with PEFT's "
-            "save_pretrained(directory, path_initial_model_for_weight_conversion=...)"
+            f"{file}: init_lora_weights {init!r} changes the base's kernels; save the adapter for the original base "
+            "with PEFT's save_pretrained(directory, path_initial_model_for_weight_conversion=...)"
         )
     for name, value in config.items():
         if name not in (*_READ, *_HARMLESS) and value not in (None, False, [], {}, ""):
             raise InputError(f"{file}: {name} = {json.dumps(value)} is not supported")
-    if config.get("layer_replication"):
-        raise InputError(f"{file}: layer_replication is not supported")
+
+
+def _without_copies(
+    file: Path, tensors: Mapping[str, np.ndarray], config: Any, params: Mapping[str, Any] | None
+) -> dict[str, np.ndarray]:
+    """The tensors without those of the base itself, which PEFT adds where it adapts the head.
+
+    Raises:
+      InputError: if one has another shape than the base's, or other values (compared where `params` are given).
+    """
+    rest = dict(tensors)
+    for path, shape in models.FAMILIES[config.model_type].shapes(config).items():
+        if tree.stacked(path):
+            continue
+        name, transposed = hf_name(config, path)
+        for key in (f"base_model.model.{name}", f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight"):
+            if (copy := rest.pop(key, None)) is None:
+                continue
+            copy = copy.T if transposed else copy
+            if copy.shape != shape.shape:
+                raise InputError(f"{file}: an adapter for another base: {key} has shape {copy.shape[::-1]}")
+            if params is not None:
+                own = np.asarray(tree.flatten(params)[path])
+                if not np.array_equal(own.astype(jnp.bfloat16), copy.astype(jnp.bfloat16)):
+                    raise InputError(f"{file}: brings its own {key}, which is not supported")
+    return rest
 
 
 def _pairs(file: Path, tensors: Mapping[str, np.ndarray], known: Mapping[str, Module]) -> dict[str, _Pair]:
@@ -179,15 +205,16 @@ def _pairs(file: Path, tensors: Mapping[str, np.ndarray], known: Mapping[str, Mo
         name = found["module"]
         if name not in known:
             raise InputError(
-                f"{file}: an adapter for another base: it adapts {name}, which is no linear module of this one; nearest: "
-                f"{tree.nearest(name, known)}"
+                f"{file}: an adapter for another base: it adapts {name}, which is no linear module of this one; "
+                f"nearest: {tree.nearest(name, known)}"
             )
         adapters.add(found["adapter"])
         n, m = known[name].n, known[name].m
         side, axis, expected = ("inputs", -1, n) if found["factor"] == "A" else ("outputs", 0, m)
         if tensor.ndim != 2 or tensor.shape[axis] != expected:
             raise InputError(
-                f"{file}: an adapter for another base: {key} has shape {tensor.shape}, where {name} has {expected} {side}"
+                f"{file}: an adapter for another base: {key} has shape {tensor.shape}, where {name} has {expected} "
+                f"{side}"
             )
         factors.setdefault(name, {})[found["factor"]] = tensor.T
     if len(adapters) > 1:
@@ -208,7 +235,7 @@ def _pairs(file: Path, tensors: Mapping[str, np.ndarray], known: Mapping[str, Mo
 def _stack(
     pairs: Mapping[str, _Pair], known: Mapping[str, Module], ranks: Mapping[str, int]
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Site -> A (L, n, r), B (L, r, m), padded with zeros to the site's rank; without the layer axis where it has none."""
+    """Site -> A (L, n, r), B (L, r, m), padded with zeros to the site's rank; no layer axis where the site has none."""
     layers = Counter(module.site for module in known.values())
     stacked: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     for name, pair in pairs.items():
@@ -233,23 +260,20 @@ def _as_lora(
         members.setdefault(known[name].site, []).append(name)
     ranks, alphas, scaled = {}, {}, {}
     for site, names in members.items():
-        own = {}
+        own_ranks = {name: pairs[name].a.shape[1] for name in names}
+        own_alphas = {name: _alpha(file, config, name) for name in names}
+        scales = {name: scale_of(own_alphas[name], own_ranks[name], rslora) for name in names}
+        ranks[site], scale = max(own_ranks.values()), _commonest(scales.values())
+        n, m = known[names[0]].n, known[names[0]].m
+        if ranks[site] > min(n, m):
+            name, r = names[0], ranks[site]
+            raise InputError(f"{file}: {name} has rank {r}, above the smaller side of its {n} x {m} kernel")
+        same = len({*own_ranks.values()}) == len({*own_alphas.values()}) == 1
+        alphas[site] = own_alphas[names[0]] if same else scale / scale_of(1, ranks[site], rslora)
         for name in names:
-            alpha = _by_pattern(file, config.get("alpha_pattern") or {}, name, config.get("lora_alpha", 8))
-            own[name] = scale_of(float(alpha), pairs[name].a.shape[1], rslora), float(alpha)
-        ranks[site] = max(pairs[name].a.shape[1] for name in names)
-        if ranks[site] > min(known[names[0]].n, known[names[0]].m):
-            n, m = known[names[0]].n, known[names[0]].m
-            raise InputError(f"{file}: {names[0]} has rank {ranks[site]}, above the smaller side of its {n} x {m} kernel")
-        scale, alphas[site] = Counter(
-            own[name] for name in sorted(names, key=lambda name: -pairs[name].a.shape[1])
-        ).most_common(1)[0][0]
-        if not math.isclose(scale_of(alphas[site], ranks[site], rslora), scale, rel_tol=1e-12):
-            alphas[site] = scale * (math.sqrt(ranks[site]) if rslora else ranks[site])
-        for name in names:
-            ratio = own[name][0] / scale
+            ratio = scales[name] / scale
             scaled[name] = pairs[name] if ratio == 1 else pairs[name]._replace(b=pairs[name].b * np.float32(ratio))
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    rank, alpha = _commonest(ranks.values()), _commonest(alphas.values())
     method = lora(
         rank=rank,
         alpha=alpha,
@@ -273,15 +297,19 @@ def _targets(sites: Mapping[str, Any], known: Mapping[str, Module]) -> list[str]
     return sorted(leaves if same == set(sites) else sites)
 
 
-def _by_pattern(file: Path, patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    """The value of the first pattern that PEFT finds at the end of a module's name."""
-    for pattern, value in patterns.items():
+def _alpha(file: Path, config: Mapping[str, Any], name: str) -> float:
+    """lora_alpha, or that of the first pattern which PEFT finds at the end of a module's name."""
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
         try:
             if re.match(rf"(.*\.)?({pattern})$", name):
-                return value
+                return float(value)
         except re.error as error:
             raise InputError(f"{file}: alpha_pattern {pattern!r}: not a regular expression ({error})") from None
-    return default
+    return float(config.get("lora_alpha", 8))
+
+
+def _commonest(values: Iterable[Any]) -> Any:
+    return Counter(values).most_common(1)[0][0]
 
 
 # Our form.

@@ -140,7 +140,7 @@ def test_tensors_changed_since_are_read_as_plain_lora(llama, tmp_path):
     [
         (jp.full(), "full: has no part that is a PEFT adapter"),
         (jp.chain(jp.lora(rank=2), jp.full("norms")), r"lora, full: \S*norm/scale trains too"),
-        (jp.chain(jp.lora(rank=2), jp.lora_fa(rank=2)), "lora, lora_fa: has 2 parts"),
+        (jp.chain(jp.lora(2, targets=["q_proj"]), jp.lora_fa(2, targets=["v_proj"])), "lora, lora_fa: has 2 parts"),
     ],
 )
 def test_what_is_no_peft_adapter_is_refused(method, reason, llama, tmp_path):

@@ -1,0 +1,202 @@
+"""generate, merge, import and export: what they print and leave, and that a mistake leaves nothing."""
+
+import json
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+import tokenizers
+import torch
+import transformers
+
+import jaxpeft as jp
+from jaxpeft import cli, tree
+from jaxpeft.peft import attach, import_adapter
+from tests.peft import reference
+
+WORDS = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(94))]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A checkpoint with a tokenizer whose tokens are words."""
+    folder = reference.write_base(tmp_path_factory.mktemp("base") / "llama", bos_token_id=0, eos_token_id=1)
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>")
+    )
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base, tmp_path_factory):
+    """An adapter that PEFT made."""
+    folder = tmp_path_factory.mktemp("adapter")
+    reference.make_peft(base, r=4, lora_alpha=16, target_modules=["q_proj", "up_proj"]).save_pretrained(folder)
+    return folder
+
+
+def succeeds(capsys, *argv) -> dict:
+    assert cli.main([*map(str, argv), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def fails(capsys, *argv) -> str:
+    """The one line on stderr of a command that exits with status 2."""
+    capsys.readouterr()
+    assert cli.main([str(word) for word in argv]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("jaxpeft: error: ") and err.count("\n") == 1
+    return err
+
+
+def test_generate_continues_a_prompt_as_transformers_does(base, adapter, capsys):
+    import peft
+
+    flags = ["generate", "--model", base, "--prompt", "w5 w6", "--max-new-tokens", 9]
+    plain, adapted = succeeds(capsys, *flags), succeeds(capsys, *flags, "--adapter", adapter)
+    models = [reference.torch_base(base), peft.PeftModel.from_pretrained(reference.torch_base(base), adapter)]
+    for document, model in zip((plain, adapted), models, strict=True):
+        ids = model.generate(torch.tensor([[8, 9]]), max_new_tokens=9, do_sample=False, pad_token_id=1)[0, 2:].tolist()
+        assert document["tokens"] == [token for token in ids if token != 1]
+        assert document["continuation"].split() == [WORDS[token] for token in document["tokens"] if token > 2]
+    assert plain["tokens"] != adapted["tokens"]
+
+    assert cli.main([*map(str, flags)]) == 0
+    assert capsys.readouterr().out == f"w5 w6{plain['continuation']}\n"
+
+
+def test_generate_draws_by_its_seed(base, capsys):
+    flags = ["generate", "--model", base, "--prompt", "w1", "--temperature", 3, "--top-k", 50, "--top-p", 0.99]
+    first, other = (succeeds(capsys, *flags, "--seed", seed)["tokens"] for seed in (1, 2))
+    assert first != other
+
+
+def test_generate_begins_an_empty_prompt_with_the_token_that_begins_a_text(base, capsys):
+    document = succeeds(capsys, "generate", "--model", base, "--prompt", "", "--max-new-tokens", 3)
+    assert document["prompt"] == "" and len(document["tokens"]) <= 3
+
+
+def test_merge_writes_what_the_adapted_model_computes(base, adapter, tmp_path, capsys):
+    out = tmp_path / "merged"
+    document = succeeds(capsys, "merge", "--model", base, "--adapter", adapter, "--out", out)
+    assert document == {"out": str(out), "model": str(base), "adapter": str(adapter), "dtype": "float32"}
+    reference.assert_close(reference.torch_logits(reference.torch_base(out)), reference.with_adapter(base, adapter))
+    assert (out / "tokenizer.json").is_file()
+
+
+def test_import_writes_an_adapter_of_ours(base, adapter, tmp_path, capsys):
+    out = tmp_path / "ours"
+    document = succeeds(capsys, "import", "--model", base, "--adapter", adapter, "--out", out)
+    assert document["sites"] == ["layers/mlp/up_proj", "layers/self_attn/q_proj"]
+    assert document["trainable_parameters"] == 2 * 4 * (32 + 32 + 32 + 56)
+    assert [name for name, _ in document["method"]] == ["lora"]
+    reference.assert_close(reference.with_adapter(base, out), reference.with_adapter(base, adapter))
+    model, params = reference.load(base)
+    for path, leaf in import_adapter(adapter, model.config)[1].items():
+        np.testing.assert_array_equal(leaf, import_adapter(out, model.config, params)[1][path])
+
+
+@pytest.fixture(scope="module", params=[{"name": "lora_fa", "store_a": False}, {"name": "lora", "init": "pissa"}])
+def run(request, base, tmp_path_factory):
+    """A run's folder as `jaxpeft train` leaves it, with checkpoints of steps 2 and 4, the first being better."""
+    import optax
+
+    from jaxpeft.checkpoint import Checkpoints, not_in_base
+    from jaxpeft.train import config
+
+    out = tmp_path_factory.mktemp("run")
+    settings = dict(request.param)
+    method = getattr(jp, settings.pop("name"))(rank=3, targets="attention", **settings)
+    model, params = reference.load(base)
+    new, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+    flat = tree.flatten(params)
+    document = {
+        "arguments": {"model": str(base), "dtype": "float32"},
+        "method": [[spec.name, spec.config] for spec in method.specs],
+        "content": {"model": config.digest(flat)},
+    }
+    config.write_json(out / config.FILE, document)
+    expected = {}
+    with Checkpoints(out / "checkpoints") as checkpoints:
+        checkpoints.save_frozen(not_in_base(frozen, flat))
+        for step, loss in ((2, 1.0), (4, 1.5)):
+            leaves = reference.randomise(trainable, step)
+            state = jp.init_state(method, optax.adam(1e-3), leaves, frozen, jax.random.key(0))
+            checkpoints.save(state._replace(step=jax.numpy.asarray(step)), {"eval_loss": loss})
+            expected[step] = tree.combine(leaves, frozen)
+    return SimpleNamespace(out=out, model=new, params=expected)
+
+
+@pytest.mark.parametrize(("flags", "step"), [([], 4), (["--best"], 2), (["--step", 2], 2)])
+def test_export_writes_the_adapter_of_a_checkpoint(flags, step, run, base, tmp_path, capsys):
+    before = sorted(run.out.rglob("*"))
+    document = succeeds(capsys, "export", "--run", run.out, "--out", tmp_path / "adapter", *flags)
+    assert document["step"] == step
+    _, restored, _ = attach(tmp_path / "adapter", *reference.load(base))
+    for path, leaf in tree.flatten(run.params[step]).items():
+        np.testing.assert_array_equal(leaf, tree.flatten(restored)[path], err_msg=path)
+    theirs = reference.with_adapter(base, tmp_path / "adapter")
+    reference.assert_close(reference.logits(run.model, run.params[step]), theirs)
+    assert sorted(run.out.rglob("*")) == before
+
+
+def test_mistakes_in_generate(base, adapter, capsys, tmp_path):
+    flags = ["generate", "--model", base, "--prompt", "w1"]
+    assert "no such directory" in fails(capsys, "generate", "--model", tmp_path / "no", "--prompt", "w1")
+    assert "--adapter" in fails(capsys, *flags, "--adapter", tmp_path / "no")
+    assert "no adapter_config.json" in fails(capsys, *flags, "--adapter", base)
+    assert "--prompt" in fails(capsys, "generate", "--model", base)
+    assert "max_new_tokens 0" in fails(capsys, *flags, "--max-new-tokens", 0)
+    assert "--top-k 3" in fails(capsys, *flags, "--top-k", 3)
+    assert "top_p 2.0" in fails(capsys, *flags, "--temperature", 1, "--top-p", 2)
+    assert "--seed -1" in fails(capsys, *flags, "--seed", -1)
+    long = " ".join(["w1"] * 64)
+    assert "has 64 tokens; the model has room for 64" in fails(capsys, "generate", "--model", base, "--prompt", long)
+    other = reference.write_base(tmp_path / "other", hidden_size=64)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (other / name).write_bytes((base / name).read_bytes())
+    assert "another base" in fails(capsys, "generate", "--model", other, "--prompt", "w1", "--adapter", adapter)
+
+
+@pytest.mark.parametrize("command", ["merge", "import"])
+def test_mistakes_in_merge_and_import(command, base, adapter, capsys, tmp_path):
+    flags = [command, "--model", base, "--adapter", adapter]
+    assert "--out" in fails(capsys, *flags)
+    assert "--adapter" in fails(capsys, command, "--model", base, "--out", tmp_path / "out")
+    out = tmp_path / "kept"
+    out.mkdir()
+    (out / "earlier.txt").write_text("work")
+    assert "is not an empty directory" in fails(capsys, *flags, "--out", out)
+    assert "is a file" in fails(capsys, *flags, "--out", out / "earlier.txt")
+    assert "no such directory" in fails(
+        capsys, command, "--adapter", tmp_path / "no", "--model", base, "--out", tmp_path / "x"
+    )
+    other = reference.write_base(tmp_path / "other", hidden_size=64)
+    assert "another base" in fails(capsys, command, "--model", other, "--adapter", adapter, "--out", tmp_path / "x")
+    assert [path.name for path in out.iterdir()] == ["earlier.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "other"]
+
+
+def test_mistakes_in_export(run, base, capsys, tmp_path):
+    flags = ["export", "--run", run.out, "--out", tmp_path / "x"]
+    assert "holds no run" in fails(capsys, "export", "--run", tmp_path, "--out", tmp_path / "x")
+    assert "--step 3" in fails(capsys, *flags, "--step", 3)
+    assert "give one of them" in fails(capsys, *flags, "--step", 2, "--best")
+    other = reference.write_base(tmp_path / "other", seed=4)
+    assert "is not the base of the run" in fails(capsys, *flags, "--model", other)
+    (tmp_path / "young").mkdir()
+    (tmp_path / "young" / "config.json").write_text((run.out / "config.json").read_text())
+    assert "no checkpoint yet" in fails(capsys, "export", "--run", tmp_path / "young", "--out", tmp_path / "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "young"]
+
+
+def test_export_of_a_run_that_trained_the_base_itself(run, base, capsys, tmp_path):
+    (tmp_path / "checkpoints").symlink_to(run.out / "checkpoints")
+    document = json.loads((run.out / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**document, "method": [["full", {"which": "norms"}]]}))
+    line = fails(capsys, "export", "--run", tmp_path, "--out", tmp_path / "x")
+    assert "full: has no part that is a PEFT adapter; merge it" in line

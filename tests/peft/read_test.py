@@ -1,0 +1,306 @@
+"""Adapters in: PEFT's own, with equal logits and gradients, training on; and what is refused."""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import peft
+import pytest
+import torch
+
+import jaxpeft as jp
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.peft import attach, export_adapter, import_adapter
+from tests.peft import reference
+
+TENSORS = "adapter_model.safetensors"
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+PEFTS = {
+    "all linear": {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"},
+    "a regular expression": {"r": 4, "target_modules": r".*\.1\.self_attn\.(q|v)_proj"},
+    "some layers": {"r": 3, "target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]},
+    "rslora": {"r": 4, "lora_alpha": 6, "use_rslora": True, "target_modules": ALL},
+    "head": {"r": 4, "lora_alpha": 2, "target_modules": ["o_proj", "lm_head"]},
+    "ranks and alphas": {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": ALL,
+        "rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7},
+        "alpha_pattern": {"v_proj": 3, r"0.mlp.\w+": 5},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return reference.write_base(tmp_path_factory.mktemp("base") / "llama")
+
+
+@pytest.fixture(scope="module")
+def simple(base, tmp_path_factory):
+    """A folder with a small adapter of PEFT's, to be damaged in copies."""
+    folder = tmp_path_factory.mktemp("adapter")
+    reference.make_peft(base, r=2, target_modules=["q_proj"]).save_pretrained(folder)
+    return folder
+
+
+def test_pefts_own_files_have_the_fields_that_ours_have(base, simple, tmp_path):
+    model, params = reference.load(base)
+    _, found, method = attach(simple, model, params)
+    export_adapter(tmp_path / "ours", found, method, model.config, base)
+    ours, theirs = (json.loads((path / "adapter_config.json").read_text()) for path in (tmp_path / "ours", simple))
+    assert ours.keys() <= theirs.keys()
+    for name in ours.keys() - {"peft_version"}:
+        assert ours[name] == theirs[name], name
+
+
+@pytest.mark.parametrize("name", PEFTS)
+def test_an_adapter_of_pefts_computes_the_same_here_and_goes_back_as_it_was(name, base, tmp_path):
+    theirs = reference.make_peft(base, **PEFTS[name])
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, params = reference.load(base)
+    new, adapted, method = attach(tmp_path / "theirs", model, params)
+    reference.assert_close(reference.logits(new, adapted), reference.torch_logits(theirs))
+
+    export_adapter(tmp_path / "ours", adapted, method, model.config, base)
+    reference.assert_close(reference.with_adapter(base, tmp_path / "ours"), reference.torch_logits(theirs))
+    from safetensors.numpy import load_file
+
+    before, after = (load_file(tmp_path / which / TENSORS) for which in ("theirs", "ours"))
+    # PEFT adds the embedding and the head to an adapter on the head.
+    before = {key: tensor for key, tensor in before.items() if ".lora_" in key}
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        if "lora_A" in key or name != "ranks and alphas":  # there, scales that differ are folded into B
+            np.testing.assert_array_equal(tensor, after[key])
+        assert tensor.shape == after[key].shape
+
+
+def test_gradients_are_pefts_and_training_goes_on(base, tmp_path):
+    """Also of an adapter whose layers differ: the padding gets no gradient and stays zero."""
+    settings = {"r": 4, "lora_alpha": 8, "target_modules": ALL, "rank_pattern": {"layers.1.mlp.up_proj": 6}}
+    theirs = reference.make_peft(base, **settings, lora_dropout=0.0)
+    theirs.save_pretrained(tmp_path / "theirs")
+    tokens = reference.TOKENS
+    theirs(torch.tensor(tokens).long(), labels=torch.tensor(tokens).long()).loss.backward()
+    expected = {
+        name.replace(".default", ""): parameter.grad.numpy()
+        for name, parameter in theirs.named_parameters()
+        if parameter.grad is not None
+    }
+
+    model, params = reference.load(base)
+    method, leaves = import_adapter(tmp_path / "theirs", model.config, params)
+    new, trainable, frozen = jp.setup(
+        method, model, tree.unflatten({**tree.flatten(params), **leaves}), jax.random.key(0)
+    )
+    batch = {
+        "tokens": tokens,
+        "targets": np.roll(tokens, -1, 1),
+        "loss_weights": np.tile(np.arange(tokens.shape[1]) < tokens.shape[1] - 1, (2, 1)).astype(np.float32),
+        "positions": np.tile(np.arange(tokens.shape[1], dtype=np.int32), (2, 1)),
+        "segment_ids": np.ones(tokens.shape, np.int32),
+    }
+    grads = jax.jit(jax.grad(lambda t: jp.completion_loss(new, tree.combine(t, frozen), batch, jax.random.key(0))[0]))(
+        trainable
+    )
+    checked = 0
+    for path, grad in grads.items():
+        site, _, leaf = path.rpartition("/lora/")
+        for layer in range(2):
+            name = site.replace("layers/", f"base_model.model.model.layers.{layer}.").replace("/", ".")
+            theirs_grad = expected[f"{name}.lora_{leaf.upper()}.weight"].T
+            r = min(theirs_grad.shape[-1 if leaf == "a" else 0], grad.shape[-1 if leaf == "a" else 1])
+            ours_grad = np.asarray(grad[layer])
+            used, padding = (ours_grad[:, :r], ours_grad[:, r:]) if leaf == "a" else (ours_grad[:r], ours_grad[r:])
+            if path != "layers/mlp/up_proj/lora/b":  # the scale of one layer is folded in here
+                reference.assert_close(used, theirs_grad)
+            assert not padding.any()
+            checked += 1
+    assert checked == len(expected) == 2 * 7 * 2
+
+    state = jp.init_state(method, optax.adam(1e-2), trainable, frozen, jax.random.key(0))
+    step = jax.jit(jp.make_train_step(new, method, optax.adam(1e-2)))
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    trained = tree.combine(state.trainable, state.frozen)
+    export_adapter(tmp_path / "trained", trained, method, model.config, base)
+    reference.assert_close(reference.logits(new, trained), reference.with_adapter(base, tmp_path / "trained"))
+    config = json.loads((tmp_path / "trained" / "adapter_config.json").read_text())
+    assert config["r"] == 4 and config["rank_pattern"] == {"model.layers.1.mlp.up_proj": 6}
+
+
+def rewrite(folder, change):
+    """Replaces the tensors of an adapter by change(tensors)."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = change(load_file(folder / TENSORS))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, folder / TENSORS)
+
+
+@pytest.fixture
+def copy(simple, tmp_path):
+    return shutil.copytree(simple, tmp_path / "adapter")
+
+
+def test_names_with_the_adapters_name_and_tensors_in_bfloat16(copy, base):
+    model, _ = reference.load(base)
+    _, before = import_adapter(copy, model.config)
+    rewrite(copy, lambda ts: {name.replace(".weight", ".default.weight"): t.bfloat16() for name, t in ts.items()})
+    _, after = import_adapter(copy, model.config)
+    for path, leaf in before.items():
+        assert after[path].dtype == jnp.float32
+        np.testing.assert_array_equal(after[path], leaf.astype(jnp.bfloat16).astype(jnp.float32))
+
+
+def first(tensors, change):
+    """The tensors with the first one (lora_A of layer 0's q_proj) changed."""
+    name = min(tensors)
+    return {**tensors, name: change(tensors[name])}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            lambda ts: first(ts, lambda t: t[:, :-1]),
+            r"another base: \S*layers.0.self_attn.q_proj\S* has shape \(2, 31\)",
+        ),
+        (lambda ts: first(ts, lambda t: t[:1]), r"layers.0.self_attn.q_proj has lora_A of rank 1 and lora_B of rank 2"),
+        (lambda ts: {k.replace("q_proj", "query"): t for k, t in ts.items()}, "another base: it adapts .*query"),
+        (lambda ts: {k.replace("layers.1", "layers.7"): t for k, t in ts.items()}, "another base: .*layers.7"),
+        (lambda ts: dict(sorted(ts.items())[1:]), "layers.0.self_attn.q_proj has no lora_A.weight"),
+        (lambda ts: {**ts, "base_model.model.lm_head.weight": torch.ones(99, 32)}, "another base: .*lm_head.weight"),
+        (lambda ts: {**ts, "base_model.model.lm_head.weight": torch.ones(97, 32)}, "brings its own .*lm_head.weight"),
+        (
+            lambda ts: {k.replace("lora_A", "lora_embedding_A"): t for k, t in ts.items()},
+            "lora_embedding_A.*not supported",
+        ),
+        (lambda ts: {}, "holds no adapter"),
+        (
+            lambda ts: {k: torch.ones((40, 32) if "lora_A" in k else (32, 40)) for k in ts},
+            "q_proj has rank 40, above the smaller side of its 32 x 32 kernel",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change, reason, copy, base):
+    rewrite(copy, change)
+    model, params = reference.load(base)
+    with pytest.raises(InputError, match=reason) as error:
+        import_adapter(copy, model.config, params)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("peft_type", "LOHA"),
+        ("bias", "all"),
+        ("use_dora", True),
+        ("fan_in_fan_out", True),
+        ("modules_to_save", ["lm_head"]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "olora"),
+        ("layer_replication", [[0, 2]]),
+        ("trainable_token_indices", [1]),
+        ("lora_bias", True),
+        ("a_field_of_the_future", 3),
+    ],
+)
+def test_features_that_would_compute_something_else_are_refused(field, value, copy, base):
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    model, _ = reference.load(base)
+    with pytest.raises(InputError, match=field) as error:
+        import_adapter(copy, model.config)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_adapter_are_refused(copy, base, tmp_path):
+    model, _ = reference.load(base)
+
+    def refused(reason, folder=copy):
+        with pytest.raises(InputError, match=reason):
+            import_adapter(folder, model.config)
+
+    refused("no such directory", tmp_path / "nowhere")
+    refused("has no adapter_config.json", base)
+    whole = (copy / TENSORS).read_bytes()
+    (copy / TENSORS).write_bytes(whole[: len(whole) // 2])
+    refused("truncated or damaged")
+    (copy / TENSORS).rename(copy / "adapter_model.bin")
+    refused(r"pickled \(adapter_model.bin\), which can run code.*safe_serialization=True")
+    (copy / "adapter_model.bin").unlink()
+    refused(f"has no {TENSORS}")
+    (copy / "adapter_config.json").write_text("{")
+    refused("is not JSON")
+    (copy / "adapter_config.json").write_text("[]")
+    refused("should hold a JSON object")
+
+
+def test_an_adapter_for_another_base_is_told_by_sizes_and_by_values(base, tmp_path):
+    method = jp.lora(rank=2)
+    model, params = reference.load(base)
+    _, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+    export_adapter(tmp_path / "adapter", tree.combine(trainable, frozen), method, model.config, base)
+
+    wider, _ = reference.load(reference.write_base(tmp_path / "wider", intermediate_size=64))
+    with pytest.raises(InputError, match="another base: intermediate_size is 64 here, 56 there"):
+        import_adapter(tmp_path / "adapter", wider.config)
+    other, values = reference.load(reference.write_base(tmp_path / "other", seed=9))
+    with pytest.raises(InputError, match="another base: the values of .* differ"):
+        attach(tmp_path / "adapter", other, values)
+    merged = method.merge(tree.combine(reference.randomise(trainable), frozen))
+    with pytest.raises(InputError, match="another base: the values of .*kernel differ"):
+        attach(tmp_path / "adapter", model, merged)
+
+    from jaxpeft import hf
+
+    attach(tmp_path / "adapter", *hf.load_pretrained(base, jnp.bfloat16))
+    (tmp_path / "adapter" / "jaxpeft.json").unlink()
+    attach(tmp_path / "adapter", other, values)
+
+
+def test_jaxpeft_json_of_another_version_is_refused(base, tmp_path):
+    method = jp.lora(rank=2)
+    model, params = reference.load(base)
+    _, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+    export_adapter(tmp_path / "adapter", tree.combine(trainable, frozen), method, model.config, base)
+    own = tmp_path / "adapter" / "jaxpeft.json"
+    own.write_text(json.dumps({**json.loads(own.read_text()), "format": 99}))
+    with pytest.raises(InputError, match="has format 99; this version of jaxpeft reads 1"):
+        import_adapter(tmp_path / "adapter", model.config)
+
+
+def test_pissa_of_pefts_converted_for_the_original_base(base, tmp_path):
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    theirs = peft.get_peft_model(reference.torch_base(base), config)
+    theirs.peft_config["default"].init_lora_weights = True
+    theirs.save_pretrained(tmp_path / "start")
+    theirs.peft_config["default"].init_lora_weights = "pissa"
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.data += 0.1
+    theirs.save_pretrained(tmp_path / "pissa", path_initial_model_for_weight_conversion=tmp_path / "start")
+    model, params = reference.load(base)
+    new, adapted, _ = attach(tmp_path / "pissa", model, params)
+    reference.assert_close(reference.logits(new, adapted), reference.torch_logits(theirs.eval()))
+
+
+def test_a_merged_model_is_what_transformers_computes(base, tmp_path):
+    from jaxpeft import hf
+
+    model, params = reference.load(base)
+    method = jp.lora(rank=4, alpha=8, targets="all-linear")
+    new, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+    adapted = tree.combine(reference.randomise(trainable), frozen)
+    hf.save_pretrained(tmp_path / "merged", base, method.merge(adapted))
+    merged = reference.torch_logits(reference.torch_base(tmp_path / "merged"))
+    reference.assert_close(reference.logits(new, adapted), merged)
