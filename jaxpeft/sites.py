@@ -100,7 +100,8 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
         params = model.init(key, params)
         flat = tree.flatten(params)
         for site in choose(params):
-            scopes = {path[len(site) + 1 :].split("/")[0] for path in flat if re.match(f"{re.escape(site)}/[^/]+/", path)}
+            below = [path.removeprefix(f"{site}/") for path in flat if path.startswith(f"{site}/")]
+            scopes = {path.split("/")[0] for path in below if "/" in path}
             if name in scopes:
                 continue
             if scopes:

@@ -315,6 +315,9 @@ def test_config_json(tmp_path):
         (b"[]", "config.json: should hold a JSON object, not a list"),
         (b'{"model_type": "mamba"}', "unsupported model_type 'mamba'; supported: llama"),
         (b'{"model_type": "llama"}', "config.json: the field '.*' is missing"),
+        (json.dumps({**CONFIG, "hidden_size": "64"}).encode(), "hidden_size '64' should be a whole number"),
+        (json.dumps({**CONFIG, "num_hidden_layers": 0}).encode(), "num_hidden_layers 0 should be a whole number"),
+        (json.dumps({**CONFIG, "num_key_value_heads": 3}).encode(), "num_attention_heads .* is not a multiple of"),
         (json.dumps({**CONFIG, "quantization_config": {}}).encode(), "the weights are quantized"),
     ):
         (folder / "config.json").write_bytes(content)

@@ -54,7 +54,7 @@ def test_says_what_it_is(case):
 
 def test_made_again_from_its_spec(case):
     """The spec is enough to make a method that trains the same leaves from the same values."""
-    _, method, _, trainable, frozen = case
+    _, method, _, trainable, _ = case
     base, params = tiny.model()
     _, again, _ = jp.setup(contract.from_specs(method.specs), base, params, jax.random.key(0))
     assert again.keys() == trainable.keys()
@@ -73,7 +73,7 @@ def test_starts_at_the_base(case):
 
 
 def test_partition_is_whole_and_masters_are_float32(case):
-    _, method, model, trainable, frozen = case
+    _, method, _, trainable, frozen = case
     assert trainable and not trainable.keys() & frozen.keys()
     assert all(method.trainable(path) for path in trainable)
     assert not any(method.trainable(path) for path in frozen)

@@ -40,6 +40,18 @@ NAMES = (
     (r"lm_head/kernel", "lm_head.weight", True),
 )
 
+_COUNTS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "sliding_window",
+)
+
 NO_WINDOW = np.iinfo(np.int32).max // 2
 
 
@@ -74,19 +86,28 @@ class DecoderConfig:
         """From a parsed config.json.
 
         Raises:
-          InputError: for a missing field, or a feature that is not supported.
+          InputError: for a missing field, one of the wrong type, or a feature that is not supported.
         """
         kind = config.get("model_type")
         if kind not in MODEL_TYPES:
             raise InputError(f"config.json: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
         if (act := config.get("hidden_act", "silu")) != "silu":
             raise InputError(f"config.json: hidden_act {act!r} is not supported; these families use 'silu'")
+        for name in _COUNTS:
+            value = config.get(name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise InputError(f"config.json: {name} {value!r} should be a whole number of at least 1")
         try:
             heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
             rope = dict(config.get("rope_parameters") or {}) or dict(config.get("rope_scaling") or {})
             theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
             bias = bool(config.get("attention_bias", False))
             eos = config.get("eos_token_id")
+            if heads % (config.get("num_key_value_heads") or heads):
+                raise InputError(
+                    f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads "
+                    f"{config['num_key_value_heads']}"
+                )
             return cls(
                 model_type=kind,
                 vocab_size=config["vocab_size"],

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpeft import tree
 from jaxpeft.data import Example
 from jaxpeft.generate import generate
 from jaxpeft.model import Batch, Model
@@ -21,7 +20,7 @@ def make_eval_step(model: Model, loss: Callable[..., Any] = completion_loss) -> 
     """A pure (state, batch) -> (sum of the loss over the tokens that count, their weight), without dropout."""
 
     def step(state: TrainState, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        mean, aux = loss(model, tree.combine(state.trainable, state.frozen), batch, None)
+        mean, aux = loss(model, state.params, batch, None)
         return mean * aux["weight"], aux["weight"]
 
     return step
@@ -71,7 +70,7 @@ def answer(
     """
     if not asked:
         return Answers([], None)
-    params = tree.combine(state.trainable, state.frozen)
+    params = state.params
     max_new_tokens = min(most_tokens, max(question.length for question in asked) * 5 // 4 + 1)
     room = model.config.max_position_embeddings - max_new_tokens
     prompts = [question.prompt[-max(room, 1) :] for question in asked]  # the end of a prompt that leaves no room

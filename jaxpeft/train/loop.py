@@ -307,7 +307,7 @@ class _Run:
 
 def export(out: Path, job: Job, state: TrainState) -> None:
     """Writes the result: a PEFT adapter, or a whole checkpoint where leaves of the base trained."""
-    params = tree.combine(state.trainable, state.frozen)
+    params = state.params
     if any(tree.canonical(path) in job.base for path in state.trainable):
         from jaxpeft.hf import save_pretrained
 

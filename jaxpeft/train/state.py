@@ -42,7 +42,8 @@ class TrainState(NamedTuple):
     key: jax.Array
 
     @property
-    def params(self) -> tree.Params:  # noqa: D102
+    def params(self) -> tree.Params:
+        """Everything, nested, with the method's changes between steps."""
         return tree.combine(self.trainable, {**self.frozen, **mutable(self.opt_state)})
 
 
