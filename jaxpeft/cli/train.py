@@ -56,8 +56,9 @@ class Train:
     """AdamW's decoupled weight decay."""
     clip: float | None = 1.0
     """Largest global norm of the gradients; None leaves them as they are."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the frozen weights and of the computation; what trains is float32."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type of the frozen weights and of the computation; what trains is float32. Default: bfloat16, with the embedded
+    model float32, which processors without bfloat16 units compute faster."""
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""
 

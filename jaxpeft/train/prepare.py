@@ -86,7 +86,7 @@ def prepare(args: Any) -> Job:
         validation = functools.partial(data.eval_batches, held_out, args.batch_size, args.seq_len, **layout)
         eval_identity = validation().get_state()["identity"]
 
-    base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype))
+    base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype or ("bfloat16" if args.model else "float32")))
     _check_vocabulary(source.model, tokenizer, base)
     flat = tree.flatten(params)
     content = {"model": config.digest(flat), "data": train.get_state()["identity"], "eval_data": eval_identity}

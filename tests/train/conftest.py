@@ -16,7 +16,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory: pytest.TempPathFactory):
-    """What XLA has compiled, for this process and those that the tests start: compiling is what a short run spends its time on."""
+    """What XLA has compiled, for this process and those that the tests start: what short runs spend their time on."""
     folder = tmp_path_factory.mktemp("xla")
     settings = {
         "jax_compilation_cache_dir": str(folder),

@@ -11,9 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpeft import hf, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
-from jaxpeft.errors import InputError, RunError
 from jaxpeft.train import loop
 from jaxpeft.train.metrics import read
 from jaxpeft.train.prepare import prepare
