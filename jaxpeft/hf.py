@@ -19,7 +19,6 @@ import math
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -29,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import models, tree
+from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Model
 
@@ -90,7 +89,7 @@ def load_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, Any]:
       InputError: for no such checkpoint, no config.json, or one that is not a JSON object.
     """
     folder = resolve(path_or_hub_id)
-    return _read_json(folder / "config.json", missing=f"{folder}: has no config.json; is it a model checkpoint?")
+    return files.read_json(folder / "config.json", missing=f"{folder}: has no config.json; is it a model checkpoint?")
 
 
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
@@ -108,20 +107,6 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise InputError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
-
-
-def _read_json(file: Path, missing: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(missing) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not JSON: not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: is not JSON: line {error.lineno}: {error.msg}") from None
-    if not isinstance(parsed, dict):
-        raise InputError(f"{file}: should hold a JSON object, not a {type(parsed).__name__}")
-    return parsed
 
 
 def _first_line(error: BaseException) -> str:
@@ -142,19 +127,11 @@ class _Place:
     shape: tuple[int, ...]  # in the file
 
 
-def _translate(names: Sequence[tuple[str, str, bool]], path: str) -> tuple[str, bool]:
-    """Our path -> (Hugging Face name with {i} for the layer, transposed)."""
-    for pattern, name, transposed in names:
-        if found := re.fullmatch(pattern, path):
-            return found.expand(name), transposed
-    raise ValueError(f"{path} has no name in a Hugging Face checkpoint; adapters are merged or exported first")
-
-
 def _places(family: ModuleType, shapes: Mapping[str, Any]) -> dict[str, _Place]:
     """Hugging Face name -> place, for all parameters, a leaf's layers in order."""
     places = {}
     for path, leaf in shapes.items():
-        name, transposed = _translate(family.NAMES, path)
+        name, transposed = models.hf_name(family, path)
         layers = range(leaf.shape[0]) if tree.stacked(path) else (None,)
         shape = leaf.shape[1:] if tree.stacked(path) else leaf.shape
         for layer in layers:
@@ -217,7 +194,7 @@ def weight_files(folder: Path) -> list[Path]:
                 "a trusted environment with transformers' model.save_pretrained(directory, safe_serialization=True)"
             )
         raise InputError(f"{folder}: has no weights ({WEIGHTS} or {INDEX})")
-    index = _read_json(folder / INDEX, missing=f"{folder}: has no {INDEX}")
+    index = files.read_json(folder / INDEX, missing=f"{folder}: has no {INDEX}")
     shards = index.get("weight_map")
     if not isinstance(shards, dict) or not shards:
         raise InputError(f"{folder / INDEX}: has no weight_map")
@@ -329,16 +306,14 @@ def save_pretrained(
       ValueError: for parameters that are not those of `config`, or not floating-point arrays.
     """
     target = Path(directory).expanduser()
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise InputError(f"{target}: exists and is not an empty directory; choose another or remove it first")
+    files.check_target(target)
     source = None if isinstance(config, Mapping) else resolve(config)
     raw = dict(config) if isinstance(config, Mapping) else load_config(config)
     tensors = _tensors(raw, params)
     raw |= {key: str(tensors[0].leaf.dtype) for key in ("dtype", "torch_dtype") if key in raw}
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with _appearing(target) as folder:
-            _write_json(folder / "config.json", raw)
+        with files.appearing(target) as folder:
+            files.write_json(folder / "config.json", raw)
             _write_weights(folder, tensors, int(max_shard_gb * 1e9))
             for name in COPIED:
                 if source is not None and (source / name).is_file():
@@ -346,19 +321,6 @@ def save_pretrained(
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target
-
-
-@contextlib.contextmanager
-def _appearing(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place at the end, or is gone after an error."""
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        folder = temporary / target.name  # made by mkdir, so with the user's usual permissions
-        folder.mkdir()
-        yield folder
-        folder.replace(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tensor]:
@@ -406,7 +368,8 @@ def _write_weights(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> 
         _write_safetensors(folder / file, shard)
         weight_map |= {tensor.name: file for tensor in shard}
     total = sum(tensor.num_bytes for tensor in tensors)
-    _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    files.write_json(folder / INDEX, index)
 
 
 def _write_safetensors(file: Path, tensors: Sequence[_Tensor]) -> None:
@@ -429,7 +392,3 @@ def _write_safetensors(file: Path, tensors: Sequence[_Tensor]) -> None:
             out.write(np.ascontiguousarray(array.T if tensor.transposed else array).view(np.uint8).data)
         out.flush()
         os.fsync(out.fileno())
-
-
-def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -225,7 +225,7 @@ def test_nothing_is_overwritten_and_nothing_is_left_after_an_error(tmp_path, mon
     with pytest.raises(jp.InputError, match="exists and is not an empty directory"):
         jp.save_pretrained(source, CONFIG, params)
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(jp.InputError, match="exists and is not an empty directory"):
+    with pytest.raises(jp.InputError, match="file: is a file; give a folder"):
         jp.save_pretrained(tmp_path / "file", CONFIG, params)
 
     def full(descriptor):

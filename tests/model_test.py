@@ -53,7 +53,10 @@ def train(method, model, params):
     return adapted, state, losses
 
 
-@pytest.mark.parametrize("method", [jp.full(), jp.lora(2, targets=["hidden", "output"]), jp.lora_fa(2, targets=["hidden"])])
+METHODS = [jp.full(), jp.lora(2, targets=["hidden", "output"]), jp.lora_fa(2, targets=["hidden"])]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_linen_module(method):
     """Adapters attach to `nn.Dense` by path, with and without a bias, and merge into its kernel."""
     module = Classifier()

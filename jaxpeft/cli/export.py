@@ -31,7 +31,7 @@ def run(args: Export) -> dict[str, Any]:
     Raises:
       InputError: for arguments or input that cannot be used.
     """
-    from jaxpeft.peft.export import check_target
+    from jaxpeft.files import check_target
     from jaxpeft.train import config
 
     check_target(args.out)

@@ -27,8 +27,8 @@ def run(args: Import) -> dict[str, Any]:
     """
     from jaxpeft import tree
     from jaxpeft.cli.models import load, model_or_default
+    from jaxpeft.files import check_target
     from jaxpeft.peft import export_adapter
-    from jaxpeft.peft.export import check_target
 
     check_target(args.out)
     name = model_or_default(args.model)

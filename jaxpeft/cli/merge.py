@@ -27,7 +27,7 @@ def run(args: Merge) -> dict[str, Any]:
     """
     from jaxpeft import hf
     from jaxpeft.cli.models import load, model_or_default
-    from jaxpeft.peft.export import check_target
+    from jaxpeft.files import check_target
 
     check_target(args.out)
     name = model_or_default(args.model)

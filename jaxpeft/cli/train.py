@@ -37,6 +37,8 @@ class Train:
     """Sites to adapt: all-linear, attention or a regular expression. Default: the method's own."""
     method_options: tuple[str, ...] = ()
     """Further arguments of the method's factory, as NAME=VALUE with a YAML value."""
+    adapter: Path | None = None
+    """PEFT adapter to train on; it brings its method, rank and targets with it."""
 
     steps: int = 200
     """Optimizer steps to take."""
@@ -142,7 +144,11 @@ def check(args: Train) -> None:
             raise InputError(f"--buckets {length}: must be from 2 to --seq-len {args.seq_len}")
     if args.resume and args.out is None:
         raise InputError("--resume: needs --out, the folder of the run to continue")
-    method_settings(args)
+    settings = method_settings(args)
+    if args.adapter is not None and settings:
+        raise InputError(f"--adapter {args.adapter}: brings its own {', '.join(settings)}; leave these out")
+    if args.adapter is not None and not args.adapter.is_dir():
+        raise InputError(f"--adapter {args.adapter}: no such directory")
 
 
 def method_settings(args: Train) -> dict[str, Any]:

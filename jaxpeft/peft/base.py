@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -40,21 +39,14 @@ class Module(NamedTuple):
     m: int
 
 
-def hf_name(config: Any, path: str) -> tuple[str, bool]:
-    """Hugging Face's name of the parameter at `path`, with {i} for the layer, and whether it is transposed there."""
-    for pattern, name, transposed in models.FAMILIES[config.model_type].NAMES:
-        if found := re.fullmatch(pattern, path):
-            return found.expand(name), transposed
-    raise ValueError(f"{path} has no name in a Hugging Face checkpoint")
-
-
 def modules(config: Any) -> dict[str, Module]:
     """Hugging Face module name -> module, in the order of the layers, for every kernel of the configuration."""
     found = {}
-    for path, leaf in models.FAMILIES[config.model_type].shapes(config).items():
+    family = models.FAMILIES[config.model_type]
+    for path, leaf in family.shapes(config).items():
         if not path.endswith("/kernel"):
             continue
-        name, site = hf_name(config, path)[0].removesuffix(".weight"), path.removesuffix("/kernel")
+        name, site = models.hf_name(family, path)[0].removesuffix(".weight"), path.removesuffix("/kernel")
         layers = range(leaf.shape[0]) if tree.stacked(path) else (None,)
         found.update({name.format(i=layer): Module(site, layer, *leaf.shape[-2:]) for layer in layers})
     return dict(sorted(found.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0)))

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
 import os
-import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpeft import tree
+from jaxpeft import files, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
 from jaxpeft.method import module as method_file
@@ -56,7 +52,7 @@ def export_adapter(
     """
     spec, file = adapter_of(method, params)
     target = Path(directory).expanduser()
-    check_target(target, replace)
+    files.check_target(target, CONFIG if replace else None)
     pairs, extra = _pairs(params, spec, file, base_config)
     if not pairs:
         raise InputError(f"{spec.name}: the parameters hold no adapter that is not zero")
@@ -78,10 +74,10 @@ def export_adapter(
     weights = save(tensors, metadata={"format": "pt"})
     own["sha256"] = hashlib.sha256(weights).hexdigest()
     try:
-        with appearing(target) as folder:
-            _write(folder / CONFIG, _json(config))
-            _write(folder / WEIGHTS, weights)
-            _write(folder / OWN, _json(own))
+        with files.appearing(target) as folder:
+            files.write_json(folder / CONFIG, config, sort_keys=True)
+            files.write(folder / WEIGHTS, weights)
+            files.write_json(folder / OWN, own, sort_keys=True)
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target
@@ -207,65 +203,3 @@ def _tidy(alpha: float) -> float | int:
     """Without what s * r has lost in the last digits, and whole numbers as PEFT writes them."""
     rounded = float(f"{alpha:.12g}")
     return int(rounded) if rounded.is_integer() else rounded
-
-
-# Files.
-
-
-def check_target(target: Path, replace: bool = False, holds: str = CONFIG) -> None:
-    """Raises InputError if a folder cannot be made at `target`: something is there that may not be replaced."""
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise InputError(f"{target}: is a file; give a folder")
-    if any(target.iterdir()) and not replace:
-        raise InputError(f"{target}: exists and is not an empty directory; choose another or remove it first")
-    if any(target.iterdir()) and not (target / holds).is_file():
-        raise InputError(f"{target}: holds something else than an adapter (no {holds}) and is not replaced")
-
-
-@contextlib.contextmanager
-def appearing(target: Path) -> Iterator[Path]:
-    """A temporary folder beside `target` that takes its place at the end, or is gone after an error.
-
-    An old folder is moved aside first and deleted last: at every moment one of the two is whole.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    try:
-        folder = temporary / target.name  # made by mkdir, so with the user's usual permissions
-        folder.mkdir()
-        yield folder
-        _sync(folder)
-        if target.is_dir() and any(target.iterdir()):
-            old = temporary / "old"
-            target.replace(old)
-            try:
-                folder.replace(target)
-            except OSError:
-                old.replace(target)
-                raise
-        else:
-            folder.replace(target)
-        _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _json(value: Mapping[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import models, tree
+from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, from_specs, setup
 from jaxpeft.method import module as method_file
 from jaxpeft.methods.lora import lora, scale_of
 from jaxpeft.model import Model
-from jaxpeft.peft.base import CONFIG, FORMAT, OWN, WEIGHTS, Module, check_base, hf_name, modules
+from jaxpeft.peft.base import CONFIG, FORMAT, OWN, WEIGHTS, Module, check_base, modules
 
 # Fields of adapter_config.json that say nothing about what the adapter computes, or that are read here.
 _READ = "peft_type r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora init_lora_weights bias".split()
@@ -60,7 +60,9 @@ def import_adapter(
         supported.
     """
     folder = Path(directory).expanduser()
-    config = _read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it a PEFT adapter?")
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such directory")
+    config = files.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it a PEFT adapter?")
     _check_config(folder / CONFIG, config)
     file = _weights(folder)
     tensors = _tensors(file)
@@ -98,20 +100,6 @@ class _Pair(NamedTuple):
 # Files.
 
 
-def _read_json(file: Path, missing: str) -> dict[str, Any]:
-    try:
-        parsed = json.loads(file.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        if not file.parent.is_dir():
-            raise InputError(f"{file.parent}: no such directory") from None
-        raise InputError(missing) from None
-    except ValueError as error:
-        raise InputError(f"{file}: is not JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise InputError(f"{file}: should hold a JSON object, not a {type(parsed).__name__}")
-    return parsed
-
-
 def _weights(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS
@@ -127,7 +115,7 @@ def _own(folder: Path) -> dict[str, Any] | None:
     """jaxpeft.json, if it speaks of these tensors."""
     if not (folder / OWN).is_file():
         return None
-    own = _read_json(folder / OWN, "")
+    own = files.read_json(folder / OWN, "")
     with (folder / WEIGHTS).open("rb") as file:
         if own.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
             return None
@@ -179,7 +167,7 @@ def _without_copies(
     for path, shape in models.FAMILIES[config.model_type].shapes(config).items():
         if tree.stacked(path):
             continue
-        name, transposed = hf_name(config, path)
+        name, transposed = models.hf_name(models.FAMILIES[config.model_type], path)
         for key in (f"base_model.model.{name}", f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight"):
             if (copy := rest.pop(key, None)) is None:
                 continue

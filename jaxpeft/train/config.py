@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft import files
 from jaxpeft.errors import InputError
 
 FILE = "config.json"
@@ -26,7 +26,7 @@ TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "model", "ten
 # Fields that may differ when a run is continued: they don't bear on its numbers ...
 _FREE = {"out", "resume", "json", "config"}
 # ... or are compared by what the files hold.
-_BY_CONTENT = {"model", "data", "eval_data"}
+_BY_CONTENT = {"model", "data", "eval_data", "adapter"}
 
 
 def describe(args: Any, specs: Any, content: Mapping[str, str | None]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def describe(args: Any, specs: Any, content: Mapping[str, str | None]) -> dict[s
     Args:
       args: the dataclass of the train command.
       specs: `Method.specs`.
-      content: digests of "model", "data" and "eval_data" (None without).
+      content: digests of "model", "adapter", "data" and "eval_data" (None without).
     """
     arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in _FREE}
     document = {
@@ -47,29 +47,13 @@ def describe(args: Any, specs: Any, content: Mapping[str, str | None]) -> dict[s
     return json.loads(json.dumps(document, default=str))  # as it will be read: tuples are lists, paths text
 
 
-def write_json(path: Path, document: Mapping[str, Any]) -> None:
-    """Writes a JSON file atomically and durably."""
-    fresh = path.with_name(path.name + ".tmp")
-    with fresh.open("w", encoding="utf-8") as file:
-        json.dump(document, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-
-
 def read(out: Path, name: str = FILE) -> dict[str, Any]:
     """The document of the run in a folder, or its report.
 
     Raises:
       InputError: if there is none.
     """
-    try:
-        return json.loads((out / name).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{out}: holds no run (no {name})") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{out / name}: cannot be read: {error}") from None
+    return files.read_json(out / name, missing=f"{out}: holds no run (no {name})")
 
 
 def check_new(out: Path) -> None:

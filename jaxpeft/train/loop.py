@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from jaxpeft import tree
+from jaxpeft import files, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
@@ -89,7 +89,7 @@ def train(args: Any) -> dict[str, Any]:
         config.check_same(out, old, job.document)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        config.write_json(out / config.FILE, old or job.document)
+        files.write_json(out / config.FILE, old or job.document, allow_nan=False)
         with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints:
             return _Run(args, job, checkpoints, signals).whole(started)
     except OSError as error:
@@ -284,7 +284,7 @@ class _Run:
         best = self.checkpoints.best()
         report = build_report(
             out=self.out,
-            method=self.args.method,
+            method=" + ".join(spec.name for spec in job.method.specs),
             steps=self.done,
             tokens=self.tokens,
             seconds=time.monotonic() - started,
@@ -301,7 +301,7 @@ class _Run:
             examples=job.reports,
         )
         write_curve(self.out / "metrics.jsonl", self.out / "loss.png")
-        config.write_json(self.out / config.REPORT, report)
+        files.write_json(self.out / config.REPORT, report, allow_nan=False)
         return report
 
 

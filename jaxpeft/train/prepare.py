@@ -19,6 +19,7 @@ from jaxpeft import checkpoint, data, hf, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, module, setup
 from jaxpeft.model import Model
+from jaxpeft.peft import import_adapter
 from jaxpeft.train import config
 from jaxpeft.train.evaluate import Question, questions
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
@@ -71,7 +72,7 @@ def prepare(args: Any) -> Job:
     from jaxpeft.cli.train import method_settings
 
     source = sources(args)
-    method = make_method(args.method, method_settings(args))
+    method = make_method(args.method, method_settings(args)) if args.adapter is None else None
     tokenizer = hf.load_tokenizer(source.model)
     read = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
     layout = {"pack": args.pack, "buckets": args.buckets}
@@ -89,9 +90,17 @@ def prepare(args: Any) -> Job:
     base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype or ("bfloat16" if args.model else "float32")))
     _check_vocabulary(source.model, tokenizer, base)
     flat = tree.flatten(params)
-    content = {"model": config.digest(flat), "data": train.get_state()["identity"], "eval_data": eval_identity}
+    added: tree.Flat = {}
+    if method is None:
+        method, added = import_adapter(args.adapter, base.config, params)
+    content = {
+        "model": config.digest(flat),
+        "adapter": config.digest(added) if added else None,
+        "data": train.get_state()["identity"],
+        "eval_data": eval_identity,
+    }
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
-    model, trainable, frozen = setup(method, base, params, init_key)
+    model, trainable, frozen = setup(method, base, tree.unflatten({**flat, **added}), init_key)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
     optimizer = make_optimizer(schedule, args.weight_decay, args.clip)
     state = init_state(method, optimizer, trainable, frozen, run_key)

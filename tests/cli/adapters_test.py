@@ -11,7 +11,7 @@ import torch
 import transformers
 
 import jaxpeft as jp
-from jaxpeft import cli, tree
+from jaxpeft import cli, files, tree
 from jaxpeft.peft import attach, import_adapter
 from tests.peft import reference
 
@@ -119,7 +119,7 @@ def run(request, base, tmp_path_factory):
         "method": [[spec.name, spec.config] for spec in method.specs],
         "content": {"model": config.digest(flat)},
     }
-    config.write_json(out / config.FILE, document)
+    files.write_json(out / config.FILE, document)
     expected = {}
     with Checkpoints(out / "checkpoints") as checkpoints:
         checkpoints.save_frozen(not_in_base(frozen, flat))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import files, tree
 from jaxpeft.errors import InputError
 from jaxpeft.peft import attach, export_adapter, import_adapter
 from tests.peft import reference
@@ -166,7 +166,7 @@ def test_only_an_adapter_is_replaced_and_only_when_told_to(llama, tmp_path):
 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter-1.txt").write_text("It was a dark and stormy night.")
-    with pytest.raises(InputError, match="holds something else than an adapter"):
+    with pytest.raises(InputError, match="holds something else .no adapter_config.json. and is not replaced"):
         export_adapter(tmp_path / "thesis", params, method, model.config, replace=True)
     with pytest.raises(InputError, match="is a file"):
         export_adapter(tmp_path / "thesis" / "chapter-1.txt", params, method, model.config, replace=True)
@@ -179,15 +179,14 @@ def test_a_write_that_fails_leaves_what_was_there(old, llama, tmp_path, monkeypa
     target = tmp_path / "adapter"
     if old:
         export_adapter(target, params, method, model.config)
-    from jaxpeft.peft import export
 
-    def full_disk(path, data, write=export._write):
+    def full_disk(path, data, write=files.write):
         if path.name == "adapter_model.safetensors":
             path.write_bytes(data[:100])
             raise OSError(28, "No space left on device")
         write(path, data)
 
-    monkeypatch.setattr(export, "_write", full_disk)
+    monkeypatch.setattr(files, "write", full_disk)
     with pytest.raises(InputError, match="No space left on device"):
         export_adapter(target, params, method, model.config, replace=True)
     assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if old else [])

@@ -99,6 +99,20 @@ def test_checkpoints_hold_no_base_weights(uninterrupted):
     assert not (args.out / "checkpoints" / "frozen").exists()
 
 
+def test_an_adapter_trains_on(uninterrupted, files, cache, tmp_path):
+    """--adapter begins where the adapter is, with its own method, and leaves one that is trained further."""
+    first = json.loads(uninterrupted[1].stdout)
+    source = uninterrupted[0].out / "adapter"
+    args = runs.arguments(files, tmp_path / "run", adapter=source, rank=None, json=True)
+    done = runs.run(args, cache)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["trainable_parameters"] == first["trainable_parameters"]
+    assert report["eval_loss_before"] == pytest.approx(first["eval_loss_after"], rel=1e-6)
+    name = "adapter_model.safetensors"
+    assert (args.out / "adapter" / name).read_bytes() != (source / name).read_bytes()
+
+
 def test_a_run_killed_at_many_moments_ends_with_the_same_bits(uninterrupted, files, cache, tmp_path):
     args = runs.arguments(files, tmp_path / "run", **LONG)
     checkpoints = args.out / "checkpoints"

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 
 from jaxpeft import cli
+from jaxpeft.files import write_json
 from jaxpeft.train import config, loop
 from tests import runs
 
@@ -36,6 +38,8 @@ def refused(args, capsys) -> str:
         ({"method_options": ("dropout=high",)}, "method lora: "),
         ({"seq_len": 2, "too_long": "drop"}, "no example left of 60 lines"),
         ({"keep": 0}, "--keep 0: must be at least 1"),
+        ({"adapter": Path("none")}, "--adapter none: brings its own rank; leave these out"),
+        ({"adapter": Path("none"), "rank": None}, "--adapter none: no such directory"),
     ],
 )
 def test_refused_before_anything_is_written(files, tmp_path, capsys, changes, message):
@@ -62,7 +66,7 @@ def test_a_folder_with_a_run_is_left_alone(files, tmp_path, capsys):
 def test_nothing_to_resume(files, tmp_path, capsys):
     assert "holds no run (no config.json)" in refused(runs.arguments(files, tmp_path / "no", resume=True), capsys)
     (tmp_path / "config.json").write_text("{")
-    assert "cannot be read" in refused(runs.arguments(files, tmp_path, resume=True), capsys)
+    assert "config.json: is not JSON: line 1" in refused(runs.arguments(files, tmp_path, resume=True), capsys)
 
 
 @pytest.fixture
@@ -72,7 +76,7 @@ def begun(files, tmp_path):
     shutil.copytree(files, own)
     args = runs.arguments(own, tmp_path / "run")
     args.out.mkdir()
-    config.write_json(args.out / "config.json", loop.prepare(args).document)
+    write_json(args.out / "config.json", loop.prepare(args).document)
     return args
 
 

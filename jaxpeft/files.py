@@ -1,0 +1,106 @@
+"""Files and folders that appear whole or not at all, and JSON that is what it should be."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.errors import InputError
+
+
+def read_json(file: Path, missing: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+      InputError: `missing` if there is no such file; what is wrong, and where, if it is not a JSON object in UTF-8.
+    """
+    try:
+        parsed = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(missing) from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not JSON: not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file}: is not JSON: line {error.lineno}: {error.msg}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    if not isinstance(parsed, dict):
+        raise InputError(f"{file}: should hold a JSON object, not a {type(parsed).__name__}")
+    return parsed
+
+
+def write_json(file: Path, value: Mapping[str, Any], **options: Any) -> None:
+    """Writes a JSON file durably; what was there before is replaced at once."""
+    text = json.dumps(value, indent=2, ensure_ascii=False, **options) + "\n"
+    fresh = file.with_name(file.name + ".tmp")
+    write(fresh, text.encode())
+    os.replace(fresh, file)
+
+
+def write(file: Path, data: bytes) -> None:
+    """Writes a file and waits until it is on disk."""
+    with file.open("wb") as out:
+        out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def check_target(target: Path, replaceable: str | None = None) -> None:
+    """Raises InputError if a folder cannot be made at `target`.
+
+    Args:
+      target: the folder; it may exist if it is empty.
+      replaceable: a file's name: a folder that holds such a file may be replaced.
+    """
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise InputError(f"{target}: is a file; give a folder")
+    if not any(target.iterdir()):
+        return
+    if replaceable is None:
+        raise InputError(f"{target}: exists and is not an empty directory; choose another or remove it first")
+    if not (target / replaceable).is_file():
+        raise InputError(f"{target}: holds something else (no {replaceable}) and is not replaced")
+
+
+@contextlib.contextmanager
+def appearing(target: Path) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place at the end, or is gone after an error.
+
+    An old folder is moved aside first and deleted last: at every moment one of the two is whole.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        folder = temporary / target.name  # made by mkdir, so with the user's usual permissions
+        folder.mkdir()
+        yield folder
+        _sync(folder)
+        if target.is_dir() and any(target.iterdir()):
+            old = temporary / "old"
+            target.replace(old)
+            try:
+                folder.replace(target)
+            except OSError:
+                old.replace(target)
+                raise
+        else:
+            folder.replace(target)
+        _sync(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
