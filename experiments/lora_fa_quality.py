@@ -42,6 +42,7 @@ from jaxpeft.hf import load_tokenizer
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+RESULTS = REPOSITORY / "experiments/results/lora_fa_quality"
 CHECKPOINT = Path("checkpoints/stories260K")
 DATASETS = ("e2e_nlg", "dolly")
 PARTS = ("tune", "test")
@@ -66,9 +67,10 @@ class Quality:
 
     data_root: Path = Path(os.environ.get("JAXPEFT_DATA") or REPOSITORY.parent / "shared" / "data")
     """Folder with checkpoints/stories260K and instruct/."""
-    out: Path = REPOSITORY / "experiments" / "results" / "lora_fa_quality"
-    """Folder of the results; runs that its runs.jsonl holds are not done again."""
-    methods: tuple[str, ...] = tuple(METHODS)
+    out: Path | None = None
+    """Folder of the results; runs that its runs.jsonl holds are not done again. By default beside this file, with
+    --quick in out/."""
+    methods: tuple[str, ...] = ("full", "lora", "lora_fa", "lora_fa_projected")
     """Methods to run, by name."""
     ranks: tuple[int, ...] = (8, 4, 16)
     """Ranks, in the order of running."""
@@ -201,9 +203,8 @@ def runner(
     return run
 
 
-def run_all(args: Quality) -> list[Row]:
-    """The rows of every run of the experiment; those in runs.jsonl are read, the others done and appended to it."""
-    file = args.out / "runs.jsonl"
+def run_all(args: Quality, file: Path) -> list[Row]:
+    """Does the runs that `file` (JSON lines) lacks and appends them to it; the rows of all runs of these settings."""
     known = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     done = {tuple(row[name] for name in KEY): row for row in known}
     base, params = jp.load_pretrained(args.data_root / CHECKPOINT, jnp.float32)
@@ -212,10 +213,9 @@ def run_all(args: Quality) -> list[Row]:
     plan += [(name, rank) for rank in args.ranks for name in args.methods if name != "full"]
     starts: dict[tuple[str, str], int] = {}  # of a data set and method: the best of the rank before
 
-    def rows_of(name: str, rank: int) -> list[Row]:
+    def tune_and_repeat(name: str, rank: int) -> None:
         method = METHODS["full" if name == "base" else name](rank)
         compiled = functools.cache(lambda: runner(method, base, params, args))
-        used: dict[tuple[Any, ...], Row] = {}
 
         def row_of(dataset: str, lr: float, seed: int) -> Row:
             what = (dataset, name, rank, lr, seed, args.steps, args.batch_size, args.seq_len)
@@ -225,7 +225,6 @@ def run_all(args: Quality) -> list[Row]:
                     out.write(json.dumps(row) + "\n")
                 print({k: row[k] for k in (*KEY[:5], "tune_loss", "test_loss", "seconds")}, flush=True)
                 done[what] = row
-            used[what] = done[what]
             return done[what]
 
         for dataset in data:
@@ -239,9 +238,11 @@ def run_all(args: Quality) -> list[Row]:
             starts[dataset, name] = best
             for seed in range(args.seeds):
                 row_of(dataset, rate(best), seed)
-        return list(used.values())
 
-    return [row for name, rank in plan for row in rows_of(name, rank)]
+    for name, rank in plan:
+        tune_and_repeat(name, rank)
+    settings = (args.steps, args.batch_size, args.seq_len)
+    return [row for what, row in done.items() if what[-3:] == settings]
 
 
 # Summary.
@@ -385,13 +386,15 @@ def draw(summary: Sequence[Row], file: Path) -> None:
 
 
 def main(args: Quality) -> None:
+    """Runs, tables, picture."""
     if args.quick:
         args = dataclasses.replace(args, ranks=args.ranks[:1], steps=2, batch_size=2, seeds=1)
-    args.out.mkdir(parents=True, exist_ok=True)
-    summary = summarise(run_all(args))
-    write_tables(summary, args.out)
-    draw(summary, args.out / "quality.png")
-    print((args.out / "table.md").read_text())
+    out = args.out or (REPOSITORY / "out/lora_fa_quality" if args.quick else RESULTS)
+    out.mkdir(parents=True, exist_ok=True)
+    summary = summarise(run_all(args, out / "runs.jsonl"))
+    write_tables(summary, out)
+    draw(summary, out / "quality.png")
+    print((out / "table.md").read_text())
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.model import Model, Stack, from_linen, from_nnx
+    from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.train.loss import completion_loss
     from jaxpeft.train.state import TrainState, init_state
     from jaxpeft.train.step import make_train_step
@@ -30,9 +31,11 @@ _MODULE_OF = {
     "chain": "method",
     "combine": "tree",
     "completion_loss": "train.loss",
+    "export_adapter": "peft",
     "from_linen": "model",
     "from_nnx": "model",
     "full": "methods.full",
+    "import_adapter": "peft",
     "init_state": "train.state",
     "load_pretrained": "hf",
     "lora": "methods.lora",

@@ -106,6 +106,27 @@ def test_merged_equals_adapted(case, trained):
     np.testing.assert_allclose(base.apply(merged, BATCH), model.apply(params, BATCH), rtol=1e-4, atol=1e-4)
 
 
+def test_peft_round_trip(case, trained, tmp_path):
+    """Exported and read again: the same method and the same bits; written again: the same file."""
+    file, method, model, _, _ = case
+    state, _ = trained
+    if not hasattr(file, "PEFT_SCOPE"):
+        with pytest.raises(jp.InputError, match="no part that is a PEFT adapter"):
+            jp.export_adapter(tmp_path / "adapter", state.params, method, model.config)
+        return
+    jp.export_adapter(tmp_path / "adapter", state.params, method, model.config)
+    _, original = tiny.model()
+    again, leaves = jp.import_adapter(tmp_path / "adapter", model.config, original)
+    assert again.specs == method.specs
+    own = {path: leaf for path, leaf in tree.flatten(state.params).items() if f"/{file.PEFT_SCOPE}/" in path}
+    assert leaves.keys() == own.keys()
+    for path, leaf in own.items():
+        assert np.asarray(leaves[path]).tobytes() == np.asarray(leaf).tobytes(), path
+    jp.export_adapter(tmp_path / "again", tree.unflatten({**tree.flatten(original), **leaves}), again, model.config)
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
 def unrolled(stack, params, batch, key=None, cache=None):
     """`run` without `lax.scan`."""
     x, ctx = stack.embed(params, batch, key)
