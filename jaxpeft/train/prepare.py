@@ -111,7 +111,7 @@ def prepare(args: Any) -> Job:
         optimizer=optimizer,
         schedule=schedule,
         tokenizer=tokenizer,
-        state=donatable(state),
+        state=state,
         own=checkpoint.not_in_base(frozen, flat),
         base=jax.eval_shape(lambda: flat),
         train=train,
@@ -148,23 +148,6 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
     except (TypeError, AttributeError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
         raise InputError(f"method {name}: {error} (given {given})") from error
-
-
-def donatable(state: TrainState) -> TrainState:
-    """The state with strong types, as a step returns it, and no buffer twice: a donated buffer has one owner."""
-    seen: set[int] = set()
-
-    def one(leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return leaf
-        if leaf.weak_type:
-            leaf = jax.lax.convert_element_type(leaf, leaf.dtype)
-        if id(leaf) in seen:
-            leaf = jnp.copy(leaf)
-        seen.add(id(leaf))
-        return leaf
-
-    return jax.tree.map(one, state)
 
 
 def _check_vocabulary(path: str | Path, tokenizer: Any, model: Model) -> None:

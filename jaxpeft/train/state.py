@@ -60,6 +60,19 @@ def init_state(
     frozen: tree.Flat,
     key: jax.Array,
 ) -> TrainState:
-    """The state before the first step; `make_train_step` must be given the same method and optimizer."""
+    """The state before the first step; `make_train_step` must be given the same method and optimizer.
+
+    It may be donated: no buffer is in it twice, and types are strong, as a step returns them.
+    """
     opt_state = method.update(optimizer).init(trainable)
-    return TrainState(jnp.zeros((), jnp.int32), trainable, frozen, opt_state, key)
+    seen: set[int] = set()
+
+    def own(leaf):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return leaf
+        leaf = jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
+        leaf = jnp.copy(leaf) if id(leaf) in seen else leaf
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, TrainState(jnp.zeros((), jnp.int32), trainable, frozen, opt_state, key))

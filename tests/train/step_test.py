@@ -61,6 +61,19 @@ def test_state_is_donated():
     assert analysis.alias_size_in_bytes >= held
 
 
+@pytest.mark.parametrize("method", [jp.full(), jp.lora(2, init="pissa"), jp.lora_fa(2)])
+def test_a_fresh_state_may_be_donated(method):
+    """No buffer is in it twice, also where a method keeps a copy of what it trains."""
+    base, params = tiny.model.__wrapped__()  # not the one that other tests share: its buffers are given away
+    model, trainable, frozen = jp.setup(method, base, params, jax.random.key(0))
+    optimizer = optax.adam(1e-2)
+    state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(1))
+    step = jax.jit(jp.make_train_step(model, method, optimizer), donate_argnums=0)
+    for _ in range(2):
+        state, metrics = step(state, tiny.batch())
+    assert np.isfinite(metrics["loss"])
+
+
 def test_update_is_handed_aux():
     """An optimizer with extra arguments sees what the loss and the gradient slot reported."""
     seen = []
