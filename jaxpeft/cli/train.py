@@ -40,16 +40,16 @@ class Train:
     adapter: Path | None = None
     """PEFT adapter to train on; it brings its method, rank and targets with it."""
 
-    steps: int = 200
+    steps: int = 120
     """Optimizer steps to take."""
     batch_size: int = 8
     """Sequences in one step, over all of its accumulated parts."""
-    seq_len: int = 512
-    """Tokens in one sequence."""
+    seq_len: int | None = None
+    """Tokens in one sequence. Default: 512, or 256 with the embedded model."""
     accumulate: int = 1
     """Parts that a step's batch is cut into, their gradients added up; divides --batch-size."""
-    lr: float = 1e-3
-    """Peak learning rate."""
+    lr: float | None = None
+    """Peak learning rate. Default: 2e-4, or 2e-3 with the embedded model."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or falling to zero linearly or as a cosine."""
     warmup: int = 10
@@ -79,7 +79,7 @@ class Train:
     """Steps between two checkpoints; 0 writes one at the end only."""
     keep: int = 2
     """Newest checkpoints to keep, besides the one with the lowest validation loss."""
-    samples: int = 16
+    samples: int = 32
     """Validation examples to answer before and after the run, for the overlap score."""
 
     config: Path | None = None
@@ -94,6 +94,7 @@ def run(args: Train) -> dict[str, Any]:
     Raises:
         InputError: for arguments or input that cannot be used.
     """
+    args = settled(args)
     check(args)
     if args.out is None:
         args = dataclasses.replace(args, out=fresh_directory(Path("out")))
@@ -101,6 +102,14 @@ def run(args: Train) -> dict[str, Any]:
     from jaxpeft.train.loop import train
 
     return train(args)
+
+
+def settled(args: Train) -> Train:
+    """The arguments with the defaults that depend on whether the model is the embedded one."""
+    embedded: dict[str, Any] = {"seq_len": 256, "lr": 2e-3, "dtype": "float32"}  # bfloat16 is slow on a CPU
+    other: dict[str, Any] = {"seq_len": 512, "lr": 2e-4, "dtype": "bfloat16"}
+    defaults = embedded if args.model is None else other
+    return dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
 
 
 def show(report: dict[str, Any]) -> None:
@@ -111,7 +120,7 @@ def show(report: dict[str, Any]) -> None:
 
 
 def check(args: Train) -> None:
-    """Raises InputError for the first argument whose value makes no sense by itself."""
+    """Raises InputError for the first argument whose value makes no sense by itself; `args` are settled."""
     minima = {
         "steps": 1,
         "batch_size": 1,
@@ -139,6 +148,7 @@ def check(args: Train) -> None:
         raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
     if args.buckets and args.pack:
         raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
+    assert args.seq_len is not None
     for length in args.buckets:
         if not 2 <= length <= args.seq_len:
             raise InputError(f"--buckets {length}: must be from 2 to --seq-len {args.seq_len}")

@@ -64,7 +64,7 @@ def prepare(args: Any) -> Job:
     """Loads the model and the data, and puts the method on the model.
 
     Args:
-      args: the dataclass of the train command.
+      args: the dataclass of the train command, settled.
 
     Raises:
       InputError: for arguments or files that cannot be used.
@@ -87,7 +87,7 @@ def prepare(args: Any) -> Job:
         validation = functools.partial(data.eval_batches, held_out, args.batch_size, args.seq_len, **layout)
         eval_identity = validation().get_state()["identity"]
 
-    base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype or ("bfloat16" if args.model else "float32")))
+    base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype))
     _check_vocabulary(source.model, tokenizer, base)
     flat = tree.flatten(params)
     added: tree.Flat = {}

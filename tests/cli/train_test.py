@@ -14,7 +14,7 @@ from jaxpeft.errors import InputError
 
 
 def test_no_arguments_are_a_whole_run():
-    train.check(Train())
+    train.check(train.settled(Train()))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_no_arguments_are_a_whole_run():
 )
 def test_a_value_that_makes_no_sense_is_refused(changes, message):
     with pytest.raises(InputError) as caught:
-        train.check(dataclasses.replace(Train(), **changes))
+        train.check(train.settled(dataclasses.replace(Train(), **changes)))
     assert message in str(caught.value)
 
 
