@@ -176,5 +176,8 @@ def rouge_l(prediction: str, reference: str) -> float:
     return 2 * lengths[-1] / (len(said) + len(wanted))
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines() or [""])
+def _indented(text: str, most: int = 12) -> str:
+    """The text's first lines, indented; "..." stands for more than `most`."""
+    lines = text.splitlines() or [""]
+    shown = lines if len(lines) <= most else [*lines[: most - 1], "..."]
+    return "\n".join(f"    {line}" for line in shown)
