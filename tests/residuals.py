@@ -1,4 +1,4 @@
-"""What a backward pass keeps, counted on the vjp's own closure: no compiler, no device, no timing."""
+"""What a backward pass keeps, counted on the vjp's own closure, and what a program makes: no compiler, no timing."""
 
 import jax
 
@@ -27,3 +27,14 @@ def bytes_per_token(model, trainable, frozen, make_batch, of="hidden"):
     tokens = large["tokens"].size - small["tokens"].size
     kept = [tree.num_bytes(saved(model, trainable, frozen, batch, of)) for batch in (small, large)]
     return (kept[1] - kept[0]) / tokens
+
+
+def intermediates(jaxpr):
+    """Shapes of all values in a jaxpr and in the jaxprs inside it."""
+    for equation in jaxpr.eqns:
+        for variable in equation.outvars:
+            yield variable.aval.shape
+        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(parameter, "jaxpr", parameter)
+            if hasattr(inner, "eqns"):
+                yield from intermediates(inner)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpeft.models.attention import EVERYONE, Where, attention
+from tests.residuals import intermediates
 
 torch = pytest.importorskip("torch")
 
@@ -180,17 +181,6 @@ def test_any_shape(b, s, n, g, tile, window, cuts, seed):
 
 
 # What it must never hold.
-
-
-def intermediates(jaxpr):
-    """Shapes of all values in a jaxpr and in the jaxprs inside it."""
-    for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            yield variable.aval.shape
-        for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
-            inner = getattr(parameter, "jaxpr", parameter)
-            if hasattr(inner, "eqns"):
-                yield from intermediates(inner)
 
 
 def loss(mask, tile=None):

@@ -38,14 +38,6 @@ def test_no_tokens_count():
     assert all(not np.any(g) for g in jax.tree.leaves(gradients))
 
 
-def all_shapes(jaxpr):
-    for equation in jaxpr.eqns:
-        for variable in (*equation.invars, *equation.outvars):
-            yield getattr(variable.aval, "shape", ())
-        for inner in jax.core.jaxprs_in_params(equation.params):
-            yield from all_shapes(inner)
-
-
 def test_all_logits_never_exist():
     """No array of (tokens x vocabulary) elements in the gradient's program, nor among what it keeps."""
     model, trainable, frozen = jp.setup(jp.lora(2), *tiny.model(), jax.random.key(0))
@@ -56,7 +48,7 @@ def test_all_logits_never_exist():
         return jp.completion_loss(model, jp.combine(trainable, frozen), batch, chunk=128)[0]
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(function))(trainable)
-    sizes = [int(np.prod(shape)) for shape in all_shapes(jaxpr.jaxpr) if 97 in shape]
+    sizes = [int(np.prod(shape)) for shape in residuals.intermediates(jaxpr.jaxpr) if 97 in shape]
     assert sizes and max(sizes) < logits / 4
     kept = residuals.saved(model, trainable, frozen, batch, of="loss")
     assert not [leaf for leaf in kept if 97 in leaf.shape and leaf.size > 32 * 97]
