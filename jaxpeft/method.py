@@ -13,9 +13,8 @@ differentiated with respect to the first only. State between steps lives in one 
 that needs some adds an optax transform in `update`, and its `gradient` slot reads it from the `opt_state` that it is
 handed (`optax.tree_utils.tree_get(opt_state, "field")`). Leaves that change between steps without being
 differentiated (indices, masks, sampled layers) are a `jaxpeft.train.state.Mutable` in that state; the step lays them
-over the frozen leaves. What a `gradient` slot has to say to `update` it puts into
-`aux`, which every update receives as the extra argument `aux`. docs/contract.md writes ten methods of the literature
-in these slots.
+over the frozen leaves. What a `gradient` slot has to say to `update` it puts into `aux`, which every update receives
+as the extra argument `aux`. docs/contract.md writes ten methods of the literature in these slots.
 """
 
 from __future__ import annotations

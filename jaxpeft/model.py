@@ -13,8 +13,8 @@ What all layers of one forward pass share travels in the context `ctx`, a dict o
 
     positions (B, S) int32, segment_ids (B, S) int32    as in the batch
     layer () int32                                      set by `run`
-    key                                                 PRNG key of this layer; absent when the forward pass is
-    deterministic ... and whatever the family's `embed` adds (rotary tables, window sizes)
+    key                                                 PRNG key of this layer; absent without dropout
+    ...                                                 what the family's `embed` adds (rotary tables, window sizes)
 """
 
 from __future__ import annotations

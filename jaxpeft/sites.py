@@ -44,17 +44,21 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
 
     Args:
       params: nested parameters; a site is every path with a `kernel` of two axes (three with the layer axis).
-      targets: "all-linear" (every linear map of the layers, not the head), "attention", "mlp", a regular expression
-        found in the site's path (`re.search`), or names that sites end with, as in PEFT's `target_modules`
-        (`["q_proj", "v_proj"]`).
+      targets: "all-linear" (every linear map of the layers, not the head; every one where no layers are visible),
+        "attention", "mlp", a regular expression found in the site's path (`re.search`), or names that sites end with,
+        as in PEFT's `target_modules` (`["q_proj", "v_proj"]`, or "q_proj,v_proj").
 
     Raises:
       InputError: if a target matches no site, with the nearest names.
     """
     flat = tree.flatten(params)
     sites = sorted(path.removesuffix("/kernel") for path in flat if path.endswith("/kernel"))
+    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
+        targets = targets.split(",")
     if isinstance(targets, str):
         wanted = [_PRESETS.get(targets, targets)]
+        if targets == "all-linear" and not tree.segments(params):
+            wanted = [""]  # a model that shows no layers
         stray = wanted if targets not in _PRESETS else []
     else:
         wanted = [rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets]

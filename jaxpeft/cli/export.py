@@ -89,9 +89,12 @@ def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
 
     It only reads, so that a run which is writing there is not disturbed.
     """
+    import logging
+
     import jax
     import orbax.checkpoint as ocp
 
+    logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of an optional file that runs don't write
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def restore(path: Path, part: str | None = None) -> dict[str, Any]:

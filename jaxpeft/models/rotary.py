@@ -3,9 +3,9 @@
 Base frequencies: f_i = theta^(-2i/D), i = 0 .. D/2 - 1 (Su et al. 2021, arXiv:2104.09864). Scalings:
 
     linear   f / factor (position interpolation, Chen et al. 2023, arXiv:2306.15595)
-    llama3   long wavelengths by `factor`, short ones not at all, linear between (Llama 3.1 model card and reference
-    code) yarn     the same idea with bounds from numbers of rotations, and cos, sin scaled (Peng et al. 2023,
-    arXiv:2309.00071)
+    llama3   long wavelengths by `factor`, short ones not at all, linear between (Llama 3.1's reference code)
+    yarn     the same idea with bounds from numbers of rotations, and cos, sin scaled (Peng et al. 2023,
+             arXiv:2309.00071)
 """
 
 from __future__ import annotations

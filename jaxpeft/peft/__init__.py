@@ -3,10 +3,11 @@
 An adapter is a folder:
 
     adapter_config.json         PEFT's configuration
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, n) and .lora_B.weight (m, r), float32
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, n) and .lora_B.weight (m, r) per layer,
+                                float32
     jaxpeft.json                ours, which PEFT does not read: the method's arguments, what its leaves need beyond the
-                                factors (seeds), and a fingerprint of the base; it speaks of exactly the tensors whose
-                                hash it holds
+                                factors (seeds), and a fingerprint of the base; it speaks of exactly the
+                                adapter_model.safetensors whose hash it holds
 
 With jaxpeft.json an adapter comes back as the method that made it, bit for bit, and trains on; without it, or when the
 tensors have changed since, it is read as what PEFT says it is.

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import sites, tree
 from tests import tiny
 
 
@@ -101,6 +101,23 @@ def test_patterns_change_rank_and_alpha_of_some_sites():
     small = {path: leaf * 0.01 for path, leaf in trainable.items()}
     params = jp.combine(small, frozen)
     np.testing.assert_allclose(base.apply(method.merge(params), batch), model.apply(params, batch), atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("targets", "names"),
+    [
+        ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
+        ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("mlp", {"gate_proj", "up_proj", "down_proj"}),
+        ("q_proj,v_proj", {"q_proj", "v_proj"}),
+        (["self_attn.q_proj", "down_proj"], {"q_proj", "down_proj"}),
+        (r"(up|gate)_proj$", {"up_proj", "gate_proj"}),
+    ],
+)
+def test_targets(targets, names):
+    """Presets, names as PEFT writes them, names with commas, and regular expressions."""
+    _, params = tiny.model()
+    assert {site.rsplit("/", 1)[1] for site in sites.find(params, targets)} == names
 
 
 def test_head_can_be_adapted():
