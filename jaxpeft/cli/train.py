@@ -34,7 +34,7 @@ class Train:
     alpha: float | None = None
     """Scale of the adapter: its output is multiplied by alpha / rank. Default: the method's own."""
     targets: str | None = None
-    """Sites to adapt: all-linear, attention, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's."""
+    """Sites: all-linear, attention, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's own."""
     method_options: tuple[str, ...] = ()
     """Further arguments of the method's factory, as NAME=VALUE with a YAML value."""
     adapter: Path | None = None
