@@ -112,7 +112,7 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
                 raise InputError(f"{name}: {site} already has the adapter {min(scopes)!r}; give them different targets")
             kernel = flat[f"{site}/kernel"]
             site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))
-            fresh = _init(adapter_for(site), tree.stacked(site), site_key, kernel)
+            fresh = _init(adapter_for(site), len(kernel.shape) == 3, site_key, kernel)
             flat.update({f"{site}/{name}/{leaf}": value for leaf, value in tree.flatten(fresh).items()})
         return tree.unflatten(flat)
 

@@ -79,6 +79,22 @@ def test_nnx_module():
     assert tree.size(state.frozen) == 8 * 16 + 16
 
 
+class Deep(nn.Module):
+    """A module whose layers are not stacked, though the subtree is called as ours is."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="layers")(x)
+
+
+def test_a_subtree_called_layers_need_not_be_stacked():
+    model = jp.from_linen(Deep(), {"x": X})
+    _, trainable, _ = jp.setup(
+        jp.lora(2, targets=["layers"]), model, model.init(jax.random.key(0), {}), jax.random.key(1)
+    )
+    assert {path: leaf.shape for path, leaf in trainable.items()} == {"layers/lora/a": (8, 2), "layers/lora/b": (2, 3)}
+
+
 def test_two_adapters_at_one_site_are_refused():
     model = jp.from_linen(Classifier(), {"x": X})
     params = model.init(jax.random.key(3), {})
