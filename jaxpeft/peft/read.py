@@ -32,6 +32,8 @@ _HARMLESS = (
 ).split()
 # Initialisations that leave the base's kernels as they are.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+# What is read of jaxpeft.json.
+_FIELDS = ("method", "ranks", "extra", "base")
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
 
@@ -121,6 +123,8 @@ def _own(folder: Path) -> dict[str, Any] | None:
             return None
     if own.get("format") != FORMAT:
         raise InputError(f"{folder / OWN}: has format {own.get('format')}; this version of jaxpeft reads {FORMAT}")
+    if lacking := [name for name in _FIELDS if name not in own]:
+        raise InputError(f"{folder / OWN}: lacks {', '.join(lacking)}; remove it to read plain LoRA")
     return own
 
 

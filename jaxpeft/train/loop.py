@@ -87,6 +87,8 @@ def train(args: Any) -> dict[str, Any]:
     job = prepare(args)
     if old is not None:
         config.check_same(out, old, job.document)
+    for report in job.reports.values():
+        _say(report.summary())
     try:
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / config.FILE, old or job.document, allow_nan=False)
@@ -298,7 +300,7 @@ class _Run:
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,
-            examples=job.reports,
+            examples={name: report.to_json() for name, report in job.reports.items()},
         )
         write_curve(self.out / "metrics.jsonl", self.out / "loss.png")
         files.write_json(self.out / config.REPORT, report, allow_nan=False)

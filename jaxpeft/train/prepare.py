@@ -56,7 +56,7 @@ class Job(NamedTuple):
     train: data.Batches
     validation: Any
     asked: list[Question]
-    reports: dict[str, Any]
+    reports: dict[str, data.Report]
     document: dict[str, Any]
 
 
@@ -78,11 +78,11 @@ def prepare(args: Any) -> Job:
     layout = {"pack": args.pack, "buckets": args.buckets}
     examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
     train = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, **layout)
-    reports = {"data": report.to_json()}
+    reports = {"data": report}
     validation, asked, eval_identity = None, [], None
     if source.validation:
         held_out, report = data.load_examples(source.validation, tokenizer, args.seq_len, **read)
-        reports["eval_data"] = report.to_json()
+        reports["eval_data"] = report
         asked = questions(held_out, args.samples, tokenizer)
         validation = functools.partial(data.eval_batches, held_out, args.batch_size, args.seq_len, **layout)
         eval_identity = validation().get_state()["identity"]

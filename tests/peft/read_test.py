@@ -268,14 +268,18 @@ def test_an_adapter_for_another_base_is_told_by_sizes_and_by_values(base, tmp_pa
     attach(tmp_path / "adapter", other, values)
 
 
-def test_jaxpeft_json_of_another_version_is_refused(base, tmp_path):
+def test_jaxpeft_json_of_another_version_or_without_a_field_is_refused(base, tmp_path):
     method = jp.lora(rank=2)
     model, params = reference.load(base)
     _, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
     export_adapter(tmp_path / "adapter", tree.combine(trainable, frozen), method, model.config, base)
     own = tmp_path / "adapter" / "jaxpeft.json"
-    own.write_text(json.dumps({**json.loads(own.read_text()), "format": 99}))
+    whole = json.loads(own.read_text())
+    own.write_text(json.dumps({**whole, "format": 99}))
     with pytest.raises(InputError, match="has format 99; this version of jaxpeft reads 1"):
+        import_adapter(tmp_path / "adapter", model.config)
+    own.write_text(json.dumps({name: value for name, value in whole.items() if name not in ("base", "ranks")}))
+    with pytest.raises(InputError, match="jaxpeft.json: lacks ranks, base; remove it"):
         import_adapter(tmp_path / "adapter", model.config)
 
 

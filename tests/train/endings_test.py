@@ -39,6 +39,22 @@ def broken_at(monkeypatch, step, name):
     monkeypatch.setattr(loop, "make_train_step", make)
 
 
+def test_lines_that_are_not_trained_on_are_accounted_for(files, tmp_path, capsys):
+    """Bad, dropped and cut lines are counted on stderr and in the report; a line of each kind is in the file."""
+    data = tmp_path / "data.jsonl"
+    row = '{"prompt": "1+1=", "completion": "%s"}\n'
+    data.write_text((files / "train.jsonl").read_text() + "{oops\n" + row % ("ab " * 9) + row % "")
+    for too_long, said in (("truncate", "1 truncated"), ("drop", "1 too long and dropped")):
+        changes = {"data": str(data), "eval_data": None, "skip_bad_lines": True, "too_long": too_long, "steps": 1}
+        report = loop.train(runs.arguments(files, tmp_path / too_long, **changes))
+        lines = capsys.readouterr().err
+        assert f"{data}: " in lines and said in lines
+        assert f"1 bad lines skipped (first: {data}:61: not JSON" in lines
+        counts = report["examples"]["data"]
+        assert (counts["lines"], counts["bad_lines"]) == (63, 1)
+        assert (counts["truncated"], counts["dropped_too_long"]) == ((1, 0) if too_long == "truncate" else (0, 1))
+
+
 @pytest.mark.parametrize(("name", "words"), [("loss", "loss"), ("grad_norm", "gradient norm")])
 def test_a_loss_that_is_not_finite_names_step_lines_and_checkpoint(files, tmp_path, monkeypatch, name, words):
     broken_at(monkeypatch, 4, name)
