@@ -11,10 +11,12 @@ changes compose in any order. A Flax module of any other shape is a stack with n
 What all layers of one forward pass share travels in the context `ctx`, a dict of arrays (and so a pytree that a
 `custom_vjp` can take as an argument):
 
-    positions (B, S) int32, segment_ids (B, S) int32    as in the batch
+    positions (B, S) int32                              as in the batch
+    segment_ids (B, S) int32                            as in the batch; absent: each row is one segment
     layer () int32                                      set by `run`
     key                                                 PRNG key of this layer; absent without dropout
-    ...                                                 what the family's `embed` adds (rotary tables, window sizes)
+    shared                                              a dict of what all rows share (window sizes); absent if nothing
+    ...                                                 what `embed` adds, with leading axis B (rotary tables)
 """
 
 from __future__ import annotations

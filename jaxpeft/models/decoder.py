@@ -81,6 +81,12 @@ class DecoderConfig:
     eos_token_id: tuple[int, ...] = ()
     dtype: Any = jnp.float32  # of the stream; parameters are created in it too
 
+    @property
+    def window(self) -> int | None:
+        """The window of all layers, in tokens; None where they differ or have none."""
+        same = self.windows is not None and len(set(self.windows)) == 1
+        return self.windows[0] if same and self.windows else None
+
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], dtype: Any = jnp.float32) -> DecoderConfig:
         """From a parsed config.json.
@@ -178,6 +184,7 @@ class Block(nn.Module):
             c.qkv_bias,
             c.out_bias,
             c.rms_norm_eps if c.qk_norm else None,
+            c.window,
             c.dtype,
             name="self_attn",
         )(RMSNorm(c.rms_norm_eps, c.dtype, name="input_layernorm")(x), ctx, cache)
@@ -223,13 +230,11 @@ def decoder(config: DecoderConfig) -> Model:
         positions = batch.get("positions")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        segment_ids = batch.get("segment_ids")
-        if segment_ids is None:
-            segment_ids = jnp.ones_like(tokens)
-        ctx = {"positions": positions, "segment_ids": segment_ids}
-        ctx["rotary"] = rotary_tables(positions, jnp.asarray(freqs), factor)
-        if config.windows is not None:
-            ctx["window"] = jnp.asarray(config.windows, jnp.int32)
+        ctx = {"positions": positions, "rotary": rotary_tables(positions, jnp.asarray(freqs), factor)}
+        if batch.get("segment_ids") is not None:
+            ctx["segment_ids"] = batch["segment_ids"]
+        if config.windows is not None and config.window is None:
+            ctx["shared"] = {"window": jnp.asarray(config.windows, jnp.int32)}
         return embed_module.apply({"params": params["embed_tokens"]}, tokens), ctx
 
     def block(layer, x, ctx, cache=None, segment="layers"):
@@ -250,7 +255,7 @@ def decoder(config: DecoderConfig) -> Model:
         keys = jax.random.split(key, config.num_hidden_layers + 2)
         x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
         ones = jnp.ones((1, 1), jnp.int32)
-        ctx = {"segment_ids": ones, "layer": jnp.zeros((), jnp.int32)}
+        ctx: dict[str, Any] = {"layer": jnp.zeros((), jnp.int32)}
         ctx["rotary"] = rotary_tables(ones, jnp.asarray(freqs), factor)
         table = embed_module.init(keys[0], ones)["params"]
         embedding = table["embedding"]

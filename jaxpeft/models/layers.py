@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft.models import attention as attention_op
 from jaxpeft.quant import dot
+from pallas_kernels import attention as attention_op
 
 
 class Dense(nn.Module):
@@ -94,6 +94,7 @@ class Attention(nn.Module):
     use_bias: bool = False
     use_out_bias: bool = False
     norm_epsilon: float | None = None  # RMSNorm on each head of q and k (Qwen3)
+    window: int | None = None  # of every layer; windows that differ by layer are in ctx
     param_dtype: Any = jnp.float32
 
     @nn.compact
@@ -115,23 +116,26 @@ class Attention(nn.Module):
         q = checkpoint_name(rotate(q, ctx["rotary"]), "q_rotary")
         k = checkpoint_name(rotate(k, ctx["rotary"]), "k_rotary")
 
-        index = jnp.arange(s, dtype=jnp.int32)
-        segments = ctx["segment_ids"]
-        window = ctx["window"][ctx["layer"]] if "window" in ctx else None
-        where = attention_op.Where(index, index, segments, segments, window)
+        segments = ctx.get("segment_ids")
+        window = ctx["shared"]["window"][ctx["layer"]] if "shared" in ctx else None
+        where = attention_op.Where(None, None, segments, segments, window)
         if cache is not None:
             k, v, where, cache = _with_cache(k, v, where, cache)
-        out = attention_op.attention(q, k, v, where, scale=self.head_dim**-0.5)
-        out = checkpoint_name(out.reshape(b, s, self.num_heads * self.head_dim), "attention")
-        return Dense(d, self.use_out_bias, self.param_dtype, name="o_proj")(out), cache
+        out = attention_op.attention(q, k, v, where, self.head_dim**-0.5, self.window)
+        return Dense(d, self.use_out_bias, self.param_dtype, name="o_proj")(out.reshape(b, s, -1)), cache
 
 
 def _with_cache(k, v, where, cache):
     """Keys, values and mask including the cached ones; the cache after writing."""
-    s = k.shape[1]
+    b, s = k.shape[:2]
+    index = jnp.arange(s, dtype=jnp.int32)
+    where = where._replace(query_index=index, key_index=index)
+    if where.query_segment is None:
+        ones = jnp.ones((b, s), jnp.int32)
+        where = where._replace(query_segment=ones, key_segment=ones)
     if "index" not in cache:
         prefix = cache["k"].shape[1]
-        every = jnp.full((k.shape[0], prefix), attention_op.EVERYONE, jnp.int32)
+        every = jnp.full((b, prefix), attention_op.EVERYONE, jnp.int32)
         where = where._replace(
             key_index=jnp.concatenate([jnp.zeros(prefix, jnp.int32), where.key_index]),
             key_segment=jnp.concatenate([every, where.key_segment], axis=1),

@@ -7,10 +7,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft.models.attention import EVERYONE, Where, attention
+from pallas_kernels import attention as op
+from pallas_kernels.attention import EVERYONE, Where, chunked
 from tests.residuals import intermediates
 
 torch = pytest.importorskip("torch")
+
+
+def attention(query, key, value, mask, scale, tile=None):
+    """The operation; with a tile, its plain-JAX halves in tiles of that size."""
+    if tile is None:
+        return op.attention(query, key, value, mask, scale)
+
+    @jax.custom_vjp
+    def run(query, key, value, mask):
+        return chunked.forward(query, key, value, mask, scale=scale, tile=tile)[0]
+
+    def keep(query, key, value, mask):
+        out, lse = chunked.forward(query, key, value, mask, scale=scale, tile=tile)
+        return out, (query, key, value, mask, out, lse)
+
+    def pull(saved, d_out):
+        return *chunked.backward(*saved, d_out, scale=scale, tile=tile), None
+
+    run.defvjp(keep, pull)
+    return run(query, key, value, mask)
 
 # B batch, S queries, K keys, H heads, N key-value heads, D head size
 

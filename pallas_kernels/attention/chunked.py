@@ -13,7 +13,6 @@ Shapes: B batch, S queries, K keys, H heads, N key-value heads (H = N * G), D he
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import jax
@@ -25,41 +24,44 @@ EVERYONE = -1  # the segment id of a key that every query sees (a prefix)
 
 
 class Where(NamedTuple):
-    """Who may see whom. All int32.
+    """Who may see whom. All int32; None where there is nothing to say.
 
-    query_index (S,), key_index (K,): positions in the row; a query sees keys at its own index and before.
+    query_index (S,), key_index (K,): positions in the row; a query sees keys at its own index and before. None: both
+      are 0 .. S-1.
     query_segment (B, S), key_segment (B, K): a query sees keys of its own segment, and those of segment `EVERYONE`.
-    window (): a query sees keys less than `window` behind it; None: no limit.
+      None: the row is one segment.
+    window (): a query sees keys less than `window` behind it, where that differs from layer to layer.
     """
 
-    query_index: jax.Array
-    key_index: jax.Array
-    query_segment: jax.Array
-    key_segment: jax.Array
+    query_index: jax.Array | None = None
+    key_index: jax.Array | None = None
+    query_segment: jax.Array | None = None
+    key_segment: jax.Array | None = None
     window: jax.Array | None = None
 
 
-def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, where: Where, scale: float, tile: int | None = None
-) -> jax.Array:
-    """Causal attention with segments, windows and grouped queries.
+class _Tiles(NamedTuple):
+    """Arrays padded to whole tiles: query (B, S, N, G, D), key, value, the mask without None, tile sizes."""
 
-    Args:
-      query: (B, S, H, D).
-      key: (B, K, N, D), N dividing H; head h reads key-value head h // (H / N).
-      value: (B, K, N, D).
-      where: the mask, by indices.
-      scale: factor of the scores.
-      tile: queries and keys per tile; None: 64 on a CPU, whose caches hold the scores of such a tile, elsewhere 256.
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    where: Where
+    sizes: tuple[int, int]
 
-    Returns:
-      (B, S, H, D) in query's dtype; scores and sums are float32. A query that may see no key gets 0.
-    """
-    b, s, h, d = query.shape
+
+def _tiled(query, key, value, where, window, tile):
+    b, s = query.shape[:2]
     k, n = key.shape[1:3]
-    tile = tile or (64 if jax.default_backend() == "cpu" else 256)
+    tile = tile or 256
     tile_q, tile_k = min(tile, s), min(tile, k)
     pad_q, pad_k = -s % tile_q, -k % tile_k
+    if where.query_index is None:
+        where = where._replace(query_index=jnp.arange(s, dtype=jnp.int32), key_index=jnp.arange(k, dtype=jnp.int32))
+    if where.query_segment is None:
+        where = where._replace(query_segment=jnp.ones((b, s), jnp.int32), key_segment=jnp.ones((b, k), jnp.int32))
+    if window is not None:
+        where = where._replace(window=jnp.asarray(window, jnp.int32))
     # Padding: keys at an index that no query reaches.
     where = where._replace(
         query_index=jnp.pad(where.query_index, (0, pad_q), constant_values=-1),
@@ -67,20 +69,34 @@ def attention(
         query_segment=jnp.pad(where.query_segment, ((0, 0), (0, pad_q))),
         key_segment=jnp.pad(where.key_segment, ((0, 0), (0, pad_k))),
     )
-    grouped = jnp.pad(query, ((0, 0), (0, pad_q), (0, 0), (0, 0))).reshape(b, s + pad_q, n, h // n, d)
     key, value = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (key, value))
-    out = _attend(grouped, key, value, where, scale, (tile_q, tile_k))
-    return out.reshape(b, s + pad_q, h, d)[:, :s]
+    return _Tiles(_grouped(query, n, pad_q), key, value, where, (tile_q, tile_k))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _attend(query, key, value, where, scale, tiles):
-    return _forward(query, key, value, where, scale, tiles)[0]
+def _grouped(x, n, pad):
+    """(B, S, H, D) -> (B, S + pad, N, G, D)."""
+    b, s, h, d = x.shape
+    return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, s + pad, n, h // n, d)
 
 
-def _save(query, key, value, where, scale, tiles):
-    out, lse = _forward(query, key, value, where, scale, tiles)
-    return out, (query, key, value, where, out, lse)
+def forward(query, key, value, where, *, scale, window=None, tile=None):
+    """(out (B, S, H, D) in query's dtype, lse (B, H, S) float32)."""
+    b, s, h, d = query.shape
+    tiles = _tiled(query, key, value, where, window, tile)
+    out, lse = _forward(*tiles[:4], scale, tiles.sizes)
+    return out.reshape(b, -1, h, d)[:, :s], lse.reshape(b, h, -1)[..., :s]
+
+
+def backward(query, key, value, where, out, lse, d_out, *, scale, window=None, tile=None):
+    """Cotangents of query, key and value."""
+    b, s, h, d = query.shape
+    n = key.shape[2]
+    tiles = _tiled(query, key, value, where, window, tile)
+    pad = tiles.query.shape[1] - s
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, pad))).reshape(b, n, h // n, s + pad)
+    saved = (*tiles[:4], _grouped(out, n, pad), lse)
+    d_query, d_key, d_value = _backward(scale, tiles.sizes, saved, _grouped(d_out, n, pad))
+    return d_query.reshape(b, -1, h, d)[:, :s], d_key[:, : key.shape[1]], d_value[:, : key.shape[1]]
 
 
 def _rows(x, start, size, axis=1):
@@ -185,13 +201,10 @@ def _backward(scale, tiles, saved, d_out):
     zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))
     (d_key, d_value), d_query = jax.lax.scan(queries, zeros, jnp.arange(query.shape[1] // tq))
     d_query = d_query.transpose(1, 0, 2, 3, 4, 5).reshape(query.shape)
-    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype), None
+    return d_query, d_key.astype(key.dtype), d_value.astype(value.dtype)
 
 
 def _add(whole, part, start):
     """whole[:, start:start+size] += part."""
     rows = _rows(whole, start, part.shape[1]) + part
     return jax.lax.dynamic_update_slice_in_dim(whole, rows, start, 1)
-
-
-_attend.defvjp(_save, _backward)

@@ -1,0 +1,367 @@
+"""Whose a buffer is: categories, module paths and activation names. See `jaxpeft.memory.profile`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.memory import hlo
+from jaxpeft.memory.dataflow import Dataflow
+from jaxpeft.memory.hlo import Instruction
+
+CATEGORIES = (  # in the order of tables and pictures
+    "weights",
+    "adapters",
+    "optimizer",
+    "gradients",
+    "saved activations",
+    "loss",
+    "workspace",
+    "batch",
+    "constants",
+    "fragmentation",
+    "unattributed",
+)
+
+LOSS = r"\b(Head|lm_head|logsumexp|log_softmax|softmax_cross_entropy|cross_entropy|take_along_axis|\w*loss)\b"
+# op_name -> the activation's name, first match wins: what a linear map yields, alone or with its adapter added.
+ACTIVATIONS = ((r"/(\w+)/\1\.linear/(?:\w+/)?add(?:_any)?$", r"\1"), (r"/(\w+)/(?:\1\.linear/)?dot_general$", r"\1"))
+
+
+class Owner(NamedTuple):
+    """What an argument or a result is: its category, and its path or name."""
+
+    category: str
+    path: str = ""
+
+
+class Owners(NamedTuple):
+    """What the caller of a compiled function knows about it.
+
+    arguments: an Owner for each flat argument, in order.
+    outputs: an Owner for each flat result, in order.
+    names: what each argument's `op_name` ends with (`jax.tree_util.keystr` of its path); needed only if XLA's
+      parameters are fewer than the arguments, because jit drops those that nothing reads.
+    activations: (regular expression on op_name, activation) pairs, tried before `ACTIVATIONS`.
+    loss: regular expression on op_name: belongs to the loss.
+    """
+
+    arguments: Sequence[Owner]
+    outputs: Sequence[Owner]
+    names: Sequence[str] = ()
+    activations: Sequence[tuple[str, str]] = ()
+    loss: str = LOSS
+
+
+class Buffer(NamedTuple):
+    """An array that is live at the peak.
+
+    bytes: of device memory.
+    instruction: name of the HLO instruction that writes it.
+    shape: such as "bf16[32,4,1024,11008]".
+    op_name: JAX's name stack of what computed it.
+    first, last: positions in the schedule between which it is live.
+    category: one of `CATEGORIES`.
+    module: path such as layers/self_attn/q_proj, or "".
+    activation: name such as gate_proj, or "".
+    """
+
+    bytes: int
+    instruction: str
+    shape: str
+    op_name: str
+    first: int
+    last: int
+    category: str
+    module: str = ""
+    activation: str = ""
+
+    @property
+    def owner(self) -> str:
+        """`module: activation`; an activation that has no name is called so, with its primitive and shape."""
+        if self.category == "saved activations" and not self.activation:
+            return f"{self.module or '?'}: unnamed {self.op_name.rsplit('/', 1)[-1]} {self.shape}"
+        if self.activation and self.activation != self.module.rsplit("/", 1)[-1]:
+            return f"{self.module}: {self.activation}" if self.module else self.activation
+        return self.module or self.shape
+
+
+def step_owners(state: Any, batch: Mapping[str, Any], base: Iterable[str], metrics: Iterable[Any] = ()) -> Owners:
+    """The owners of a train step, (state, batch) -> (state, metrics).
+
+    Args:
+      state: a `TrainState` of arrays or shapes.
+      batch: likewise.
+      base: the base model's paths; leaves at other paths are adapters.
+      metrics: the step's second result (its leaves are counted; none: whatever follows the state).
+    """
+    known = {tree.canonical(path) for path in base}
+
+    def owner(path: Any) -> Owner:
+        field, *rest = (str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path)
+        if field in ("trainable", "frozen"):
+            return Owner("weights" if tree.canonical(rest[0]) in known else "adapters", "/".join(rest))
+        return Owner("optimizer", "/".join([field, *rest]))
+
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    of_state = [owner(path) for path, _ in leaves]
+    rows = jax.tree_util.tree_flatten_with_path(dict(batch))[0]
+    of_batch = [Owner("batch", str(path[0].key)) for path, _ in rows]
+    of_metrics = [Owner("loss", "metrics") for _ in jax.tree.leaves(metrics)]
+    names = [jax.tree_util.keystr(path) for path, _ in (*leaves, *rows)]
+    return Owners([*of_state, *of_batch], [*of_state, *of_metrics], names)
+
+
+class Attribution:
+    """The owner of every buffer of a program."""
+
+    def __init__(self, program: hlo.Program, flow: Dataflow, owners: Owners):
+        self._program, self._flow, self._owners = program, flow, owners
+        self._instructions = program.instructions
+        self._position = {name: position for position, name in enumerate(program.order)}
+        self._arguments = self._match_arguments()
+        self._modules = _modules(owners)
+        self._activations = [(re.compile(p), name) for p, name in (*owners.activations, *ACTIVATIONS)]
+        self._loss = re.compile(owners.loss)
+        kinds = {owner.category for owner in owners.arguments}
+        trained = kinds & {"adapters", "optimizer"} or {"weights"}
+        self._trainable = {  # the shapes of trainable leaves
+            tuple(sorted(n for n in i.shape()[1] if n > 1))
+            for i in program.instructions.values()
+            if (owner := self._argument(i)) and owner.category in trained
+        }
+        self._loss_loops = self._find_loss_loops()
+        backward = [
+            self._position.get(i.name, -1) for i in program.instructions.values() if _phase(i.op_name) == "backward"
+        ]
+        self._backward = min((p for p in backward if p >= 0), default=len(program.order)), max(backward, default=-1)
+
+    def _match_arguments(self) -> dict[int, Owner]:
+        """{parameter number: owner}; jit drops arguments that nothing reads, so that numbers can be fewer."""
+        owners = self._owners
+        ids, _ = self._program.computations[self._program.entry]
+        parameters = {i.number: i for i in map(self._instructions.__getitem__, ids) if i.opcode == "parameter"}
+        if len(parameters) == len(owners.arguments):
+            return {number: owners.arguments[number] for number in parameters}
+        by_name = dict(zip(owners.names, owners.arguments, strict=True)) if owners.names else {}
+        matched = {}
+        for number, parameter in parameters.items():
+            name = next((name for name in by_name if parameter.op_name.endswith(name)), None)
+            if name is None:
+                raise InputError(
+                    f"{self._program.name}: owners name {len(owners.arguments)} arguments, the compiled function has "
+                    f"{len(parameters)}, and its {parameter.op_name or parameter.name!r} is none of them"
+                )
+            matched[number] = by_name[name]
+        return matched
+
+    def _argument(self, instruction: Instruction) -> Owner | None:
+        if instruction.opcode != "parameter" or instruction.computation != self._program.entry:
+            return None
+        return self._arguments.get(instruction.number)
+
+    def _find_loss_loops(self) -> set[int]:
+        """Loops whose own instructions belong to the loss, none around the layers (as of micro-batches)."""
+        found, around = set(), set()
+        for instruction in self._instructions.values():
+            if self._loss.search(_without_root(instruction.op_name)):
+                found |= {loop.id for loop in self._flow.loops(instruction)[:1]}
+            elif tree.stacked(tree.canonical(self._module(instruction.op_name))):
+                around |= {loop.id for loop in self._flow.loops(instruction)}
+        return found - around
+
+    # Arguments, results, constants.
+
+    def allocation(self, allocation: hlo.Allocation, end: int) -> Buffer:
+        """The buffer of an allocation that is not of temporaries."""
+        if allocation.kind == "parameter":
+            owner = self._arguments[allocation.parameter]
+            return self._fixed(allocation, owner, f"parameter {allocation.parameter}", end)
+        if allocation.kind == "constant":
+            return self._fixed(allocation, Owner("constants"), "constant", end)
+        root = self._program.computations[self._program.entry][1]
+        count = len(self._instructions[root].operands) if self._is_tuple(root) else 1
+        if count != len(self._owners.outputs):
+            known = len(self._owners.outputs)
+            raise InputError(f"{self._program.name}: owners name {known} results, the compiled function has {count}")
+        held = {self._flow.group(v.key) for v in self._program.values if v.allocation == allocation.number}
+        for number, owner in enumerate(self._owners.outputs):
+            key = self._flow.value(root, (number,) if self._is_tuple(root) else ())
+            if key is not None and self._flow.group(key) in held:
+                return self._fixed(allocation, owner, f"result {number}", end, key)
+        return self._fixed(allocation, Owner("workspace"), "table of results", end)
+
+    def _is_tuple(self, instruction: int) -> bool:
+        return self._instructions[instruction].shape()[0] == "tuple"
+
+    def _fixed(self, allocation, owner, name, end, key=None) -> Buffer:
+        key = key or next((v.key for v in self._program.values if v.allocation == allocation.number), None)
+        shape = _shape_text(self._instructions[key[0]], key[1]) if key else ""
+        return Buffer(allocation.bytes, name, shape, "", 0, end, owner.category, owner.path)
+
+    # Temporaries.
+
+    def temporary(self, group: hlo.Key, pieces: list[tuple[int, int, int]]) -> Buffer:
+        """The buffer of a group of temporaries, live in `pieces` (bytes, first, last)."""
+        flow = self._flow
+        writers = flow.writers(group) or flow.members[group]
+        size = max(piece[0] for piece in pieces)
+        key = max(writers, key=lambda key: len(_words(self._best_name(key)[0])))
+        op_name, origin = self._best_name(key)
+        writer = self._instructions[key[0]]
+        names = {op_name, writer.op_name, *(i.op_name for w in writers for i in flow.origin(*w))}
+        scopes = {kind: name for found in names for kind, name in _SCOPE.findall(found)}
+        module, activation = self._module(op_name), self._activation(op_name)
+        category = self._category(group, writers, origin, op_name, scopes)
+        if "grad" in scopes:
+            module, activation = scopes["grad"], ""
+        elif named := scopes.get("save", scopes.get("read")):
+            activation = named
+        elif owner := self._argument(origin):
+            module, activation = owner.path, ""
+        elif category != "saved activations" and writer.opcode != "dynamic-slice":
+            activation = ""
+        if activation in (parts := module.split("/")):
+            module = "/".join(parts[: parts.index(activation) + 1])
+        text = _shape_text(writer, key[1])
+        first, last = min(piece[1] for piece in pieces), max(piece[2] for piece in pieces)
+        return Buffer(size, writer.name, text, op_name, first, last, category, module, activation)
+
+    def _best_name(self, key: hlo.Key) -> tuple[str, Instruction]:
+        """(the most telling op_name of what a value passed through, the instruction that computed it).
+
+        What XLA adds has no metadata: then the name is that of its operands, else of its readers.
+        """
+        trail = self._flow.origin(*key)
+        origin = trail[-1]
+        casts = [i for i in trail if i.opcode == "convert"]  # a copy in another type belongs to who asked for it
+        for instruction in (*casts, origin, *reversed(trail), self._instructions[key[0]]):
+            if _words(instruction.op_name) and instruction.opcode != "parameter":
+                return instruction.op_name, origin
+        if self._argument(origin):
+            return origin.op_name, origin
+        named = [i.op_name for i in (*reversed(trail), self._instructions[key[0]]) if i.op_name]
+        if not named:
+            near = [self._instructions[o] for i in (origin, self._instructions[key[0]]) for o in i.operands]
+            near += self._flow.readers.get(self._flow.group(key), [])
+            named = [i.op_name for i in near if i.op_name]
+            named += [i.op_name for o in near for i in self._flow.origin(o.id) if i.op_name]
+        return (named[0] if named else ""), origin
+
+    def _category(self, group, writers, origin, op_name, scopes) -> str:
+        flow = self._flow
+        instructions = [self._instructions[key[0]] for key in writers]
+        readers = flow.readers.get(group, [])
+        rows = any(flow.update(key) is not None for key in writers)
+        if "grad" in scopes:
+            return "gradients"
+        if "save" in scopes and (rows or any("save:" in i.op_name for i in instructions)):
+            return "saved activations"
+        if not op_name:
+            return "unattributed"
+        loops = [loop.id for i in instructions for loop in flow.loops(i)[:1]]
+        if self._loss.search(_without_root(op_name)) or any(loop in self._loss_loops for loop in loops):
+            return "loss"
+        phases = {self._instruction_phase(i) for i in instructions}
+        if self._argument(origin):
+            return "workspace"  # a copy of an argument
+        if "backward" not in phases and "forward" in phases:
+            saved = any(self._instruction_phase(i) == "backward" for i in readers)
+            return "saved activations" if saved else "workspace"
+        dims = tuple(sorted(n for n in self._instructions[writers[0][0]].shape(writers[0][1])[1] if n > 1))
+        # Of a trainable leaf's shape, but gone after one step of the backward loop.
+        passing = any(_phase(loop.op_name) == "backward" for i in instructions for loop in flow.loops(i)) and not any(
+            self._instructions[key[0]].opcode == "while" for key in flow.members[group]
+        )
+        if dims in self._trainable and len(dims) > 1 and not passing:
+            if "backward" in phases:
+                return "gradients"
+            if "after" in phases:
+                return "optimizer"
+        return "workspace"
+
+    def _instruction_phase(self, instruction: Instruction) -> str:
+        """forward, backward, after (both) or ""; of what carries no mark, the phase of its loop or its position."""
+        for around in (instruction, *self._flow.loops(instruction)):
+            if phase := _phase(around.op_name):
+                return phase
+        position = self._position.get(instruction.name)
+        if position is None or not self._backward[1] >= 0:
+            return ""
+        first, last = self._backward
+        return "forward" if position < first else "backward" if position <= last else "after"
+
+    def _module(self, op_name: str) -> str:
+        """The module path in a name stack, completed to a path of the parameters where that is possible."""
+        words = _words(op_name)
+        classes = [word for word in words if word[0].isupper()]
+        path = "/".join(word for word in words if not word[0].isupper())
+        if not path:
+            return "/".join(_ROOTS.get(name, name) for name in classes[:1])
+        words = path.split("/")
+        for count in range(len(words), 0, -1):  # scopes below the last module stay
+            module = "/".join(words[:count])
+            for known in self._modules:
+                if f"/{known}".endswith(f"/{module}"):
+                    return "/".join([known, *words[count:]])
+        return path
+
+    def _activation(self, op_name: str) -> str:
+        for pattern, name in self._activations:
+            if (found := pattern.search(op_name)) and not _HOW.fullmatch(found.expand(name)):
+                return found.expand(name)
+        return ""
+
+
+# Flax calls the outermost module by its class; ours hold these parameters.
+_ROOTS = {"Block": "layers", "Head": "head", "Embed": "embed_tokens"}
+_SCOPE = re.compile(r"(?:^|/)(save|read|grad):([^\"]*?)(?=/(?:[a-z_0-9]+(?:\(|$)|save:|read:|$)|$)")
+# Tokens of a name stack that say how something is computed, not whose it is.
+_HOW = re.compile(
+    r"while|body|cond|grad|branch_\d+_fun|closed_call|core_call|checkpoint|rematted_computation|remat\d?|pjit|scan"
+    r"|custom_[jv][vj]p(_call)?(_jaxpr)?|shard_map|.*\.(linear|__call__)"
+)
+_WRAPPED = re.compile(r"(?:jvp|transpose|vmap|checkpoint|remat)\((.*)\)")
+
+
+def _words(op_name: str) -> list[str]:
+    """The scopes of a name stack that name modules: jit(f)/jvp()/while/body/Block/mlp/tanh -> [Block, mlp]."""
+    words: list[str] = []
+    for token in op_name.split("/")[:-1]:  # the last is the primitive
+        while found := _WRAPPED.fullmatch(token):
+            token = found[1]
+        again = words[-1:] == [token]  # a module that calls a method of its own
+        if re.fullmatch(r"[A-Za-z_]\w*", token) and not _HOW.fullmatch(token) and not again:
+            words.append(token)
+    return words
+
+
+def _without_root(op_name: str) -> str:
+    """Without the leading jit(f), whose name is the user's."""
+    return op_name.partition("/")[2] if op_name.startswith("jit(") else op_name
+
+
+def _phase(op_name: str) -> str:
+    if "transpose(" in op_name or "read:" in op_name or "grad:" in op_name:
+        return "backward"
+    return "forward" if "jvp(" in op_name or "save:" in op_name else ""
+
+
+def _shape_text(instruction: Instruction, index: hlo.Index) -> str:
+    kind, dims = instruction.shape(index)
+    return f"{kind}[{','.join(map(str, dims))}]"
+
+
+def _modules(owners: Owners) -> list[str]:
+    """Every module path above a parameter, shortest first."""
+    found = set()
+    for owner in owners.arguments:
+        if owner.category in ("weights", "adapters"):
+            parts = tree.canonical(owner.path).split("/")
+            found |= {"/".join(parts[:n]) for n in range(1, len(parts))}
+    return sorted(found, key=lambda path: (path.count("/"), path))

@@ -1,0 +1,46 @@
+"""Floating-point operations of a program's matrix products, counted on its jaxpr.
+
+A compiler's own count takes the body of a scan once, and knows nothing of kernels; here a scan counts as often as it
+runs, and operations of `pallas_kernels` by their own formula. Elementwise work is left out, as is customary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+
+from pallas_kernels.platform import FLOPS
+
+
+def count_flops(jaxpr: Any) -> float:
+    """2 per multiply-add of every `dot_general` and convolution, and of what lies inside loops and calls.
+
+    The body of a `while` counts once: its length is not known. Of the branches of a `cond` the dearest counts.
+    """
+    return sum(_flops(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+
+
+def _flops(eqn: Any) -> float:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+        (contracted, _), _ = params["dimension_numbers"]
+        shape = eqn.invars[0].aval.shape
+        return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(shape[axis] for axis in contracted)
+    if name == "conv_general_dilated":
+        kernel, out = eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+        features = params["dimension_numbers"].rhs_spec[0]
+        return 2.0 * math.prod(out) * math.prod(kernel) / kernel[features]
+    if name in FLOPS:
+        leaves = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars]
+        return FLOPS[name](*params["treedef"].unflatten(leaves), **dict(params["static"]))
+    if name == "cond":
+        return max(count_flops(branch) for branch in params["branches"])
+    times = params["length"] if name == "scan" else 1
+    inner = [x for x in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+    return times * sum(count_flops(x) for x in inner)
+
+
+def _is_jaxpr(x: Any) -> bool:
+    return hasattr(x, "eqns") or hasattr(getattr(x, "jaxpr", None), "eqns")

@@ -1,0 +1,84 @@
+"""A memory plan: what is done with each named activation.
+
+matmuls                                    a preset
+matmuls,attention=recompute                a preset and what differs from it
+gate_proj=save,up_proj=compress            without a preset: all others are recomputed, as with `blocks`
+
+preset        keeps
+everything    whatever autodiff keeps; nothing is computed again
+matmuls       as little as possible so that no matrix product is computed again; all elementwise work is
+blocks        the inputs of the layers
+offload       as matmuls, the large ones in the host's memory
+compressed    as matmuls, the projections that attention and the MLP read in 8 bits
+"""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+from jaxpeft.errors import InputError
+
+ACTIONS = ("save", "recompute", "compress", "offload")
+PRESETS = ("everything", "matmuls", "blocks", "offload", "compressed")
+INPUT = "block_input"
+
+_COMPRESSED = ("gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
+_ON_DEVICE = (INPUT, "lora_low", "attention_lse")  # small beside what they would save
+
+
+class Plan(NamedTuple):
+    """A memory plan.
+
+    preset: one of PRESETS; what is done with the names that `actions` leaves out.
+    actions: name -> action.
+    tokens: tokens that a layer works on at a time; whole rows, at least one.
+    """
+
+    preset: str = "matmuls"
+    actions: tuple[tuple[str, str], ...] = ()
+    tokens: int = 2048
+
+    def __str__(self) -> str:
+        """The text that `parse` reads."""
+        words = [self.preset, *(f"{name}={action}" for name, action in self.actions)]
+        return ",".join(words + ([f"tokens={self.tokens}"] if self.tokens != Plan().tokens else []))
+
+
+def parse(text: str | Plan) -> Plan:
+    """`matmuls`, `blocks,gate_proj=save,tokens=4096`: a preset (`blocks` if left out), then name=action.
+
+    Raises:
+      InputError: for an unknown preset or action.
+    """
+    if isinstance(text, Plan):
+        return text
+    first, *rest = [word.strip() for word in text.split(",")]
+    if "=" in first:
+        first, rest = "blocks", [first, *rest]
+    if first not in PRESETS:
+        raise InputError(f"--save {text!r}: unknown preset {first!r}; known: {', '.join(PRESETS)}, or NAME=ACTION,...")
+    plan = Plan(first)
+    actions: dict[str, str] = {}
+    for word in rest:
+        name, _, action = word.partition("=")
+        if name == "tokens":
+            if not re.fullmatch(r"[1-9]\d*", action):
+                raise InputError(f"--save {text!r}: tokens={action!r} should be a whole number above 0")
+            plan = plan._replace(tokens=int(action))
+            continue
+        if action not in ACTIONS:
+            raise InputError(f"--save {text!r}: {word!r} should be NAME=ACTION with one of {', '.join(ACTIONS)}")
+        actions[name] = action
+    if actions.get(INPUT) == "recompute":
+        raise InputError(f"--save {text!r}: {INPUT} is where recomputation starts; save, compress or offload it")
+    if first == "everything" and actions:
+        raise InputError(f"--save {text!r}: everything is plain autodiff and takes no table; start from matmuls")
+    return plan._replace(actions=tuple(actions.items()))
+
+
+def action_of(preset: str, name: str) -> str:
+    """What a preset does with an activation that is kept."""
+    if preset == "compressed" and name in _COMPRESSED:
+        return "compress"
+    return "offload" if preset == "offload" and name not in _ON_DEVICE else "save"

@@ -1,0 +1,135 @@
+"""One layer as two programs: forward, with its named activations; backward, with some of them given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import jax
+from jax.extend.core import ClosedJaxpr
+from jax.interpreters import partial_eval
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.memory.flops import count_flops
+from jaxpeft.memory.plan import INPUT, Plan, action_of
+
+Kept = tuple[str, int]  # a name, and which of the activations with that name
+
+
+class Programs(NamedTuple):
+    """A block, traced.
+
+    forward: (*inputs) -> (y, *values of `names`).
+    vjp: (*inputs, d y) -> cotangents of the perturbed inputs, computing the block again.
+    names: the named activations, in order.
+    shapes: of these.
+    """
+
+    forward: ClosedJaxpr
+    vjp: ClosedJaxpr
+    names: tuple[Kept, ...]
+    shapes: tuple[Any, ...]
+
+    def backward(self, given: Iterable[Kept]) -> tuple[ClosedJaxpr, list[bool], list[Kept]]:
+        """(jaxpr, which inputs it reads, which of `given` it reads).
+
+        The jaxpr maps (the inputs that it reads, d y, the given values that it reads) to the cotangents.
+        """
+        wanted = set(given)
+        names = [name for name in self.names if name in wanted]
+        jaxpr = self.vjp.jaxpr
+        named = _named(jaxpr)
+        values = [jaxpr.eqns[named[name]].outvars[0] for name in names]
+        skip = {named[name] for name in names}
+        opened = jaxpr.replace(
+            invars=[*jaxpr.invars, *values],
+            eqns=[eqn for i, eqn in enumerate(jaxpr.eqns) if i not in skip],
+            debug_info=jaxpr.debug_info.with_unknown_names(),
+        )
+        always = [v is jaxpr.invars[-1] for v in opened.invars]
+        pruned, used = partial_eval.dce_jaxpr(opened, [True] * len(jaxpr.outvars), instantiate=always)
+        inputs = len(jaxpr.invars) - 1
+        read = [name for name, use in zip(names, used[inputs + 1 :], strict=True) if use]
+        return ClosedJaxpr(pruned, self.vjp.consts), used[:inputs], read
+
+
+def _named(jaxpr) -> dict[Kept, int]:
+    """(name, occurrence) -> index of its equation."""
+    found: dict[Kept, int] = {}
+    count: dict[str, int] = {}
+    for i, eqn in enumerate(jaxpr.eqns):
+        if eqn.primitive.name == "name" and eqn.params["name"] != INPUT:
+            name = eqn.params["name"]
+            found[name, count.setdefault(name, 0)] = i
+            count[name] += 1
+    return found
+
+
+def trace(function: Callable[..., jax.Array], inputs: list[Any], perturbed: list[bool]) -> Programs:
+    """The programs of function(*inputs) -> y for inputs of these shapes, differentiated where `perturbed`."""
+    forward = jax.make_jaxpr(function)(*inputs)
+    y = jax.ShapeDtypeStruct(forward.out_avals[0].shape, forward.out_avals[0].dtype)
+
+    def pull(*args):
+        *leaves, d_y = args
+
+        def of(*moved):
+            rest = iter(moved)
+            return function(*[next(rest) if use else leaf for leaf, use in zip(leaves, perturbed, strict=True)])
+
+        moved = [leaf for leaf, use in zip(leaves, perturbed, strict=True) if use]
+        return jax.vjp(of, *moved)[1](d_y)
+
+    vjp = jax.make_jaxpr(pull)(*inputs, y)
+    named = _named(forward.jaxpr)
+    if list(named) != list(_named(vjp.jaxpr)):
+        raise ValueError("a block names other activations when it is differentiated")
+    values = [forward.jaxpr.eqns[i].outvars[0] for i in named.values()]
+    opened = forward.jaxpr.replace(
+        outvars=[*forward.jaxpr.outvars, *values], debug_info=forward.jaxpr.debug_info.with_unknown_names()
+    )
+    return Programs(
+        ClosedJaxpr(opened, forward.consts),
+        vjp,
+        tuple(named),
+        tuple(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in values),
+    )
+
+
+def decide(plan: Plan, programs: Programs) -> dict[Kept, str]:
+    """What happens to each named activation that is kept, {(name, occurrence): action}; the rest is recomputed.
+
+    Raises:
+      InputError: for a name in the plan that no activation has.
+    """
+    known = list(dict.fromkeys(name for name, _ in programs.names))
+    for name, _ in plan.actions:
+        if name not in (*known, INPUT):
+            raise InputError(
+                f"--save {plan}: no activation is called {name!r}; nearest: {tree.nearest(name, known)}; "
+                f"known: {', '.join((INPUT, *known))}"
+            )
+    table = dict(plan.actions)
+    fixed = {name for name in programs.names if table.get(name[0], "recompute") != "recompute"}
+    free = [] if plan.preset == "blocks" else [name for name in programs.names if name[0] not in table]
+    _, _, read = programs.backward(fixed | set(matmuls(programs, fixed, free)))
+    return {name: table.get(name[0]) or action_of(plan.preset, name[0]) for name in read}
+
+
+def matmuls(programs: Programs, fixed: Iterable[Kept], free: Iterable[Kept]) -> list[Kept]:
+    """Of the names in `free`, the smallest set that, with `fixed`, spares every matrix product that they all spare.
+
+    Names are left out one by one, large ones first, as long as no product has to be computed again.
+    """
+    fixed, kept = list(fixed), list(free)
+    if not kept:
+        return []
+    size = dict(zip(programs.names, programs.shapes, strict=True))
+    least = count_flops(programs.backward([*fixed, *kept])[0])
+    # Of names of one size the last is tried first: the first is nearest to the product that made it.
+    for name in sorted(kept[::-1], key=lambda name: -tree.num_bytes(size[name])):
+        without = [other for other in kept if other != name]
+        if count_flops(programs.backward([*fixed, *without])[0]) <= least:
+            kept = without
+    return kept

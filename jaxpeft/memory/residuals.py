@@ -1,0 +1,336 @@
+"""What a layer keeps for its backward pass: each named activation is saved, recomputed, compressed or offloaded.
+
+The layers are run twice by loops of our own. With l the layer, g a group of the batch's rows and n a name,
+
+    forward   for l, for g:   x_g, v = block(W_l, x_g);   keep_n[l, g] = store(v_n)        for the names that are kept
+    backward  for l, for g:   d W_l, d x_g = vjp of block at (W_l, keep_x[l, g]) applied to d x_g,
+                              in which fetch(keep_n[l, g]) takes the place of v_n
+
+so the backward pass runs the block again, but whatever only led to a v_n that was kept is dead code. What nothing would
+read is not kept. The names are those that the model gives (`jax.ad_checkpoint.checkpoint_name`); `block_input` is x.
+
+    action      store, fetch
+    save        the array itself
+    recompute   nothing
+    compress    8-bit codes and one float32 scale per token, rounded at random so that the mean is exact; the forward
+                pass goes on with the exact value, the backward pass reads the rounded one (as in ActNN, Chen et al.
+                2021, arXiv:2104.14129)
+    offload     the array in the host's pinned memory
+
+Rows don't see each other inside a block, so both loops take a few of them at a time: what a block needs besides the
+kept arrays shrinks with the group, and no product is computed twice for it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import jaxpr_as_fun
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.memory.compressed import compress, decompress
+from jaxpeft.memory.flops import count_flops
+from jaxpeft.memory.plan import INPUT, Plan, action_of, parse
+from jaxpeft.memory.programs import Kept, Programs, decide, trace
+from jaxpeft.model import Batch, Model, Stack, scan_layers
+
+
+def remat(model: Model, save: str | Plan = "matmuls") -> Model:
+    """The model with its layers' residuals under a plan.
+
+    Apply it last, after `setup`: it acts on the blocks as methods have changed them. Outputs are those of the model,
+    gradients too (with `compress`: their mean is). With dropout, groups of rows draw masks of their own.
+
+    Args:
+      model: a model of stacked layers.
+      save: a plan, or its text (see `parse`).
+
+    Raises:
+      InputError: for a plan that cannot be read, or a model whose layers are not run by the ordinary scan. When traced:
+        for a name that no activation has.
+    """
+    plan = parse(save)
+    if plan.preset == "everything":
+        return model
+    if model.stack.run is not scan_layers:
+        raise InputError(f"--save {plan}: this model runs its layers in its own way; use --save everything")
+
+    def run(stack: Stack, params: tree.Params, batch: Batch, key: jax.Array | None = None, cache: Any = None):
+        if cache is not None:  # decoding: there is no backward pass
+            return scan_layers(stack, params, batch, key, cache)
+        x, ctx = stack.embed(params, batch, key)
+        for segment, first, end in tree.segments(params):
+            block = functools.partial(stack.block, cache=None, segment=segment)
+            x = _layers(block, plan, range(first, end), params[segment], x, ctx, key)
+        return x, None
+
+    return model._replace(stack=model.stack._replace(run=run))
+
+
+# What was decided, for those who plan.
+
+
+class Segment(NamedTuple):
+    """A stack of layers as it was traced under a plan.
+
+    programs: of one layer and one group of rows.
+    steps: layers times groups.
+    actions: what is done with the activations that are kept.
+    shapes: of one step's activations.
+    """
+
+    programs: Programs
+    steps: int
+    actions: dict[Kept, str]
+    shapes: dict[Kept, Any]
+
+    def kept_bytes(self, actions: Mapping[Kept, str] | None = None) -> dict[str, dict[str, int]]:
+        """{"device" or "host": {name: bytes of all layers}}."""
+        found: dict[str, dict[str, int]] = {"device": {}, "host": {}}
+        for name, action in (self.actions if actions is None else actions).items():
+            stored = jax.eval_shape(functools.partial(compress, seed=jnp.uint32(0)), self.shapes[name])
+            size = tree.num_bytes(stored if action == "compress" else self.shapes[name]) * self.steps
+            where = found["host" if action == "offload" else "device"]
+            where[name[0]] = where.get(name[0], 0) + size
+        return found
+
+    def recompute_flops(self, kept: Iterable[Kept] | None = None) -> float:
+        """FLOPs of matrix products that the backward pass of all layers computes again."""
+        least = count_flops(self.programs.backward(self.programs.names)[0])
+        given = self.actions if kept is None else kept
+        return (count_flops(self.programs.backward(given)[0]) - least) * self.steps
+
+
+_listeners: contextvars.ContextVar[tuple[list[Segment], ...]] = contextvars.ContextVar("listeners", default=())
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Segment]]:
+    """Collects the segments that are differentiated by what is traced inside."""
+    found: list[Segment] = []
+    token = _listeners.set((*_listeners.get(), found))
+    try:
+        yield found
+    finally:
+        _listeners.reset(token)
+
+
+# The two loops.
+
+
+def num_groups(rows: int, tokens_per_row: int, tokens: int) -> int:
+    """The fewest groups of equal size, each of at most `tokens` tokens or of one row."""
+    most = max(tokens // tokens_per_row, 1)
+    return next(groups for groups in range(1, rows + 1) if rows % groups == 0 and rows // groups <= most)
+
+
+def _divide(x, groups):
+    """(B, ...) -> (G, B / G, ...); group g takes rows g, g + G, ..., so that sharded rows stay where they are."""
+    return x.reshape(x.shape[0] // groups, groups, *x.shape[1:]).swapaxes(0, 1)
+
+
+def _join(x):
+    """The inverse of `_divide`."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+@jax.tree_util.register_static
+class _Static(tuple):
+    """Hashable facts that go from the forward rule to the backward rule."""
+
+
+class _Loop(NamedTuple):
+    """How one block's inputs lie in the arrays of all layers and groups; a step is one block on one group.
+
+    block: (layer, x, ctx) -> y.
+    treedef: of (params, x, ctx).
+    kinds: per leaf, "layer" (indexed by layer), "rows" (by group) or "shared".
+    x: the leaf that is the stream.
+    layers: the segment's.  groups: of rows.
+    keyed: whether there is a PRNG key.
+    """
+
+    block: Callable[..., jax.Array]
+    treedef: Any
+    kinds: tuple[str, ...]
+    x: int
+    layers: range
+    groups: int
+    keyed: bool
+
+    @property
+    def steps(self) -> jax.Array:
+        return jnp.arange(len(self.layers) * self.groups)
+
+    def at(self, leaf, kind, step):
+        """A step's part of a leaf."""
+        if kind == "shared":
+            return leaf
+        index = step // self.groups if kind == "layer" else step % self.groups
+        return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+
+    def put(self, whole, part, kind, step, add=False):
+        """The leaf with a step's part replaced, or added to."""
+        if kind == "shared":
+            return whole + part if add else part
+        if add:
+            part = self.at(whole, kind, step) + part
+        index = step // self.groups if kind == "layer" else step % self.groups
+        return jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
+
+    def inputs(self, leaves, stream, step, key):
+        """Everything that `function` takes; the last are the layer's number, and its key."""
+        parts = [
+            (self.at(stream, kind, step) if stream is not None else None) if i == self.x else self.at(leaf, kind, step)
+            for i, (leaf, kind) in enumerate(zip(leaves, self.kinds, strict=True))
+        ]
+        index = self.layers.start + step // self.groups
+        if not self.keyed:
+            return [*parts, index]
+        key = jax.random.fold_in(key, index)
+        return [*parts, index, key if self.groups == 1 else jax.random.fold_in(key, step % self.groups)]
+
+    def function(self, *inputs):
+        """The block, as a function of flat inputs."""
+        layer, x, ctx = self.treedef.unflatten(inputs[: len(self.kinds)])
+        own = dict(zip(("layer", "key"), inputs[len(self.kinds) :], strict=False))
+        return self.block(layer, x, {**ctx, **own})[0]
+
+    def programs(self, leaves, stream, key, perturbed) -> Programs:
+        """The traced block."""
+        shapes = jax.eval_shape(lambda *args: self.inputs(args[0], args[1], jnp.int32(0), args[2]), leaves, stream, key)
+        # What trains in one layer moves the stream of the next, whether or not it moves that of the first.
+        perturbed = [use or i == self.x for i, use in enumerate(perturbed)]
+        return trace(self.function, shapes, [*perturbed, *[False] * (1 + self.keyed)])
+
+
+def _layers(block, plan: Plan, layers: range, params, x, ctx, key):
+    """All layers of a segment: x (B, S, d) -> (B, S, d)."""
+    rows = x.shape[0]
+
+    def kind(path, leaf):
+        return "shared" if path[0].key == "shared" or jnp.shape(leaf)[:1] != (rows,) else "rows"
+
+    of_ctx = jax.tree_util.tree_map_with_path(kind, dict(ctx))
+    leaves, treedef = jax.tree.flatten((params, x, dict(ctx)))
+    kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
+    groups = num_groups(rows, x.shape[1], plan.tokens)
+    loop = _Loop(block, treedef, kinds, kinds.index("rows"), layers, groups, key is not None)
+    leaves = [_divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
+    return _join(_run(loop, plan, leaves, key))
+
+
+def _decide(loop, plan, leaves, stream, key, perturbed):
+    """(traced block, {kept: action}, the backward jaxpr, inputs that it reads, kept values in its order)."""
+    traced = loop.programs(leaves, stream, key, perturbed)
+    actions = decide(plan, traced)
+    closed, used, read = traced.backward(actions)
+    if used[loop.x]:
+        actions = {**actions, (INPUT, 0): dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)}
+    return traced, actions, closed, used, read
+
+
+def _shapes(traced, stream):
+    one = jax.ShapeDtypeStruct(stream.shape[1:], stream.dtype)
+    return {**dict(zip(traced.names, traced.shapes, strict=True)), (INPUT, 0): one}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(loop, plan, leaves, key):
+    def body(stream, step):
+        y = loop.function(*loop.inputs(leaves, stream, step, key))
+        return loop.put(stream, y, "rows", step), None
+
+    return jax.lax.scan(body, leaves[loop.x], loop.steps)[0]
+
+
+def _forward(loop, plan, leaves, key):
+    perturbed = [leaf.perturbed for leaf in leaves]
+    leaves, key = [leaf.value for leaf in leaves], None if key is None else key.value
+    stream = leaves[loop.x]
+    traced, actions, *_ = _decide(loop, plan, leaves, stream, key, perturbed)
+    compute = jaxpr_as_fun(traced.forward)
+    for found in _listeners.get():
+        found.append(Segment(traced, len(loop.steps), actions, _shapes(traced, stream)))
+
+    def body(stream, step):
+        inputs = loop.inputs(leaves, stream, step, key)
+        y, *values = compute(*inputs)
+        values = {**dict(zip(traced.names, values, strict=True)), (INPUT, 0): inputs[loop.x]}
+        seed = _seed(step, key)
+        kept = [_store(values[name], action, name, seed) for name, action in actions.items()]
+        return loop.put(stream, y, "rows", step), kept
+
+    end, kept = jax.lax.scan(body, stream, loop.steps)
+    leaves = [None if i == loop.x else leaf for i, leaf in enumerate(leaves)]
+    return end, (_Static(perturbed), leaves, key, kept, jnp.zeros((0,), stream.dtype))
+
+
+def _backward(loop, plan, saved, d_end):
+    perturbed, leaves, key, kept, like = saved
+    if isinstance(d_end, SymbolicZero):
+        return [None] * len(leaves), None
+    stream = jax.ShapeDtypeStruct(d_end.shape, like.dtype)
+    traced, actions, closed, used, read = _decide(loop, plan, leaves, stream, key, perturbed)
+    compute = jaxpr_as_fun(closed)
+    shapes = _shapes(traced, stream)
+    moved = [i for i, use in enumerate(perturbed) if use or i == loop.x]
+
+    def body(carry, step_kept):
+        d_stream, totals = carry
+        step, kept = step_kept
+        values = {
+            name: _fetch(x, action, name, shapes[name]) for (name, action), x in zip(actions.items(), kept, strict=True)
+        }
+        inputs = loop.inputs(leaves, None, step, key)
+        inputs[loop.x] = values.get((INPUT, 0))
+        inputs = [x for x, use in zip(inputs, used, strict=True) if use]
+        d_y = loop.at(d_stream, "rows", step)
+        found = dict(zip(moved, compute(*inputs, d_y, *[values[name] for name in read]), strict=True))
+        d_stream = loop.put(d_stream, found.pop(loop.x), "rows", step)
+        with jax.named_scope("grad"):
+            totals = {i: loop.put(totals[i], part, loop.kinds[i], step, add=True) for i, part in found.items()}
+        return (d_stream, totals), None
+
+    totals = {i: jnp.zeros(leaves[i].shape, leaves[i].dtype) for i in moved if i != loop.x}
+    (d_stream, totals), _ = jax.lax.scan(body, (d_end, totals), (loop.steps, kept), reverse=True)
+    if perturbed[loop.x]:
+        totals[loop.x] = d_stream
+    return [totals.get(i) for i in range(len(leaves))], None
+
+
+_run.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# What is done with an activation that is kept.
+
+
+def _seed(step, key):
+    """() uint32 that differs from step to step, and from call to call where there is a key."""
+    if key is None:
+        return step.astype(jnp.uint32)
+    return jax.random.bits(jax.random.fold_in(key, step), (), jnp.uint32)
+
+
+def _store(x, action: str, name: Kept, seed):
+    with jax.named_scope(f"save:{name[0]}"):
+        if action == "compress":
+            return compress(x, seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode())))
+        return jax.device_put(x, jax.memory.Space.Host) if action == "offload" else x
+
+
+def _fetch(stored, action: str, name: Kept, shape):
+    with jax.named_scope(f"read:{name[0]}"):
+        if action == "compress":
+            return decompress(stored, shape.dtype)
+        return jax.device_put(stored, jax.memory.Space.Device) if action == "offload" else stored

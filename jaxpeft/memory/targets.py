@@ -1,0 +1,397 @@
+"""Devices that are described, not attached, and what their compilers say a function needs there.
+
+XLA's ahead-of-time compilers for TPUs (libtpu) and NVIDIA GPUs (JAX's CUDA plugin and ptxas) run on any machine with a
+CPU. Compiling for abstract arguments allocates nothing and gives the compiler's own buffer assignment:
+
+    total = arguments + outputs - aliases + temporaries
+
+An alias is an output that takes a donated argument's buffer. Where a TPU's compiler refuses a program because it does
+not fit, it still writes the assignment that was too large; `compile` reads that, so the figure is exact there too. (The
+message's "total memory required for HLO temporaries (24.12G)" is that sum, arguments and outputs included, rounded.)
+A GPU's compiler never refuses. Both recompute by themselves before they go beyond the device (a GPU's, beyond 80 % of
+it): a program close to the limit may be another one than on a larger device.
+
+On a TPU `memory_analysis().temp_size_in_bytes` is not the assignment's: for a program with loops it is larger, by
+buffers that never exist (a scan over layers whose arguments, outputs and "temp" make 16.25 GiB is accepted on a v5e of
+15.75 GiB; its assignment, and `peak_memory_in_bytes`, are 13.25 GiB). `compile` reports the assignment's.
+
+A TPU keeps small intermediates in on-chip memory (128 MiB on v5e and v5p), which `temporaries` doesn't count: a small
+model's temporaries may be 0 there.
+
+The kinds of devices and the sources of their figures are in kinds.py.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.memory.kinds import TARGETS, Kind
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What to compile for: one device, or a slice of a TPU.
+
+    Attributes:
+      name: as the user wrote it: "v5p:4x4x4", "h200", "cpu".
+      platform: "tpu", "cuda" or "cpu".
+      chips: devices of the slice: its chips (on tpu7x, where JAX shows two devices per chip, twice as many); 1 for a
+        plain name.
+      memory_bytes, bandwidth, flops, source: of ONE device; see `Kind`.
+      kind: the key of TARGETS.
+      shape: chips in every dimension of the slice; () for a plain name.
+    """
+
+    name: str
+    platform: str
+    chips: int
+    memory_bytes: int
+    bandwidth: float | None
+    flops: float | None
+    source: str
+    kind: str
+    shape: tuple[int, ...] = ()
+
+
+def target(text: str) -> Target:
+    """The target that `text` names: a key of TARGETS, a TPU's with a slice shape if more than one device is meant.
+
+    Raises:
+      InputError: for an unknown name, or a slice shape that such devices don't come in.
+    """
+    name, colon, written = text.strip().partition(":")
+    if name not in TARGETS:
+        raise InputError(
+            f"target {text!r} is not known; did you mean {tree.nearest(name, TARGETS, 2)}? Known: {', '.join(TARGETS)}"
+        )
+    kind = TARGETS[name]
+    shape = _shape(text, name, kind, written) if colon else ()
+    chips = math.prod(shape) * kind.devices_per_chip if shape else 1
+    figures = (kind.memory_bytes, kind.bandwidth, kind.flops, kind.source)
+    return Target(text.strip(), kind.platform, chips, *figures, kind=name, shape=shape)
+
+
+def targets(text: str) -> list[Target]:
+    """The targets of a list with commas: "h200,v5p". Raises as `target` does, and InputError for an empty list."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise InputError(f"targets {text!r}: name at least one of {', '.join(TARGETS)}")
+    return [target(name) for name in names]
+
+
+def _shape(text: str, name: str, kind: Kind, written: str) -> tuple[int, ...]:
+    if kind.platform != "tpu":
+        raise InputError(f"target {text!r}: only a TPU has a slice shape; write {name}")
+    example = "x".join(str(4 if size > 1 else size) for size in kind.host)
+    like = f"write {name}:{example} for {math.prod(map(int, example.split('x')))} chips"
+    if not re.fullmatch(r"\d+(x\d+)*", written) or len(written.split("x")) != len(kind.host):
+        raise InputError(f"target {text!r}: a slice of {name} has {len(kind.host)} dimensions; {like}")
+    shape = tuple(int(size) for size in written.split("x"))
+    # One chip, or whole hosts: what libtpu describes.
+    if set(shape) != {1} and any(size < 1 or size % host for size, host in zip(shape, kind.host, strict=True)):
+        hosts = "x".join(map(str, kind.host))
+        raise InputError(f"target {text!r}: a slice of {name} consists of hosts of {hosts} chips; {like}")
+    return shape
+
+
+# Their devices.
+
+
+@functools.cache
+def devices(target: Target) -> list[jax.Device]:
+    """The described devices (for the cpu: this machine's, one), for use in shardings and meshes.
+
+    Raises:
+      InputError: if the target's compiler is not installed, or does not accept the slice.
+    """
+    kind = TARGETS[target.kind]
+    if target.platform == "cpu":
+        return jax.devices("cpu")[:1]
+    describe = _describe_tpu if target.platform == "tpu" else _describe_gpu
+    described = list(describe(target, kind).devices)
+    return described if target.shape else described[:1]
+
+
+def _describe_tpu(target: Target, kind: Kind) -> Any:
+    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+        raise _missing(target, "tpu")
+    shape = target.shape or kind.host
+    options = dict(kind.options)
+    if set(shape) == {1}:
+        options["chips_per_host_bounds"] = [1, 1, 1]
+    try:
+        with _environment({} if _tpu_attached() else _NO_TPU):
+            return topologies.get_topology_desc(f"{target.kind}:{'x'.join(map(str, shape))}", platform="tpu", **options)
+    except jax.errors.JaxRuntimeError as error:
+        raise InputError(f"target {target.name!r}: libtpu does not describe it: {_first_line(error)}") from error
+
+
+def _describe_gpu(target: Target, kind: Kind) -> Any:
+    if not kind.config.strip():  # the compiler would take an empty text, and plan for no GPU at all
+        raise ValueError(f"{target.kind} has no configuration")
+    try:
+        # JAX sets 1; the compiler's remarks on memory, as warnings and errors of its log, are what `compile` returns.
+        with _environment({"TF_CPP_MIN_LOG_LEVEL": "3"}, replace="1"):
+            return topologies.get_topology_desc(
+                platform="cuda", topology_name=target.kind, topology="1x1x1", target_config=kind.config
+            )
+    except NotImplementedError:
+        raise _missing(target, "cuda") from None
+
+
+def _missing(target: Target, extra: str) -> InputError:
+    return InputError(f"target {target.name!r}: its compiler is not installed: pip install 'jaxpeft[{extra}]'")
+
+
+# libtpu asks these of the machine's metadata, and complains where there is none; the last three are about its log.
+_NO_TPU = {
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no device, so nothing that only one process may hold
+    "TPU_LOG_DIR": "disabled",
+    "TPU_STDERR_LOG_LEVEL": "3",
+    "TPU_MIN_LOG_LEVEL": "3",
+}
+
+
+def _tpu_attached() -> bool:
+    return any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+
+
+@contextlib.contextmanager
+def _environment(values: Mapping[str, str], replace: str | None = None) -> Iterator[None]:
+    """Sets the variables that are unset (or are `replace`), for the time in which a compiler's library reads them."""
+    before = {key: os.environ.get(key) for key in values}
+    ours = [key for key, value in before.items() if value is None or value == replace]
+    os.environ.update({key: values[key] for key in ours})
+    try:
+        yield
+    finally:
+        for key in ours:
+            if (value := before[key]) is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+# What a function needs there.
+
+
+class Memory(NamedTuple):
+    """Bytes of ONE device that a compiled function needs, from the compiler's buffer assignment.
+
+    Attributes:
+      arguments, outputs: with the device's padding, donated ones in both.
+      aliases: outputs in the buffers of donated arguments.
+      temporaries: everything else that lives while it runs; on a TPU without its on-chip memories.
+      code: the program itself (0 where the platform doesn't say).
+      host_arguments, host_outputs, host_temporaries: in the host's memory, in none of the others.
+    """
+
+    arguments: int
+    outputs: int
+    aliases: int
+    temporaries: int
+    code: int = 0
+    host_arguments: int = 0
+    host_outputs: int = 0
+    host_temporaries: int = 0
+
+    @property
+    def total(self) -> int:
+        """What must be there at the peak, the code apart."""
+        return self.arguments + self.outputs - self.aliases + self.temporaries
+
+    @property
+    def host(self) -> int:
+        """What must be there in the host's memory."""
+        return self.host_arguments + self.host_outputs + self.host_temporaries
+
+
+class Compiled(NamedTuple):
+    """What the target's compiler made of a function.
+
+    Attributes:
+      memory: what it needs, of one device.
+      executable: None if the compiler refused it because it does not fit.
+      fits: whether `memory.total` is within the device's memory, and the compiler did not refuse.
+      dump: the folder of XLA's files, if one was asked for.
+    """
+
+    memory: Memory
+    executable: Any
+    fits: bool
+    dump: Path | None
+
+
+def compile(
+    target: Target,
+    function: Callable[..., Any],
+    *args: Any,
+    donate_argnums: int | Sequence[int] = (),
+    dump: str | os.PathLike[str] | None = None,
+    in_shardings: Any = None,
+    out_shardings: Any = None,
+) -> Compiled:
+    """Compiles `function(*args)` for a target; nothing is allocated or run.
+
+    Args:
+      target: what to compile for.
+      function: as for `jax.jit`.
+      *args: pytrees of `ShapeDtypeStruct`s or arrays. A leaf without a sharding goes to the target's first device.
+      donate_argnums: arguments whose buffers the outputs may take.
+      dump: a folder for XLA's files: HLO before and after optimisation, buffer assignment, live ranges.
+      in_shardings: as for `jax.jit`, over `devices(target)`, in place of the arguments' own.
+      out_shardings: as for `jax.jit`; None leaves them to the compiler.
+
+    Raises:
+      InputError: if the target's compiler is not installed.
+      jax.errors.JaxRuntimeError: if the compiler refuses for another reason than the device's memory.
+    """
+    shardings = {"in_shardings": in_shardings} if in_shardings is not None else {}
+    shardings |= {"out_shardings": out_shardings} if out_shardings is not None else {}
+    default = None if in_shardings is not None else SingleDeviceSharding(devices(target)[0])
+    lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*_abstract(args, default))
+    executable, refusal = None, None
+    with _dump_folder(target, dump) as folder:
+        options = {} if folder is None else {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+        try:
+            executable = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "No PTX compilation provider" in str(error):  # ptxas, of the nvcc wheel
+                raise _missing(target, "cuda") from error
+            if not _REFUSED.search(str(error)):
+                raise
+            refusal = error
+        # JAX's persistent compilation cache returns executables without an assignment.
+        assignment = _newest(folder, "*buffer-assignment.txt") if target.platform == "tpu" else None
+        written = None if assignment is None else assigned(assignment.read_text())
+    if executable is None and written is None:
+        assert refusal is not None
+        raise refusal
+    memory = _analysed(target, executable.memory_analysis(), written) if executable is not None else written
+    assert memory is not None
+    fits = executable is not None and memory.total <= target.memory_bytes
+    return Compiled(memory, executable, fits, None if dump is None else Path(dump))
+
+
+# Not the on-chip memories ("... in memory space vmem"): those are a kernel's mistake.
+_REFUSED = re.compile(r"Ran out of memory (on|in memory space) hbm", re.IGNORECASE)
+_ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$", re.MULTILINE)
+_DEVICE, _HOST = 0, 5  # XLA's numbers ("colors") of the memory spaces
+
+
+def assigned(text: str) -> Memory:
+    """The Memory of XLA's `*buffer-assignment.txt`, as a TPU's compiler writes it."""
+    sums: dict[tuple[int, str], int] = {}
+    for size, flags in _ALLOCATION.findall(text):
+        color = re.search(r"\bcolor (\d+)", flags)
+        space = int(color[1]) if color else _DEVICE
+        argument, output = re.search(r"\bparameter \d+", flags), "maybe-live-out" in flags
+        owner = ("alias" if output else "argument") if argument else "output" if output else "temporary"
+        sums[space, owner] = sums.get((space, owner), 0) + int(size)
+
+    def of(space: int, *owners: str) -> int:
+        return sum(sums.get((space, owner), 0) for owner in owners)
+
+    return Memory(
+        arguments=of(_DEVICE, "argument", "alias"),
+        outputs=of(_DEVICE, "output", "alias"),
+        aliases=of(_DEVICE, "alias"),
+        temporaries=of(_DEVICE, "temporary"),
+        host_arguments=of(_HOST, "argument", "alias"),
+        host_outputs=of(_HOST, "output"),
+        host_temporaries=of(_HOST, "temporary"),
+    )
+
+
+def _analysed(target: Target, analysis: Any, written: Memory | None) -> Memory:
+    """The executable's own figures; a TPU's from the assignment, `written`, where there is one."""
+    code = int(analysis.generated_code_size_in_bytes)
+    if written is not None:
+        return written._replace(code=code)
+    memory = Memory(
+        arguments=int(analysis.argument_size_in_bytes),
+        outputs=int(analysis.output_size_in_bytes),
+        aliases=int(analysis.alias_size_in_bytes),
+        temporaries=int(analysis.temp_size_in_bytes),
+        code=code,
+        host_arguments=int(analysis.host_argument_size_in_bytes),
+        host_outputs=int(analysis.host_output_size_in_bytes) - int(analysis.host_alias_size_in_bytes),
+        host_temporaries=int(analysis.host_temp_size_in_bytes),
+    )
+    if target.platform == "tpu":
+        return memory._replace(temporaries=int(analysis.peak_memory_in_bytes) - memory.total + memory.temporaries)
+    return memory
+
+
+def _abstract(args: Any, default: SingleDeviceSharding | None) -> Any:
+    """Arguments as ShapeDtypeStructs; an array's own device, which is not the target's, is forgotten."""
+
+    def leaf(x: Any) -> jax.ShapeDtypeStruct:
+        struct = x if isinstance(x, jax.ShapeDtypeStruct) else jax.eval_shape(lambda x: x, x)
+        own = x.sharding if isinstance(x, jax.ShapeDtypeStruct) and default is not None else None
+        return jax.ShapeDtypeStruct(struct.shape, struct.dtype, sharding=own or default, weak_type=struct.weak_type)
+
+    return jax.tree.map(leaf, args)
+
+
+@contextlib.contextmanager
+def _dump_folder(target: Target, dump: str | os.PathLike[str] | None) -> Iterator[Path | None]:
+    """`dump`; else one that goes away for a TPU, whose compiler may refuse; else None."""
+    if dump is not None:
+        yield Path(dump)
+    elif target.platform == "tpu":
+        with tempfile.TemporaryDirectory(prefix="jaxpeft-xla-") as folder:
+            yield Path(folder)
+    else:
+        yield None
+
+
+def _newest(folder: Path | None, pattern: str) -> Path | None:
+    return max(folder.glob(pattern), key=lambda file: file.stat().st_mtime, default=None) if folder else None
+
+
+# The attached device.
+
+
+def attached(target: Target) -> bool:
+    """Whether the target is what JAX has attached here: such devices, and at least as many."""
+    return jax.devices()[0].device_kind in TARGETS[target.kind].names and jax.device_count() >= target.chips
+
+
+def measured_peak(function: Callable[..., Any], *args: Any) -> int:
+    """Bytes in use at the peak, on the attached device, after `function(*args)` has run.
+
+    The allocator counts from the start of the process: measure in a fresh one, whose arguments are what the plan has.
+
+    Raises:
+      InputError: if the device keeps no such statistics (a cpu).
+    """
+    device = jax.devices()[0]
+    jax.block_until_ready(function(*args))
+    statistics = device.memory_stats()
+    if not statistics or "peak_bytes_in_use" not in statistics:
+        raise InputError(f"no memory statistics on {device.platform}: measure on an attached GPU or TPU")
+    return int(statistics["peak_bytes_in_use"])

@@ -1,0 +1,103 @@
+"""Exact causal attention, by the kernel of the platform that the program is lowered for.
+
+    out[q] = sum_k softmax_k(scale * <query[q], key[k]>) value[k]      over the keys that q may see
+
+    tpu      splash attention (JAX's own Pallas kernel)                splash.py
+    cuda     cuDNN's fused attention                                   cudnn.py
+    else     tiles in plain JAX, any mask                              chunked.py (smaller tiles on a CPU)
+
+Kernels take whole rows (no cache, no prefix) and one window for all layers; everything else runs in tiles. None holds
+an array of queries x keys in float32; cuDNN gets segments as a mask of queries x keys, for rows of up to 4096 tokens.
+
+The output and the float32 log-sum-exp of the scores are all that the backward pass needs besides query, key and value.
+They are named `attention` and `attention_lse` (`jax.ad_checkpoint.checkpoint_name`), so that a memory plan may keep
+both, or run the forward kernel again.
+
+Shapes: B batch, S queries, K keys, H heads, N key-value heads (H = N * G), D head size.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.attention import chunked, cudnn, splash
+from pallas_kernels.attention.chunked import EVERYONE, Where
+from pallas_kernels.platform import Implementation, operation
+
+__all__ = ["EVERYONE", "Where", "attention"]
+
+
+def _products(count):
+    """FLOPs of `count` products of queries and keys; causal masks halve them where queries are keys."""
+
+    def flops(query, key, *rest, **static):
+        b, s, h, d = query.shape
+        return count * 2.0 * b * h * s * key.shape[1] * d / (2 if s == key.shape[1] else 1)
+
+    return flops
+
+
+def _on_cpu(function):
+    """Tiles of 64: a CPU's caches hold the scores of such a tile."""
+    return Implementation(functools.partial(function, tile=64), lambda *args, **static: True, partitions=True)
+
+
+forward = operation(
+    "attention_forward",
+    chunked.forward,
+    flops=_products(2),
+    cpu=_on_cpu(chunked.forward),
+    tpu=Implementation(splash.forward, splash.supports),
+    cuda=Implementation(cudnn.forward, cudnn.supports),
+)
+backward = operation(
+    "attention_backward",
+    chunked.backward,
+    flops=_products(5),
+    cpu=_on_cpu(chunked.backward),
+    tpu=Implementation(splash.backward, splash.supports),
+    cuda=Implementation(cudnn.backward, cudnn.supports),
+)
+
+
+def attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, where: Where, scale: float, window: int | None = None
+) -> jax.Array:
+    """Causal attention with segments, windows and grouped queries.
+
+    Args:
+      query: (B, S, H, D).
+      key: (B, K, N, D), N dividing H; head h reads key-value head h // (H / N).
+      value: (B, K, N, D).
+      where: the mask, by indices and segments.
+      scale: factor of the scores.
+      window: a query sees keys less than `window` behind it; None: no limit.
+
+    Returns:
+      (B, S, H, D) in query's dtype; scores and sums are float32. A query that may see no key gets 0.
+    """
+    inputs = jax.lax.stop_gradient((query, key, value, where))
+    out, lse = forward(*inputs, scale=scale, window=window)
+    # Named flat: a head size below 128 would be padded where it is kept.
+    out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention").reshape(out.shape)
+    return _computed(query, key, value, where, out, checkpoint_name(lse, "attention_lse"), scale, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _computed(query, key, value, where, out, lse, scale, window):
+    """`out`, which attention has computed, with attention's derivative."""
+    return out
+
+
+def _keep(query, key, value, where, out, lse, scale, window):
+    return out, (query, key, value, where, out, lse)
+
+
+def _pull(scale, window, saved, d_out):
+    return *backward(*saved, d_out, scale=scale, window=window), None, None, None
+
+
+_computed.defvjp(_keep, _pull)
