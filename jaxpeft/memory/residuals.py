@@ -70,7 +70,7 @@ def remat(model: Model, save: str | Plan = "matmuls") -> Model:
         x, ctx = stack.embed(params, batch, key)
         for segment, first, end in tree.segments(params):
             block = functools.partial(stack.block, cache=None, segment=segment)
-            x = _layers(block, plan, range(first, end), params[segment], x, ctx, key)
+            x = _layers(block, plan, segment, range(first, end), params[segment], x, ctx, key)
         return x, None
 
     return model._replace(stack=model.stack._replace(run=run))
@@ -154,6 +154,7 @@ class _Loop(NamedTuple):
 
     block: (layer, x, ctx) -> y.
     treedef: of (params, x, ctx).
+    paths: per leaf, its path.
     kinds: per leaf, "layer" (indexed by layer), "rows" (by group) or "shared".
     x: the leaf that is the stream.
     layers: the segment's.  groups: of rows.
@@ -162,6 +163,7 @@ class _Loop(NamedTuple):
 
     block: Callable[..., jax.Array]
     treedef: Any
+    paths: tuple[str, ...]
     kinds: tuple[str, ...]
     x: int
     layers: range
@@ -174,10 +176,11 @@ class _Loop(NamedTuple):
 
     def at(self, leaf, kind, step):
         """A step's part of a leaf."""
-        if kind == "shared":
-            return leaf
-        index = step // self.groups if kind == "layer" else step % self.groups
-        return jax.lax.dynamic_index_in_dim(leaf, index, 0, keepdims=False)
+        return leaf if kind == "shared" else jax.lax.dynamic_index_in_dim(leaf, self.index(kind, step), keepdims=False)
+
+    def index(self, kind, step):
+        """Where a step's part lies: by layer, by group of rows, or one after the other."""
+        return {"layer": step // self.groups, "rows": step % self.groups, "steps": step}[kind]
 
     def put(self, whole, part, kind, step, add=False):
         """The leaf with a step's part replaced, or added to."""
@@ -185,8 +188,7 @@ class _Loop(NamedTuple):
             return whole + part if add else part
         if add:
             part = self.at(whole, kind, step) + part
-        index = step // self.groups if kind == "layer" else step % self.groups
-        return jax.lax.dynamic_update_index_in_dim(whole, part, index, 0)
+        return jax.lax.dynamic_update_index_in_dim(whole, part, self.index(kind, step), 0)
 
     def inputs(self, leaves, stream, step, key):
         """Everything that `function` takes; the last are the layer's number, and its key."""
@@ -214,7 +216,7 @@ class _Loop(NamedTuple):
         return trace(self.function, shapes, [*perturbed, *[False] * (1 + self.keyed)])
 
 
-def _layers(block, plan: Plan, layers: range, params, x, ctx, key):
+def _layers(block, plan: Plan, segment: str, layers: range, params, x, ctx, key):
     """All layers of a segment: x (B, S, d) -> (B, S, d)."""
     rows = x.shape[0]
 
@@ -223,11 +225,16 @@ def _layers(block, plan: Plan, layers: range, params, x, ctx, key):
 
     of_ctx = jax.tree_util.tree_map_with_path(kind, dict(ctx))
     leaves, treedef = jax.tree.flatten((params, x, dict(ctx)))
+    paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(dict(ctx))]
     kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
     groups = num_groups(rows, x.shape[1], plan.tokens)
-    loop = _Loop(block, treedef, kinds, kinds.index("rows"), layers, groups, key is not None)
+    loop = _Loop(block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, key is not None)
     leaves = [_divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
     return _join(_run(loop, plan, leaves, key))
+
+
+def _paths(nested) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(nested)]
 
 
 def _decide(loop, plan, leaves, stream, key, perturbed):
@@ -263,15 +270,26 @@ def _forward(loop, plan, leaves, key):
     for found in _listeners.get():
         found.append(Segment(traced, len(loop.steps), actions, _shapes(traced, stream)))
 
-    def body(stream, step):
+    def body(carry, step):
+        stream, kept = carry
         inputs = loop.inputs(leaves, stream, step, key)
         y, *values = compute(*inputs)
         values = {**dict(zip(traced.names, values, strict=True)), (INPUT, 0): inputs[loop.x]}
         seed = _seed(step, key)
-        kept = [_store(values[name], action, name, seed) for name, action in actions.items()]
-        return loop.put(stream, y, "rows", step), kept
+        kept, out = dict(kept), {}
+        for name, action in actions.items():
+            with jax.named_scope(f"save:{name[0]}"):
+                value = _store(values[name], action, name, seed)
+                if action == "offload":
+                    out[name] = value  # a loop's results may lie in the host's memory, what it carries may not
+                else:
+                    kept[name] = jax.tree.map(lambda x, part: loop.put(x, part, "steps", step), kept[name], value)
+        return (loop.put(stream, y, "rows", step), kept), out
 
-    end, kept = jax.lax.scan(body, stream, loop.steps)
+    shapes = _shapes(traced, stream)
+    empty = {name: _empty(shapes[name], action, len(loop.steps)) for name, action in actions.items()}
+    (end, kept), out = jax.lax.scan(body, (stream, {k: x for k, x in empty.items() if x is not None}), loop.steps)
+    kept = [out[name] if name in out else kept[name] for name in actions]
     leaves = [None if i == loop.x else leaf for i, leaf in enumerate(leaves)]
     return end, (_Static(perturbed), leaves, key, kept, jnp.zeros((0,), stream.dtype))
 
@@ -286,11 +304,11 @@ def _backward(loop, plan, saved, d_end):
     shapes = _shapes(traced, stream)
     moved = [i for i, use in enumerate(perturbed) if use or i == loop.x]
 
-    def body(carry, step_kept):
+    def body(carry, step):
         d_stream, totals = carry
-        step, kept = step_kept
         values = {
-            name: _fetch(x, action, name, shapes[name]) for (name, action), x in zip(actions.items(), kept, strict=True)
+            name: _fetch(x, step, action, name, shapes[name])
+            for (name, action), x in zip(actions.items(), kept, strict=True)
         }
         inputs = loop.inputs(leaves, None, step, key)
         inputs[loop.x] = values.get((INPUT, 0))
@@ -298,12 +316,14 @@ def _backward(loop, plan, saved, d_end):
         d_y = loop.at(d_stream, "rows", step)
         found = dict(zip(moved, compute(*inputs, d_y, *[values[name] for name in read]), strict=True))
         d_stream = loop.put(d_stream, found.pop(loop.x), "rows", step)
-        with jax.named_scope("grad"):
-            totals = {i: loop.put(totals[i], part, loop.kinds[i], step, add=True) for i, part in found.items()}
+        totals = dict(totals)
+        for i, part in found.items():
+            with jax.named_scope(f"grad:{loop.paths[i]}"):
+                totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=True)
         return (d_stream, totals), None
 
     totals = {i: jnp.zeros(leaves[i].shape, leaves[i].dtype) for i in moved if i != loop.x}
-    (d_stream, totals), _ = jax.lax.scan(body, (d_end, totals), (loop.steps, kept), reverse=True)
+    (d_stream, totals), _ = jax.lax.scan(body, (d_end, totals), loop.steps, reverse=True)
     if perturbed[loop.x]:
         totals[loop.x] = d_stream
     return [totals.get(i) for i in range(len(leaves))], None
@@ -323,14 +343,22 @@ def _seed(step, key):
 
 
 def _store(x, action: str, name: Kept, seed):
-    with jax.named_scope(f"save:{name[0]}"):
-        if action == "compress":
-            return compress(x, seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode())))
-        return jax.device_put(x, jax.memory.Space.Host) if action == "offload" else x
+    if action == "compress":
+        return compress(x, seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode())))
+    return jax.device_put(x, jax.memory.Space.Host) if action == "offload" else x
 
 
-def _fetch(stored, action: str, name: Kept, shape):
+def _empty(shape, action: str, steps: int):
+    """Where all steps' values are written; None for what is offloaded."""
+    if action == "offload":
+        return None
+    one = jax.eval_shape(compress, shape, jnp.uint32(0)) if action == "compress" else shape
+    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), one)
+
+
+def _fetch(kept, step, action: str, name: Kept, shape):
     with jax.named_scope(f"read:{name[0]}"):
+        stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), kept)
         if action == "compress":
             return decompress(stored, shape.dtype)
         return jax.device_put(stored, jax.memory.Space.Device) if action == "offload" else stored

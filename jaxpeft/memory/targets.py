@@ -41,6 +41,7 @@ from jax.sharding import SingleDeviceSharding
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
+from jaxpeft.memory import hlo
 from jaxpeft.memory.kinds import TARGETS, Kind
 
 
@@ -275,11 +276,11 @@ def compile(
     lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*_abstract(args, default))
     executable, refusal = None, None
     with _dump_folder(target, dump) as folder:
-        options = {} if folder is None else {"xla_dump_to": str(folder), "xla_dump_hlo_as_text": True}
+        options = {} if folder is None else {"xla_dump_to": str(folder), **hlo.DUMP_OPTIONS}
         try:
             executable = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
-            if "No PTX compilation provider" in str(error):  # ptxas, of the nvcc wheel
+            if _NO_TOOLKIT.search(str(error)):
                 raise _missing(target, "cuda") from error
             if not _REFUSED.search(str(error)):
                 raise
@@ -298,6 +299,7 @@ def compile(
 
 # Not the on-chip memories ("... in memory space vmem"): those are a kernel's mistake.
 _REFUSED = re.compile(r"Ran out of memory (on|in memory space) hbm", re.IGNORECASE)
+_NO_TOOLKIT = re.compile("No PTX compilation provider|libdevice not found")  # the wheels nvidia-cuda-nvcc, nvidia-nvvm
 _ALLOCATION = re.compile(r"^allocation \d+: size (\d+)(.*)$", re.MULTILINE)
 _DEVICE, _HOST = 0, 5  # XLA's numbers ("colors") of the memory spaces
 

@@ -135,11 +135,18 @@ def test_a_missing_compiler_names_its_extra(monkeypatch):
         targets.devices.__wrapped__(targets.target("h200"))
 
 
-def test_a_missing_assembler_names_its_extra(monkeypatch):
+@pytest.mark.parametrize(
+    "message",
+    [
+        "UNAVAILABLE: No PTX compilation provider is available. Neither ptxas/nvlink nor nvjtlink is available.",
+        "INTERNAL: libdevice not found at ./libdevice.10.bc",
+    ],
+)
+def test_a_missing_assembler_names_its_extra(monkeypatch, message):
     target = described("h200")
 
     def refuses(*args, **kwargs):
-        raise jax.errors.JaxRuntimeError("UNAVAILABLE: No PTX compilation provider is available. Neither ptxas/nvlink")
+        raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuses)
     with pytest.raises(InputError, match=r"pip install 'jaxpeft\[cuda\]'"):
