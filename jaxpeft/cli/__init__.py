@@ -29,6 +29,8 @@ from jaxpeft.errors import InputError, RunError
 # Command name -> the module in this package and its dataclass, and a line for the help.
 COMMANDS = {
     "train": ("train:Train", "fine-tune a model on a file of examples"),
+    "plan": ("plan:Plan", "say what a step needs on a device, before the run; fit a budget"),
+    "profile": ("profile:Profile", "say who owns the bytes at a step's peak"),
     "generate": ("generate:Generate", "continue a prompt, with or without an adapter"),
     "merge": ("merge:Merge", "fold an adapter into the weights of its base"),
     "export": ("export:Export", "write a run's checkpoint as a Hugging Face PEFT adapter"),

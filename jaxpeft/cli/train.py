@@ -8,6 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxpeft.cli.arguments import method_settings
 from jaxpeft.cli.config import flag
 from jaxpeft.errors import InputError
 
@@ -161,42 +162,9 @@ def check(args: Train) -> None:
         raise InputError(f"--adapter {args.adapter}: no such directory")
 
 
-def method_settings(args: Train) -> dict[str, Any]:
-    """The keyword arguments for the method's factory: those that were given, and no others.
-
-    Raises:
-        InputError: for a method option that is not NAME=VALUE or is given twice.
-    """
-    import yaml
-
-    named = {"rank": args.rank, "alpha": args.alpha, "targets": args.targets}
-    settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    for option in args.method_options:
-        name, equals, text = option.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name.isidentifier():
-            raise InputError(f"--method-options {option!r}: must be NAME=VALUE")
-        if name in settings:
-            raise InputError(f"--method-options {option!r}: {name} is given twice")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"--method-options {option!r}: the value is not YAML") from None
-        settings[name] = _number(value) if isinstance(value, str) else value
-    return settings
-
-
 def fresh_directory(parent: Path) -> Path:
     """The first of parent/run-1, parent/run-2, ... that does not exist; creates nothing."""
     number = 1
     while (parent / f"run-{number}").exists():
         number += 1
     return parent / f"run-{number}"
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 1e-4 as text because it has no dot; everybody means the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -19,10 +19,11 @@ def count_flops(jaxpr: Any) -> float:
 
     The body of a `while` counts once: its length is not known. Of the branches of a `cond` the dearest counts.
     """
-    return sum(_flops(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
+    return sum(equation_flops(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
-def _flops(eqn: Any) -> float:
+def equation_flops(eqn: Any) -> float:
+    """The same of one equation."""
     name, params = eqn.primitive.name, eqn.params
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr
@@ -11,13 +13,14 @@ from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory.flops import count_flops
+from jaxpeft.memory.flops import equation_flops
 from jaxpeft.memory.plan import INPUT, Plan, action_of
 
 Kept = tuple[str, int]  # a name, and which of the activations with that name
 
 
-class Programs(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Programs:
     """A block, traced.
 
     forward: (*inputs) -> (y, *values of `names`).
@@ -52,6 +55,33 @@ class Programs(NamedTuple):
         inputs = len(jaxpr.invars) - 1
         read = [name for name, use in zip(names, used[inputs + 1 :], strict=True) if use]
         return ClosedJaxpr(pruned, self.vjp.consts), used[:inputs], read
+
+    @functools.cached_property
+    def _graph(self):
+        """(equations that each equation reads from, FLOPs of each, those that yield the cotangents, named ones)."""
+        jaxpr = self.vjp.jaxpr
+        made = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
+        reads = [[made[v] for v in eqn.invars if not hasattr(v, "val") and v in made] for eqn in jaxpr.eqns]
+        ends = [made[v] for v in jaxpr.outvars if not hasattr(v, "val") and v in made]
+        return reads, [equation_flops(eqn) for eqn in jaxpr.eqns], ends, _named(jaxpr)
+
+    def work(self, given: Iterable[Kept]) -> tuple[float, list[Kept]]:
+        """(FLOPs of matrix products of `backward(given)`, those of `given` that it reads), without making it."""
+        reads, flops, ends, named = self._graph
+        at = {named[name]: name for name in given}
+        seen: set[int] = set()
+        todo = list(ends)
+        while todo:
+            i = todo.pop()
+            if i not in seen:
+                seen.add(i)
+                if i not in at:
+                    todo += reads[i]
+        return sum(flops[i] for i in seen if i not in at), [name for i, name in at.items() if i in seen]
+
+    def recompute_flops(self, given: Iterable[Kept]) -> float:
+        """FLOPs of matrix products of `backward(given)` that `backward` of all names does without."""
+        return self.work(given)[0] - self.work(self.names)[0]
 
 
 def _named(jaxpr) -> dict[Kept, int]:
@@ -113,7 +143,8 @@ def decide(plan: Plan, programs: Programs) -> dict[Kept, str]:
     table = dict(plan.actions)
     fixed = {name for name in programs.names if table.get(name[0], "recompute") != "recompute"}
     free = [] if plan.preset == "blocks" else [name for name in programs.names if name[0] not in table]
-    _, _, read = programs.backward(fixed | set(matmuls(programs, fixed, free)))
+    _, read = programs.work([*fixed, *matmuls(programs, fixed, free)])
+    read = [name for name in programs.names if name in read]
     return {name: table.get(name[0]) or action_of(plan.preset, name[0]) for name in read}
 
 
@@ -126,10 +157,11 @@ def matmuls(programs: Programs, fixed: Iterable[Kept], free: Iterable[Kept]) -> 
     if not kept:
         return []
     size = dict(zip(programs.names, programs.shapes, strict=True))
-    least = count_flops(programs.backward([*fixed, *kept])[0])
+    least, _ = programs.work([*fixed, *kept])
     # Of names of one size the last is tried first: the first is nearest to the product that made it.
-    for name in sorted(kept[::-1], key=lambda name: -tree.num_bytes(size[name])):
+    order = sorted(enumerate(kept), key=lambda item: (-tree.num_bytes(size[item[1]]), -item[0]))
+    for _, name in order:
         without = [other for other in kept if other != name]
-        if count_flops(programs.backward([*fixed, *without])[0]) <= least:
+        if programs.work([*fixed, *without])[0] <= least:
             kept = without
     return kept

@@ -26,8 +26,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -38,13 +39,12 @@ from jax.extend.core import jaxpr_as_fun
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory.compressed import compress, decompress
-from jaxpeft.memory.flops import count_flops
 from jaxpeft.memory.plan import INPUT, Plan, action_of, parse
 from jaxpeft.memory.programs import Kept, Programs, decide, trace
 from jaxpeft.model import Batch, Model, Stack, scan_layers
 
 
-def remat(model: Model, save: str | Plan = "matmuls") -> Model:
+def remat(model: Model, save: str | Plan = "matmuls", shards: int = 1) -> Model:
     """The model with its layers' residuals under a plan.
 
     Apply it last, after `setup`: it acts on the blocks as methods have changed them. Outputs are those of the model,
@@ -53,6 +53,7 @@ def remat(model: Model, save: str | Plan = "matmuls") -> Model:
     Args:
       model: a model of stacked layers.
       save: a plan, or its text (see `parse`).
+      shards: devices over which the rows of a batch are divided.
 
     Raises:
       InputError: for a plan that cannot be read, or a model whose layers are not run by the ordinary scan. When traced:
@@ -70,7 +71,7 @@ def remat(model: Model, save: str | Plan = "matmuls") -> Model:
         x, ctx = stack.embed(params, batch, key)
         for segment, first, end in tree.segments(params):
             block = functools.partial(stack.block, cache=None, segment=segment)
-            x = _layers(block, plan, segment, range(first, end), params[segment], x, ctx, key)
+            x = _layers(block, plan, shards, segment, range(first, end), params[segment], x, ctx, key)
         return x, None
 
     return model._replace(stack=model.stack._replace(run=run))
@@ -93,21 +94,24 @@ class Segment(NamedTuple):
     actions: dict[Kept, str]
     shapes: dict[Kept, Any]
 
-    def kept_bytes(self, actions: Mapping[Kept, str] | None = None) -> dict[str, dict[str, int]]:
+    def stored_bytes(self, name: Kept, action: str) -> int:
+        """Bytes of an activation in all layers, as it is stored."""
+        shape = self.shapes[name]
+        if action == "compress":
+            return (math.prod(shape.shape) + 4 * math.prod(shape.shape[:-1])) * self.steps
+        return tree.num_bytes(shape) * self.steps
+
+    def kept_bytes(self) -> dict[str, dict[str, int]]:
         """{"device" or "host": {name: bytes of all layers}}."""
         found: dict[str, dict[str, int]] = {"device": {}, "host": {}}
-        for name, action in (self.actions if actions is None else actions).items():
-            stored = jax.eval_shape(functools.partial(compress, seed=jnp.uint32(0)), self.shapes[name])
-            size = tree.num_bytes(stored if action == "compress" else self.shapes[name]) * self.steps
+        for name, action in self.actions.items():
             where = found["host" if action == "offload" else "device"]
-            where[name[0]] = where.get(name[0], 0) + size
+            where[name[0]] = where.get(name[0], 0) + self.stored_bytes(name, action)
         return found
 
-    def recompute_flops(self, kept: Iterable[Kept] | None = None) -> float:
+    def recompute_flops(self) -> float:
         """FLOPs of matrix products that the backward pass of all layers computes again."""
-        least = count_flops(self.programs.backward(self.programs.names)[0])
-        given = self.actions if kept is None else kept
-        return (count_flops(self.programs.backward(given)[0]) - least) * self.steps
+        return self.programs.recompute_flops(name for name in self.actions if name[0] != INPUT) * self.steps
 
 
 _listeners: contextvars.ContextVar[tuple[list[Segment], ...]] = contextvars.ContextVar("listeners", default=())
@@ -127,10 +131,11 @@ def recorded() -> Iterator[list[Segment]]:
 # The two loops.
 
 
-def num_groups(rows: int, tokens_per_row: int, tokens: int) -> int:
-    """The fewest groups of equal size, each of at most `tokens` tokens or of one row."""
+def num_groups(rows: int, tokens_per_row: int, tokens: int, shards: int = 1) -> int:
+    """The fewest groups of equal size, each of at most `tokens` tokens or one row of every shard."""
+    own = max(rows // shards, 1)
     most = max(tokens // tokens_per_row, 1)
-    return next(groups for groups in range(1, rows + 1) if rows % groups == 0 and rows // groups <= most)
+    return next(groups for groups in range(1, own + 1) if own % groups == 0 and own // groups <= most)
 
 
 def _divide(x, groups):
@@ -176,9 +181,9 @@ class _Loop(NamedTuple):
 
     def at(self, leaf, kind, step):
         """A step's part of a leaf."""
-        return leaf if kind == "shared" else jax.lax.dynamic_index_in_dim(leaf, self.index(kind, step), keepdims=False)
+        return leaf if kind == "shared" else jax.lax.dynamic_index_in_dim(leaf, self.place(kind, step), keepdims=False)
 
-    def index(self, kind, step):
+    def place(self, kind, step):
         """Where a step's part lies: by layer, by group of rows, or one after the other."""
         return {"layer": step // self.groups, "rows": step % self.groups, "steps": step}[kind]
 
@@ -188,7 +193,7 @@ class _Loop(NamedTuple):
             return whole + part if add else part
         if add:
             part = self.at(whole, kind, step) + part
-        return jax.lax.dynamic_update_index_in_dim(whole, part, self.index(kind, step), 0)
+        return jax.lax.dynamic_update_index_in_dim(whole, part, self.place(kind, step), 0)
 
     def inputs(self, leaves, stream, step, key):
         """Everything that `function` takes; the last are the layer's number, and its key."""
@@ -216,7 +221,7 @@ class _Loop(NamedTuple):
         return trace(self.function, shapes, [*perturbed, *[False] * (1 + self.keyed)])
 
 
-def _layers(block, plan: Plan, segment: str, layers: range, params, x, ctx, key):
+def _layers(block, plan: Plan, shards: int, segment: str, layers: range, params, x, ctx, key):
     """All layers of a segment: x (B, S, d) -> (B, S, d)."""
     rows = x.shape[0]
 
@@ -227,7 +232,7 @@ def _layers(block, plan: Plan, segment: str, layers: range, params, x, ctx, key)
     leaves, treedef = jax.tree.flatten((params, x, dict(ctx)))
     paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(dict(ctx))]
     kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
-    groups = num_groups(rows, x.shape[1], plan.tokens)
+    groups = num_groups(rows, x.shape[1], plan.tokens, shards)
     loop = _Loop(block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, key is not None)
     leaves = [_divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
     return _join(_run(loop, plan, leaves, key))
@@ -242,6 +247,7 @@ def _decide(loop, plan, leaves, stream, key, perturbed):
     traced = loop.programs(leaves, stream, key, perturbed)
     actions = decide(plan, traced)
     closed, used, read = traced.backward(actions)
+    actions = {name: actions[name] for name in read}
     if used[loop.x]:
         actions = {**actions, (INPUT, 0): dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)}
     return traced, actions, closed, used, read

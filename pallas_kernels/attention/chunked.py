@@ -83,7 +83,7 @@ def forward(query, key, value, where, *, scale, window=None, tile=None):
     """(out (B, S, H, D) in query's dtype, lse (B, H, S) float32)."""
     b, s, h, d = query.shape
     tiles = _tiled(query, key, value, where, window, tile)
-    out, lse = _forward(*tiles[:4], scale, tiles.sizes)
+    out, lse = _forward(tiles.query, tiles.key, tiles.value, tiles.where, scale, tiles.sizes)
     return out.reshape(b, -1, h, d)[:, :s], lse.reshape(b, h, -1)[..., :s]
 
 
@@ -94,7 +94,7 @@ def backward(query, key, value, where, out, lse, d_out, *, scale, window=None, t
     tiles = _tiled(query, key, value, where, window, tile)
     pad = tiles.query.shape[1] - s
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, pad))).reshape(b, n, h // n, s + pad)
-    saved = (*tiles[:4], _grouped(out, n, pad), lse)
+    saved = (tiles.query, tiles.key, tiles.value, tiles.where, _grouped(out, n, pad), lse)
     d_query, d_key, d_value = _backward(scale, tiles.sizes, saved, _grouped(d_out, n, pad))
     return d_query.reshape(b, -1, h, d)[:, :s], d_key[:, : key.shape[1]], d_value[:, : key.shape[1]]
 

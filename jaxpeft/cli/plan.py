@@ -1,0 +1,177 @@
+"""`jaxpeft plan`: what a fine-tuning step needs on a device that need not be here, and what fits a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, num_bytes
+from jaxpeft.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(StepArguments):
+    """Say before the run what a step needs: who owns the bytes, what it computes, whether it fits.
+
+    --method, --save and --target take several with commas (--save with semicolons); every combination is a row.
+    """
+
+    budget: str | None = None
+    """Bytes of one device, such as 24GiB: find the plan with the least recomputation that fits, for `train --save`."""
+    actions: str = "save"
+    """What --budget may do besides recomputing, with commas: save, compress, offload."""
+    largest: bool = False
+    """Find the largest batch and the longest sequence that fit, too; compiles several times for each row."""
+    check: bool = False
+    """Run the step on the attached device, which must be the target, and compare with the peak measured there."""
+    picture: Path | None = None
+    """File for the rows as stacked bars (PNG, SVG or PDF)."""
+    json: bool = False
+    """Print one JSON document on stdout and nothing else there."""
+
+
+def run(args: Plan) -> dict[str, Any]:
+    """Returns {"model", "rows": [...]}; see `jaxpeft.memory.planner.row` for a row.
+
+    Raises:
+        InputError: for arguments that cannot be used.
+    """
+    check_step(args)
+    budget = None if args.budget is None else num_bytes("--budget", args.budget)
+    allowed = [action.strip() for action in args.actions.split(",")]
+    if unknown := [action for action in allowed if action not in ("save", "compress", "offload")]:
+        raise InputError(f"--actions {args.actions!r}: unknown action {unknown[0]!r}; known: save, compress, offload")
+    if not args.check:
+        describe_only()
+
+    from jaxpeft import assets
+    from jaxpeft.memory import planner, targets
+    from jaxpeft.memory.plan import parse
+    from jaxpeft.models import geometries
+
+    devices = targets.targets(args.target)
+    plans = [parse(text) for text in args.save.split(";")]
+    config = geometries.load(str(assets.MODEL) if args.model is None else args.model)
+    chosen = methods(args)
+    for device in devices:
+        targets.devices(device)  # a missing compiler is said before the first compilation
+
+    def make(method, device, plan, batch_size=args.batch_size, seq_len=args.seq_len):
+        return planner.make_step(
+            config, method, batch_size, seq_len, plan, args.dtype, args.pack, args.accumulate, device.chips
+        )
+
+    rows = []
+    for name, method in chosen:
+        for device in devices:
+            for plan in plans if budget is None else [parse("blocks")]:
+                if budget is None:
+                    _say(f"compiling {name} for {device.name}, {plan}")
+                    step = make(method, device, plan)
+                    made = planner.row(step, device)
+                else:
+                    by_plan = lambda plan, method=method, device=device: make(method, device, plan)
+                    step, made = planner.fit(by_plan, device, budget, allowed, _say)
+                    made["budget_bytes"] = budget
+                if args.largest:
+                    made |= _largest(args, make, method, device, step.plan, config, budget or device.memory_bytes)
+                if args.check:
+                    made["measured_bytes"] = _measured(step, device)
+                rows.append({"method": name, **made, "dtype": args.dtype})
+    document = {"model": args.model or "embedded", "rows": rows}
+    if args.picture is not None:
+        from jaxpeft.memory.bars import write_bars
+
+        write_bars(document, args.picture)
+    return document
+
+
+def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config: Any, room: int) -> dict[str, int]:
+    from jaxpeft.memory import planner
+
+    def total(**sizes):
+        made = planner.row(make(method, device, plan, **sizes), device)
+        _say(f"{', '.join(f'{k} {v}' for k, v in sizes.items())}: {made['bytes']['total'] / 2**30:.2f} GiB")
+        return made["bytes"]["total"]
+
+    quantum = args.accumulate * device.chips
+    batch = planner.largest(lambda n: total(batch_size=n), room, args.batch_size, quantum)
+    step = 128 if args.seq_len >= 128 else 1
+    limit = config.get("max_position_embeddings")
+    start = max(args.seq_len // step * step, step)
+    return {
+        "largest_batch": batch,
+        "longest_sequence": planner.largest(lambda n: total(seq_len=n), room, start, step, limit),
+    }
+
+
+def _measured(step: Any, device: Any) -> int:
+    import jax
+    import jax.numpy as jnp
+
+    from jaxpeft.memory import targets
+
+    if not targets.attached(device):
+        here = jax.devices()[0].device_kind
+        raise InputError(f"--check: the target is {device.name}, attached is {here}; run it on a {device.name}")
+
+    def filled(x):
+        if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.key(0)
+        return jnp.ones(x.shape, x.dtype)
+
+    state = jax.tree.map(filled, step.state)
+    batch = jax.tree.map(filled, step.batch)
+    return targets.measured_peak(jax.jit(step.function, donate_argnums=0), state, batch)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(document: dict[str, Any]) -> None:
+    """Prints the rows as a table, largest owners in the columns."""
+    import rich.console
+    import rich.table
+
+    from jaxpeft.memory.planner import CATEGORIES
+
+    rows = document["rows"]
+    unit, size = ("GiB", 2**30) if max(row["bytes"]["total"] for row in rows) >= 2**30 else ("MiB", 2**20)
+    table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for number, column in enumerate(("method", "target", *CATEGORIES, "total", "left", "fits", "TFLOP", "recomputed")):
+        table.add_column(column, justify="right" if number > 1 else "left", overflow="fold")
+
+    def digits(value):
+        return f"{value / size:.2f}"
+
+    for row in rows:
+        share = row["recompute_flops"] / row["flops"] if row["flops"] else 0.0
+        table.add_row(
+            row["method"],
+            row["target"],
+            *(digits(row["bytes"][name]) for name in CATEGORIES),
+            digits(row["bytes"]["total"]),
+            digits(row["device_bytes"] - row["bytes"]["total"]),
+            "yes" if row["fits"] else "no",
+            f"{row['flops'] / 1e12:.3g}",
+            f"{share:.1%}",
+        )
+    console = rich.console.Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
+    first = rows[0]
+    console.print(
+        f"{document['model']}, batch {first['batch_size']} x {first['seq_len']} tokens, {first['dtype']}, {unit}; "
+        f"compiled by JAX {first['jax']}\n"
+    )
+    console.print(table)
+    for row in rows:
+        notes = [f"--save {row['save']}"]
+        if row["host_bytes"]:
+            notes.append(f"{digits(row['host_bytes'])} {unit} in the host's memory")
+        if "largest_batch" in row:
+            notes.append(f"largest batch {row['largest_batch']}, longest sequence {row['longest_sequence']}")
+        if "measured_bytes" in row:
+            notes.append(f"measured {digits(row['measured_bytes'])} {unit}")
+        console.print(f"{row['method']} on {row['target']}: {'; '.join(notes)}", soft_wrap=True)
