@@ -37,8 +37,9 @@ class StepArguments:
     """Rows hold several examples that do not see each other."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Type of the frozen weights and of the computation; what trains is float32."""
-    save: str = "matmuls"
-    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION."""
+    save: str | None = None
+    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION. Default:
+    matmuls, or everything where the method runs the layers in its own way."""
     target: str = "cpu"
     """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu, or a slice of TPUs such as v5p:4x4x4."""
 

@@ -52,7 +52,7 @@ def run(args: Plan) -> dict[str, Any]:
     from jaxpeft.models import geometries
 
     devices = targets.targets(args.target)
-    plans = [parse(text) for text in args.save.split(";")]
+    plans = [None] if args.save is None else [parse(text) for text in args.save.split(";")]
     config = geometries.load(str(assets.MODEL) if args.model is None else args.model)
     chosen = methods(args)
     for device in devices:
@@ -68,8 +68,8 @@ def run(args: Plan) -> dict[str, Any]:
         for device in devices:
             for plan in plans if budget is None else [parse("blocks")]:
                 if budget is None:
-                    _say(f"compiling {name} for {device.name}, {plan}")
                     step = make(method, device, plan)
+                    _say(f"compiling {name} for {device.name}, {step.plan}")
                     made = planner.row(step, device)
                 else:
                     by_plan = lambda plan, method=method, device=device: make(method, device, plan)

@@ -62,6 +62,9 @@ class Train:
     dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the frozen weights and of the computation; what trains is float32. Default: bfloat16, with the embedded
     model float32, which processors without bfloat16 units compute faster."""
+    save: str | None = None
+    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION, as
+    `jaxpeft plan` prints it. Default: matmuls, or everything where the method runs the layers in its own way."""
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""
 

@@ -29,7 +29,7 @@ from jaxpeft.memory.programs import matmuls
 from jaxpeft.memory.residuals import Segment
 from jaxpeft.memory.targets import Memory, Target
 from jaxpeft.method import Method, as_master
-from jaxpeft.model import Model, scan_layers
+from jaxpeft.model import Model
 from jaxpeft.models import family
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
@@ -60,7 +60,7 @@ def make_step(
     method: Method,
     batch_size: int,
     seq_len: int,
-    save: str | Plan = "matmuls",
+    save: str | Plan | None = None,
     dtype: Any = jnp.bfloat16,
     packed: bool = True,
     accumulate: int = 1,
@@ -72,7 +72,7 @@ def make_step(
       config: a parsed config.json.
       method: what to train.
       batch_size: rows of a step.  seq_len: tokens of a row.
-      save: the memory plan; a model that runs its layers in its own way takes `everything`.
+      save: the memory plan; None: `residuals.default_plan`.
       dtype: of frozen weights and of the computation.
       packed: whether rows hold several examples (and so come with segment ids).
       accumulate: micro-batches.
@@ -83,9 +83,7 @@ def make_step(
     """
     base = family(config).from_hf(config, dtype)
     model = method.forward(base)
-    plan = parse(save)
-    if model.stack.run is not scan_layers:
-        plan = Plan("everything")
+    plan = residuals.default_plan(model) if save is None else parse(save)
     model = residuals.remat(model, plan, shards)
     key = jax.eval_shape(lambda: jax.random.key(0))
     of_base = jax.eval_shape(lambda key: base.init(key, {}), key)
@@ -133,22 +131,25 @@ def cost(step: Step) -> Cost:
     # Differentiation may trace a segment several times; the last one is what runs.
     segments = found[-len(tree.segments(params)) :] if found else []
     if step.plan.preset == "everything":
-        return Cost(flops, head, _autodiff_bytes(step), 0, segments)
-    kept = [segment.kept_bytes() for segment in segments]
+        return Cost(flops, head, autodiff_bytes(step.model, step.state, step.batch), 0, segments)
     again = sum(segment.recompute_flops() for segment in segments)
-    on_device, in_host = (sum(sum(x[where].values()) for x in kept) for where in ("device", "host"))
-    return Cost(flops, head + again, on_device, in_host, segments)
+    return Cost(flops, head + again, kept_bytes(segments), kept_bytes(segments, "host"), segments)
 
 
-def _autodiff_bytes(step: Step) -> int:
+def kept_bytes(segments: Iterable[Segment], where: str = "device") -> int:
+    """Bytes of all activations that layers keep on the device, or in the host's memory."""
+    return sum(sum(segment.kept_bytes()[where].values()) for segment in segments)
+
+
+def autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any]) -> int:
     """Bytes that plain autodiff keeps, counted on the vjp's closure without the parameters."""
 
     def pull(trainable, frozen, batch):
-        value = lambda trainable: completion_loss(step.model, tree.combine(trainable, frozen), batch)[0]
+        value = lambda trainable: completion_loss(model, tree.combine(trainable, frozen), batch)[0]
         return jax.vjp(value, trainable)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(pull, step.state.trainable, step.state.frozen, step.batch))
-    given = [(x.shape, x.dtype) for x in jax.tree.leaves((step.state.trainable, step.state.frozen, step.batch))]
+    kept = jax.tree.leaves(jax.eval_shape(pull, state.trainable, state.frozen, batch))
+    given = [(x.shape, x.dtype) for x in jax.tree.leaves((state.trainable, state.frozen, batch))]
     total = 0
     for x in kept:
         if (x.shape, x.dtype) in given:

@@ -44,6 +44,11 @@ from jaxpeft.memory.programs import Kept, Programs, decide, trace
 from jaxpeft.model import Batch, Model, Stack, scan_layers
 
 
+def default_plan(model: Model) -> Plan:
+    """`matmuls`; `everything` for a model that runs its layers in a way of its own, or shows none."""
+    return Plan("matmuls" if model.stack.run is scan_layers else "everything")
+
+
 def remat(model: Model, save: str | Plan = "matmuls", shards: int = 1) -> Model:
     """The model with its layers' residuals under a plan.
 

@@ -291,7 +291,7 @@ def compile(
     if executable is None and written is None:
         assert refusal is not None
         raise refusal
-    memory = _analysed(target, executable.memory_analysis(), written) if executable is not None else written
+    memory = analysed(target.platform, executable.memory_analysis(), written) if executable is not None else written
     assert memory is not None
     fits = executable is not None and memory.total <= target.memory_bytes
     return Compiled(memory, executable, fits, None if dump is None else Path(dump))
@@ -328,8 +328,8 @@ def assigned(text: str) -> Memory:
     )
 
 
-def _analysed(target: Target, analysis: Any, written: Memory | None) -> Memory:
-    """The executable's own figures; a TPU's from the assignment, `written`, where there is one."""
+def analysed(platform: str, analysis: Any, written: Memory | None = None) -> Memory:
+    """`executable.memory_analysis()` as a Memory; a TPU's from the assignment, `written`, where there is one."""
     code = int(analysis.generated_code_size_in_bytes)
     if written is not None:
         return written._replace(code=code)
@@ -343,7 +343,7 @@ def _analysed(target: Target, analysis: Any, written: Memory | None) -> Memory:
         host_outputs=int(analysis.host_output_size_in_bytes) - int(analysis.host_alias_size_in_bytes),
         host_temporaries=int(analysis.host_temp_size_in_bytes),
     )
-    if target.platform == "tpu":
+    if platform == "tpu":
         return memory._replace(temporaries=int(analysis.peak_memory_in_bytes) - memory.total + memory.temporaries)
     return memory
 

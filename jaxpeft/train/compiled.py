@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.memory import residuals
 from jaxpeft.model import Batch
 from jaxpeft.train.state import TrainState
+
+
+class Program(NamedTuple):
+    """What runs for batches of one width.
+
+    executable: compiled.
+    segments: the layers that it differentiates, with what they keep; empty under plain autodiff.
+    """
+
+    executable: Any
+    segments: list[residuals.Segment]
 
 
 class Compiled:
@@ -22,18 +34,20 @@ class Compiled:
 
     def __init__(self, function: Callable[[TrainState, Batch], Any], donate: bool = False):
         self._jitted = jax.jit(function, donate_argnums=(0,) if donate else ())
-        self._executables: dict[int, Any] = {}
+        self._programs: dict[int, Program] = {}
 
-    def executable(self, state: TrainState, batch: Batch) -> Any:
+    def program(self, state: TrainState, batch: Batch) -> Program:
         """What runs for such a batch."""
         width = jnp.shape(batch["tokens"])[1]
-        if width not in self._executables:
-            self._executables[width] = self._jitted.lower(state, batch).compile()
-        return self._executables[width]
+        if width not in self._programs:
+            with residuals.recorded() as segments:
+                lowered = self._jitted.lower(state, batch)
+            self._programs[width] = Program(lowered.compile(), segments)
+        return self._programs[width]
 
-    def widest(self) -> Any:
-        """The executable of the widest batch so far; None before the first."""
-        return self._executables[max(self._executables)] if self._executables else None
+    def widest(self) -> Program | None:
+        """The program of the widest batch so far; None before the first."""
+        return self._programs[max(self._programs)] if self._programs else None
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        return self.executable(state, batch)(state, batch)
+        return self.program(state, batch).executable(state, batch)

@@ -282,7 +282,8 @@ class _Run:
         state, job = self.state, self.job
         export(self.out, job, state)
         # A run that is resumed after its last step has compiled nothing yet.
-        executable = self.step.widest() or self.step.executable(state, next(job.train)[0])
+        batch = next(job.train)[0]
+        program = self.step.widest() or self.step.program(state, batch)
         best = self.checkpoints.best()
         report = build_report(
             out=self.out,
@@ -296,7 +297,7 @@ class _Run:
             sample=_sample(job, self.before["texts"], answers.texts),
             trainable_parameters=tree.size(state.trainable),
             frozen_parameters=tree.size(state.frozen),
-            memory=memory.step_memory(executable, state, job.base),
+            memory=memory.step_memory(program, job.model, state, batch, job.base),
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,

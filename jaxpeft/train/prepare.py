@@ -17,11 +17,14 @@ import optax
 
 from jaxpeft import checkpoint, data, hf, tree
 from jaxpeft.errors import InputError
+from jaxpeft.memory import residuals
+from jaxpeft.memory.plan import parse
 from jaxpeft.method import Method, module, setup
 from jaxpeft.model import Model
 from jaxpeft.peft import import_adapter
 from jaxpeft.train import config
 from jaxpeft.train.evaluate import Question, questions
+from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 
@@ -101,9 +104,13 @@ def prepare(args: Any) -> Job:
     }
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     model, trainable, frozen = setup(method, base, tree.unflatten({**flat, **added}), init_key)
+    plan = residuals.default_plan(model) if args.save is None else parse(args.save)
+    model = residuals.remat(model, plan)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
     optimizer = make_optimizer(schedule, args.weight_decay, args.clip)
     state = init_state(method, optimizer, trainable, frozen, run_key)
+    if plan.actions:
+        _check_names(model, state, args.batch_size // args.accumulate, args.seq_len)
     return Job(
         source=source,
         model=model,
@@ -120,6 +127,14 @@ def prepare(args: Any) -> Job:
         reports=reports,
         document=config.describe(args, method.specs, content),
     )
+
+
+def _check_names(model: Model, state: TrainState, rows: int, length: int) -> None:
+    """Traces the loss, which refuses a plan that names an unknown activation."""
+    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "targets")}
+    batch["loss_weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+    value = lambda trainable, frozen, batch: completion_loss(model, tree.combine(trainable, frozen), batch)[0]
+    jax.eval_shape(jax.grad(value), state.trainable, state.frozen, batch)
 
 
 def sources(args: Any) -> Source:

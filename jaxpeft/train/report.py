@@ -12,7 +12,7 @@ from typing import Any
 from jaxpeft.train import metrics
 
 # The owners of a step's memory, in the order of the table; docs and tests use these names.
-MEMORY = ("weights", "adapters", "optimizer_state", "gradients", "saved_activations")
+MEMORY = ("weights", "adapters", "optimizer", "gradients", "activations", "workspace")
 
 
 def build_report(

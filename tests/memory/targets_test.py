@@ -339,7 +339,7 @@ def test_the_buffer_assignment_says_what_the_executable_says():
         return chain(y) + jax.device_put(kept, jax.memory.Space.Device), x + 1
 
     compiled = targets.compile(target, function, x, x, donate_argnums=0)
-    analysed = targets._analysed(target, compiled.executable.memory_analysis(), None)
+    analysed = targets.analysed(target.platform, compiled.executable.memory_analysis(), None)
     assert compiled.memory[:3] == analysed[:3] and compiled.memory.host == analysed.host == 2 * 16384**2
     assert abs(compiled.memory.temporaries - analysed.temporaries) <= ALIGNMENT
 
