@@ -57,7 +57,7 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 
 $(NEXT_VENV)/.installed: pyproject.toml
 	$(NEXT_PYTHON) -m venv $(NEXT_VENV)
-	$(NEXT_VENV)/bin/python -m pip install --quiet --editable . pytest hypothesis
+	$(NEXT_VENV)/bin/python -m pip install --quiet --editable '.[describe]' pytest hypothesis
 	touch $@
 
 clean:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxpeft.errors import InputError
     from jaxpeft.hf import load_pretrained, save_pretrained
+    from jaxpeft.memory.residuals import remat
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.full import full
     from jaxpeft.methods.lora import lora
@@ -41,6 +42,7 @@ _MODULE_OF = {
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
     "make_train_step": "train.step",
+    "remat": "memory.residuals",
     "save_pretrained": "hf",
     "setup": "method",
     "split": "tree",

@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import importlib
 import io
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _without_accelerator() -> bool:
+    """Whether Linux shows none; then JAX need not ask the plugins of GPUs and TPUs, which complain at length."""
+    nodes = ("nvidia*", "accel*", "vfio/[0-9]*", "kfd", "dxg")
+    return sys.platform == "linux" and not any(True for node in nodes for _ in Path("/dev").glob(node))
+
+
 def _main(argv: list[str]) -> int:
+    if _without_accelerator():
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS)) + 2
         lines = [f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items()]

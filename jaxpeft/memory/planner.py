@@ -360,7 +360,7 @@ def fit(
     """
     smallest = make(Plan("blocks"))
     traced = cost(smallest)
-    arguments = tree.num_bytes((smallest.state, smallest.batch))
+    arguments = tree.num_bytes((smallest.state._replace(key=None), smallest.batch))
     if budget <= arguments:
         raise InputError(
             f"--budget {_gib(budget)}: the arguments alone (weights, adapters, optimizer state, batch) take "

@@ -7,6 +7,8 @@ segments at compile time), which is why long rows with segments run in tiles ins
 
 from __future__ import annotations
 
+import inspect
+
 import jax.numpy as jnp
 
 LONGEST_MASK = 4096
@@ -37,6 +39,9 @@ def _options(query, where, scale, window):
         "layout": cudnn.AttentionLayout.BTNH.value,
         "sliding_window_length": window,
     }
+    parameters = inspect.signature(cudnn._dot_product_attention_fwd_impl).parameters
+    newer = {"score_mod_args": (), "score_mod": None}  # of JAX 0.12
+    static |= {name: value for name, value in newer.items() if name in parameters}
     return cudnn, (bias, *[unused] * 6), static
 
 

@@ -1,0 +1,80 @@
+"""`jaxpeft plan` as its user meets it."""
+
+import json
+
+import pytest
+
+from jaxpeft import cli
+from tests import tiny
+
+SMALL = ["--batch-size", "2", "--seq-len", "32", "--dtype", "float32"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "config.json"
+    path.write_text(json.dumps(tiny.CONFIG))
+    return str(path)
+
+
+def document(capsys, *flags):
+    assert cli.main(["plan", *SMALL, "--json", *flags]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_rows_for_methods_and_plans(config, capsys, tmp_path):
+    picture = tmp_path / "bars.png"
+    flags = ["--model", config, "--method", "full,lora,lora_fa", "--rank", "2", "--save", "matmuls;blocks"]
+    found = document(capsys, *flags, "--picture", str(picture))
+    rows = found["rows"]
+    assert [(row["method"], row["save"]) for row in rows] == [
+        (method, save) for method in ("full", "lora", "lora_fa") for save in ("matmuls", "blocks")
+    ]
+    named = "weights adapters optimizer gradients activations workspace arguments temporaries total".split()
+    assert all(set(row["bytes"]) == set(named) for row in rows)
+    full, lora, lora_fa = rows[0]["bytes"], rows[2]["bytes"], rows[4]["bytes"]
+    assert full["adapters"] == 0 and full["optimizer"] > 2 * full["weights"] - 1
+    assert lora["adapters"] == lora_fa["adapters"] and 0 < lora_fa["gradients"] < lora["gradients"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_table_and_the_largest(config, capsys):
+    assert cli.main(["plan", "--model", config, *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert "activations" in printed and "--save matmuls" in printed and "batch 2 x 32" in printed
+
+
+def test_a_budget_prints_a_plan_that_it_takes_back(config, capsys):
+    plain = document(capsys, "--model", config, "--save", "blocks;matmuls")["rows"]
+    budget = (plain[0]["bytes"]["total"] + plain[1]["bytes"]["total"]) // 2
+    (row,) = document(capsys, "--model", config, "--budget", str(budget))["rows"]
+    assert row["bytes"]["total"] <= budget == row["budget_bytes"]
+    assert plain[1]["recompute_flops"] < row["recompute_flops"] < plain[0]["recompute_flops"]
+    (again,) = document(capsys, "--model", config, "--save", row["save"])["rows"]
+    assert again["bytes"] == row["bytes"]
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--target", "h2000"], "target 'h2000' is not known; did you mean h200"),
+        (["--target", "v5p:3x3"], "a slice of v5p has 3 dimensions"),
+        (["--model", "llama2-7"], "llama2-7b"),
+        (["--method", "lorra"], "unknown method 'lorra'"),
+        (["--save", "matmul"], "unknown preset 'matmul'"),
+        (["--save", "matmuls,gate=save"], "no activation is called 'gate'"),
+        (["--save", "blocks,gate_proj=keep"], "should be NAME=ACTION"),
+        (["--budget", "24 gigs"], "--budget '24 gigs': should be a size such as 24GiB"),
+        (["--budget", "1KiB"], "the arguments alone"),
+        (["--actions", "save,zip"], "unknown action 'zip'"),
+        (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--accumulate", "3"], "--accumulate 3: must divide --batch-size 2"),
+        (["--check"], "no memory statistics on cpu"),
+        (["--check", "--target", "h200"], "--check: the target is h200, attached is cpu"),
+    ],
+)
+def test_one_line_for_a_mistake(config, capsys, flags, said):
+    assert cli.main(["plan", "--model", config, *SMALL, *flags]) == 2
+    out, err = capsys.readouterr()
+    line = err.strip().splitlines()[-1]
+    assert out == "" and line.startswith("jaxpeft: error: ") and said in line
