@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -85,7 +86,8 @@ class Buffer(NamedTuple):
     def owner(self) -> str:
         """`module: activation`; an activation that has no name is called so, with its primitive and shape."""
         if self.category == "saved activations" and not self.activation:
-            return f"{self.module or '?'}: unnamed {self.op_name.rsplit('/', 1)[-1]} {self.shape}"
+            unnamed = f"unnamed {self.op_name.rsplit('/', 1)[-1]} {self.shape}"
+            return f"{self.module}: {unnamed}" if self.module else unnamed
         if self.activation and self.activation != self.module.rsplit("/", 1)[-1]:
             return f"{self.module}: {self.activation}" if self.module else self.activation
         return self.module or self.shape
@@ -129,12 +131,13 @@ class Attribution:
         self._activations = [(re.compile(p), name) for p, name in (*owners.activations, *ACTIVATIONS)]
         self._loss = re.compile(owners.loss)
         kinds = {owner.category for owner in owners.arguments}
+        leaves = {owner.path for owner in owners.arguments if owner.category in ("weights", "adapters")}
         trained = kinds & {"adapters", "optimizer"} or {"weights"}
-        self._trainable = {  # the shapes of trainable leaves
-            tuple(sorted(n for n in i.shape()[1] if n > 1))
-            for i in program.instructions.values()
-            if (owner := self._argument(i)) and owner.category in trained
-        }
+        self._trainable: dict[tuple[int, ...], set[str]] = {}  # the shapes of trainable leaves, and their paths
+        for i in program.instructions.values():
+            if (owner := self._argument(i)) and owner.category in trained:
+                paths = self._trainable.setdefault(_without_ones(i.shape()[1]), set())
+                paths |= {own for own in leaves if owner.path == own or owner.path.endswith(f"/{own}")}
         self._loss_loops = self._find_loss_loops()
         backward = [
             self._position.get(i.name, -1) for i in program.instructions.values() if _phase(i.op_name) == "backward"
@@ -168,7 +171,8 @@ class Attribution:
     def _find_loss_loops(self) -> set[int]:
         """Loops whose own instructions belong to the loss, none around the layers (as of micro-batches)."""
         found, around = set(), set()
-        for instruction in self._instructions.values():
+        # Scalars are left out: functions of reductions are shared, and named after whoever came first.
+        for instruction in (i for i in self._instructions.values() if i.shape()[1]):
             if self._loss.search(_without_root(instruction.op_name)):
                 found |= {loop.id for loop in self._flow.loops(instruction)[:1]}
             elif tree.stacked(tree.canonical(self._module(instruction.op_name))):
@@ -214,16 +218,26 @@ class Attribution:
         key = max(writers, key=lambda key: len(_words(self._best_name(key)[0])))
         op_name, origin = self._best_name(key)
         writer = self._instructions[key[0]]
-        names = {op_name, writer.op_name, *(i.op_name for w in writers for i in flow.origin(*w))}
-        scopes = {kind: name for found in names for kind, name in _SCOPE.findall(found)}
+        trail = [i for w in (key, *writers) for i in flow.origin(*w)]
+        names = [*(i.op_name for i in trail), op_name, writer.op_name]
+        scopes: dict[str, str] = {}
+        for kind, name in (scope for found in names for scope in _SCOPE.findall(found)):
+            scopes.setdefault(kind, name)  # the nearest
         module, activation = self._module(op_name), self._activation(op_name)
         category = self._category(group, writers, origin, op_name, scopes)
+        alike = self._trainable.get(_without_ones(writer.shape(key[1])[1]), set())
         if "grad" in scopes:
             module, activation = scopes["grad"], ""
+        elif category == "gradients" and len(alike) == 1:
+            module, activation = next(iter(alike)), ""
+        elif category == "gradients":
+            module, activation = self._summed(writers) or module, ""
         elif named := scopes.get("save", scopes.get("read")):
-            activation = named
+            module, activation = self._known(module) or self._site(named), named
         elif owner := self._argument(origin):
             module, activation = owner.path, ""
+        elif any("/stream/" in name for name in names):
+            module, activation = self._known(module), "stream"
         elif category != "saved activations" and writer.opcode != "dynamic-slice":
             activation = ""
         if activation in (parts := module.split("/")):
@@ -256,34 +270,47 @@ class Attribution:
     def _category(self, group, writers, origin, op_name, scopes) -> str:
         flow = self._flow
         instructions = [self._instructions[key[0]] for key in writers]
-        readers = flow.readers.get(group, [])
         rows = any(flow.update(key) is not None for key in writers)
-        if "grad" in scopes:
-            return "gradients"
-        if "save" in scopes and (rows or any("save:" in i.op_name for i in instructions)):
-            return "saved activations"
-        if not op_name:
-            return "unattributed"
-        loops = [loop.id for i in instructions for loop in flow.loops(i)[:1]]
-        if self._loss.search(_without_root(op_name)) or any(loop in self._loss_loops for loop in loops):
-            return "loss"
-        phases = {self._instruction_phase(i) for i in instructions}
-        if self._argument(origin):
-            return "workspace"  # a copy of an argument
-        if "backward" not in phases and "forward" in phases:
-            saved = any(self._instruction_phase(i) == "backward" for i in readers)
-            return "saved activations" if saved else "workspace"
-        dims = tuple(sorted(n for n in self._instructions[writers[0][0]].shape(writers[0][1])[1] if n > 1))
-        # Of a trainable leaf's shape, but gone after one step of the backward loop.
+        shape = self._instructions[writers[0][0]].shape(writers[0][1])[1]
+        like_leaf = len(shape) > 1 and _without_ones(shape) in self._trainable
+        # Gone after one step of the backward loop.
         passing = any(_phase(loop.op_name) == "backward" for i in instructions for loop in flow.loops(i)) and not any(
             self._instructions[key[0]].opcode == "while" for key in flow.members[group]
         )
-        if dims in self._trainable and len(dims) > 1 and not passing:
-            if "backward" in phases:
-                return "gradients"
-            if "after" in phases:
-                return "optimizer"
-        return "workspace"
+        if "grad" in scopes:
+            return "gradients" if rows or like_leaf or not passing else "workspace"
+        if "save" in scopes and (rows or any("save:" in i.op_name for i in instructions)):
+            return "saved activations"
+        if any(self._instruction_phase(i) == "forward" for w in writers if (i := self._kept_elsewhere(w))):
+            return "saved activations"
+        if not op_name:
+            return "unattributed"
+        phases = {self._instruction_phase(i) for i in instructions}
+        trained = like_leaf and not passing and not self._argument(origin)
+        if trained and "backward" in phases:
+            return "gradients"
+        loops = [loop.id for i in instructions for loop in flow.loops(i)[:1]]
+        if self._loss.search(_without_root(op_name)) or any(loop in self._loss_loops for loop in loops):
+            return "loss"
+        if self._argument(origin):
+            return "workspace"  # a copy of an argument
+        if "backward" not in phases and "forward" in phases and shape:  # a scalar is a loop's counter
+            saved = any(self._instruction_phase(i) == "backward" for i in flow.readers.get(group, []))
+            return "saved activations" if saved else "workspace"
+        return "optimizer" if trained and "after" in phases else "workspace"
+
+    def _kept_elsewhere(self, key: hlo.Key) -> Instruction | None:
+        """The update that filled the array of which a value is a whole copy, if it is one.
+
+        A CPU's compiler casts whole stacks before the loop that reads them; a TPU's moves them between its memories.
+        """
+        size = math.prod(self._instructions[key[0]].shape(key[1])[1])
+        if self._flow.update(key) is not None:
+            return None
+        for step in self._flow.origin(*key):
+            if step.opcode == "dynamic-update-slice":
+                return step if math.prod(step.shape()[1]) == size else None
+        return None
 
     def _instruction_phase(self, instruction: Instruction) -> str:
         """forward, backward, after (both) or ""; of what carries no mark, the phase of its loop or its position."""
@@ -310,6 +337,30 @@ class Attribution:
                 if f"/{known}".endswith(f"/{module}"):
                     return "/".join([known, *words[count:]])
         return path
+
+    def _summed(self, writers: Sequence[hlo.Key]) -> str:
+        """The path of the gradient that an accumulator of micro-batches adds up, or ""."""
+        nearest, seen = [self._flow.origin(*key)[-1] for key in writers], set[int]()
+        while nearest and len(seen) < 50:
+            instruction = nearest.pop(0)
+            for trail in [self._flow.origin(operand) for operand in instruction.operands]:
+                for step in trail:
+                    if found := [path for kind, path in _SCOPE.findall(step.op_name) if kind == "grad"]:
+                        return found[0]
+                if trail and trail[-1].id not in seen:
+                    seen.add(trail[-1].id)
+                    nearest.append(trail[-1])
+        return ""
+
+    def _known(self, module: str) -> str:
+        """A module path without the scopes below the last module that has parameters (such as a kernel's name)."""
+        found = [path for path in self._modules if f"{module}/".startswith(f"{path}/")]
+        return max(found, key=len, default=module)
+
+    def _site(self, name: str) -> str:
+        """The only module of a name, or ""."""
+        found = [path for path in self._modules if path.endswith(f"/{name}")]
+        return found[0] if len(found) == 1 else ""
 
     def _activation(self, op_name: str) -> str:
         for pattern, name in self._activations:
@@ -339,6 +390,11 @@ def _words(op_name: str) -> list[str]:
         if re.fullmatch(r"[A-Za-z_]\w*", token) and not _HOW.fullmatch(token) and not again:
             words.append(token)
     return words
+
+
+def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The axes that matter, in an order that no transposition changes."""
+    return tuple(sorted(n for n in shape if n > 1))
 
 
 def _without_root(op_name: str) -> str:

@@ -16,6 +16,7 @@ from jaxpeft.memory.hlo import Index, Instruction, Key, Program
 # Yield (a part of) their first operand as it is, or moved.
 _ALIASES = ("bitcast", "optimization-barrier", "add-dependency", "domain", "copy-done", "async-done", "async-update")
 _MOVES = (*_ALIASES, "copy", "copy-start", "reshape", "transpose", "dynamic-slice", "slice", "convert")
+_PIECES = ("ConcatBitcast",)  # a TPU's array that was copied in pieces
 _WIRING = ("get-tuple-element", "tuple", "while", "call", "parameter", "conditional", *_ALIASES)
 
 
@@ -190,35 +191,42 @@ class Dataflow:
     def origin(self, instruction: int, index: Index = ()) -> list[Instruction]:
         """The instructions that a value passed through, the one that computed it last.
 
-        Copies, casts, slices, fusions and loops are followed; a value that a loop's body only reads is followed to
-        before the loop. The last may be a parameter of the entry computation.
+        Copies, casts, slices, fusions and loops are followed; a value that a loop's body only reads or moves is
+        followed to before the loop. The last may be a parameter of the entry computation.
         """
         trail: list[Instruction] = []
         seen = set()
-        while (instruction, index) not in seen:
+        before: list[Key] = []  # where the loops that were entered began
+        while True:
+            if (instruction, index) in seen:  # the body hands on what it was given
+                if not before:
+                    return trail
+                instruction, index = before.pop()
+                continue
             seen.add((instruction, index))
             of = self._instructions[instruction]
-            if of.opcode in ("get-tuple-element", "tuple", "while", "call", "parameter", "fusion"):
-                step = self._step(of, index)
+            loop = of if of.opcode == "while" else self.caller.get(of.computation) if of.opcode == "parameter" else None
+            if loop is not None and loop.opcode == "while":
+                before.append((loop.operands[0], index))
+                step: Key | None = (self._root(self.body(loop)), index)
+            elif of.opcode in _WIRING and of.opcode not in _MOVES:
+                step = self._source(of, index)
+            elif of.opcode in ("fusion", "async-start"):
+                step = self._inside(of, index)
             else:
                 trail.append(of)
                 if of.opcode == "dynamic-update-slice":
                     step = of.operands[1], ()
-                elif of.opcode in _MOVES and of.operands:
+                elif of.operands and (of.opcode in _MOVES or of.target in _PIECES):
                     step = self._source(of, index) or (of.operands[0], ())
                 else:
                     return trail
             if step is None:
                 return [*trail, of]
             instruction, index = step
-        return trail
 
-    def _step(self, of: Instruction, index: Index) -> Key | None:
-        if of.opcode == "fusion":
-            return self._root(of.called[0]), index
-        loop = of if of.opcode == "while" else self.caller.get(of.computation) if of.opcode == "parameter" else None
-        if loop is not None and loop.opcode == "while":
-            body = self.body(loop)
-            inner, outer = self.value(self._root(body), index), self.value(loop.operands[0], index)
-            return (loop.operands[0], index) if inner == outer else (self._root(body), index)
-        return self._source(of, index)
+    def _inside(self, of: Instruction, index: Index) -> Key:
+        """What yields a result of a fusion, or of an operation that was started: (operands, result, ...)."""
+        if of.opcode == "async-start" and index[:1] != (1,):
+            return of.operands[index[1] if len(index) > 1 else 0], index[2:]
+        return self._root(of.called[0]), index[1:] if of.opcode == "async-start" else index

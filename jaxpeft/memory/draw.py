@@ -208,7 +208,11 @@ def _label(tile: Tile, character: float, line: float) -> list[str]:
     if len(lines) > 3:
         lines = [*lines[:2], lines[2][: room - 1] + "…"]
     lines = [*lines, _cut(human_bytes(tile.bytes), room)]
-    return lines if tile.height >= len(lines) * line + 6 else [_cut(owner, room)]
+    if tile.height >= len(lines) * line + 6:
+        return lines
+    while len(owner) > room and owner.count("/") > 1:  # the end of a path says most
+        owner = owner.partition("/")[2]
+    return [_cut(owner, room)]
 
 
 def _cut(text: str, room: int) -> str:
@@ -302,7 +306,7 @@ table { border-collapse: collapse; width: 100%; }
 th, td { text-align: left; padding: 3px 8px; border-bottom: 1px solid #eee; }
 td:nth-child(n+3), th:nth-child(n+3) { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 #tip { position: fixed; display: none; pointer-events: none; background: #fff; border: 1px solid #bbb; padding: 6px 9px;
-  box-shadow: 0 2px 6px #0003; font-size: 12px; white-space: pre; }
+  box-shadow: 0 2px 6px #0003; font: 12px/1.4 ui-monospace, monospace; white-space: pre; }
 </style></head><body>
 <h1>@TITLE@</h1><p>@SUMMARY@</p>
 <div class="legend">@LEGEND@</div>

@@ -9,7 +9,8 @@ everything    whatever autodiff keeps; nothing is computed again
 matmuls       as little as possible so that no matrix product is computed again; all elementwise work is
 blocks        the inputs of the layers
 offload       as matmuls, the large ones in the host's memory
-compressed    as matmuls, the projections that attention and the MLP read in 8 bits
+compressed    as matmuls, the projections that attention and the MLP read in 8 bits; attention is computed again from
+              them, as its weights must be those of the rounded queries and keys
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ PRESETS = ("everything", "matmuls", "blocks", "offload", "compressed")
 INPUT = "block_input"
 
 _COMPRESSED = ("gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
+_AGAIN = ("attention", "attention_lse")
 _ON_DEVICE = (INPUT, "lora_low", "attention_lse")  # small beside what they would save
 
 
@@ -78,7 +80,7 @@ def parse(text: str | Plan) -> Plan:
 
 
 def action_of(preset: str, name: str) -> str:
-    """What a preset does with an activation that is kept."""
-    if preset == "compressed" and name in _COMPRESSED:
-        return "compress"
+    """What a preset does with an activation, if the backward pass would read it."""
+    if preset == "compressed" and name in (*_COMPRESSED, *_AGAIN):
+        return "compress" if name in _COMPRESSED else "recompute"
     return "offload" if preset == "offload" and name not in _ON_DEVICE else "save"

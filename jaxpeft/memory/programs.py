@@ -142,7 +142,8 @@ def decide(plan: Plan, programs: Programs) -> dict[Kept, str]:
             )
     table = dict(plan.actions)
     fixed = {name for name in programs.names if table.get(name[0], "recompute") != "recompute"}
-    free = [] if plan.preset == "blocks" else [name for name in programs.names if name[0] not in table]
+    free = [name for name in programs.names if name[0] not in table and action_of(plan.preset, name[0]) != "recompute"]
+    free = [] if plan.preset == "blocks" else free
     _, read = programs.work([*fixed, *matmuls(programs, fixed, free)])
     read = [name for name in programs.names if name in read]
     return {name: table.get(name[0]) or action_of(plan.preset, name[0]) for name in read}

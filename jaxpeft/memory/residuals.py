@@ -12,9 +12,9 @@ read is not kept. The names are those that the model gives (`jax.ad_checkpoint.c
     action      store, fetch
     save        the array itself
     recompute   nothing
-    compress    8-bit codes and one float32 scale per token, rounded at random so that the mean is exact; the forward
-                pass goes on with the exact value, the backward pass reads the rounded one (as in ActNN, Chen et al.
-                2021, arXiv:2104.14129)
+    compress    8-bit codes and one float32 scale per token, rounded so that the mean is exact (compressed.py); the
+                forward pass goes on with the exact value, the backward pass reads the rounded one (as in ActNN, Chen
+                et al. 2021, arXiv:2104.14129)
     offload     the array in the host's pinned memory
 
 Rows don't see each other inside a block, so both loops take a few of them at a time: what a block needs besides the
@@ -26,7 +26,6 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import math
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -53,7 +52,8 @@ def remat(model: Model, save: str | Plan = "matmuls", shards: int = 1) -> Model:
     """The model with its layers' residuals under a plan.
 
     Apply it last, after `setup`: it acts on the blocks as methods have changed them. Outputs are those of the model,
-    gradients too (with `compress`: their mean is). With dropout, groups of rows draw masks of their own.
+    gradients too (with `compress`: their mean is, to first order in the rounding). With dropout, groups of rows draw
+    masks of their own.
 
     Args:
       model: a model of stacked layers.
@@ -101,10 +101,7 @@ class Segment(NamedTuple):
 
     def stored_bytes(self, name: Kept, action: str) -> int:
         """Bytes of an activation in all layers, as it is stored."""
-        shape = self.shapes[name]
-        if action == "compress":
-            return (math.prod(shape.shape) + 4 * math.prod(shape.shape[:-1])) * self.steps
-        return tree.num_bytes(shape) * self.steps
+        return tree.num_bytes(_stored(self.shapes[name], action)) * self.steps
 
     def kept_bytes(self) -> dict[str, dict[str, int]]:
         """{"device" or "host": {name: bytes of all layers}}."""
@@ -295,7 +292,8 @@ def _forward(loop, plan, leaves, key):
                     out[name] = value  # a loop's results may lie in the host's memory, what it carries may not
                 else:
                     kept[name] = jax.tree.map(lambda x, part: loop.put(x, part, "steps", step), kept[name], value)
-        return (loop.put(stream, y, "rows", step), kept), out
+        with jax.named_scope("stream"):
+            return (loop.put(stream, y, "rows", step), kept), out
 
     shapes = _shapes(traced, stream)
     empty = {name: _empty(shapes[name], action, len(loop.steps)) for name, action in actions.items()}
@@ -326,7 +324,8 @@ def _backward(loop, plan, saved, d_end):
         inputs = [x for x, use in zip(inputs, used, strict=True) if use]
         d_y = loop.at(d_stream, "rows", step)
         found = dict(zip(moved, compute(*inputs, d_y, *[values[name] for name in read]), strict=True))
-        d_stream = loop.put(d_stream, found.pop(loop.x), "rows", step)
+        with jax.named_scope("stream"):
+            d_stream = loop.put(d_stream, found.pop(loop.x), "rows", step)
         totals = dict(totals)
         for i, part in found.items():
             with jax.named_scope(f"grad:{loop.paths[i]}"):
@@ -363,8 +362,13 @@ def _empty(shape, action: str, steps: int):
     """Where all steps' values are written; None for what is offloaded."""
     if action == "offload":
         return None
-    one = jax.eval_shape(compress, shape, jnp.uint32(0)) if action == "compress" else shape
-    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), one)
+    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), _stored(shape, action))
+
+
+@functools.cache
+def _stored(shape, action: str):
+    """Shapes of an activation as it is kept."""
+    return jax.eval_shape(compress, shape, jax.ShapeDtypeStruct((), jnp.uint32)) if action == "compress" else shape
 
 
 def _fetch(kept, step, action: str, name: Kept, shape):

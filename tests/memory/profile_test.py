@@ -14,7 +14,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import draw, hlo, profile, targets
+from jaxpeft.memory import draw, hlo, profile, residuals, targets
 from jaxpeft.models import decoder, layers
 from tests import tiny
 
@@ -164,9 +164,7 @@ class Step(NamedTuple):
     found: profile.Profile
 
 
-@pytest.fixture(scope="module", params=TARGETS)
-def lora(request, tmp_path_factory):
-    """(name of the target, Step): compiled once for both tests of it."""
+def odd_step(target, dump, save="everything"):
     with pytest.MonkeyPatch.context() as patch, optimising():
         patch.setattr(decoder, "GatedMLP", OddMLP)
         base = decoder.decoder(tiny.config(jnp.float32, **SIZES))
@@ -175,17 +173,22 @@ def lora(request, tmp_path_factory):
         def init(key):
             params = base.init(key, {})
             model, trainable, frozen = jp.setup(method, base, params, key)
-            made.append((model, list(tree.flatten(params))))
+            made.append((residuals.remat(model, save), list(tree.flatten(params))))
             return jp.init_state(method, optimizer, trainable, frozen, key)
 
         state = jax.eval_shape(init, jax.random.key(0))
         model, paths = made[0]
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(ROWS, LENGTH))
         step = jp.make_train_step(model, method, optimizer)
-        dump = tmp_path_factory.mktemp(request.param)
-        executable = compiled(request.param, step, state, batch, dump=dump, donate=0)
+        executable = compiled(target, step, state, batch, dump=dump, donate=0)
         owners = profile.step_owners(state, batch, paths, jax.eval_shape(step, state, batch)[1])
-    return request.param, Step(executable.memory_analysis(), state, batch, profile.read(dump, owners))
+    return Step(executable.memory_analysis(), state, batch, profile.read(dump, owners))
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def lora(request, tmp_path_factory):
+    """(name of the target, Step): compiled once for both tests of it."""
+    return request.param, odd_step(request.param, tmp_path_factory.mktemp(request.param))
 
 
 def num_bytes(leaves):
@@ -227,6 +230,22 @@ def test_points_at_an_activation_that_has_no_name(lora):
         assert array["bytes"] == exact or (name == "v5p" and array["bytes"] > exact)
     owners = [row["owner"] for row in profile.table(step.found, 1000)]
     assert any(owner.startswith("layers/mlp: unnamed tanh ") for owner in owners)
+
+
+@pytest.mark.parametrize("name", ["cpu", "h200"])
+def test_nothing_without_a_name_is_kept_under_a_plan(name, tmp_path):
+    """The tanh, and the product under it, are computed again; what is left is all layers': the rotary tables."""
+    found = odd_step(name, tmp_path, "matmuls").found
+    kept = [buffer for buffer in found.buffers if buffer.category == "saved activations"]
+    names = {buffer.activation for buffer in kept}
+    assert {"block_input", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj"} <= names
+    # No stack of it, in layers x groups or rows in any order.
+    assert not [buffer for buffer in kept if str(ODD) in buffer.shape]
+    unnamed = profile.to_json(found)["unnamed_activations"]
+    of_tokens = [array for array in unnamed if array["bytes"] >= ROWS * LENGTH]
+    assert not [array for array in of_tokens if array["module"].startswith("layers")]
+    assert sum(array["bytes"] for array in unnamed) <= 0.02 * found.categories["saved activations"]
+    assert found.unattributed_bytes <= 0.02 * found.live_bytes
 
 
 # What is written of it.
