@@ -1,11 +1,4 @@
-"""Attention against plain softmax attention in float64 and its autodiff; what it must never hold; its kernels.
-
-The TPU's kernel is interpreted on the CPU; cuDNN's can only be compiled.
-"""
-
-import functools
-import importlib.util
-import re
+"""The tiled attention against plain softmax attention in float64 and its autodiff; and what it must never hold."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft.memory import targets
 from pallas_kernels import attention as op
-from pallas_kernels.attention import EVERYONE, Where, chunked, cudnn, splash
+from pallas_kernels.attention import EVERYONE, Where, chunked
 from tests.residuals import intermediates
 
 torch = pytest.importorskip("torch")
@@ -278,98 +270,3 @@ def test_examples_with_their_own_masks_can_be_mapped():
     each = compiled(jax.vmap(one), query, key, value, mask.query_segment)
     out, *_ = expected((query, key, value, None), mask, scale=0.5)
     np.testing.assert_allclose(each, out, rtol=1e-4, atol=1e-5)
-
-
-# The kernels of the platforms.
-
-
-@pytest.fixture
-def interpreted(monkeypatch):
-    """Splash attention without a TPU."""
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
-
-    monkeypatch.setattr(kernel, "make_splash_mha", functools.partial(kernel.make_splash_mha, interpret=True))
-
-
-@pytest.mark.parametrize(
-    ("heads", "cuts", "window"),
-    [((2, 2), None, None), ((4, 2), (70, 200), None), ((2, 1), None, 100), ((2, 2), (130,), 60)],
-    ids=["MHA", "GQA with segments", "MQA with a window", "segments and a window"],
-)
-def test_the_tpu_kernel(interpreted, heads, cuts, window):
-    """Two blocks of 128 in each direction."""
-    (h, n), s = heads, 256
-    query, key, value, cotangent = arrays = inputs(b=2, s=s, h=h, n=n, d=64)
-    segment = None
-    if cuts:
-        segment = np.stack([1 + sum((np.arange(s) >= cut + row).astype(np.int32) for cut in cuts) for row in range(2)])
-    mask, scale = Where(None, None, segment, segment), 0.1
-    assert splash.supports(query, key, value, mask, scale=scale, window=window)
-    options = {"scale": scale, "window": window}
-    out, lse = splash.forward(query, key, value, mask, **options)
-    found = [out, *splash.backward(query, key, value, mask, out, lse, cotangent, **options)]
-    compare(found, expected(arrays, where(2, s, segment, window), scale), 2e-4)
-    np.testing.assert_allclose(lse, chunked.forward(query, key, value, mask, **options)[1], rtol=1e-4, atol=1e-4)
-
-
-def program(name, dtype=jnp.bfloat16, s=256, d=64, segments=False, window=None, cached=False):
-    """The gradient of attention, lowered for a described device."""
-    target = targets.target(name)
-    if target.platform == "tpu":
-        pytest.importorskip("libtpu")
-    if target.platform == "cuda" and not importlib.util.find_spec("jax_plugins"):
-        pytest.skip("no CUDA plugin")
-    place = jax.sharding.SingleDeviceSharding(targets.devices(target)[0])
-    segment = jax.ShapeDtypeStruct((2, s), jnp.int32, sharding=place) if segments else None
-    index = jnp.arange(s, dtype=jnp.int32) if cached else None
-    arrays = [jax.ShapeDtypeStruct((2, s, n, d), dtype, sharding=place) for n in (4, 2, 2)]
-
-    def total(query, key, value, segment):
-        mask = Where(index, index, segment, segment)
-        return op.attention(query, key, value, mask, 0.1, window).astype(jnp.float32).sum()
-
-    return jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays, segment)
-
-
-KERNELS = {
-    "h200": (r"__cudnn\$fmha\w*Softmax\b", r"__cudnn\$fmha\w*SoftmaxBackward\b"),
-    "v5p": ("tpu_custom_call", "splash_mha_fwd", "splash_mha_dq", "splash_mha_dkv"),
-}
-
-
-@pytest.mark.parametrize("options", [{}, {"segments": True}, {"window": 100}], ids=["causal", "segments", "window"])
-@pytest.mark.parametrize("name", KERNELS)
-def test_a_described_device_gets_its_kernels(name, options):
-    text = program(name, **options).as_text()
-    assert all(re.search(kernel, text) for kernel in KERNELS[name])
-
-
-@pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("h200", {"dtype": jnp.float32}),
-        ("h200", {"cached": True}),
-        ("h200", {"d": 256}),
-        ("h200", {"segments": True, "s": cudnn.LONGEST_MASK + 2}),
-        ("v5p", {"cached": True}),
-        ("v5p", {"s": 200}),
-        ("v5p", {"d": 32}),
-        ("cpu", {}),
-    ],
-)
-def test_what_a_kernel_does_not_take_runs_in_tiles(name, options):
-    text = program(name, **options).as_text()
-    assert "__cudnn" not in text and "tpu_custom_call" not in text and "stablehlo.while" in text
-
-
-@pytest.mark.parametrize("name", KERNELS)
-def test_the_kernels_compile(name):
-    """With all that they take; no array of queries x keys in float32 stays."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    try:
-        compiled = program(name, s=1024, window=300).compile()
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
-    assert re.search(KERNELS[name][0], compiled.as_text())
-    assert compiled.memory_analysis().temp_size_in_bytes < 4 * 2 * 4 * 1024 * 1024

@@ -1,0 +1,129 @@
+"""Figures that are compiled one by one into a data file, and what is drawn from it.
+
+A figure is a flat key (what was compiled: geometry, batch, sequence, dtype, method, plan, target, ...) and what the
+compiler said, with the version of JAX. A file holds one figure per line, so a change of one is a change of one line.
+Every script runs as a module from the repository's root:
+
+    python -m experiments.memory.NAME              # compiles what the data lacks, then draws
+    python -m experiments.memory.NAME --draw       # draws from the data alone
+
+The compilers of the described devices come with the extras `cuda` and `tpu`; nothing runs on a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpeft.memory import planner, targets
+from jaxpeft.method import Method
+from jaxpeft.models import geometries
+
+RESULTS = Path(__file__).resolve().parent.parent / "results/memory"
+GIB = 2**30
+
+Key = Mapping[str, Any]
+Row = dict[str, Any]
+
+
+def arguments(doc: str | None, targets: str = "h200") -> argparse.Namespace:
+    """The command line that all scripts share: .draw, .targets."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--draw", action="store_true", help="draw from the committed data; compile nothing")
+    parser.add_argument("--targets", default=targets, help="devices to compile for, with commas")
+    args = parser.parse_args()
+    args.targets = args.targets.split(",")
+    return args
+
+
+def load(name: str) -> list[Row]:
+    """The figures of results/memory/NAME.json; none where there is no such file."""
+    path = RESULTS / f"{name}.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+
+def save(name: str, rows: Sequence[Row]) -> None:
+    """Writes them, one per line."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    part = RESULTS / f"{name}.json.part"
+    part.write_text(f"[\n{lines}\n]\n")
+    part.replace(RESULTS / f"{name}.json")
+
+
+class Figures:
+    """Figures by key: out of the data file, or else measured and written there at once."""
+
+    def __init__(self, name: str, measure: Callable[[Row], Mapping[str, Any]] | None = None):
+        """Of the file results/memory/`name`.json; without `measure`, a figure that it lacks is an error."""
+        self.name, self.rows, self.measure = name, load(name), measure
+        if measure is not None:
+            jax.config.update("jax_platforms", "cpu")  # targets are described; an attached device is left alone
+
+    def __call__(self, **key: Any) -> Row:
+        """The figure with these values.
+
+        Raises:
+          KeyError: if there is none and nothing may be measured.
+        """
+        for row in self.rows:
+            if all(row.get(name) == value for name, value in key.items()):
+                return row
+        words = ", ".join(f"{name} {value}" for name, value in key.items())
+        if self.measure is None:
+            raise KeyError(f"results/memory/{self.name}.json has no figure with {words}; run without --draw")
+        start = time.time()
+        row = {**key, **self.measure(key), "jax": jax.__version__}
+        self.rows.append(row)
+        save(self.name, self.rows)
+        print(f"{words}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
+        return row
+
+
+def train_step(key: Row, method: Method) -> dict[str, Any]:
+    """Compiles the train step of a key (geometry, batch_size, seq_len, dtype, save, target) under a method.
+
+    Returns:
+      {"bytes": by owner, "kept": what the trace keeps for the backward pass, "flops", "recompute_flops", "fits"}.
+    """
+    config = geometries.load(key["geometry"])
+    step = planner.make_step(config, method, key["batch_size"], key["seq_len"], key["save"], key["dtype"], packed=False)
+    traced = planner.cost(step)
+    made = planner.row(step, targets.target(key["target"]), traced)
+    kept = {name: made[name] for name in ("bytes", "flops", "recompute_flops", "fits")}
+    return {**kept, "kept": traced.activations}
+
+
+def table(header: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; figures with one decimal, aligned right."""
+
+    def cell(x):
+        return "" if x is None else f"{x:,.1f}" if isinstance(x, float) else str(x)
+
+    rows = [list(header), ["---", *["---:"] * (len(header) - 1)], *([cell(x) for x in row] for row in body)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
+
+
+def write(name: str, text: str) -> None:
+    """Writes results/memory/NAME."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / name).write_text(text)
+
+
+def bullets(sentences: Iterable[str]) -> str:
+    """Sentences as a Markdown list, wrapped as in a docstring."""
+    return (
+        "\n".join(
+            textwrap.fill(s, 118, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+            for s in sentences
+        )
+        + "\n"
+    )
