@@ -3,11 +3,12 @@
     python -m experiments.memory.search_small          # about ten minutes on two CPU cores
     python -m experiments.memory.search_small --draw   # the table again, from the committed data
 
-Todo
+RESULT
+
 A Llama of 2 layers (hidden 256, MLP 688, 4 heads), LoRA of rank 8, batch 8 x 256, float32, the train step compiled for
-this CPU by JAX 0.10.2: all 256 tables that save or recompute its eight names. "Extra" is what the chosen plan computes
-beyond the cheapest table that fits the budget, as a share of the step's FLOPs. Data and table are in
-results/memory/search_small.json and .md.
+this CPU by JAX 0.10.2 (without most optimisations, for the sake of time): all 256 tables that save or recompute its
+eight names. "Extra" is what the chosen plan computes beyond the cheapest table that fits the budget, as a share of the
+step's FLOPs. Data and table are in results/memory/search_small.json and .md.
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ def tables() -> list[Plan]:
 
 
 def collect() -> dict[str, Any]:
+    jax.config.update("jax_disable_most_optimizations", True)  # the search sees the same compiler, a faster one
     rows = []
     for plan in tables():
         made = planner.row(make(plan), TARGET)
