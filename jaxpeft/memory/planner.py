@@ -122,7 +122,8 @@ class Cost(NamedTuple):
 def cost(step: Step) -> Cost:
     """Traces a step."""
     with residuals.recorded() as found:
-        flops = count_flops(jax.make_jaxpr(step.function)(step.state, step.batch))
+        # A function of its own: what JAX has traced before it would not trace, and not record, again.
+        flops = count_flops(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
     params = jax.eval_shape(lambda state: state.params, step.state)
     rows, length = step.batch["tokens"].shape
     x = jax.eval_shape(lambda params, batch: step.model.hidden(params, batch), params, step.batch)
@@ -299,7 +300,7 @@ def options(
     names: list[str] = []
     for segment in segments:
         programs = segment.programs
-        names += [name for name, _ in matmuls(programs, (), programs.names) if name not in names]
+        names = list(dict.fromkeys([*names, *(name for name, _ in matmuls(programs, (), programs.names))]))
     # The log-sum-exp is of use only with the output that it belongs to.
     groups = [tuple(n for n in names if n in (name, f"{name}_lse")) for name in names if not name.endswith("_lse")]
     found: dict[tuple[float, int], Option] = {}
@@ -329,7 +330,7 @@ def _frontier(found: Iterable[Option]) -> list[Option]:
     ordered = sorted(found, key=lambda option: (option.flops, option.altered, option.kept))
     frontier: list[Option] = []
     for option in ordered:
-        if not frontier or option.kept < min(other.kept for other in frontier):
+        if not frontier or option.kept < frontier[-1].kept:
             frontier.append(option)
     return frontier
 
