@@ -8,6 +8,7 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
 
 from pathlib import Path
 
+import jax
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -20,3 +21,12 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}: set JAXPEFT_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def optimised():
+    """A whole file compiles as its user would: for tests of compiled programs' memory."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -19,7 +19,7 @@ import jaxpeft as jp
 from experiments.memory import common
 from experiments.memory.common import GIB
 from jaxpeft.errors import InputError
-from jaxpeft.memory import planner, targets
+from jaxpeft.memory import planner, search, targets
 from jaxpeft.models import geometries
 
 NAME = "budgets_7b"
@@ -38,7 +38,7 @@ def measure(key: common.Row) -> common.Row:
     device, actions = targets.target(key["target"]), key["actions"].split(",")
     compiles: list[str] = []
     try:
-        _, made = planner.fit(make, device, key["budget_gib"] * GIB, actions, compiles.append)
+        _, made = search.fit(make, device, key["budget_gib"] * GIB, actions, compiles.append)
     except InputError as error:
         return {"refused": str(error), "compiles": len(compiles)}
     names = ("save", "bytes", "host_bytes", "fits", "flops", "recompute_flops")

@@ -110,7 +110,7 @@ def measure(key: common.Row) -> dict[str, Any]:
         memory = targets.compile(targets.target(key["target"]), step, trainable, frozen, batch, dump=dump).memory
         peak = profile.table(profile.read(Path(dump), owners), 1000)
     rest = {f"{row['category']}: {row['owner']}": row["bytes"] for row in peak if row["category"] in REST}
-    kept = segments[-1].kept_bytes() if segments else {}
+    kept = segments["layers"].kept_bytes() if segments else {}
     rest = {name: size for name, size in rest.items() if size >= 2**22}
     return {"memory": {**memory._asdict(), "total": memory.total}, "kept": kept, "rest": rest}
 

@@ -29,14 +29,13 @@ class StepArguments:
     """Further arguments of the method's factory, as NAME=VALUE with a YAML value."""
     batch_size: int = 8
     """Sequences in one step."""
-    seq_len: int = 512
-    """Tokens in one sequence."""
+    seq_len: int | None = None
+    """Tokens in one sequence. Default: 512, or 256 with the embedded model."""
     accumulate: int = 1
     """Parts that a step's batch is cut into; divides --batch-size."""
-    pack: bool = True
-    """Rows hold several examples that do not see each other."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Type of the frozen weights and of the computation; what trains is float32."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type of the frozen weights and of the computation; what trains is float32. Default: bfloat16, or float32 with the
+    embedded model."""
     save: str | None = None
     """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION. Default:
     matmuls, or everything where the method runs the layers in its own way."""
@@ -44,8 +43,16 @@ class StepArguments:
     """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu, or a slice of TPUs such as v5p:4x4x4."""
 
 
+def settled(args: Any) -> Any:
+    """The arguments with the defaults that depend on whether the model is the embedded one."""
+    embedded: dict[str, Any] = {"seq_len": 256, "lr": 2e-3, "dtype": "float32"}  # bfloat16 is slow on a CPU
+    other: dict[str, Any] = {"seq_len": 512, "lr": 2e-4, "dtype": "bfloat16"}
+    defaults = embedded if args.model is None else other
+    return dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name, x) is None})
+
+
 def check_step(args: StepArguments) -> None:
-    """Raises InputError for the first argument whose value makes no sense by itself."""
+    """Raises InputError for the first argument whose value makes no sense by itself; `args` are settled."""
     for name, least in {"batch_size": 1, "seq_len": 2, "accumulate": 1}.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
@@ -83,7 +90,7 @@ def describe_only() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-def num_bytes(flag: str, text: str) -> int:
+def parse_bytes(flag: str, text: str) -> int:
     """24GiB, 24GB, 25769803776 -> bytes.
 
     Raises:

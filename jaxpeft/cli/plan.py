@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, num_bytes
+from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, parse_bytes, settled
 from jaxpeft.errors import InputError
 
 
@@ -20,8 +20,8 @@ class Plan(StepArguments):
 
     budget: str | None = None
     """Bytes of one device, such as 24GiB: find the plan with the least recomputation that fits, for `train --save`."""
-    actions: str = "save"
-    """What --budget may do besides recomputing, with commas: save, compress, offload."""
+    actions: str | None = None
+    """What --budget may do besides recomputing, with commas: save, compress, offload. Default: save."""
     largest: bool = False
     """Find the largest batch and the longest sequence that fit, too; compiles several times for each row."""
     check: bool = False
@@ -38,16 +38,26 @@ def run(args: Plan) -> dict[str, Any]:
     Raises:
         InputError: for arguments that cannot be used.
     """
+    args = settled(args)
     check_step(args)
-    budget = None if args.budget is None else num_bytes("--budget", args.budget)
-    allowed = [action.strip() for action in args.actions.split(",")]
+    if args.budget is not None and args.save is not None:
+        raise InputError(f"--save {args.save}: --budget searches the plan; leave one of them out")
+    if args.budget is None and args.actions is not None:
+        raise InputError(f"--actions {args.actions}: says what --budget may do; add --budget")
+    budget = None if args.budget is None else parse_bytes("--budget", args.budget)
+    allowed = [action.strip() for action in (args.actions or "save").split(",")]
     if unknown := [action for action in allowed if action not in ("save", "compress", "offload")]:
         raise InputError(f"--actions {args.actions!r}: unknown action {unknown[0]!r}; known: save, compress, offload")
+    if args.picture is not None:
+        if args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
+            raise InputError(f"--picture {args.picture}: must end with .png, .svg or .pdf")
+        if not args.picture.parent.is_dir():
+            raise InputError(f"--picture {args.picture}: there is no folder {args.picture.parent}")
     if not args.check:
         describe_only()
 
     from jaxpeft import assets
-    from jaxpeft.memory import planner, targets
+    from jaxpeft.memory import planner, search, targets
     from jaxpeft.memory.plan import parse
     from jaxpeft.models import geometries
 
@@ -60,7 +70,7 @@ def run(args: Plan) -> dict[str, Any]:
 
     def make(method, device, plan, batch_size=args.batch_size, seq_len=args.seq_len):
         return planner.make_step(
-            config, method, batch_size, seq_len, plan, args.dtype, args.pack, args.accumulate, device.chips
+            config, method, batch_size, seq_len, plan, args.dtype, True, args.accumulate, device.chips
         )
 
     rows = []
@@ -73,7 +83,7 @@ def run(args: Plan) -> dict[str, Any]:
                     made = planner.row(step, device)
                 else:
                     by_plan = lambda plan, method=method, device=device: make(method, device, plan)
-                    step, made = planner.fit(by_plan, device, budget, allowed, _say)
+                    step, made = search.fit(by_plan, device, budget, allowed, _say)
                     made["budget_bytes"] = budget
                 if args.largest:
                     made |= _largest(args, make, method, device, step.plan, config, budget or device.memory_bytes)
@@ -89,7 +99,7 @@ def run(args: Plan) -> dict[str, Any]:
 
 
 def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config: Any, room: int) -> dict[str, int]:
-    from jaxpeft.memory import planner
+    from jaxpeft.memory import planner, search
 
     def total(**sizes):
         made = planner.row(make(method, device, plan, **sizes), device)
@@ -97,13 +107,14 @@ def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config:
         return made["bytes"]["total"]
 
     quantum = args.accumulate * device.chips
-    batch = planner.largest(lambda n: total(batch_size=n), room, args.batch_size, quantum)
+    batch = search.largest(lambda n: total(batch_size=n), room, args.batch_size, quantum)
+    assert args.seq_len is not None
     step = 128 if args.seq_len >= 128 else 1
     limit = config.get("max_position_embeddings")
     start = max(args.seq_len // step * step, step)
     return {
         "largest_batch": batch,
-        "longest_sequence": planner.largest(lambda n: total(seq_len=n), room, start, step, limit),
+        "longest_sequence": search.largest(lambda n: total(seq_len=n), room, start, step, limit),
     }
 
 
@@ -136,10 +147,11 @@ def show(document: dict[str, Any]) -> None:
     import rich.console
     import rich.table
 
+    from jaxpeft.memory.bars import unit_of
     from jaxpeft.memory.planner import CATEGORIES
 
     rows = document["rows"]
-    unit, size = ("GiB", 2**30) if max(row["bytes"]["total"] for row in rows) >= 2**30 else ("MiB", 2**20)
+    unit, size = unit_of(rows)
     table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for number, column in enumerate(("method", "target", *CATEGORIES, "total", "left", "fits", "TFLOP", "recomputed")):
         table.add_column(column, justify="right" if number > 1 else "left", overflow="fold")

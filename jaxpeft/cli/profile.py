@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods
+from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, settled
 from jaxpeft.errors import InputError
 
 
@@ -32,6 +32,7 @@ def run(args: Profile) -> dict[str, Any]:
     Raises:
       InputError: for arguments that cannot be used.
     """
+    args = settled(args)
     check_step(args)
     if args.limit < 1:
         raise InputError(f"--limit {args.limit}: must be at least 1")
@@ -46,6 +47,7 @@ def run(args: Profile) -> dict[str, Any]:
     from jaxpeft.memory import draw, planner, profile, targets
     from jaxpeft.models import geometries
 
+    assert args.seq_len is not None
     device = targets.target(args.target)
     targets.devices(device)
     config = geometries.load(str(assets.MODEL) if args.model is None else args.model)
@@ -54,7 +56,7 @@ def run(args: Profile) -> dict[str, Any]:
         raise InputError(f"--method {args.method}: one at a time; `jaxpeft plan` compares several")
     name, method = chosen[0]
     step = planner.make_step(
-        config, method, args.batch_size, args.seq_len, args.save, args.dtype, args.pack, args.accumulate, device.chips
+        config, method, args.batch_size, args.seq_len, args.save, args.dtype, True, args.accumulate, device.chips
     )
     print(f"compiling {name} for {device.name}, {step.plan}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="jaxpeft-profile-") as scratch:

@@ -8,7 +8,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxpeft.cli.arguments import method_settings
+from jaxpeft.cli.arguments import method_settings, settled
 from jaxpeft.cli.config import flag
 from jaxpeft.errors import InputError
 
@@ -106,14 +106,6 @@ def run(args: Train) -> dict[str, Any]:
     from jaxpeft.train.loop import train
 
     return train(args)
-
-
-def settled(args: Train) -> Train:
-    """The arguments with the defaults that depend on whether the model is the embedded one."""
-    embedded: dict[str, Any] = {"seq_len": 256, "lr": 2e-3, "dtype": "float32"}  # bfloat16 is slow on a CPU
-    other: dict[str, Any] = {"seq_len": 512, "lr": 2e-4, "dtype": "bfloat16"}
-    defaults = embedded if args.model is None else other
-    return dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
 
 
 def show(report: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ import jax
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import hlo
+from jaxpeft.memory import hlo, name_stack
 from jaxpeft.memory.dataflow import Dataflow
 from jaxpeft.memory.hlo import Instruction
 
@@ -140,7 +140,9 @@ class Attribution:
                 paths |= {own for own in leaves if owner.path == own or owner.path.endswith(f"/{own}")}
         self._loss_loops = self._find_loss_loops()
         backward = [
-            self._position.get(i.name, -1) for i in program.instructions.values() if _phase(i.op_name) == "backward"
+            self._position.get(i.name, -1)
+            for i in program.instructions.values()
+            if name_stack.phase(i.op_name) == "backward"
         ]
         self._backward = min((p for p in backward if p >= 0), default=len(program.order)), max(backward, default=-1)
 
@@ -173,7 +175,7 @@ class Attribution:
         found, around = set(), set()
         # Scalars are left out: functions of reductions are shared, and named after whoever came first.
         for instruction in (i for i in self._instructions.values() if i.shape()[1]):
-            if self._loss.search(_without_root(instruction.op_name)):
+            if self._loss.search(name_stack.without_root(instruction.op_name)):
                 found |= {loop.id for loop in self._flow.loops(instruction)[:1]}
             elif tree.stacked(tree.canonical(self._module(instruction.op_name))):
                 around |= {loop.id for loop in self._flow.loops(instruction)}
@@ -215,13 +217,13 @@ class Attribution:
         flow = self._flow
         writers = flow.writers(group) or flow.members[group]
         size = max(piece[0] for piece in pieces)
-        key = max(writers, key=lambda key: len(_words(self._best_name(key)[0])))
+        key = max(writers, key=lambda key: len(name_stack.words(self._best_name(key)[0])))
         op_name, origin = self._best_name(key)
         writer = self._instructions[key[0]]
         trail = [i for w in (key, *writers) for i in flow.origin(*w)]
         names = [*(i.op_name for i in trail), op_name, writer.op_name]
         scopes: dict[str, str] = {}
-        for kind, name in (scope for found in names for scope in _SCOPE.findall(found)):
+        for kind, name in (scope for found in names for scope in name_stack.SCOPE.findall(found)):
             scopes.setdefault(kind, name)  # the nearest
         module, activation = self._module(op_name), self._activation(op_name)
         category = self._category(group, writers, origin, op_name, scopes)
@@ -255,7 +257,7 @@ class Attribution:
         origin = trail[-1]
         casts = [i for i in trail if i.opcode == "convert"]  # a copy in another type belongs to who asked for it
         for instruction in (*casts, origin, *reversed(trail), self._instructions[key[0]]):
-            if _words(instruction.op_name) and instruction.opcode != "parameter":
+            if name_stack.words(instruction.op_name) and instruction.opcode != "parameter":
                 return instruction.op_name, origin
         if self._argument(origin):
             return origin.op_name, origin
@@ -274,9 +276,9 @@ class Attribution:
         shape = self._instructions[writers[0][0]].shape(writers[0][1])[1]
         like_leaf = len(shape) > 1 and _without_ones(shape) in self._trainable
         # Gone after one step of the backward loop.
-        passing = any(_phase(loop.op_name) == "backward" for i in instructions for loop in flow.loops(i)) and not any(
-            self._instructions[key[0]].opcode == "while" for key in flow.members[group]
-        )
+        passing = any(
+            name_stack.phase(loop.op_name) == "backward" for i in instructions for loop in flow.loops(i)
+        ) and not any(self._instructions[key[0]].opcode == "while" for key in flow.members[group])
         if "grad" in scopes:
             return "gradients" if rows or like_leaf or not passing else "workspace"
         if "save" in scopes and (rows or any("save:" in i.op_name for i in instructions)):
@@ -290,7 +292,7 @@ class Attribution:
         if trained and "backward" in phases:
             return "gradients"
         loops = [loop.id for i in instructions for loop in flow.loops(i)[:1]]
-        if self._loss.search(_without_root(op_name)) or any(loop in self._loss_loops for loop in loops):
+        if self._loss.search(name_stack.without_root(op_name)) or any(loop in self._loss_loops for loop in loops):
             return "loss"
         if self._argument(origin):
             return "workspace"  # a copy of an argument
@@ -315,7 +317,7 @@ class Attribution:
     def _instruction_phase(self, instruction: Instruction) -> str:
         """forward, backward, after (both) or ""; of what carries no mark, the phase of its loop or its position."""
         for around in (instruction, *self._flow.loops(instruction)):
-            if phase := _phase(around.op_name):
+            if phase := name_stack.phase(around.op_name):
                 return phase
         position = self._position.get(instruction.name)
         if position is None or not self._backward[1] >= 0:
@@ -325,7 +327,7 @@ class Attribution:
 
     def _module(self, op_name: str) -> str:
         """The module path in a name stack, completed to a path of the parameters where that is possible."""
-        words = _words(op_name)
+        words = name_stack.words(op_name)
         classes = [word for word in words if word[0].isupper()]
         path = "/".join(word for word in words if not word[0].isupper())
         if not path:
@@ -345,7 +347,7 @@ class Attribution:
             instruction = nearest.pop(0)
             for trail in [self._flow.origin(operand) for operand in instruction.operands]:
                 for step in trail:
-                    if found := [path for kind, path in _SCOPE.findall(step.op_name) if kind == "grad"]:
+                    if found := [path for kind, path in name_stack.SCOPE.findall(step.op_name) if kind == "grad"]:
                         return found[0]
                 if trail and trail[-1].id not in seen:
                     seen.add(trail[-1].id)
@@ -364,48 +366,18 @@ class Attribution:
 
     def _activation(self, op_name: str) -> str:
         for pattern, name in self._activations:
-            if (found := pattern.search(op_name)) and not _HOW.fullmatch(found.expand(name)):
+            if (found := pattern.search(op_name)) and not name_stack.HOW.fullmatch(found.expand(name)):
                 return found.expand(name)
         return ""
 
 
 # Flax calls the outermost module by its class; ours hold these parameters.
 _ROOTS = {"Block": "layers", "Head": "head", "Embed": "embed_tokens"}
-_SCOPE = re.compile(r"(?:^|/)(save|read|grad):([^\"]*?)(?=/(?:[a-z_0-9]+(?:\(|$)|save:|read:|$)|$)")
-# Tokens of a name stack that say how something is computed, not whose it is.
-_HOW = re.compile(
-    r"while|body|cond|grad|branch_\d+_fun|closed_call|core_call|checkpoint|rematted_computation|remat\d?|pjit|scan"
-    r"|custom_[jv][vj]p(_call)?(_jaxpr)?|shard_map|.*\.(linear|__call__)"
-)
-_WRAPPED = re.compile(r"(?:jvp|transpose|vmap|checkpoint|remat)\((.*)\)")
-
-
-def _words(op_name: str) -> list[str]:
-    """The scopes of a name stack that name modules: jit(f)/jvp()/while/body/Block/mlp/tanh -> [Block, mlp]."""
-    words: list[str] = []
-    for token in op_name.split("/")[:-1]:  # the last is the primitive
-        while found := _WRAPPED.fullmatch(token):
-            token = found[1]
-        again = words[-1:] == [token]  # a module that calls a method of its own
-        if re.fullmatch(r"[A-Za-z_]\w*", token) and not _HOW.fullmatch(token) and not again:
-            words.append(token)
-    return words
 
 
 def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes that matter, in an order that no transposition changes."""
     return tuple(sorted(n for n in shape if n > 1))
-
-
-def _without_root(op_name: str) -> str:
-    """Without the leading jit(f), whose name is the user's."""
-    return op_name.partition("/")[2] if op_name.startswith("jit(") else op_name
-
-
-def _phase(op_name: str) -> str:
-    if "transpose(" in op_name or "read:" in op_name or "grad:" in op_name:
-        return "backward"
-    return "forward" if "jvp(" in op_name or "save:" in op_name else ""
 
 
 def _shape_text(instruction: Instruction, index: hlo.Index) -> str:

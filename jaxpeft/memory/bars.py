@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,17 @@ from jaxpeft.memory.planner import CATEGORIES
 COLORS = dict(zip(CATEGORIES, ("#4c6a92", "#6fa3c7", "#a9c7de", "#f2cf66", "#e07b39", "#b9b3a9"), strict=True))
 
 
+def unit_of(rows: Iterable[Mapping[str, Any]]) -> tuple[str, int]:
+    """The unit, and its bytes, in which the rows of a plan are read best."""
+    return ("GiB", 2**30) if max(row["bytes"]["total"] for row in rows) >= 2**30 else ("MiB", 2**20)
+
+
 def write_bars(document: Mapping[str, Any], path: Path) -> None:
     """Draws `jaxpeft plan`'s document; the file's ending says the format."""
     from matplotlib.figure import Figure  # without pyplot: no display and no global state
 
     rows = document["rows"]
-    unit, size = ("GiB", 2**30) if max(row["bytes"]["total"] for row in rows) >= 2**30 else ("MiB", 2**20)
+    unit, size = unit_of(rows)
     figure = Figure(figsize=(8, 1.6 + 0.5 * len(rows)), dpi=140, layout="constrained")
     axes = figure.subplots()
     labels = [f"{row['method']}\n{row['target']}, {row['save'] if len(row['save']) < 24 else 'table'}" for row in rows]

@@ -1,16 +1,19 @@
 """A memory plan: what is done with each named activation.
 
-matmuls                                    a preset
-matmuls,attention=recompute                a preset and what differs from it
-gate_proj=save,up_proj=compress            without a preset: all others are recomputed, as with `blocks`
+As text, which `--save` takes and `jaxpeft plan --budget` prints:
 
-preset        keeps
-everything    whatever autodiff keeps; nothing is computed again
-matmuls       as little as possible so that no matrix product is computed again; all elementwise work is
-blocks        the inputs of the layers
-offload       as matmuls, the large ones in the host's memory
-compressed    as matmuls, the projections that attention and the MLP read in 8 bits; attention is computed again from
-              them, as its weights must be those of the rounded queries and keys
+    matmuls                                    a preset
+    matmuls,attention=recompute                a preset and what differs from it
+    gate_proj=save,up_proj=compress            without a preset: all others are recomputed, as with `blocks`
+
+The presets:
+
+    everything    whatever autodiff keeps; nothing is computed again
+    matmuls       as little as possible so that no matrix product is computed again; all elementwise work is
+    blocks        the inputs of the layers
+    offload       as matmuls, the large ones in the host's memory
+    compressed    as matmuls, the projections that attention and the MLP read in 8 bits; attention is computed again
+                  from them, as its weights must be those of the rounded queries and keys
 """
 
 from __future__ import annotations
@@ -74,8 +77,8 @@ def parse(text: str | Plan) -> Plan:
         actions[name] = action
     if actions.get(INPUT) == "recompute":
         raise InputError(f"--save {text!r}: {INPUT} is where recomputation starts; save, compress or offload it")
-    if first == "everything" and actions:
-        raise InputError(f"--save {text!r}: everything is plain autodiff and takes no table; start from matmuls")
+    if first == "everything" and rest:
+        raise InputError(f"--save {text!r}: everything is plain autodiff and takes no more words; start from matmuls")
     return plan._replace(actions=tuple(actions.items()))
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr
+from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters import partial_eval
 
 from jaxpeft import tree
@@ -61,9 +61,12 @@ class Programs:
         """(equations that each equation reads from, FLOPs of each, those that yield the cotangents, named ones)."""
         jaxpr = self.vjp.jaxpr
         made = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
-        reads = [[made[v] for v in eqn.invars if not hasattr(v, "val") and v in made] for eqn in jaxpr.eqns]
-        ends = [made[v] for v in jaxpr.outvars if not hasattr(v, "val") and v in made]
-        return reads, [equation_flops(eqn) for eqn in jaxpr.eqns], ends, _named(jaxpr)
+
+        def makers(variables):
+            return [made[v] for v in variables if not isinstance(v, Literal) and v in made]
+
+        reads = [makers(eqn.invars) for eqn in jaxpr.eqns]
+        return reads, [equation_flops(eqn) for eqn in jaxpr.eqns], makers(jaxpr.outvars), _named(jaxpr)
 
     def work(self, given: Iterable[Kept]) -> tuple[float, list[Kept]]:
         """(FLOPs of matrix products of `backward(given)`, those of `given` that it reads), without making it."""

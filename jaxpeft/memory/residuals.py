@@ -116,13 +116,16 @@ class Segment(NamedTuple):
         return self.programs.recompute_flops(name for name in self.actions if name[0] != INPUT) * self.steps
 
 
-_listeners: contextvars.ContextVar[tuple[list[Segment], ...]] = contextvars.ContextVar("listeners", default=())
+_listeners: contextvars.ContextVar[tuple[dict[str, Segment], ...]] = contextvars.ContextVar("listeners", default=())
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[list[Segment]]:
-    """Collects the segments that are differentiated by what is traced inside."""
-    found: list[Segment] = []
+def recorded() -> Iterator[dict[str, Segment]]:
+    """Collects the segments that are differentiated by what is traced inside, by name; the last trace is what runs.
+
+    A function that JAX has traced before, for arguments like these, is not traced again, and records nothing.
+    """
+    found: dict[str, Segment] = {}
     token = _listeners.set((*_listeners.get(), found))
     try:
         yield found
@@ -159,6 +162,7 @@ class _Static(tuple):
 class _Loop(NamedTuple):
     """How one block's inputs lie in the arrays of all layers and groups; a step is one block on one group.
 
+    name: the segment's.
     block: (layer, x, ctx) -> y.
     treedef: of (params, x, ctx).
     paths: per leaf, its path.
@@ -168,6 +172,7 @@ class _Loop(NamedTuple):
     keyed: whether there is a PRNG key.
     """
 
+    name: str
     block: Callable[..., jax.Array]
     treedef: Any
     paths: tuple[str, ...]
@@ -235,7 +240,7 @@ def _layers(block, plan: Plan, shards: int, segment: str, layers: range, params,
     paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(dict(ctx))]
     kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
     groups = num_groups(rows, x.shape[1], plan.tokens, shards)
-    loop = _Loop(block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, key is not None)
+    loop = _Loop(segment, block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, key is not None)
     leaves = [_divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
     return _join(_run(loop, plan, leaves, key))
 
@@ -276,7 +281,7 @@ def _forward(loop, plan, leaves, key):
     traced, actions, *_ = _decide(loop, plan, leaves, stream, key, perturbed)
     compute = jaxpr_as_fun(traced.forward)
     for found in _listeners.get():
-        found.append(Segment(traced, len(loop.steps), actions, _shapes(traced, stream)))
+        found[loop.name] = Segment(traced, len(loop.steps), actions, _shapes(traced, stream))
 
     def body(carry, step):
         stream, kept = carry

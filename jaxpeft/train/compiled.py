@@ -21,7 +21,7 @@ class Program(NamedTuple):
     """
 
     executable: Any
-    segments: list[residuals.Segment]
+    segments: dict[str, residuals.Segment]
 
 
 class Compiled:

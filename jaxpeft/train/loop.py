@@ -297,7 +297,7 @@ class _Run:
             sample=_sample(job, self.before["texts"], answers.texts),
             trainable_parameters=tree.size(state.trainable),
             frozen_parameters=tree.size(state.frozen),
-            memory=memory.step_memory(program, job.model, state, batch, job.base),
+            memory=memory.step_memory(program, job.model, state, batch, job.base, self.args.accumulate),
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,

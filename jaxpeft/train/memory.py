@@ -6,14 +6,15 @@ from collections.abc import Iterable
 
 import jax
 
-from jaxpeft import tree
 from jaxpeft.memory import planner, targets
 from jaxpeft.model import Batch, Model
 from jaxpeft.train.compiled import Program
 from jaxpeft.train.state import TrainState
 
 
-def step_memory(program: Program, model: Model, state: TrainState, batch: Batch, base: Iterable[str]) -> dict[str, int]:
+def step_memory(
+    program: Program, model: Model, state: TrainState, batch: Batch, base: Iterable[str], accumulate: int = 1
+) -> dict[str, int]:
     """Bytes of one step by owner, and their total (see `jaxpeft.memory.planner.account`).
 
     Args:
@@ -22,12 +23,9 @@ def step_memory(program: Program, model: Model, state: TrainState, batch: Batch,
       state: of the shapes that it was compiled for.
       batch: likewise.
       base: the base model's paths.
+      accumulate: micro-batches of the step.
     """
-    if program.segments:
-        count = len(tree.segments(jax.eval_shape(lambda state: state.params, state)))
-        activations = planner.kept_bytes(program.segments[-count:])
-    else:
-        activations = planner.autodiff_bytes(model, state, batch)
+    activations = planner.activation_bytes(program.segments, model, state, batch, accumulate)
     memory = targets.analysed(jax.default_backend(), program.executable.memory_analysis())
     owners = planner.account(memory, state, base, activations)
     return {name: owners[name] for name in (*planner.CATEGORIES, "total")}

@@ -72,7 +72,7 @@ def prepare(args: Any) -> Job:
     Raises:
       InputError: for arguments or files that cannot be used.
     """
-    from jaxpeft.cli.train import method_settings
+    from jaxpeft.cli.arguments import method_settings
 
     source = sources(args)
     method = make_method(args.method, method_settings(args)) if args.adapter is None else None

@@ -55,7 +55,7 @@ def forward(query, key, value, where, *, scale, window):
     def row(q, k, v, segments):
         ids = None if segments is None else splash.SegmentIds(*segments)
         out, (lse,) = splash._splash_attention_forward(
-            kernel.fwd_mask_info, q, k, v, ids, None, save_residuals=True, **kernel_options(kernel)
+            kernel.fwd_mask_info, q, k, v, ids, None, save_residuals=True, **_kernel_options(kernel)
         )
         return out, lse
 
@@ -67,7 +67,7 @@ def forward(query, key, value, where, *, scale, window):
 def backward(query, key, value, where, out, lse, d_out, *, scale, window):
     """Cotangents of query, key and value."""
     splash, kernel = _kernel(query.shape[2], query.shape[1], window)
-    options = kernel_options(kernel)
+    options = _kernel_options(kernel)
 
     def row(q, k, v, o, lse, d_o, segments):
         ids = None if segments is None else splash.SegmentIds(*segments)
@@ -82,7 +82,7 @@ def backward(query, key, value, where, out, lse, d_out, *, scale, window):
     return d_q.astype(query.dtype) * factor, d_k.astype(key.dtype), d_v.astype(value.dtype)
 
 
-def kernel_options(kernel) -> dict:
+def _kernel_options(kernel) -> dict:
     """The static arguments that both halves take."""
     names = (
         "mask_value",

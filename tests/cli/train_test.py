@@ -9,12 +9,13 @@ import pytest
 
 from jaxpeft import cli
 from jaxpeft.cli import train
+from jaxpeft.cli.arguments import settled
 from jaxpeft.cli.train import Train
 from jaxpeft.errors import InputError
 
 
 def test_no_arguments_are_a_whole_run():
-    train.check(train.settled(Train()))
+    train.check(settled(Train()))
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,7 @@ def test_no_arguments_are_a_whole_run():
 )
 def test_a_value_that_makes_no_sense_is_refused(changes, message):
     with pytest.raises(InputError) as caught:
-        train.check(train.settled(dataclasses.replace(Train(), **changes)))
+        train.check(settled(dataclasses.replace(Train(), **changes)))
     assert message in str(caught.value)
 
 

@@ -22,13 +22,7 @@ CONFIG = {
 ROWS, LENGTH = 16, 1024
 
 
-@pytest.fixture(autouse=True)
-def optimised():
-    """The suite compiles without most optimisations, which changes what is kept."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def profiled(target, dump, method, save, **more):

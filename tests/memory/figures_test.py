@@ -47,13 +47,7 @@ WORK = GROUP * 2 * 4 * (12 * D + 3 * F)
 REST = 4 * TOKENS * 2 * D + 2 * 4 * CHUNK * VOCAB
 
 
-@pytest.fixture(autouse=True)
-def optimised():
-    """Memory of the program that would run: the suite's shortcut in compilation is off."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def memory(name, config, save, rows=ROWS, length=LENGTH):

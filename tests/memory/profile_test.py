@@ -1,4 +1,3 @@
-import contextlib
 import json
 import re
 import xml.etree.ElementTree
@@ -21,19 +20,7 @@ from tests import tiny
 TARGETS = ("cpu", "v5p", "h200")
 
 
-@contextlib.contextmanager
-def optimising():
-    """The suite compiles without most optimisations, which changes what is kept."""
-    before = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture(autouse=True)
-def optimised():
-    with optimising():
-        yield
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def compiled(name, function, *args, dump, donate=()):
@@ -165,7 +152,7 @@ class Step(NamedTuple):
 
 
 def odd_step(target, dump, save="everything"):
-    with pytest.MonkeyPatch.context() as patch, optimising():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(decoder, "GatedMLP", OddMLP)
         base = decoder.decoder(tiny.config(jnp.float32, **SIZES))
         method, optimizer, made = jp.lora(rank=RANK, targets="all-linear"), optax.adamw(1e-3), []

@@ -197,7 +197,7 @@ def segments(method, save, batch=None, dtype=jnp.float32, **changes):
     with residuals.recorded() as found:
         function = jax.grad(loss(residuals.remat(model, save), frozen, tiny.batch() if batch is None else batch))
         jax.eval_shape(function, trainable)
-    return found
+    return list(found.values())
 
 
 def kept(segment):

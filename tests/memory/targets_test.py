@@ -20,13 +20,7 @@ COMPILED = ("cpu", "v5e", "v5p", "h200")
 ALIGNMENT = 1 << 16  # a TPU's temporaries are placed at multiples of this
 
 
-@pytest.fixture(autouse=True)
-def optimised():
-    """Memory of the program that would run: the suite's shortcut in compilation is off."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("optimised")
 
 
 def described(name):

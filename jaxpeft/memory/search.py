@@ -1,0 +1,179 @@
+"""What fits a device: the plan with the least recomputation under a budget, the largest batch, the longest sequence.
+
+A plan's kept bytes and recomputation follow from the trace (`options`); what a step needs besides is learned from the
+compiler, and whatever is returned has been compiled and fits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.memory.plan import INPUT, Plan
+from jaxpeft.memory.planner import Step, cost, row
+from jaxpeft.memory.programs import matmuls
+from jaxpeft.memory.residuals import Segment
+from jaxpeft.memory.targets import Target
+
+
+class Option(NamedTuple):
+    """A table of actions, and what it costs.
+
+    kept: bytes on the device.  flops: recomputed.  altered: bytes that are compressed or in the host's memory.
+    """
+
+    plan: Plan
+    kept: int
+    flops: float
+    altered: int
+
+
+def options(
+    segments: Mapping[str, Segment], actions: Iterable[str] = ("save",), tokens: int = Plan().tokens
+) -> list[Option]:
+    """The tables worth considering, least recomputation first: none keeps more for no less recomputation.
+
+    Args:
+      segments: of a trace under any plan.
+      actions: what may be done with an activation that is not recomputed.
+      tokens: of the plans.
+    """
+    actions = tuple(actions)
+    names: list[str] = []
+    for segment in segments.values():
+        programs = segment.programs
+        names = list(dict.fromkeys([*names, *(name for name, _ in matmuls(programs, (), programs.names))]))
+    # The log-sum-exp is of use only with the output that it belongs to.
+    groups = [tuple(n for n in names if n in (name, f"{name}_lse")) for name in names if not name.endswith("_lse")]
+    found: dict[tuple[float, int], Option] = {}
+    for chosen in itertools.product((False, True), repeat=len(groups)):
+        saved = {name for group, use in zip(groups, chosen, strict=True) if use for name in group}
+        flops, sizes = 0.0, dict.fromkeys((INPUT, *saved), dict.fromkeys(("save", *actions), 0))
+        for segment in segments.values():
+            given = [name for name in segment.programs.names if name[0] in saved]
+            flops += segment.programs.recompute_flops(given) * segment.steps
+            for name in [*segment.programs.work(given)[1], (INPUT, 0)]:
+                before = sizes[name[0]]
+                sizes[name[0]] = {a: before[a] + segment.stored_bytes(name, a) for a in before}
+        read = [name for name in names if name in saved and sizes[name]["save"]]
+        for choice in itertools.product(actions, repeat=len(read)):
+            table = dict(zip(read, choice, strict=True))
+            kept = sizes[INPUT]["save"] + sum(sizes[n][a] for n, a in table.items() if a != "offload")
+            altered = sum(sizes[n]["save"] for n, a in table.items() if a != "save")
+            option = Option(Plan("blocks", tuple(table.items()), tokens), kept, flops, altered)
+            best = found.get((flops, kept))
+            if best is None or option.altered < best.altered:
+                found[flops, kept] = option
+    return _frontier(found.values())
+
+
+def _frontier(found: Iterable[Option]) -> list[Option]:
+    """Least recomputation first, then least altered; left out is what keeps no less than one before it."""
+    ordered = sorted(found, key=lambda option: (option.flops, option.altered, option.kept))
+    frontier: list[Option] = []
+    for option in ordered:
+        if not frontier or option.kept < frontier[-1].kept:
+            frontier.append(option)
+    return frontier
+
+
+def fit(
+    make: Callable[[Plan], Step],
+    target: Target,
+    budget: int,
+    actions: Iterable[str] = ("save",),
+    report: Callable[[str], None] = lambda text: None,
+    most_compiles: int = 8,
+) -> tuple[Step, dict[str, Any]]:
+    """The plan with the least recomputation whose compiled total fits the budget, and its row.
+
+    What a step needs besides the kept arrays is learned from the compiler: first with nothing kept but the layers'
+    inputs, then from each plan that is tried.
+
+    Args:
+      make: plan -> step.
+      target: to compile for.
+      budget: bytes of one device.
+      actions: what may be done with activations besides recomputing them: "save", "compress", "offload".
+      report: is told what is tried.
+      most_compiles: where the search ends.
+
+    Raises:
+      InputError: for a budget below the arguments, or one that no plan fits.
+    """
+    step = make(Plan("blocks"))
+    arguments = tree.num_bytes((step.state._replace(key=None), step.batch))
+    if budget <= arguments:
+        raise InputError(
+            f"--budget {_gib(budget)}: the arguments alone (weights, adapters, optimizer state, batch) take "
+            f"{_gib(arguments)}"
+        )
+
+    def compiled(step):
+        traced = cost(step)
+        made = row(step, target, traced)
+        report(f"{target.name}: {step.plan}: {_gib(made['bytes']['total'])}")
+        return traced, made
+
+    traced, best = compiled(step)
+    length = step.batch["tokens"].shape[1]
+    if best["bytes"]["total"] > budget and step.plan.tokens > length:  # one row at a time
+        step = make(Plan("blocks", tokens=length))
+        traced, best = compiled(step)
+    if best["bytes"]["total"] > budget:
+        raise InputError(f"--budget {_gib(budget)}: the plan that keeps least needs {_gib(best['bytes']['total'])}")
+    choice = step
+    candidates = options(traced.segments, actions, step.plan.tokens)
+    overhead = best["bytes"]["total"] - traced.activations
+    for _ in range(most_compiles - 1):
+        option = next((option for option in candidates if option.kept + overhead <= budget), None)
+        if option is None or option.plan == choice.plan:
+            break
+        step = make(option.plan)
+        _, made = compiled(step)
+        overhead = made["bytes"]["total"] - option.kept
+        if made["bytes"]["total"] <= budget:
+            choice, best = step, made
+            candidates = candidates[: candidates.index(option)]  # only what recomputes less is of interest now
+        else:
+            candidates = candidates[candidates.index(option) + 1 :]
+    return choice, best
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+def largest(
+    total: Callable[[int], int], room: int, start: int, quantum: int = 1, most: int | None = None, compiles: int = 12
+) -> int:
+    """The largest multiple of `quantum` whose total fits, 0 if none; each guess follows the line through two others.
+
+    Args:
+      total: n -> bytes, which grow with n.
+      room: bytes.
+      start: the first n, a multiple of quantum.
+      most: the largest n of interest.
+      compiles: how often `total` may be asked; then the largest n that was seen to fit is returned.
+    """
+    before = fits = (0, 0)  # (n, bytes) of the two largest that fit
+    beyond: tuple[int, int] | None = None  # of the smallest that doesn't
+    n = start
+    for _ in range(compiles):
+        size = total(n)
+        if size > room:
+            beyond = (n, size)
+        else:
+            before, fits = fits, (n, size)
+        (n1, s1), (n2, s2) = (fits, beyond) if beyond else (before, fits)
+        line = n1 + (room - s1) * (n2 - n1) / max(s2 - s1, 1)
+        n = int(min(line, 8 * n2)) // quantum * quantum  # far from what is known, a line is no guide
+        n = max(n, fits[0] + quantum)
+        n = min(n, beyond[0] - quantum) if beyond else n
+        n = min(n, most // quantum * quantum) if most is not None else n
+        if n <= fits[0]:
+            break
+    return fits[0]
