@@ -142,12 +142,20 @@ def _places(family: ModuleType, shapes: Mapping[str, Any]) -> dict[str, _Place]:
 # In.
 
 
-def load_pretrained(path_or_hub_id: str | os.PathLike[str], dtype: Any = jnp.bfloat16) -> tuple[Model, tree.Params]:
+def load_pretrained(
+    path_or_hub_id: str | os.PathLike[str],
+    dtype: Any = jnp.bfloat16,
+    labels: Sequence[str] = (),
+    key: jax.Array | None = None,
+) -> tuple[Model, tree.Params]:
     """The model of a checkpoint and its parameters.
 
     Args:
       path_or_hub_id: a local folder, or `owner/name` on the hub.
       dtype: of the parameters and of the computation.
+      labels: names of what rows are classified as (a single one: a regression), for a model with a classifier in place
+        of its head; what the checkpoint lacks of the classifier is initialised. Default: the checkpoint's own head.
+      key: PRNG key for the parameters that are initialised.
 
     Returns:
       (Model, nested dict of parameters in `dtype`).
@@ -161,15 +169,22 @@ def load_pretrained(path_or_hub_id: str | os.PathLike[str], dtype: Any = jnp.bfl
     family = models.family(raw)
     if "quantization_config" in raw:
         raise InputError(f"{folder}: the weights are quantized (quantization_config); load the original checkpoint")
+    raw = models.for_classification(raw, labels) if labels else raw
     model = family.from_hf(raw, jnp.dtype(dtype))
     shapes = family.shapes(model.config)
     places = _places(family, shapes)
-    sources = _check(folder, places, tied=bool(raw.get("tie_word_embeddings")))
+    sources = _check(folder, places, family, tied=bool(raw.get("tie_word_embeddings")))
     by_path: dict[str, list[str]] = {}
     for name, place in places.items():
         by_path.setdefault(place.path, []).append(name)
     flat = {}
+    fresh = (
+        tree.flatten(model.init(jax.random.key(0) if key is None else key, {})) if len(sources) < len(places) else {}
+    )
     for path, names in by_path.items():
+        if names[0] not in sources:
+            flat[path] = fresh[path]
+            continue
         leaf = _aligned(shapes[path].shape, np.dtype(shapes[path].dtype))
         for name in names:
             place, tensor = places[name], _read(sources[name])
@@ -177,6 +192,17 @@ def load_pretrained(path_or_hub_id: str | os.PathLike[str], dtype: Any = jnp.bfl
             np.copyto(row, tensor.T if place.transposed else tensor, casting="unsafe")
         flat[path] = jax.device_put(leaf)
     return model, tree.unflatten(flat)
+
+
+def _fresh(model: Model, paths: Sequence[str], key: jax.Array) -> tree.Flat:
+    """Parameters of a new model, no other than these being made."""
+
+    @jax.jit
+    def make(key):
+        flat = tree.flatten(model.init(key, {}))
+        return {path: flat[path] for path in paths}
+
+    return make(key)
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -217,7 +243,7 @@ def _open(file: Path) -> Iterator[Any]:
         raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {_first_line(error)}") from None
 
 
-def _check(folder: Path, places: Mapping[str, _Place], tied: bool) -> dict[str, tuple[Path, str]]:
+def _check(folder: Path, places: Mapping[str, _Place], family: ModuleType, tied: bool) -> dict[str, tuple[Path, str]]:
     """Name -> (file, name there), after the headers alone have been compared with the configuration."""
     sources: dict[str, tuple[Path, str]] = {}
     unexpected, wrong, head = [], [], None
@@ -226,8 +252,8 @@ def _check(folder: Path, places: Mapping[str, _Place], tied: bool) -> dict[str, 
             for stored in opened.keys():  # noqa: SIM118 (not a dict)
                 name = stored if stored in places else f"model.{stored}"  # a checkpoint of the model without its head
                 if name not in places:
-                    if tied and stored == "lm_head.weight":
-                        head = (file, stored)
+                    if re.fullmatch(family.OTHER_HEADS, stored):
+                        head = (file, stored) if tied and stored == "lm_head.weight" else head
                     elif not _IGNORED.fullmatch(stored):
                         unexpected.append(stored)
                     continue
@@ -238,6 +264,8 @@ def _check(folder: Path, places: Mapping[str, _Place], tied: bool) -> dict[str, 
                     wrong.append(f"{stored} has shape {tuple(header.get_shape())}, expected {places[name].shape}")
                 sources[name] = (file, stored)
     missing = [name for name in places if name not in sources]
+    if all(re.fullmatch(family.CLASSIFIER, places[name].path) for name in missing):
+        missing = []
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
         for kind, names in (("missing", missing), ("unexpected", unexpected), ("that differ", wrong))

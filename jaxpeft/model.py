@@ -34,6 +34,21 @@ Batch = Mapping[str, jax.Array]
 Cache = Mapping[str, jax.Array]
 
 
+def last_position(x: jax.Array, batch: Batch) -> jax.Array:
+    """x (B, S, d) at each row's last token that is not padding, (B, d): what has seen the row in a causal model."""
+    segments = batch.get("segment_ids")
+    if segments is None:
+        return x[:, -1]
+    last = x.shape[1] - 1 - jnp.argmax(jnp.flip(segments > 0, axis=1), axis=1)
+    return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
+
+
+def first_position(x: jax.Array, batch: Batch) -> jax.Array:
+    """x (B, S, d) at each row's first token, (B, d): [CLS]."""
+    del batch
+    return x[:, 0]
+
+
 class Stack(NamedTuple):
     """A model as the functions that methods see.
 
@@ -41,12 +56,21 @@ class Stack(NamedTuple):
     block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters and cache, or None
     head:  (params, x) -> logits float32 (..., V)               final norm and unembedding, for any leading axes
     run:   (stack, params, batch, key, cache) -> (x, cache)     embed and all layers
+    pool:  (x, batch) -> (B, d)                                 what stands for a whole row where rows are classified
+    parts: functions like `block` that make it up, one after the other, cut at its residual connections: attention, MLP;
+      () where a method has changed `block` in a way that has no parts
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
     block: Callable[..., tuple[jax.Array, Cache | None]]
     head: Callable[[tree.Params, jax.Array], jax.Array]
     run: Callable[..., tuple[jax.Array, Cache | None]]
+    pool: Callable[[jax.Array, Batch], jax.Array] = last_position
+    parts: tuple[Callable[..., tuple[jax.Array, Cache | None]], ...] = ()
+
+    def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
+        """The stack with `block` and each of its parts replaced by `wrap` of it."""
+        return self._replace(block=wrap(self.block), parts=tuple(wrap(part) for part in self.parts))
 
 
 class Model(NamedTuple):
@@ -76,6 +100,10 @@ class Model(NamedTuple):
     def apply(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """The whole forward pass: float32 logits (B, S, V)."""
         return self.head(params, self.hidden(params, batch, key))
+
+    def classify(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+        """Float32 logits (B, labels), one row's each; for a model whose head is a classifier."""
+        return self.head(params, self.stack.pool(self.hidden(params, batch, key), batch))
 
 
 def scan_layers(

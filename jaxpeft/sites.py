@@ -123,15 +123,18 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
         with adapted("", {}):
             return model.stack.embed(params, batch, key)
 
-    def block(layer, x, ctx, cache, segment):
-        with adapted(f"{segment}/", ctx):
-            return model.stack.block(layer, x, ctx, cache, segment)
+    def layer(function):
+        def call(layer, x, ctx, cache, segment):
+            with adapted(f"{segment}/", ctx):
+                return function(layer, x, ctx, cache, segment)
+
+        return call
 
     def head(params, x):
         with adapted("", {}):
             return model.stack.head(params, x)
 
-    return model._replace(init=init, stack=model.stack._replace(embed=embed, block=block, head=head))
+    return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed, head=head))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # sites of one shape share one compilation

@@ -441,3 +441,19 @@ def test_host_memory_stays_near_one_tensor_above_the_model(tmp_path):
     slack = 40e6  # modules imported and small programs compiled on the way
     assert loading < total + 2 * largest + slack
     assert saving < 3 * largest + slack
+
+
+def test_a_classifier_in_place_of_the_head(tmp_path):
+    """Everything else comes from the checkpoint; the classifier is new, and a function of the key."""
+    folder = write(tmp_path / "model")
+    _, plain = jp.load_pretrained(folder, jnp.float32)
+    model, params = jp.load_pretrained(folder, jnp.float32, labels=("no", "yes", "maybe"), key=jax.random.key(1))
+    flat, expected = tree.flatten(params), tree.flatten(plain)
+    assert flat.keys() - expected.keys() == {"classifier/kernel"} and expected.keys() - flat.keys() == {
+        "lm_head/kernel"
+    }
+    for path in flat.keys() & expected.keys():
+        assert bits(flat[path]) == bits(expected[path]), path
+    assert flat["classifier/kernel"].shape == (16, 3) and model.config.num_labels == 3
+    _, other = jp.load_pretrained(folder, jnp.float32, labels=("no", "yes", "maybe"), key=jax.random.key(2))
+    assert bits(other["classifier"]["kernel"]) != bits(params["classifier"]["kernel"])

@@ -1,18 +1,25 @@
 """Model families by Hugging Face `model_type`.
 
-A family file has: MODEL_TYPES, a frozen configuration, `from_hf` (config.json -> Model), the NAMES table, and `shapes`
-(the parameters of a configuration).
+A family file has
+
+    MODEL_TYPES     config.json's model_type -> the architecture that classifies rows
+    from_hf         (config.json, dtype) -> Model, whose `config` is the family's own
+    shapes          that configuration -> {path: ShapeDtypeStruct}
+    NAMES           our path -> Hugging Face's name, and whether the matrix is transposed there
+    CLASSIFIER      regular expression: paths of a classifier's parameters, new where the checkpoint has none
+    OTHER_HEADS     regular expression: names of tensors of heads that a checkpoint may have and the model does not
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 from jaxpeft.errors import InputError
 from jaxpeft.models import decoder
+from jaxpeft.models.labels import with_labels
 
 FAMILIES: dict[str, ModuleType] = dict.fromkeys(decoder.MODEL_TYPES, decoder)
 
@@ -27,6 +34,16 @@ def family(config: Mapping[str, Any]) -> ModuleType:
     if kind not in FAMILIES:
         raise InputError(f"config.json: unsupported model_type {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[kind]
+
+
+def for_classification(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:
+    """A parsed config.json with a classifier of rows in place of the model's head.
+
+    Args:
+      config: of any family.
+      labels: names in the order of their numbers; a single one is a regression.
+    """
+    return with_labels(config, family(config).MODEL_TYPES[config["model_type"]], labels)
 
 
 def hf_name(family: ModuleType, path: str) -> tuple[str, bool]:

@@ -24,9 +24,20 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model, Stack, scan_layers
 from jaxpeft.models import rotary
+from jaxpeft.models.labels import num_labels
 from jaxpeft.models.layers import Attention, Dense, GatedMLP, RMSNorm, rotary_tables
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+# config.json's model_type -> the architecture that classifies rows.
+MODEL_TYPES = {
+    "llama": "LlamaForSequenceClassification",
+    "mistral": "MistralForSequenceClassification",
+    "qwen2": "Qwen2ForSequenceClassification",
+    "qwen3": "Qwen3ForSequenceClassification",
+}
+# Our paths of parameters that belong to the classifier: new where the checkpoint is of a model without one.
+CLASSIFIER = r"classifier/.*"
+# Tensors of heads that a checkpoint may have and the model does not.
+OTHER_HEADS = r"lm_head\.weight|score\.weight"
 
 # our path -> (Hugging Face name, whether the matrix is transposed there); {i} is the layer. First match wins.
 NAMES = (
@@ -38,6 +49,7 @@ NAMES = (
     (r"layers/(\w+)/(\w+)/scale", r"model.layers.{i}.\1.\2.weight", False),
     (r"norm/scale", "model.norm.weight", False),
     (r"lm_head/kernel", "lm_head.weight", True),
+    (r"classifier/kernel", "score.weight", True),
 )
 
 _COUNTS = (
@@ -79,6 +91,7 @@ class DecoderConfig:
     windows: tuple[int, ...] | None = None  # tokens per layer; None: no layer has a window
     bos_token_id: int | None = None
     eos_token_id: tuple[int, ...] = ()
+    num_labels: int = 0  # 0: the head is the unembedding, else a classifier of rows
     dtype: Any = jnp.float32  # of the stream; parameters are created in it too
 
     @property
@@ -135,6 +148,7 @@ class DecoderConfig:
                 windows=_windows(kind, config, layers),
                 bos_token_id=config.get("bos_token_id"),
                 eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+                num_labels=num_labels(config),
                 dtype=dtype,
             )
         except KeyError as error:
@@ -173,11 +187,10 @@ class Block(nn.Module):
 
     config: DecoderConfig
 
-    @nn.compact
-    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
+    def setup(self):
         c = self.config
-        x = checkpoint_name(x, "block_input")
-        attended, cache = Attention(
+        self.input_layernorm = RMSNorm(c.rms_norm_eps, c.dtype)
+        self.self_attn = Attention(
             c.num_attention_heads,
             c.num_key_value_heads,
             c.head_dim,
@@ -186,19 +199,26 @@ class Block(nn.Module):
             c.rms_norm_eps if c.qk_norm else None,
             c.window,
             c.dtype,
-            name="self_attn",
-        )(RMSNorm(c.rms_norm_eps, c.dtype, name="input_layernorm")(x), ctx, cache)
-        x = checkpoint_name(x + attended, "after_attention")
-        normed = RMSNorm(c.rms_norm_eps, c.dtype, name="post_attention_layernorm")(x)
-        x = checkpoint_name(
-            x + GatedMLP(c.intermediate_size, c.mlp_bias, c.dtype, name="mlp")(normed),
-            "block_output",
         )
-        return x, cache
+        self.post_attention_layernorm = RMSNorm(c.rms_norm_eps, c.dtype)
+        self.mlp = GatedMLP(c.intermediate_size, c.mlp_bias, c.dtype)
+
+    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
+        x, cache = self.attend(checkpoint_name(x, "block_input"), ctx, cache)
+        return self.feed_forward(x), cache
+
+    def attend(self, x, ctx, cache):
+        """The first part."""
+        attended, cache = self.self_attn(self.input_layernorm(x), ctx, cache)
+        return checkpoint_name(x + attended, "after_attention"), cache
+
+    def feed_forward(self, x):
+        """The second part."""
+        return checkpoint_name(x + self.mlp(self.post_attention_layernorm(x)), "block_output")
 
 
 class Head(nn.Module):
-    """Final norm and unembedding, (..., d) -> float32 logits (..., V)."""
+    """Final norm, and unembedding or classifier: (..., d) -> float32 logits (..., V)."""
 
     config: DecoderConfig
 
@@ -206,7 +226,9 @@ class Head(nn.Module):
     def __call__(self, x: jax.Array, embedding: jax.Array | None = None) -> jax.Array:
         c = self.config
         x = RMSNorm(c.rms_norm_eps, c.dtype, name="norm")(x)
-        if c.tie_word_embeddings:
+        if c.num_labels:
+            logits = Dense(c.num_labels, False, c.dtype, name="classifier")(x)
+        elif c.tie_word_embeddings:
             assert embedding is not None
             logits = checkpoint_name(x @ embedding.astype(x.dtype).T, "lm_head")
         else:
@@ -237,13 +259,24 @@ def decoder(config: DecoderConfig) -> Model:
             ctx["shared"] = {"window": jnp.asarray(config.windows, jnp.int32)}
         return embed_module.apply({"params": params["embed_tokens"]}, tokens), ctx
 
+    def apply(layer, *args, ctx, method=None):
+        rngs = {"dropout": ctx["key"]} if "key" in ctx else {}
+        return block_module.apply({"params": layer}, *args, rngs=rngs, method=method)
+
     def block(layer, x, ctx, cache=None, segment="layers"):
         del segment
-        rngs = {"dropout": ctx["key"]} if "key" in ctx else {}
-        return block_module.apply({"params": layer}, x, ctx, cache, rngs=rngs)
+        return apply(layer, x, ctx, cache, ctx=ctx)
+
+    def attend(layer, x, ctx, cache=None, segment="layers"):
+        del segment
+        return apply(layer, x, ctx, cache, ctx=ctx, method=Block.attend)
+
+    def feed_forward(layer, x, ctx, cache=None, segment="layers"):
+        del segment
+        return apply(layer, x, ctx=ctx, method=Block.feed_forward), cache
 
     def head(params: tree.Params, x: jax.Array) -> jax.Array:
-        own = {name: params[name] for name in ("norm", "lm_head") if name in params}
+        own = {name: params[name] for name in ("norm", "lm_head", "classifier") if name in params}
         embedding = params["embed_tokens"]["embedding"] if config.tie_word_embeddings else None
         return head_module.apply({"params": own}, x, embedding)
 
@@ -265,7 +298,7 @@ def decoder(config: DecoderConfig) -> Model:
             **head_module.init(keys[1], x, embedding)["params"],
         }
 
-    return Model(init, Stack(embed, block, head, scan_layers), config)
+    return Model(init, Stack(embed, block, head, scan_layers, parts=(attend, feed_forward)), config)
 
 
 def from_hf(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:

@@ -370,7 +370,7 @@ def test_a_table_without_a_preset_recomputes_the_rest():
         ("matmuls,gate_proj", "'gate_proj' should be NAME=ACTION"),
         ("matmuls,tokens=0", "tokens='0' should be a whole number above 0"),
         ("tokens=-5", "tokens='-5' should be"),
-        ("everything,gate_proj=save", "everything is plain autodiff and takes no table"),
+        ("everything,gate_proj=save", "everything is plain autodiff and takes no more words"),
         ("blocks,block_input=recompute", "block_input is where recomputation starts"),
     ],
 )

@@ -166,6 +166,23 @@ def test_logits_and_gradients_equal_transformers(case, tmp_path):
         close(found[name], gradient, 1e-3, f"gradient of {name}")
 
 
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+def test_classifier_equals_transformers(kind, tmp_path):
+    """Rows of different lengths, padded on the right."""
+    config = transformers.AutoConfig.for_model(kind, **SMALL, num_labels=3, pad_token_id=0)
+    torch.manual_seed(0)
+    theirs = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    model, params = jp.load_pretrained(tmp_path / "model", jnp.float32)
+    tokens = np.random.default_rng(1).integers(1, SMALL["vocab_size"], (3, 24))
+    mask = np.arange(24) < np.array([[24], [9], [1]])
+    tokens = np.where(mask, tokens, 0)
+    with torch.no_grad():
+        expected = theirs(torch.tensor(tokens), attention_mask=torch.tensor(mask)).logits
+    batch = {"tokens": jnp.asarray(tokens, jnp.int32), "segment_ids": jnp.asarray(mask, jnp.int32)}
+    close(compiled(lambda p: model.classify(p, batch), params), expected, 1e-4, "logits")
+
+
 @pytest.mark.parametrize("case", ["mistral", "qwen3"])
 def test_packed_documents_equal_separate_ones(case, tmp_path):
     """Two documents and padding in one row, by segment ids and positions, against transformers on each alone."""

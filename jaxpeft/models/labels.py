@@ -1,0 +1,37 @@
+"""Classification of rows, as a checkpoint's config.json declares it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jaxpeft.errors import InputError
+
+
+def num_labels(config: Mapping[str, Any]) -> int:
+    """How many labels a parsed config.json's architecture tells apart; 0 for one that classifies no rows.
+
+    Raises:
+      InputError: if it names none, or not a whole number of them.
+    """
+    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+        return 0
+    names = config.get("id2label")
+    count = len(names) if isinstance(names, Mapping) else config.get("num_labels", 2)
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise InputError(f"config.json: num_labels {count!r} should be a whole number of at least 1")
+    return count
+
+
+def with_labels(config: Mapping[str, Any], architecture: str, labels: Sequence[str]) -> dict[str, Any]:
+    """The config.json of the same model with a classifier in place of its head.
+
+    Args:
+      config: parsed.
+      architecture: such as BertForSequenceClassification.
+      labels: names in the order of their numbers; a single one is a regression.
+    """
+    named = {str(i): label for i, label in enumerate(labels)}
+    own = {"architectures": [architecture], "id2label": named, "label2id": {x: int(i) for i, x in named.items()}}
+    kind = "regression" if len(labels) == 1 else "single_label_classification"
+    return {**config, **own, "problem_type": kind}
