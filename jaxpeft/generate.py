@@ -17,13 +17,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import models, tree
+from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Model
 
@@ -64,7 +63,7 @@ def generate(
       InputError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room below
         `max_position_embeddings`, or settings out of range.
     """
-    _check(model.config, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size)
     greedy = temperature == 0
     settings = {
         "temperature": np.float32(temperature or 1),
@@ -88,9 +87,10 @@ def generate(
     return results
 
 
-def _check(config: Any, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size) -> None:
-    if config is None:
-        raise InputError("generate: this model shows no layers and has no key-value cache; use one of jaxpeft.models")
+def _check(model: Model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size) -> None:
+    config = model.config
+    if model.stack.init_cache is None:
+        raise InputError("generate: this model has no key-value cache; use one of the decoders of jaxpeft.models")
     for name, value in {"max_new_tokens": max_new_tokens, "top_k": top_k, "batch_size": batch_size}.items():
         if value is not None and value < 1:
             raise InputError(f"generate: {name} {value} must be at least 1")
@@ -144,7 +144,7 @@ def _decode(model, slots, greedy, filtered, params, batch, ends, settings, key, 
     b, width = batch["tokens"].shape
     lengths = batch["segment_ids"].sum(1)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    cache = models.FAMILIES[model.config.model_type].init_cache(model.config, b, slots)
+    cache = model.stack.init_cache(b, slots)
 
     def choose(x, t):
         """The next token of each row, from the last hidden state (B, 1, d)."""

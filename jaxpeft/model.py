@@ -59,6 +59,8 @@ class Stack(NamedTuple):
     pool:  (x, batch) -> (B, d)                                 what stands for a whole row where rows are classified
     parts: functions like `block` that make it up, one after the other, cut at its residual connections: attention, MLP;
       () where a method has changed `block` in a way that has no parts
+    init_cache: (rows, length) -> an empty cache for decoding, a pytree that `run` takes and gives back; None where the
+      model does not decode
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -67,6 +69,7 @@ class Stack(NamedTuple):
     run: Callable[..., tuple[jax.Array, Cache | None]]
     pool: Callable[[jax.Array, Batch], jax.Array] = last_position
     parts: tuple[Callable[..., tuple[jax.Array, Cache | None]], ...] = ()
+    init_cache: Callable[[int, int], Cache] | None = None
 
     def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
         """The stack with `block` and each of its parts replaced by `wrap` of it."""

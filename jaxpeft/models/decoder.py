@@ -298,7 +298,8 @@ def decoder(config: DecoderConfig) -> Model:
             **head_module.init(keys[1], x, embedding)["params"],
         }
 
-    return Model(init, Stack(embed, block, head, scan_layers, parts=(attend, feed_forward)), config)
+    cache = functools.partial(init_cache, config)
+    return Model(init, Stack(embed, block, head, scan_layers, parts=(attend, feed_forward), init_cache=cache), config)
 
 
 def from_hf(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
