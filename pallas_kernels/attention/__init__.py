@@ -1,4 +1,4 @@
-"""Exact causal attention, by the kernel of the platform that the program is lowered for.
+"""Exact attention, causal or not, by the kernel of the platform that the program is lowered for.
 
     out[q] = sum_k softmax_k(scale * <query[q], key[k]>) value[k]      over the keys that q may see
 
@@ -33,9 +33,9 @@ __all__ = ["EVERYONE", "Where", "attention"]
 def _products(count):
     """FLOPs of `count` products of queries and keys; causal masks halve them where queries are keys."""
 
-    def flops(query, key, *rest, **static):
+    def flops(query, key, *rest, causal=True, **static):
         b, s, h, d = query.shape
-        return count * 2.0 * b * h * s * key.shape[1] * d / (2 if s == key.shape[1] else 1)
+        return count * 2.0 * b * h * s * key.shape[1] * d / (2 if causal and s == key.shape[1] else 1)
 
     return flops
 
@@ -64,9 +64,15 @@ backward = operation(
 
 
 def attention(
-    query: jax.Array, key: jax.Array, value: jax.Array, where: Where, scale: float, window: int | None = None
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    where: Where,
+    scale: float,
+    window: int | None = None,
+    causal: bool = True,
 ) -> jax.Array:
-    """Causal attention with segments, windows and grouped queries.
+    """Attention with segments, windows and grouped queries.
 
     Args:
       query: (B, S, H, D).
@@ -75,29 +81,30 @@ def attention(
       where: the mask, by indices and segments.
       scale: factor of the scores.
       window: a query sees keys less than `window` behind it; None: no limit.
+      causal: whether a query sees only keys at its own index and before; else all of its segment (an encoder).
 
     Returns:
       (B, S, H, D) in query's dtype; scores and sums are float32. A query that may see no key gets 0.
     """
     inputs = jax.lax.stop_gradient((query, key, value, where))
-    out, lse = forward(*inputs, scale=scale, window=window)
+    out, lse = forward(*inputs, scale=scale, window=window, causal=causal)
     # Named flat: a head size below 128 would be padded where it is kept.
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention").reshape(out.shape)
-    return _computed(query, key, value, where, out, checkpoint_name(lse, "attention_lse"), scale, window)
+    return _computed(query, key, value, where, out, checkpoint_name(lse, "attention_lse"), scale, window, causal)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _computed(query, key, value, where, out, lse, scale, window):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _computed(query, key, value, where, out, lse, scale, window, causal):
     """`out`, which attention has computed, with attention's derivative."""
     return out
 
 
-def _keep(query, key, value, where, out, lse, scale, window):
+def _keep(query, key, value, where, out, lse, scale, window, causal):
     return out, (query, key, value, where, out, lse)
 
 
-def _pull(scale, window, saved, d_out):
-    return *backward(*saved, d_out, scale=scale, window=window), None, None, None
+def _pull(scale, window, causal, saved, d_out):
+    return *backward(*saved, d_out, scale=scale, window=window, causal=causal), None, None, None
 
 
 _computed.defvjp(_keep, _pull)

@@ -5,8 +5,8 @@
 computed tile by tile with a running maximum and sum (Dao et al. 2022, "FlashAttention", arXiv:2205.14135; Rabe &
 Staats 2021, arXiv:2112.05682). The forward pass keeps its inputs, the output and one float32 log-sum-exp per query
 and head; the backward pass computes each tile of scores again. No array of queries x keys exists in either, masks
-included: a tile's mask comes from indices and segment ids. Causal tiles above the diagonal and tiles left of a
-sliding window are skipped.
+included: a tile's mask comes from indices and segment ids. Tiles above the diagonal of causal attention and tiles left
+of a sliding window are skipped.
 
 Shapes: B batch, S queries, K keys, H heads, N key-value heads (H = N * G), D head size.
 """
@@ -21,13 +21,14 @@ import numpy as np
 
 MASKED = -1e30
 EVERYONE = -1  # the segment id of a key that every query sees (a prefix)
+_NO_ONE = -2  # that of a key that no query sees (padding to whole tiles)
 
 
 class Where(NamedTuple):
     """Who may see whom. All int32; None where there is nothing to say.
 
-    query_index (S,), key_index (K,): positions in the row; a query sees keys at its own index and before. None: both
-      are 0 .. S-1.
+    query_index (S,), key_index (K,): positions in the row; where attention is causal, a query sees keys at its own
+      index and before. None: both are 0 .. S-1.
     query_segment (B, S), key_segment (B, K): a query sees keys of its own segment, and those of segment `EVERYONE`.
       None: the row is one segment.
     window (): a query sees keys less than `window` behind it, where that differs from layer to layer.
@@ -62,12 +63,12 @@ def _tiled(query, key, value, where, window, tile):
         where = where._replace(query_segment=jnp.ones((b, s), jnp.int32), key_segment=jnp.ones((b, k), jnp.int32))
     if window is not None:
         where = where._replace(window=jnp.asarray(window, jnp.int32))
-    # Padding: keys at an index that no query reaches.
+    # Padding: keys that no query sees, at an index that no causal query reaches.
     where = where._replace(
         query_index=jnp.pad(where.query_index, (0, pad_q), constant_values=-1),
         key_index=jnp.pad(where.key_index, (0, pad_k), constant_values=np.iinfo(np.int32).max),
         query_segment=jnp.pad(where.query_segment, ((0, 0), (0, pad_q))),
-        key_segment=jnp.pad(where.key_segment, ((0, 0), (0, pad_k))),
+        key_segment=jnp.pad(where.key_segment, ((0, 0), (0, pad_k)), constant_values=_NO_ONE),
     )
     key, value = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (key, value))
     return _Tiles(_grouped(query, n, pad_q), key, value, where, (tile_q, tile_k))
@@ -79,15 +80,15 @@ def _grouped(x, n, pad):
     return jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).reshape(b, s + pad, n, h // n, d)
 
 
-def forward(query, key, value, where, *, scale, window=None, tile=None):
+def forward(query, key, value, where, *, scale, window=None, causal=True, tile=None):
     """(out (B, S, H, D) in query's dtype, lse (B, H, S) float32)."""
     b, s, h, d = query.shape
     tiles = _tiled(query, key, value, where, window, tile)
-    out, lse = _forward(tiles.query, tiles.key, tiles.value, tiles.where, scale, tiles.sizes)
+    out, lse = _forward(tiles.query, tiles.key, tiles.value, tiles.where, scale, causal, tiles.sizes)
     return out.reshape(b, -1, h, d)[:, :s], lse.reshape(b, h, -1)[..., :s]
 
 
-def backward(query, key, value, where, out, lse, d_out, *, scale, window=None, tile=None):
+def backward(query, key, value, where, out, lse, d_out, *, scale, window=None, causal=True, tile=None):
     """Cotangents of query, key and value."""
     b, s, h, d = query.shape
     n = key.shape[2]
@@ -95,7 +96,7 @@ def backward(query, key, value, where, out, lse, d_out, *, scale, window=None, t
     pad = tiles.query.shape[1] - s
     lse = jnp.pad(lse, ((0, 0), (0, 0), (0, pad))).reshape(b, n, h // n, s + pad)
     saved = (tiles.query, tiles.key, tiles.value, tiles.where, _grouped(out, n, pad), lse)
-    d_query, d_key, d_value = _backward(scale, tiles.sizes, saved, _grouped(d_out, n, pad))
+    d_query, d_key, d_value = _backward(scale, causal, tiles.sizes, saved, _grouped(d_out, n, pad))
     return d_query.reshape(b, -1, h, d)[:, :s], d_key[:, : key.shape[1]], d_value[:, : key.shape[1]]
 
 
@@ -103,7 +104,7 @@ def _rows(x, start, size, axis=1):
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
-def _scores(q, k, where, i, j, scale, tiles):
+def _scores(q, k, where, i, j, scale, causal, tiles):
     """Tile (i, j) of the masked scores: (B, N, G, tq, tk) float32."""
     tq, tk = tiles
     qi, ki = (
@@ -112,30 +113,31 @@ def _scores(q, k, where, i, j, scale, tiles):
     )
     qs = _rows(where.query_segment, i * tq, tq)[:, :, None]
     ks = _rows(where.key_segment, j * tk, tk)[:, None]
-    seen = (ki <= qi) & ((qs == ks) | (ks == EVERYONE))
+    seen = (qs == ks) | (ks == EVERYONE)
+    if causal:
+        seen &= ki <= qi
     if where.window is not None:
         seen &= (qi - ki < where.window) | (ks == EVERYONE)
     scores = scale * jnp.einsum("bqngd,bknd->bngqk", q, k, preferred_element_type=jnp.float32)
     return jnp.where(seen[:, None, None], scores, MASKED)
 
 
-def _key_tiles(where, i, tiles):
+def _key_tiles(where, i, causal, tiles):
     """Range [first, end) of the key tiles that query tile i can see, as far as indices tell."""
     tq, tk = tiles
     count = where.key_index.shape[0] // tk
-    last_query = jnp.max(_rows(where.query_index, i * tq, tq, 0))
+    queries = _rows(where.query_index, i * tq, tq, 0)
     lowest = where.key_index.reshape(count, tk).min(1)
-    end = jnp.sum(lowest <= last_query)
+    end = jnp.sum(lowest <= jnp.max(queries)) if causal else count
     if where.window is None:
         return 0, end
-    queries = _rows(where.query_index, i * tq, tq, 0)
     first_query = jnp.min(jnp.where(queries >= 0, queries, np.iinfo(np.int32).max))
     highest = where.key_index.reshape(count, tk).max(1)
     everyone = (where.key_segment == EVERYONE).any(0).reshape(count, tk).any(1)
     return jnp.argmax((highest > first_query - where.window) | everyone), end
 
 
-def _forward(query, key, value, where, scale, tiles):
+def _forward(query, key, value, where, scale, causal, tiles):
     b, s, n, g, d = query.shape
     tq, tk = tiles
 
@@ -144,7 +146,7 @@ def _forward(query, key, value, where, scale, tiles):
 
         def keys(j, carry):
             total, top, acc = carry
-            scores = _scores(q, _rows(key, j * tk, tk), where, i, j, scale, tiles)
+            scores = _scores(q, _rows(key, j * tk, tk), where, i, j, scale, causal, tiles)
             new_top = jnp.maximum(top, scores.max(-1))
             # A row with every key masked so far has top = MASKED, where exp(0) would count the masked keys.
             weights = jnp.where(scores > MASKED / 2, jnp.exp(scores - new_top[..., None]), 0.0)
@@ -155,7 +157,7 @@ def _forward(query, key, value, where, scale, tiles):
 
         zeros = jnp.zeros((b, n, g, tq), jnp.float32)
         start = (zeros, jnp.full_like(zeros, MASKED), jnp.zeros((b, n, g, tq, d), jnp.float32))
-        total, top, acc = jax.lax.fori_loop(*_key_tiles(where, i, tiles), keys, start)
+        total, top, acc = jax.lax.fori_loop(*_key_tiles(where, i, causal, tiles), keys, start)
         total = jnp.where(total == 0, 1.0, total)
         out = (acc / total[..., None]).astype(query.dtype)
         return None, (out.transpose(0, 3, 1, 2, 4), top + jnp.log(total))
@@ -165,7 +167,7 @@ def _forward(query, key, value, where, scale, tiles):
     return out, lse.transpose(1, 2, 3, 0, 4).reshape(b, n, g, s)
 
 
-def _backward(scale, tiles, saved, d_out):
+def _backward(scale, causal, tiles, saved, d_out):
     query, key, value, where, out, lse = saved
     tq, tk = tiles
     delta = jnp.einsum("bqngd,bqngd->bngq", d_out, out, preferred_element_type=jnp.float32)
@@ -180,7 +182,7 @@ def _backward(scale, tiles, saved, d_out):
         def keys(j, carry):
             d_key, d_value, d_q = carry
             k, v = _rows(key, j * tk, tk), _rows(value, j * tk, tk)
-            scores = _scores(q, k, where, i, j, scale, tiles)
+            scores = _scores(q, k, where, i, j, scale, causal, tiles)
             weights = jnp.where(scores > MASKED / 2, jnp.exp(scores - lse_i), 0.0)
             d_v = jnp.einsum(
                 "bngqk,bqngd->bknd",
@@ -195,7 +197,7 @@ def _backward(scale, tiles, saved, d_out):
             return _add(d_key, d_k, j * tk), _add(d_value, d_v, j * tk), d_q
 
         start = (*carry, jnp.zeros(q.shape, jnp.float32))
-        d_key, d_value, d_q = jax.lax.fori_loop(*_key_tiles(where, i, tiles), keys, start)
+        d_key, d_value, d_q = jax.lax.fori_loop(*_key_tiles(where, i, causal, tiles), keys, start)
         return (d_key, d_value), d_q.astype(query.dtype)
 
     zeros = (jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32))

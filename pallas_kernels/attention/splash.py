@@ -12,18 +12,22 @@ import jax.numpy as jnp
 _BLOCKS = (512, 256, 128)
 
 
-def supports(query, key, value, where, *rest, scale, window) -> bool:
+def supports(query, key, value, where, *rest, scale, window, causal) -> bool:
     """Whole rows of a multiple of 128 tokens, head sizes that are multiples of 64."""
     s, d = query.shape[1], query.shape[3]
-    return where.query_index is None and where.window is None and s % 128 == 0 and key.shape[1] == s and d % 64 == 0
+    whole = where.query_index is None and where.window is None and key.shape[1] == s and (causal or window is None)
+    return whole and s % 128 == 0 and d % 64 == 0
 
 
-def _kernel(heads: int, s: int, window: int | None):
+def _kernel(heads: int, s: int, window: int | None, causal: bool):
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     block = next(size for size in _BLOCKS if s % size == 0)
-    mask = masks.CausalMask((s, s)) if window is None else masks.LocalMask((s, s), (window - 1, 0), 0)
+    if not causal:
+        mask = masks.FullMask((s, s))
+    else:
+        mask = masks.CausalMask((s, s)) if window is None else masks.LocalMask((s, s), (window - 1, 0), 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -48,9 +52,9 @@ def _heads_first(*arrays):
     return tuple(x.swapaxes(1, 2) for x in arrays)
 
 
-def forward(query, key, value, where, *, scale, window):
+def forward(query, key, value, where, *, scale, window, causal):
     """(out (B, S, H, D), lse (B, H, S) float32)."""
-    splash, kernel = _kernel(query.shape[2], query.shape[1], window)
+    splash, kernel = _kernel(query.shape[2], query.shape[1], window, causal)
 
     def row(q, k, v, segments):
         ids = None if segments is None else splash.SegmentIds(*segments)
@@ -64,9 +68,9 @@ def forward(query, key, value, where, *, scale, window):
     return out.swapaxes(1, 2), lse
 
 
-def backward(query, key, value, where, out, lse, d_out, *, scale, window):
+def backward(query, key, value, where, out, lse, d_out, *, scale, window, causal):
     """Cotangents of query, key and value."""
-    splash, kernel = _kernel(query.shape[2], query.shape[1], window)
+    splash, kernel = _kernel(query.shape[2], query.shape[1], window, causal)
     options = _kernel_options(kernel)
 
     def row(q, k, v, o, lse, d_o, segments):

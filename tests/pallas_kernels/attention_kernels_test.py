@@ -26,11 +26,18 @@ def interpreted(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("heads", "cuts", "window"),
-    [((2, 2), None, None), ((4, 2), (70, 200), None), ((2, 1), None, 100), ((2, 2), (130,), 60)],
-    ids=["MHA", "GQA with segments", "MQA with a window", "segments and a window"],
+    ("heads", "cuts", "window", "causal"),
+    [
+        ((2, 2), None, None, True),
+        ((4, 2), (70, 200), None, True),
+        ((2, 1), None, 100, True),
+        ((2, 2), (130,), 60, True),
+        ((2, 2), None, None, False),
+        ((4, 2), (70, 200), None, False),
+    ],
+    ids=["MHA", "GQA, segments", "MQA, window", "segments, window", "not causal", "not causal, GQA, segments"],
 )
-def test_the_tpu_kernel(interpreted, heads, cuts, window):
+def test_the_tpu_kernel(interpreted, heads, cuts, window, causal):
     """Two blocks of 128 in each direction, against the tiles, which attention_test holds to PyTorch."""
     (h, n), s = heads, 256
     rng = np.random.default_rng(0)
@@ -39,7 +46,7 @@ def test_the_tpu_kernel(interpreted, heads, cuts, window):
     segment = None
     if cuts:
         segment = np.stack([1 + sum((np.arange(s) >= cut + row).astype(np.int32) for cut in cuts) for row in range(2)])
-    mask, options = Where(None, None, segment, segment), {"scale": 0.1, "window": window}
+    mask, options = Where(None, None, segment, segment), {"scale": 0.1, "window": window, "causal": causal}
     assert splash.supports(query, key, value, mask, **options)
 
     def run(kernel):
@@ -51,7 +58,7 @@ def test_the_tpu_kernel(interpreted, heads, cuts, window):
         assert error < 2e-4, f"{name}: {error:.1e}"
 
 
-def program(name, dtype=jnp.bfloat16, s=256, d=64, segments=False, window=None, cached=False):
+def program(name, dtype=jnp.bfloat16, s=256, d=64, segments=False, window=None, cached=False, causal=True):
     """The gradient of attention, lowered for a described device."""
     target = targets.target(name)
     if target.platform == "tpu":
@@ -65,7 +72,7 @@ def program(name, dtype=jnp.bfloat16, s=256, d=64, segments=False, window=None, 
 
     def total(query, key, value, segment):
         mask = Where(index, index, segment, segment)
-        return op.attention(query, key, value, mask, 0.1, window).astype(jnp.float32).sum()
+        return op.attention(query, key, value, mask, 0.1, window, causal).astype(jnp.float32).sum()
 
     return jax.jit(jax.grad(total, (0, 1, 2))).lower(*arrays, segment)
 
@@ -76,7 +83,16 @@ KERNELS = {
 }
 
 
-@pytest.mark.parametrize("options", [{}, {"segments": True}, {"window": 100}], ids=["causal", "segments", "window"])
+OPTIONS = {
+    "causal": {},
+    "segments": {"segments": True},
+    "window": {"window": 100},
+    "encoder": {"causal": False, "segments": True},
+    "image": {"causal": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_described_device_gets_its_kernels(name, options):
     text = program(name, **options).as_text()
@@ -93,6 +109,8 @@ def test_a_described_device_gets_its_kernels(name, options):
         ("v5p", {"cached": True}),
         ("v5p", {"s": 200}),
         ("v5p", {"d": 32}),
+        ("v5p", {"window": 100, "causal": False}),
+        ("h200", {"window": 100, "causal": False}),
         ("cpu", {}),
     ],
 )
@@ -101,13 +119,20 @@ def test_what_a_kernel_does_not_take_runs_in_tiles(name, options):
     assert "__cudnn" not in text and "tpu_custom_call" not in text and "stablehlo.while" in text
 
 
+def test_heads_of_32_on_a_gpu():
+    """MiniLM's."""
+    text = program("h200", d=32, segments=True, causal=False).as_text()
+    assert all(re.search(kernel, text) for kernel in KERNELS["h200"])
+
+
+@pytest.mark.parametrize("options", [{"window": 300}, {"causal": False, "segments": True}], ids=["window", "encoder"])
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_kernels_compile(name):
+def test_the_kernels_compile(name, options):
     """With all that they take; no array of queries x keys in float32 stays."""
     before = jax.config.read("jax_disable_most_optimizations")
     jax.config.update("jax_disable_most_optimizations", False)
     try:
-        compiled = program(name, s=1024, window=300).compile()
+        compiled = program(name, s=1024, **options).compile()
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
     assert re.search(KERNELS[name][0], compiled.as_text())

@@ -14,21 +14,23 @@ from tests.residuals import intermediates
 torch = pytest.importorskip("torch")
 
 
-def attention(query, key, value, mask, scale, tile=None):
+def attention(query, key, value, mask, scale, tile=None, causal=True):
     """The operation; with a tile, its plain-JAX halves in tiles of that size."""
     if tile is None:
-        return op.attention(query, key, value, mask, scale)
+        return op.attention(query, key, value, mask, scale, causal=causal)
+
+    options = {"scale": scale, "causal": causal, "tile": tile}
 
     @jax.custom_vjp
     def run(query, key, value, mask):
-        return chunked.forward(query, key, value, mask, scale=scale, tile=tile)[0]
+        return chunked.forward(query, key, value, mask, **options)[0]
 
     def keep(query, key, value, mask):
-        out, lse = chunked.forward(query, key, value, mask, scale=scale, tile=tile)
+        out, lse = chunked.forward(query, key, value, mask, **options)
         return out, (query, key, value, mask, out, lse)
 
     def pull(saved, d_out):
-        return *chunked.backward(*saved, d_out, scale=scale, tile=tile), None
+        return *chunked.backward(*saved, d_out, **options), None
 
     run.defvjp(keep, pull)
     return run(query, key, value, mask)
@@ -52,28 +54,28 @@ def where(b, s, query_segment=None, window=None):
     return Where(index, index, segment, segment, None if window is None else np.int32(window))
 
 
-def seen(mask):
+def seen(mask, causal=True):
     """(B, S, K) bool, word for word from the docstring of Where."""
     behind = mask.query_index[:, None] - mask.key_index[None]
     everyone = mask.key_segment[:, None] == EVERYONE
     own = mask.query_segment[:, :, None] == mask.key_segment[:, None]
     near = True if mask.window is None else behind < mask.window
-    return (behind >= 0) & ((own & near) | everyone)
+    return ((behind >= 0) | (not causal)) & ((own & near) | everyone)
 
 
-def plain(query, key, value, mask, scale):
+def plain(query, key, value, mask, scale, causal=True):
     """All scores at once, in PyTorch's float64."""
     key, value = (x.repeat_interleave(query.shape[2] // key.shape[2], dim=2) for x in (key, value))
     scores = scale * torch.einsum("bqhd,bkhd->bhqk", query, key)
-    allowed = torch.tensor(seen(mask))[:, None]
+    allowed = torch.tensor(seen(mask, causal))[:, None]
     weights = torch.softmax(scores.masked_fill(~allowed, -1e300), -1) * allowed.any(-1, keepdim=True)
     return torch.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
-def expected(arrays, mask, scale=0.6):
+def expected(arrays, mask, scale=0.6, causal=True):
     """Output and gradients of `plain`; a cotangent of None stands for that of sum(output^2)."""
     wide = [torch.tensor(np.asarray(x, np.float64), requires_grad=True) for x in arrays[:3]]
-    out = plain(*wide, mask, scale)
+    out = plain(*wide, mask, scale, causal)
     out.backward(2 * out.detach() if arrays[3] is None else torch.tensor(np.asarray(arrays[3], np.float64)))
     return [out.detach().numpy(), *(x.grad.numpy() for x in wide)]
 
@@ -91,23 +93,24 @@ def compare(found, wanted, tolerance):
         assert error < tolerance, f"{name}: {error:.1e}"
 
 
-def check(arrays, mask, tile=8, tolerance=2e-5):
+def check(arrays, mask, tile=8, tolerance=2e-5, causal=True):
     """Output and the gradients of query, key and value."""
 
     def run(query, key, value, cotangent, mask):
-        out, pull = jax.vjp(lambda *qkv: attention(*qkv, mask, scale=0.6, tile=tile), query, key, value)
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, mask, 0.6, tile, causal), query, key, value)
         return out, *pull(cotangent)
 
     found = compiled(run, *arrays, mask)
-    compare(found, expected(arrays, mask), tolerance)
+    compare(found, expected(arrays, mask, causal=causal), tolerance)
     return found
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (4, 1)], ids=["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("length", [16, 21, 5], ids=["whole tiles", "part of a tile", "less than a tile"])
-def test_causal(heads, length):
+@pytest.mark.parametrize("causal", [True, False])
+def test_whole_rows(heads, length, causal):
     h, n = heads
-    check(inputs(s=length, h=h, n=n), where(2, length))
+    check(inputs(s=length, h=h, n=n), where(2, length), causal=causal)
 
 
 @pytest.mark.parametrize("window", [1, 3, 8, 13, 100])
@@ -115,10 +118,33 @@ def test_window(window):
     check(inputs(s=27), where(2, 27, window=window))
 
 
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 6])
-def test_segments_and_padding(window):
+def test_segments_and_padding(window, causal):
     segments = [[1] * 9 + [2] * 12 + [0] * 6, [1] * 3 + [2] * 3 + [3] * 21]
-    check(inputs(s=27), where(2, 27, segments, window))
+    check(inputs(s=27), where(2, 27, segments, window), causal=causal)
+
+
+@pytest.mark.parametrize("d", [32, 64])
+@pytest.mark.parametrize("causal", [True, False])
+def test_as_models_call_it(causal, d):
+    """Without indices, over several tiles, with the head sizes of encoders."""
+    segments = np.array([[1] * 40 + [2] * 30 + [0] * 10, [1] * 80], np.int32)
+    arrays, told = inputs(s=80, h=2, n=2, d=d), Where(None, None, segments, segments)
+
+    def run(query, key, value, cotangent):
+        out, pull = jax.vjp(lambda *qkv: attention(*qkv, told, 0.2, causal=causal), query, key, value)
+        return out, *pull(cotangent)
+
+    compare(compiled(run, *arrays), expected(arrays, where(2, 80, segments), 0.2, causal), 2e-5)
+
+
+def test_who_sees_the_rest_of_its_document():
+    """Not causal: the first query reads the document's last key, and no key of the next one or of the padding."""
+    query, key, value, _ = inputs(s=20)
+    mask = where(2, 20, [[1] * 10 + [2] * 7 + [0] * 3] * 2)
+    d_value = jax.grad(lambda value: attention(query, key, value, mask, 1.0, tile=8, causal=False)[:, 0].sum())(value)
+    assert (np.abs(d_value).sum((2, 3)) > 0).tolist() == [[True] * 10 + [False] * 10] * 2
 
 
 def test_documents_do_not_see_each_other():
@@ -195,11 +221,12 @@ def test_bfloat16():
     tile=st.sampled_from([1, 4, 7, 32]),
     window=st.none() | st.integers(1, 12),
     cuts=st.lists(st.integers(0, 20), max_size=3),
+    causal=st.booleans(),
     seed=st.integers(0, 100),
 )
-def test_any_shape(b, s, n, g, tile, window, cuts, seed):
+def test_any_shape(b, s, n, g, tile, window, cuts, causal, seed):
     segments = np.stack([1 + sum((np.arange(s) >= cut).astype(np.int32) for cut in cuts)] * b) if cuts else None
-    check(inputs(b, s, h=n * g, n=n, d=4, seed=seed), where(b, s, segments, window), tile)
+    check(inputs(b, s, h=n * g, n=n, d=4, seed=seed), where(b, s, segments, window), tile, causal=causal)
 
 
 # What it must never hold.
