@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from jaxpeft.methods.full import full
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
+    from jaxpeft.methods.lst import lst
+    from jaxpeft.methods.meft import meft
     from jaxpeft.model import Model, Stack, from_linen, from_nnx
     from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.train.loss import completion_loss
@@ -41,7 +43,9 @@ _MODULE_OF = {
     "load_pretrained": "hf",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
+    "lst": "methods.lst",
     "make_train_step": "train.step",
+    "meft": "methods.meft",
     "remat": "memory.residuals",
     "save_pretrained": "hf",
     "setup": "method",
