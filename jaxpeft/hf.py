@@ -41,6 +41,7 @@ TOKENIZER_FILES = (
     "chat_template.json",
     "chat_template.jinja",
     "vocab.json",
+    "vocab.txt",
     "merges.txt",
     "tokenizer.model",
 )
@@ -50,7 +51,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # safetensors' names of the types that weights come in -> their names in numpy and config.json
 _DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 _CODES = {name: code for code, name in _DTYPES.items()}
-_IGNORED = re.compile(r".*rotary_emb\.inv_freq")  # buffers that old versions of transformers saved
+# Buffers that old versions of transformers saved.
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*embeddings\.(position_ids|token_type_ids)")
+# A norm's parameters in checkpoints as old as BERT's own.
+_OLD = {".gamma": ".weight", ".beta": ".bias"}
 
 
 # Where things are.
@@ -99,8 +103,8 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
       InputError: for no such checkpoint, or one whose tokenizer is missing or not readable.
     """
     folder = resolve(path_or_hub_id)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise InputError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model or vocab.json)")
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
+        raise InputError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)")
     import transformers
 
     try:
@@ -127,15 +131,18 @@ class _Place:
     shape: tuple[int, ...]  # in the file
 
 
-def _places(family: ModuleType, shapes: Mapping[str, Any]) -> dict[str, _Place]:
-    """Hugging Face name -> place, for all parameters, a leaf's layers in order."""
+def _places(config: Any) -> dict[str, _Place]:
+    """Hugging Face name -> place, for all parameters of a family's configuration, a leaf's layers in order."""
+    family = models.FAMILIES[config.model_type]
+    differing: Mapping[str, tuple[int, ...]] = getattr(family, "FILE_SHAPES", lambda config: {})(config)
     places = {}
-    for path, leaf in shapes.items():
-        name, transposed = models.hf_name(family, path)
+    for path, leaf in family.shapes(config).items():
+        name, transposed = models.hf_name(config, path)
         layers = range(leaf.shape[0]) if tree.stacked(path) else (None,)
         shape = leaf.shape[1:] if tree.stacked(path) else leaf.shape
         for layer in layers:
-            places[name.format(i=layer)] = _Place(path, layer, transposed, shape[::-1] if transposed else shape)
+            there = differing.get(name, shape[::-1] if transposed else shape)
+            places[name.format(i=layer)] = _Place(path, layer, transposed, there)
     return places
 
 
@@ -172,24 +179,24 @@ def load_pretrained(
     raw = models.for_classification(raw, labels) if labels else raw
     model = family.from_hf(raw, jnp.dtype(dtype))
     shapes = family.shapes(model.config)
-    places = _places(family, shapes)
-    sources = _check(folder, places, family, tied=bool(raw.get("tie_word_embeddings")))
+    places = _places(model.config)
+    sources = _check(folder, places, family, tied=bool(raw.get("tie_word_embeddings", family.TIES)))
     by_path: dict[str, list[str]] = {}
     for name, place in places.items():
         by_path.setdefault(place.path, []).append(name)
     flat = {}
-    fresh = (
-        tree.flatten(model.init(jax.random.key(0) if key is None else key, {})) if len(sources) < len(places) else {}
-    )
+    lacking = [path for path, names in by_path.items() if names[0] not in sources]
+    fresh = _fresh(model, lacking, jax.random.key(0) if key is None else key) if lacking else {}
     for path, names in by_path.items():
-        if names[0] not in sources:
+        if path in fresh:
             flat[path] = fresh[path]
             continue
         leaf = _aligned(shapes[path].shape, np.dtype(shapes[path].dtype))
         for name in names:
             place, tensor = places[name], _read(sources[name])
             row = leaf if place.layer is None else leaf[place.layer]
-            np.copyto(row, tensor.T if place.transposed else tensor, casting="unsafe")
+            tensor = tensor.reshape(row.shape[::-1]).T if place.transposed else tensor.reshape(row.shape)
+            np.copyto(row, tensor, casting="unsafe")
         flat[path] = jax.device_put(leaf)
     return model, tree.unflatten(flat)
 
@@ -246,16 +253,17 @@ def _open(file: Path) -> Iterator[Any]:
 def _check(folder: Path, places: Mapping[str, _Place], family: ModuleType, tied: bool) -> dict[str, tuple[Path, str]]:
     """Name -> (file, name there), after the headers alone have been compared with the configuration."""
     sources: dict[str, tuple[Path, str]] = {}
-    unexpected, wrong, head = [], [], None
+    unexpected, wrong, copies = [], [], {}
     for file in weight_files(folder):
         with _open(file) as opened:
             for stored in opened.keys():  # noqa: SIM118 (not a dict)
-                name = stored if stored in places else f"model.{stored}"  # a checkpoint of the model without its head
-                if name not in places:
-                    if re.fullmatch(family.OTHER_HEADS, stored):
-                        head = (file, stored) if tied and stored == "lm_head.weight" else head
-                    elif not _IGNORED.fullmatch(stored):
-                        unexpected.append(stored)
+                names = _names(stored, family.PREFIX)
+                name = next((name for name in names if name in places), None)
+                if name is None:
+                    if of := next((family.TIED[name] for name in names if tied and name in family.TIED), None):
+                        copies[stored] = of, (file, stored)
+                    elif not any(re.fullmatch(family.OTHER_HEADS, name) for name in names):
+                        unexpected += [] if _IGNORED.fullmatch(stored) else [stored]
                     continue
                 header = opened.get_slice(stored)
                 if header.get_dtype() not in _DTYPES:
@@ -273,12 +281,20 @@ def _check(folder: Path, places: Mapping[str, _Place], family: ModuleType, tied:
     ]
     if problems:
         raise InputError(f"{folder}: tensors do not fit config.json: {'; '.join(problems)}")
-    if head is not None and not np.array_equal(_read(head), _read(sources["model.embed_tokens.weight"])):
-        raise InputError(
-            f"{folder}: config.json ties the head to the embeddings, but lm_head.weight differs from them; "
-            "set tie_word_embeddings to false there"
-        )
+    for stored, (of, copy) in copies.items():
+        if of in sources and not np.array_equal(_read(copy), _read(sources[of])):
+            raise InputError(
+                f"{folder}: config.json ties the head to the embeddings, but {stored} differs from {sources[of][1]}; "
+                "set tie_word_embeddings to false there"
+            )
     return sources
+
+
+def _names(stored: str, prefix: str) -> list[str]:
+    """What a tensor of the file may be called here: the trunk of a model has a prefix or not, norms have old names."""
+    for old, new in _OLD.items():
+        stored = stored.removesuffix(old) + new if stored.endswith(old) else stored
+    return [stored, prefix + stored, stored.removeprefix(prefix)]
 
 
 def _read(source: tuple[Path, str]) -> np.ndarray:
@@ -316,6 +332,7 @@ def save_pretrained(
     config: Mapping[str, Any] | str | os.PathLike[str],
     params: Mapping[str, Any],
     max_shard_gb: float = 5.0,
+    labels: Sequence[str] = (),
 ) -> Path:
     """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
 
@@ -325,6 +342,7 @@ def save_pretrained(
         tokenizer and generation settings are copied too.
       params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype.
       max_shard_gb: the largest file, in units of 10^9 bytes; larger models are cut into several files with an index.
+      labels: names of what rows are classified as, for parameters that were loaded with them.
 
     Returns:
       `directory`.
@@ -337,6 +355,7 @@ def save_pretrained(
     files.check_target(target)
     source = None if isinstance(config, Mapping) else resolve(config)
     raw = dict(config) if isinstance(config, Mapping) else load_config(config)
+    raw = models.for_classification(raw, labels) if labels else raw
     tensors = _tensors(raw, params)
     raw |= {key: str(tensors[0].leaf.dtype) for key in ("dtype", "torch_dtype") if key in raw}
     try:
@@ -354,7 +373,8 @@ def save_pretrained(
 def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tensor]:
     """Every tensor of the file in the order of the forward pass: embeddings, layer by layer, head."""
     family = models.family(config)
-    places = _places(family, family.shapes(family.from_hf(config).config))
+    own = family.from_hf(config).config
+    places, shapes = _places(own), family.shapes(own)
     by_place = {(place.path, place.layer): (name, place) for name, place in places.items()}
     first = {segment: start for segment, start, _ in tree.segments(params)}
     tensors = []
@@ -367,8 +387,8 @@ def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tens
             name, place = by_place.pop(key, (None, None))
             if name is None or place is None:
                 raise ValueError(f"{path} has no name in a Hugging Face checkpoint; merge or export adapters first")
-            shape = leaf.shape if row is None else leaf.shape[1:]
-            if (shape[::-1] if place.transposed else shape) != place.shape:
+            shape, expected = (x.shape if row is None else x.shape[1:] for x in (leaf, shapes[place.path]))
+            if shape != expected:
                 raise ValueError(f"{path}: shape {leaf.shape} does not fit the configuration")
             tensors.append(_Tensor(name, leaf, row, place.transposed, place.shape))
     if by_place:

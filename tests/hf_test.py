@@ -313,7 +313,7 @@ def test_config_json(tmp_path):
         (b"{", "config.json: is not JSON: line 1"),
         (b"\xff{}", "config.json: is not JSON: not UTF-8 at byte 0"),
         (b"[]", "config.json: should hold a JSON object, not a list"),
-        (b'{"model_type": "mamba"}', "unsupported model_type 'mamba'; supported: llama"),
+        (b'{"model_type": "mamba"}', "unsupported model_type 'mamba'; supported: bert, llama"),
         (b'{"model_type": "llama"}', "config.json: the field '.*' is missing"),
         (json.dumps({**CONFIG, "hidden_size": "64"}).encode(), "hidden_size '64' should be a whole number"),
         (json.dumps({**CONFIG, "num_hidden_layers": 0}).encode(), "num_hidden_layers 0 should be a whole number"),

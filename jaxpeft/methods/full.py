@@ -25,7 +25,7 @@ STARTS_AT_BASE = True
 WHICH = {
     "all": r"",
     "biases": r"/bias$",
-    "norms": r"norm/scale$",
+    "norms": r"norm/(scale|bias)$",
     "head": r"^(norm/scale|lm_head/)",
     "embeddings": r"^embed_tokens/",
 }

@@ -3,11 +3,17 @@
 A family file has
 
     MODEL_TYPES     config.json's model_type -> the architecture that classifies rows
-    from_hf         (config.json, dtype) -> Model, whose `config` is the family's own
+    from_hf         (config.json, dtype) -> Model, whose `config` is the family's own; of its fields this library reads
+                    model_type, vocab_size, max_position_embeddings, num_labels, and head: "causal_lm", "masked_lm",
+                    "classifier", or "none": a trunk whose output is the stream
     shapes          that configuration -> {path: ShapeDtypeStruct}
     NAMES           our path -> Hugging Face's name, and whether the matrix is transposed there
+    PREFIX          what Hugging Face's names of the trunk's tensors begin with where there is a head
     CLASSIFIER      regular expression: paths of a classifier's parameters, new where the checkpoint has none
     OTHER_HEADS     regular expression: names of tensors of heads that a checkpoint may have and the model does not
+    TIED            names of tensors that a checkpoint may have, though they are others' -> those others
+    TIES            whether that is so where config.json has no tie_word_embeddings
+    FILE_SHAPES     (where they differ from ours:) the configuration -> {Hugging Face's name: shape there}
 """
 
 from __future__ import annotations
@@ -18,10 +24,10 @@ from types import ModuleType
 from typing import Any
 
 from jaxpeft.errors import InputError
-from jaxpeft.models import decoder
+from jaxpeft.models import bert, decoder, roberta
 from jaxpeft.models.labels import with_labels
 
-FAMILIES: dict[str, ModuleType] = dict.fromkeys(decoder.MODEL_TYPES, decoder)
+FAMILIES: dict[str, ModuleType] = {kind: file for file in (decoder, bert, roberta) for kind in file.MODEL_TYPES}
 
 
 def family(config: Mapping[str, Any]) -> ModuleType:
@@ -46,13 +52,19 @@ def for_classification(config: Mapping[str, Any], labels: Sequence[str]) -> dict
     return with_labels(config, family(config).MODEL_TYPES[config["model_type"]], labels)
 
 
-def hf_name(family: ModuleType, path: str) -> tuple[str, bool]:
+def hf_name(config: Any, path: str) -> tuple[str, bool]:
     """Hugging Face's name of the parameter at `path`, with {i} for the layer, and whether it is transposed there.
+
+    Args:
+      config: the family's configuration.
+      path: of a parameter.
 
     Raises:
       ValueError: if the family's NAMES has none.
     """
-    for pattern, name, transposed in family.NAMES:
+    own = FAMILIES[config.model_type]
+    for pattern, name, transposed in own.NAMES:
         if found := re.fullmatch(pattern, path):
-            return found.expand(name), transposed
+            name = found.expand(name)
+            return name.removeprefix(own.PREFIX) if config.head == "none" else name, transposed
     raise ValueError(f"{path} has no name in a Hugging Face checkpoint; adapters are merged or exported first")

@@ -34,10 +34,13 @@ MODEL_TYPES = {
     "qwen2": "Qwen2ForSequenceClassification",
     "qwen3": "Qwen3ForSequenceClassification",
 }
+PREFIX = "model."
 # Our paths of parameters that belong to the classifier: new where the checkpoint is of a model without one.
 CLASSIFIER = r"classifier/.*"
 # Tensors of heads that a checkpoint may have and the model does not.
 OTHER_HEADS = r"lm_head\.weight|score\.weight"
+TIED = {"lm_head.weight": "model.embed_tokens.weight"}
+TIES = False
 
 # our path -> (Hugging Face name, whether the matrix is transposed there); {i} is the layer. First match wins.
 NAMES = (
@@ -93,6 +96,11 @@ class DecoderConfig:
     eos_token_id: tuple[int, ...] = ()
     num_labels: int = 0  # 0: the head is the unembedding, else a classifier of rows
     dtype: Any = jnp.float32  # of the stream; parameters are created in it too
+
+    @property
+    def head(self) -> str:
+        """What reads the stream."""
+        return "classifier" if self.num_labels else "causal_lm"
 
     @property
     def window(self) -> int | None:

@@ -1,13 +1,13 @@
-"""The only Dense, RMSNorm, rotary embedding and Attention of the library; each names what it computes.
+"""The only Dense, norms, rotary embedding, Attention and MLPs of the library; each names what it computes.
 
 Every activation passes through `jax.ad_checkpoint.checkpoint_name`, so that a memory plan can say by name which are
 saved for the backward pass. Parameters are stored in `param_dtype`; computation is in the dtype of the stream,
-float32 inside norms and softmax.
+float32 inside norms and softmax. There is no dropout: the rates in a pretrained model's configuration are not read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -60,6 +60,25 @@ class RMSNorm(nn.Module):
         return checkpoint_name(wide.astype(x.dtype) * scale.astype(x.dtype), self.name or "norm")
 
 
+class LayerNorm(nn.Module):
+    """y = (x - mean(x)) / sqrt(var(x) + epsilon) * scale + bias over the last axis, in float32.
+
+    Ba et al. 2016, arXiv:1607.06450.
+    """
+
+    epsilon: float
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
+        wide = x.astype(jnp.float32)
+        wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        return checkpoint_name((wide * scale + bias).astype(x.dtype), self.name or "norm")
+
+
 def rotary_tables(positions: jax.Array, frequencies: jax.Array, factor: float = 1.0) -> dict[str, jax.Array]:
     """cos and sin, float32 (B, S, 1, D/2), of positions (B, S) times frequencies (D/2,).
 
@@ -80,7 +99,7 @@ def rotate(x: jax.Array, tables: Mapping[str, jax.Array]) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions and grouped queries.
+    """Self-attention with grouped queries; rotary positions where ctx has a "rotary".
 
     `cache` holds earlier keys and values of this layer, in one of two forms:
       {"k", "v"} (B, P, N, D): a prefix that every query sees; it is only read.
@@ -96,6 +115,7 @@ class Attention(nn.Module):
     norm_epsilon: float | None = None  # RMSNorm on each head of q and k (Qwen3)
     window: int | None = None  # of every layer; windows that differ by layer are in ctx
     param_dtype: Any = jnp.float32
+    causal: bool = True  # otherwise every token sees all of its segment
 
     @nn.compact
     def __call__(
@@ -113,15 +133,16 @@ class Attention(nn.Module):
         if self.norm_epsilon is not None:
             q = RMSNorm(self.norm_epsilon, self.param_dtype, name="q_norm")(q)
             k = RMSNorm(self.norm_epsilon, self.param_dtype, name="k_norm")(k)
-        q = checkpoint_name(rotate(q, ctx["rotary"]), "q_rotary")
-        k = checkpoint_name(rotate(k, ctx["rotary"]), "k_rotary")
+        if "rotary" in ctx:
+            q = checkpoint_name(rotate(q, ctx["rotary"]), "q_rotary")
+            k = checkpoint_name(rotate(k, ctx["rotary"]), "k_rotary")
 
         segments = ctx.get("segment_ids")
         window = ctx["shared"]["window"][ctx["layer"]] if "shared" in ctx else None
         where = attention_op.Where(None, None, segments, segments, window)
         if cache is not None:
             k, v, where, cache = _with_cache(k, v, where, cache)
-        out = attention_op.attention(q, k, v, where, self.head_dim**-0.5, self.window)
+        out = attention_op.attention(q, k, v, where, self.head_dim**-0.5, self.window, self.causal)
         return Dense(d, self.use_out_bias, self.param_dtype, name="o_proj")(out.reshape(b, s, -1)), cache
 
 
@@ -168,3 +189,41 @@ class GatedMLP(nn.Module):
         up = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="up_proj")(x)
         product = checkpoint_name(nn.silu(gate) * up, "mlp_product")
         return Dense(x.shape[-1], self.use_bias, self.param_dtype, name="down_proj")(product)
+
+
+# Hugging Face's names of activation functions. "gelu" is exact: x Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415).
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_new": nn.gelu,
+    "gelu_pytorch_tanh": nn.gelu,
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "relu": nn.relu,
+}
+
+
+class MLP(nn.Module):
+    """down(activation(up(x))), with biases."""
+
+    intermediate_size: int
+    activation: str  # one of ACTIVATIONS
+    use_bias: bool = True
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        up = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="up_proj")(x)
+        activated = checkpoint_name(ACTIVATIONS[self.activation](up), "mlp_activation")
+        return Dense(x.shape[-1], self.use_bias, self.param_dtype, name="down_proj")(activated)
+
+
+class Embed(nn.Module):
+    """Rows of a table by number: (...) int32 -> (..., d) in the table's dtype; a number outside the table gives NaN."""
+
+    count: int
+    features: int
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        table = self.param("embedding", nn.initializers.normal(0.02), (self.count, self.features), self.param_dtype)
+        return checkpoint_name(jnp.take(table, ids, axis=0), self.name or "embed")

@@ -46,7 +46,7 @@ def modules(config: Any) -> dict[str, Module]:
     for path, leaf in family.shapes(config).items():
         if not path.endswith("/kernel"):
             continue
-        name, site = models.hf_name(family, path)[0].removesuffix(".weight"), path.removesuffix("/kernel")
+        name, site = models.hf_name(config, path)[0].removesuffix(".weight"), path.removesuffix("/kernel")
         layers = range(leaf.shape[0]) if tree.stacked(path) else (None,)
         found.update({name.format(i=layer): Module(site, layer, *leaf.shape[-2:]) for layer in layers})
     return dict(sorted(found.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0)))

@@ -171,7 +171,7 @@ def _without_copies(
     for path, shape in models.FAMILIES[config.model_type].shapes(config).items():
         if tree.stacked(path):
             continue
-        name, transposed = models.hf_name(models.FAMILIES[config.model_type], path)
+        name, transposed = models.hf_name(config, path)
         for key in (f"base_model.model.{name}", f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight"):
             if (copy := rest.pop(key, None)) is None:
                 continue
