@@ -102,13 +102,18 @@ def canonical(path: str) -> str:
 
 
 def cut_layers(params: Mapping[str, Any], at: int) -> Params:
-    """Cuts the stack before layer `at` (0 < at < layers): the segment that holds it becomes two."""
+    """Cuts the stack before layer `at` (0 < at < layers): the segment that holds it becomes two.
+
+    Leaves that already stand in one of the two (adapters that were read from a file) stay in it.
+    """
     result = dict(params)
     for key, first, end in segments(params):
         if first < at < end:
             stack = result.pop(key)
-            result[f"layers_{first}_{at}"] = jax.tree.map(lambda leaf: leaf[: at - first], stack)  # noqa: B023
-            result[f"layers_{at}_{end}"] = jax.tree.map(lambda leaf: leaf[at - first :], stack)  # noqa: B023
+            for start, stop in ((first, at), (at, end)):
+                part = jax.tree.map(lambda leaf: leaf[start - first : stop - first], stack)  # noqa: B023
+                name = f"layers_{start}_{stop}"
+                result[name] = unflatten({**flatten(part), **flatten(result.get(name, {}))})
     return result
 
 

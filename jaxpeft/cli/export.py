@@ -46,11 +46,12 @@ def run(args: Export) -> dict[str, Any]:
 
     name = model_or_default(args.model or document["arguments"]["model"])
     method = from_specs(tuple(Spec(*spec) for spec in document["method"]))
-    base, params = hf.load_pretrained(name, document["arguments"]["dtype"])
-    if config.digest(tree.flatten(params)) != document["content"]["model"]:
+    labels = document.get("labels", [])
+    base, params = hf.load_pretrained(name, document["arguments"]["dtype"], labels)
+    if config.digest_of_base(params) != document["content"]["model"]:
         raise InputError(f"{name}: is not the base of the run {args.run}; name that one with --model")
     flat = {**tree.flatten(params), **saved_leaves(folder, step)}
-    export_adapter(args.out, tree.unflatten(flat), method, base.config, name)
+    export_adapter(args.out, tree.unflatten(flat), method, base.config, name, labels=labels)
     return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"]}
 
 

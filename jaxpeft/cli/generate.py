@@ -54,6 +54,8 @@ def run(args: Generate) -> dict[str, Any]:
     name = model_or_default(args.model)
     tokenizer = hf.load_tokenizer(name)
     model, params, _ = load(name, args.adapter, args.dtype)
+    if model.config.num_labels:
+        raise InputError(f"{args.adapter or name}: classifies rows and continues no text")
     prompt = (
         tokenizer(args.prompt).input_ids
         or [token for token in (tokenizer.bos_token_id, model.config.bos_token_id) if token is not None][:1]

@@ -26,14 +26,14 @@ def run(args: Import) -> dict[str, Any]:
       InputError: for arguments or input that cannot be used.
     """
     from jaxpeft import tree
-    from jaxpeft.cli.models import load, model_or_default
+    from jaxpeft.cli.models import labels_of, load, model_or_default
     from jaxpeft.files import check_target
     from jaxpeft.peft import export_adapter
 
     check_target(args.out)
     name = model_or_default(args.model)
     model, params, method = load(name, args.adapter)
-    export_adapter(args.out, params, method, model.config, name)
+    export_adapter(args.out, params, method, model.config, name, labels=labels_of(args.adapter))
     trainable, _ = tree.split(params, method.trainable)
     return {
         "out": args.out,

@@ -26,13 +26,13 @@ def run(args: Merge) -> dict[str, Any]:
       InputError: for arguments or input that cannot be used.
     """
     from jaxpeft import hf
-    from jaxpeft.cli.models import load, model_or_default
+    from jaxpeft.cli.models import labels_of, load, model_or_default
     from jaxpeft.files import check_target
 
     check_target(args.out)
     name = model_or_default(args.model)
     model, params, method = load(name, args.adapter)
-    hf.save_pretrained(args.out, name, method.merge(params))
+    hf.save_pretrained(args.out, name, method.merge(params), labels=labels_of(args.adapter))
     return {"out": args.out, "model": name, "adapter": args.adapter, "dtype": str(model.config.dtype)}
 
 

@@ -29,6 +29,8 @@ def load(model: str, adapter: Path | None = None, dtype: str | None = None) -> t
 
     Raises:
       InputError: for what cannot be loaded.
+
+    With an adapter that classifies rows, the model has a classifier in place of its head.
     """
     from jaxpeft import hf, peft
 
@@ -38,7 +40,14 @@ def load(model: str, adapter: Path | None = None, dtype: str | None = None) -> t
         raw = hf.load_config(model)
         named = raw.get("dtype") or raw.get("torch_dtype")
         dtype = "bfloat16" if named == "bfloat16" else "float32"
-    base, params = hf.load_pretrained(model, dtype)
+    base, params = hf.load_pretrained(model, dtype, labels_of(adapter))
     if adapter is None:
         return base, params, None
     return peft.attach(adapter, base, params)
+
+
+def labels_of(adapter: Path | None) -> tuple[str, ...]:
+    """What an adapter classifies rows as; () without one, or where it classifies none."""
+    from jaxpeft import peft
+
+    return () if adapter is None else peft.adapter_labels(adapter)

@@ -17,6 +17,9 @@ from jaxpeft.errors import InputError
 class Train:
     """Fine-tune a model on a file of examples; without arguments, the embedded ones."""
 
+    task: Literal["lm", "classify"] = "lm"
+    """lm: continue texts. classify: rows with text, text2 (optional) and label or label_name; trains a classifier in
+    place of the model's head, besides the method's own parameters. A label with a decimal point is a regression."""
     model: str | None = None
     """Directory or hub id of a Hugging Face checkpoint. Default: the embedded model."""
     data: str | None = None
@@ -69,7 +72,7 @@ class Train:
     """Seed of initialisation, shuffling and dropout."""
 
     pack: bool = True
-    """Put several short examples in one sequence; they do not see each other."""
+    """Put several short examples in one sequence; they do not see each other. Rows to classify are never packed."""
     buckets: tuple[int, ...] = ()
     """Sequence lengths to pad up to without packing, each at most --seq-len. Default: --seq-len."""
     too_long: Literal["truncate", "drop"] = "truncate"
@@ -142,7 +145,11 @@ def check(args: Train) -> None:
         raise InputError(f"--rank {args.rank}: must be at least 1")
     if args.batch_size % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
-    if args.buckets and args.pack:
+    if args.task == "classify" and args.data is None:
+        raise InputError(
+            "--task classify: needs --data, a file of rows with text and label (see `jaxpeft train --help`)"
+        )
+    if args.buckets and args.pack and args.task == "lm":
         raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
     assert args.seq_len is not None
     for length in args.buckets:

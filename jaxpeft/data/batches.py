@@ -16,9 +16,10 @@ Three ways to make rows, all of static shapes:
 - pack: first fit of whole examples into rows of seq_len; an example is never split.
 """
 
+import functools
 import hashlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import grain
 import numpy as np
@@ -36,8 +37,21 @@ _PACKING_ROWS = 32  # open at once, at least: more waste less, and reorder more
 _ENDLESS_EXAMPLES = 2**50
 
 
+class Item(Protocol):
+    """What batches are made of; `Example` and `classify.Row` are such.
+
+    positions: its length in a row.  line: its line in the source.  tobytes: all that it holds, for a digest.
+    """
+
+    @property
+    def positions(self) -> int: ...
+    @property
+    def line(self) -> int: ...
+    def tobytes(self) -> bytes: ...
+
+
 class Batches:
-    """Iterator of (batch, lines): the batch dict below, and the source lines of each of its rows.
+    """Iterator of (batch, lines): a dict of arrays, and the source lines of each of its rows. Of examples:
 
         tokens        int32   (B, S)  input ids, 0 in padding
         targets       int32   (B, S)  the next token of the same document
@@ -52,16 +66,14 @@ class Batches:
     def __init__(
         self,
         rows: grain.IterDataset[list[list[int]]],
-        examples: Sequence[Example],
-        batch_size: int,
-        widths: Sequence[int],
+        examples: Sequence[Any],
+        collate: Callable[[Sequence[Sequence[Any]]], Batch],
         identity: str,
     ):
         self._dataset = rows
         self._rows = iter(rows)
         self._examples = examples
-        self._batch_size = batch_size
-        self._widths = widths
+        self._collate = collate
         self._identity = identity
 
     def __iter__(self) -> "Batches":
@@ -70,7 +82,7 @@ class Batches:
     def __next__(self) -> tuple[Batch, Lines]:
         rows = [[self._examples[i] for i in row] for row in next(self._rows)]
         lines = [[example.line for example in row] for row in rows]
-        return collate(rows, self._batch_size, self._widths), lines
+        return self._collate(rows), lines
 
     def get_state(self) -> dict[str, Any]:
         """The position of the next batch; plain JSON."""
@@ -93,7 +105,7 @@ class Batches:
 
 
 def make_batches(
-    examples: Sequence[Example],
+    examples: Sequence[Item],
     batch_size: int,
     seq_len: int,
     seed: int,
@@ -102,11 +114,12 @@ def make_batches(
     buckets: Sequence[int] = (),
     epochs: int | None = None,
     shuffle: bool = True,
+    collate: Callable[..., Batch] | None = None,
 ) -> Batches:
     """Batches to train on.
 
     Args:
-      examples: from `load_examples`, none longer than seq_len positions.
+      examples: from `load_examples` or `load_rows`, none longer than seq_len positions.
       batch_size: rows of a batch, B. The last batch of a finite run is filled up with empty rows
         (segment_ids 0, loss_weights 0).
       seq_len: positions of a row, S, without buckets.
@@ -116,6 +129,7 @@ def make_batches(
       epochs: passes over the examples; None is without end.
       shuffle: a new order for each epoch; False keeps the file's order (up to the sorting of a
         bucket window and the first fit of packing).
+      collate: (rows, batch_size, widths) -> batch, `collate_examples` by default.
 
     Raises:
       InputError: no examples, an argument out of range, pack with buckets, an example too long.
@@ -128,7 +142,7 @@ def make_batches(
     if shuffle:
         indices = indices.shuffle(seed=mixed_seed)
     indices = indices.repeat(epochs or _ENDLESS_EXAMPLES // len(examples))
-    lengths = [len(example.ids) - 1 for example in examples]
+    lengths = [example.positions for example in examples]
     if pack:
         rows = _packed_rows(indices, lengths, batch_size, seq_len, mixed_seed, shuffle)
     elif buckets:
@@ -136,19 +150,22 @@ def make_batches(
     else:
         rows = _in_memory(indices.batch(batch_size, batch_fn=_single_rows))
     settings = (batch_size, seq_len, seed, pack, tuple(widths), epochs, shuffle)
-    return Batches(rows, examples, batch_size, widths, _identity(examples, settings))
+    lay = functools.partial(collate or collate_examples, batch_size=batch_size, widths=widths)
+    return Batches(rows, examples, lay, _identity(examples, settings))
 
 
 def eval_batches(
-    examples: Sequence[Example],
+    examples: Sequence[Item],
     batch_size: int,
     seq_len: int,
     *,
     pack: bool = False,
     buckets: Sequence[int] = (),
+    collate: Callable[..., Batch] | None = None,
 ) -> Batches:
     """One pass over every example, always in the same order; the last batch has empty rows."""
-    return make_batches(examples, batch_size, seq_len, 0, pack=pack, buckets=buckets, epochs=1, shuffle=False)
+    layout: dict[str, Any] = {"pack": pack, "buckets": buckets, "collate": collate}
+    return make_batches(examples, batch_size, seq_len, 0, epochs=1, shuffle=False, **layout)
 
 
 def power_of_two_buckets(seq_len: int, smallest: int = 32) -> tuple[int, ...]:
@@ -161,7 +178,7 @@ def power_of_two_buckets(seq_len: int, smallest: int = 32) -> tuple[int, ...]:
     return (*below, seq_len)
 
 
-def collate(rows: Sequence[Sequence[Example]], batch_size: int, widths: Sequence[int]) -> Batch:
+def collate_examples(rows: Sequence[Sequence[Example]], batch_size: int, widths: Sequence[int]) -> Batch:
     """Lays documents into rows.
 
     Args:
@@ -172,8 +189,7 @@ def collate(rows: Sequence[Sequence[Example]], batch_size: int, widths: Sequence
     Returns:
       The batch dict (see `Batches`).
     """
-    longest = max(sum(len(example.ids) - 1 for example in row) for row in rows)
-    shape = (batch_size, next(width for width in widths if width >= longest))
+    shape = (batch_size, width_of(rows, widths))
     batch: Batch = {
         "tokens": np.zeros(shape, np.int32),
         "targets": np.zeros(shape, np.int32),
@@ -184,7 +200,7 @@ def collate(rows: Sequence[Sequence[Example]], batch_size: int, widths: Sequence
     for r, row in enumerate(rows):
         start = 0
         for segment, example in enumerate(row, start=1):
-            length = len(example.ids) - 1
+            length = example.positions
             here = (r, slice(start, start + length))
             batch["tokens"][here] = example.ids[:-1]
             batch["targets"][here] = example.ids[1:]
@@ -193,6 +209,12 @@ def collate(rows: Sequence[Sequence[Example]], batch_size: int, widths: Sequence
             batch["segment_ids"][here] = segment
             start += length
     return batch
+
+
+def width_of(rows: Sequence[Sequence[Item]], widths: Sequence[int]) -> int:
+    """The first of the ascending widths that holds the longest row."""
+    longest = max(sum(item.positions for item in row) for row in rows)
+    return next(width for width in widths if width >= longest)
 
 
 def _single_rows(indices: Sequence[int]) -> list[list[int]]:
@@ -259,18 +281,16 @@ def _in_memory(dataset: "grain.MapDataset[Any]") -> "grain.IterDataset[Any]":
     return dataset.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
 
 
-def _identity(examples: Sequence[Example], settings: tuple[Any, ...]) -> str:
+def _identity(examples: Sequence[Item], settings: tuple[Any, ...]) -> str:
     """A digest of all that the order of the batches depends on."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
     for example in examples:
-        digest.update(example.ids.tobytes())
-        digest.update(example.completion.tobytes())
-        digest.update(b"%d;" % example.line)
+        digest.update(example.tobytes())
     return digest.hexdigest()
 
 
 def _check(
-    examples: Sequence[Example],
+    examples: Sequence[Item],
     batch_size: int,
     seq_len: int,
     seed: int,
@@ -290,9 +310,9 @@ def _check(
         raise InputError("packing fills rows of the sequence length: give either pack or buckets")
     if any(width < 1 or width > seq_len for width in buckets):
         raise InputError(f"buckets must lie between 1 and the sequence length {seq_len}, got {tuple(buckets)}")
-    longest = max(examples, key=lambda example: len(example.ids))
-    if len(longest.ids) - 1 > seq_len:
+    longest = max(examples, key=lambda example: example.positions)
+    if longest.positions > seq_len:
         raise InputError(
-            f"the example of line {longest.line} has {len(longest.ids) - 1} tokens, more than the"
+            f"the example of line {longest.line} has {longest.positions} tokens, more than the"
             f" sequence length {seq_len}"
         )

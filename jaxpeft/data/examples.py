@@ -25,7 +25,7 @@ from jaxpeft.errors import InputError
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
-_ROWS_PER_CALL = 1000  # rows given to the tokenizer at once; only their text is in memory
+ROWS_PER_CALL = 1000  # rows given to the tokenizer at once; only their text is in memory
 
 
 class Example(NamedTuple):
@@ -38,6 +38,15 @@ class Example(NamedTuple):
     ids: npt.NDArray[np.int32]
     completion: npt.NDArray[np.bool_]
     line: int
+
+    @property
+    def positions(self) -> int:
+        """n."""
+        return len(self.ids) - 1
+
+    def tobytes(self) -> bytes:
+        """All that it holds."""
+        return self.ids.tobytes() + self.completion.tobytes() + b"%d;" % self.line
 
 
 @dataclasses.dataclass
@@ -57,11 +66,13 @@ class Report:
     dropped_without_target: int = 0  # nothing to predict, or all of it cut off by truncation
     positions: int = 0  # over the examples
     target_tokens: int = 0  # positions that count in the loss
+    labels: int = 0  # that rows are classified as; 0 for examples to continue
 
     def summary(self) -> str:
         """One line for people; what did not happen is left out."""
         shapes = ", ".join(f"{count} {name}" for name, count in sorted(self.formats.items()))
-        parts = [f"{self.examples} examples ({shapes}) with {self.positions} tokens, {self.target_tokens} trained on"]
+        goal = f"{self.labels} labels" if self.labels else f"{self.target_tokens} trained on"
+        parts = [f"{self.examples} examples ({shapes}) with {self.positions} tokens, {goal}"]
         if self.truncated:
             parts.append(f"{self.truncated} truncated")
         if self.dropped_too_long:
@@ -112,13 +123,13 @@ def load_examples(
     report = Report(str(path))
     examples = []
     rows = _read_rows(path, tokenizer, skip_bad_lines, report)
-    while chunk := list(itertools.islice(rows, _ROWS_PER_CALL)):
+    while chunk := list(itertools.islice(rows, ROWS_PER_CALL)):
         for line, encoded in _encode(chunk, tokenizer):
             example = _fit(line, encoded, seq_len, too_long, report)
             if example is not None:
                 examples.append(example)
     report.examples = len(examples)
-    report.positions = sum(len(example.ids) - 1 for example in examples)
+    report.positions = sum(example.positions for example in examples)
     report.target_tokens = sum(int(example.completion[1:].sum()) for example in examples)
     if not examples:
         why = f"; first bad line: {report.first_bad_line}" if report.bad_lines else ""
@@ -141,7 +152,7 @@ def _read_rows(
         try:
             shape, content = read_record(parse_line(raw, where), where)
         except InputError as error:
-            _bad_line(error, skip_bad_lines, report)
+            count_bad_line(error, skip_bad_lines, report)
             continue
         if isinstance(content, Conversation):
             if template == "unchecked":  # the tokenizer's fault, not the line's: never skipped
@@ -154,7 +165,7 @@ def _read_rows(
                 else:
                     row = render_chat(content.messages, tokenizer, where)
             except InputError as error:
-                _bad_line(error, skip_bad_lines, report)
+                count_bad_line(error, skip_bad_lines, report)
                 continue
         else:
             row = content
@@ -162,7 +173,8 @@ def _read_rows(
         yield _Row(line, row)
 
 
-def _bad_line(error: InputError, skip_bad_lines: bool, report: Report) -> None:
+def count_bad_line(error: InputError, skip_bad_lines: bool, report: Report) -> None:
+    """Counts a faulty line, or raises its error where such lines are not skipped."""
     if not skip_bad_lines:
         raise error
     report.bad_lines += 1

@@ -57,19 +57,20 @@ def read_record(record: dict[str, Any], where: str) -> tuple[Format, Text | Conv
     if "messages" in record:
         return "messages", Conversation(_messages(record["messages"], where))
     if "prompt" in record and "completion" in record:
-        return "prompt/completion", Text(_string(record, "prompt", where), _string(record, "completion", where))
+        return "prompt/completion", Text(read_string(record, "prompt", where), read_string(record, "completion", where))
     if "instruction" in record and "output" in record:
-        instruction = _string(record, "instruction", where)
-        input = "" if record.get("input") is None else _string(record, "input", where)
-        output = _string(record, "output", where)
+        instruction = read_string(record, "instruction", where)
+        input = "" if record.get("input") is None else read_string(record, "input", where)
+        output = read_string(record, "output", where)
         return "instruction/input/output", Text(instruction_prompt(instruction, input), output)
     if "text" in record:
-        return "text", Text("", _string(record, "text", where))
+        return "text", Text("", read_string(record, "text", where))
     found = ", ".join(list(record)[:8]) or "none"
     raise InputError(f"{where}: fields must be {SHAPES}; this line has: {found}")
 
 
-def _string(record: dict[str, Any], field: str, where: str, path: str = "") -> str:
+def read_string(record: dict[str, Any], field: str, where: str, path: str = "") -> str:
+    """A field that must be text which a tokenizer takes; `path` stands before its name in messages."""
     name = path + field
     if field not in record:
         found = ", ".join(record) or "none"
@@ -92,7 +93,7 @@ def _messages(value: object, where: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise InputError(f"{where}: field {path} must be an object, found {json_type(message)}")
         for field in ("role", "content"):
-            _string(message, field, where, path + ".")
+            read_string(message, field, where, path + ".")
     if not any(message["role"] == "assistant" for message in value):
         roles = ", ".join(message["role"] for message in value) or "none"
         raise InputError(f"{where}: messages must have a turn whose role is assistant; roles found: {roles}")

@@ -134,7 +134,12 @@ def cost(step: Step) -> Cost:
 
 
 def activation_bytes(
-    segments: Mapping[str, Segment], model: Model, state: TrainState, batch: Mapping[str, Any], accumulate: int = 1
+    segments: Mapping[str, Segment],
+    model: Model,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    accumulate: int = 1,
+    loss: Callable[..., Any] = completion_loss,
 ) -> int:
     """Bytes that a step keeps on the device for its backward pass.
 
@@ -143,11 +148,12 @@ def activation_bytes(
       model: that it trains.
       state, batch: of arrays or shapes.
       accumulate: micro-batches, of which one is kept at a time.
+      loss: that the step minimises.
     """
     if segments:
         return kept_bytes(segments)
     part = {name: jax.ShapeDtypeStruct((x.shape[0] // accumulate, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    return _autodiff_bytes(model, state, part)
+    return _autodiff_bytes(model, state, part, loss)
 
 
 def kept_bytes(segments: Mapping[str, Segment], where: str = "device") -> int:
@@ -155,11 +161,11 @@ def kept_bytes(segments: Mapping[str, Segment], where: str = "device") -> int:
     return sum(sum(segment.kept_bytes()[where].values()) for segment in segments.values())
 
 
-def _autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any]) -> int:
+def _autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any], loss: Callable[..., Any]) -> int:
     """Bytes that plain autodiff keeps, counted on the vjp's closure without the parameters."""
 
     def pull(trainable, frozen, batch):
-        value = lambda trainable: completion_loss(model, tree.combine(trainable, frozen), batch)[0]
+        value = lambda trainable: loss(model, tree.combine(trainable, frozen), batch)[0]
         return jax.vjp(value, trainable)[1]
 
     kept = jax.tree.leaves(jax.eval_shape(pull, state.trainable, state.frozen, batch))

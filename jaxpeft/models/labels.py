@@ -7,6 +7,9 @@ from typing import Any
 
 from jaxpeft.errors import InputError
 
+_CLASSIFY = ("ForSequenceClassification", "ForImageClassification")
+SCOPE = "classifier/"  # every family's parameters of a classifier lie here
+
 
 def num_labels(config: Mapping[str, Any]) -> int:
     """How many labels a parsed config.json's architecture tells apart; 0 for one that classifies no rows.
@@ -14,13 +17,23 @@ def num_labels(config: Mapping[str, Any]) -> int:
     Raises:
       InputError: if it names none, or not a whole number of them.
     """
-    if not any(str(name).endswith("ForSequenceClassification") for name in config.get("architectures") or ()):
+    if not any(str(name).endswith(_CLASSIFY) for name in config.get("architectures") or ()):
         return 0
     names = config.get("id2label")
     count = len(names) if isinstance(names, Mapping) else config.get("num_labels", 2)
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise InputError(f"config.json: num_labels {count!r} should be a whole number of at least 1")
     return count
+
+
+def names(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The labels of a parsed config.json, in the order of their numbers; () where it classifies no rows.
+
+    One that does not name them has LABEL_0, LABEL_1, ..., as transformers calls them.
+    """
+    given = config.get("id2label")
+    given = given if isinstance(given, Mapping) else {}
+    return tuple(str(given.get(str(i), f"LABEL_{i}")) for i in range(num_labels(config)))
 
 
 def with_labels(config: Mapping[str, Any], architecture: str, labels: Sequence[str]) -> dict[str, Any]:

@@ -1,22 +1,26 @@
-"""Hugging Face PEFT adapters, out (`export_adapter`) and in (`import_adapter`, `attach`).
+"""Adapters in files, Hugging Face PEFT's where it has a form for them: `export_adapter`, `import_adapter`, `attach`.
 
 An adapter is a folder:
 
     adapter_config.json         PEFT's configuration
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, n) and .lora_B.weight (m, r) per layer,
-                                float32
+    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, n) and .lora_B.weight (m, r) per layer, and
+                                the tensors of a classifier of rows under their own names; float32
     jaxpeft.json                ours, which PEFT does not read: the method's arguments, what its leaves need beyond the
-                                factors (seeds), and a fingerprint of the base; it speaks of exactly the
-                                adapter_model.safetensors whose hash it holds
+                                factors (seeds), the labels of rows, and a fingerprint of the base; it speaks of exactly
+                                the adapter_model.safetensors whose hash it holds
 
 With jaxpeft.json an adapter comes back as the method that made it, bit for bit, and trains on; without it, or when the
 tensors have changed since, it is read as what PEFT says it is.
 
+What PEFT has no form for (adapters between layers, side networks, several methods in one chain) is written in ours: the
+peft_type is JAXPEFT, so that PEFT takes it for nothing else, the tensors are called by our paths, and jaxpeft.json is
+needed to read them.
+
 Source: the format as huggingface/peft 0.21 writes and reads it.
 """
 
-from jaxpeft.peft.base import fingerprint
+from jaxpeft.peft.base import adapter_labels, fingerprint
 from jaxpeft.peft.export import export_adapter
 from jaxpeft.peft.read import attach, import_adapter
 
-__all__ = ["attach", "export_adapter", "fingerprint", "import_adapter"]
+__all__ = ["adapter_labels", "attach", "export_adapter", "fingerprint", "import_adapter"]

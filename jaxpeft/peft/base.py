@@ -1,20 +1,25 @@
-"""The base that an adapter belongs to: its linear modules by name, and how to tell it from another."""
+"""The base that an adapter belongs to: its linear modules by name, and how to tell it from another; its labels."""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import models, tree
+from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
+from jaxpeft.models.labels import SCOPE
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json"
 FORMAT = 1  # of jaxpeft.json
+NATIVE = "JAXPEFT"  # the peft_type of what PEFT has no form for
 
 SIZES = (
     "model_type",
@@ -28,6 +33,7 @@ SIZES = (
     "tie_word_embeddings",
 )
 _SAMPLES = 64  # elements per leaf
+_LAST = re.compile(r"\b(score|classifier|classifier\.out_proj)\.weight$")  # the tensor whose rows are the labels'
 
 
 class Module(NamedTuple):
@@ -57,7 +63,7 @@ def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) ->
 
     Elements are rounded to bfloat16 first, so that a base has one fingerprint whichever type it is loaded in. Leaves
     that are not among the configuration's parameters as it shapes them (adapters, quantized kernels, parts of a cut
-    stack) are left out.
+    stack) are left out, and so is a classifier of rows, which comes with the adapter.
 
     Args:
       config: the model's configuration.
@@ -68,7 +74,7 @@ def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) ->
     samples = {}
     for path, leaf in tree.flatten(params).items():
         known = path in shapes and getattr(leaf, "shape", None) == shapes[path].shape
-        if known and (kernels or not path.endswith("/kernel")):
+        if known and not path.startswith(SCOPE) and (kernels or not path.endswith("/kernel")):
             at = np.linspace(0, leaf.size - 1, _SAMPLES).astype(np.int64)
             elements = np.asarray(jax.device_get(leaf[np.unravel_index(at, leaf.shape)])).astype(jnp.bfloat16)
             samples[path] = hashlib.sha256(elements.tobytes()).hexdigest()[:16]
@@ -99,3 +105,40 @@ def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mappi
                 f"{where}: an adapter for another base: the values of {path} differ from those it was trained beside "
                 f"(remove its {OWN} to use it nevertheless)"
             )
+
+
+def is_own(path: str, config: Any) -> bool:
+    """Whether a path is one of the base's parameters; a classifier of rows is no part of it."""
+    return tree.canonical(path) in models.FAMILIES[config.model_type].shapes(config) and not path.startswith(SCOPE)
+
+
+def classifier_names(config: Any) -> dict[str, tuple[str, bool]]:
+    """Our path -> (Hugging Face's tensor name, transposed there) of the classifier of rows; {} where there is none."""
+    shapes = models.FAMILIES[config.model_type].shapes(config)
+    return {path: models.hf_name(config, path) for path in shapes if path.startswith(SCOPE)}
+
+
+def adapter_labels(directory: str | os.PathLike[str]) -> tuple[str, ...]:
+    """The names that an adapter's classifier gives to rows, in order; () for one that classifies none.
+
+    An adapter of PEFT's does not say them: they are LABEL_0, LABEL_1, ... then, as transformers calls them.
+
+    Raises:
+      InputError: for a folder without an adapter, or files that cannot be read.
+    """
+    folder = Path(directory).expanduser()
+    config = files.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it an adapter?")
+    if config.get("task_type") != "SEQ_CLS":
+        return ()
+    own = files.read_json(folder / OWN, "") if (folder / OWN).is_file() else {}
+    if own.get("labels"):
+        return tuple(own["labels"])
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(folder / WEIGHTS, framework="numpy") as opened:
+            found = [name for name in opened.keys() if _LAST.search(name)]  # noqa: SIM118
+            count = opened.get_slice(found[0]).get_shape()[0] if found else 0
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / WEIGHTS}: cannot be read: {error}") from None
+    return tuple(f"LABEL_{i}" for i in range(count))

@@ -1,4 +1,4 @@
-"""Adapters out: the factors of a method's sites as a PEFT adapter."""
+"""Adapters out: the factors of a method's sites as a PEFT adapter, or its leaves as they are."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import math
 import os
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -17,7 +17,11 @@ from jaxpeft import files, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
 from jaxpeft.method import module as method_file
-from jaxpeft.peft.base import CONFIG, FORMAT, OWN, WEIGHTS, fingerprint, modules
+from jaxpeft.models.labels import SCOPE
+from jaxpeft.peft.base import CONFIG, FORMAT, NATIVE, OWN, WEIGHTS, classifier_names, fingerprint, is_own, modules
+
+# A model's head -> PEFT's name of the task, which says what class of model wraps it; None: any.
+_TASKS = {"causal_lm": "CAUSAL_LM", "none": "FEATURE_EXTRACTION"}
 
 
 def export_adapter(
@@ -27,8 +31,11 @@ def export_adapter(
     base_config: Any,
     base_name: str | os.PathLike[str] = "",
     replace: bool = False,
+    labels: Sequence[str] = (),
 ) -> Path:
     """Writes the adapters in `params` for PEFT and for `import_adapter`. The folder appears whole or not at all.
+
+    What PEFT has no form for is written for `import_adapter` alone (see `jaxpeft.peft`).
 
     LoRA-FA is written as ordinary LoRA, with A drawn from its seed; PiSSA as LoRA of twice the rank for the original
     base. Trailing pairs of a zero column of A and a zero row of B (adapters whose layers differ have them, see
@@ -42,32 +49,44 @@ def export_adapter(
       base_config: the model's configuration (`Model.config`).
       base_name: folder or hub id of the base, for PEFT's `base_model_name_or_path`.
       replace: an adapter that is already in `directory` may be replaced; nothing else ever is.
+      labels: names of what a model that classifies rows tells apart, in order; they are kept with the adapter.
 
     Returns:
       `directory`.
 
     Raises:
-      InputError: if the method has no PEFT form, or something else trains beside its adapters; if `directory` is in the
-        way or cannot be written.
+      InputError: if parameters of the base itself train; if `directory` is in the way or cannot be written.
     """
-    spec, file = adapter_of(method, params)
+    found = adapter_of(method, params, base_config)
     target = Path(directory).expanduser()
     files.check_target(target, CONFIG if replace else None)
-    pairs, extra = _pairs(params, spec, file, base_config)
-    if not pairs:
-        raise InputError(f"{spec.name}: the parameters hold no adapter that is not zero")
-    tensors = {}
-    for name, pair in pairs.items():
-        tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(pair.a.T)
-        tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(pair.b.T)
-    config = _config(pairs, file.peft_config(spec.config), list(modules(base_config)), os.fspath(base_name))
+    kernels = not any(changes_kernels(spec) for spec in method.specs)
     own = {
         "format": FORMAT,
         "method": [[s.name, s.config] for s in method.specs],
-        "ranks": {pair.site: pair.rank for pair in pairs.values()},
-        "extra": extra,
-        "base": fingerprint(base_config, params, kernels=not file.changes_kernels(spec.config)),
+        "base": fingerprint(base_config, params, kernels=kernels),
+        "labels": list(labels) or [f"LABEL_{i}" for i in range(base_config.num_labels)],
     }
+    if found is None:
+        tensors = _leaves(params, method, base_config)
+        config: dict[str, Any] = {"base_model_name_or_path": os.fspath(base_name) or None, "peft_type": NATIVE}
+    else:
+        spec, file = found
+        pairs, own["extra"] = _pairs(params, spec, file, base_config)
+        if not pairs:
+            raise InputError(f"{spec.name}: the parameters hold no adapter that is not zero")
+        tensors = {}
+        for name, pair in pairs.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = np.ascontiguousarray(pair.a.T)
+            tensors[f"base_model.model.{name}.lora_B.weight"] = np.ascontiguousarray(pair.b.T)
+        own["ranks"] = {pair.site: pair.rank for pair in pairs.values()}
+        config = _config(pairs, file.peft_config(spec.config), list(modules(base_config)), os.fspath(base_name))
+        classifier = _classifier(params, method, base_config)
+        tensors |= {f"base_model.model.{name}": leaf for name, leaf in classifier.items()}
+        config["modules_to_save"] = _saved_modules(classifier) or None
+    # With SEQ_CLS, PEFT demands a classifier among the tensors.
+    classifies = any(method.trainable(path) for path in classifier_names(base_config))
+    config["task_type"] = "SEQ_CLS" if classifies else _TASKS.get(base_config.head)
 
     from safetensors.numpy import save
 
@@ -93,25 +112,55 @@ class _Pair(NamedTuple):
     scale: float
 
 
-def adapter_of(method: Method, params: Mapping[str, Any]) -> tuple[Spec, ModuleType]:
-    """The one part of a method that PEFT knows, and its file.
+def adapter_of(method: Method, params: Mapping[str, Any], config: Any) -> tuple[Spec, ModuleType] | None:
+    """The part of a method that PEFT knows, and its file; None if that is not all of its adapter.
 
     Raises:
-      InputError: if there is none, or several, or other parameters train than its own.
+      InputError: if parameters of the base itself train.
     """
-    known = [(spec, file) for spec in method.specs if hasattr(file := method_file(spec.name), "PEFT_SCOPE")]
     names = ", ".join(spec.name for spec in method.specs) or "the method"
-    if len(known) != 1:
-        what = "no part that is" if not known else f"{len(known)} parts that are each"
-        raise InputError(f"{names}: has {what} a PEFT adapter; merge it and save the whole model instead")
-    spec, file = known[0]
-    for path in tree.flatten(params):
-        if method.trainable(path) and f"/{file.PEFT_SCOPE}/" not in path:
-            raise InputError(
-                f"{names}: {path} trains too and has no place in a PEFT adapter; merge it and save the whole model "
-                "instead"
-            )
-    return spec, file
+    added = [path for path in tree.flatten(params) if _is_added(path, method, config)]
+    changed = [path for path in tree.flatten(params) if method.trainable(path) and is_own(path, config)]
+    if changed or not added:
+        what = f"{changed[0]} trains too and has no place in an adapter" if changed and added else "is no adapter"
+        raise InputError(f"{names}: {what}; merge it and save the whole model instead")
+    known = [(spec, file) for spec in method.specs if hasattr(file := method_file(spec.name), "PEFT_SCOPE")]
+    sites = [path for path in added if not path.startswith(SCOPE)]
+    if len(known) == 1 and sites and all(f"/{known[0][1].PEFT_SCOPE}/" in path for path in sites):
+        return known[0]
+    return None
+
+
+def _is_added(path: str, method: Method, config: Any) -> bool:
+    """Whether a parameter belongs to the adapter, among which is a classifier that trains."""
+    return method.trainable(path) if path.startswith(SCOPE) else not is_own(path, config)
+
+
+def changes_kernels(spec: Spec) -> bool:
+    """Whether a method changes the base's kernels before it trains."""
+    file = method_file(spec.name)
+    return hasattr(file, "changes_kernels") and file.changes_kernels(spec.config)
+
+
+def _leaves(params: Mapping[str, Any], method: Method, config: Any) -> dict[str, np.ndarray]:
+    """Our form: everything that is not the base's own, under its path."""
+    flat = tree.flatten(params)
+    return {path: np.asarray(leaf, order="C") for path, leaf in flat.items() if _is_added(path, method, config)}
+
+
+def _classifier(params: Mapping[str, Any], method: Method, config: Any) -> dict[str, np.ndarray]:
+    """Hugging Face's name -> tensor of a classifier of rows that trains."""
+    flat, tensors = tree.flatten(params), {}
+    for path, (name, transposed) in classifier_names(config).items():
+        if path in flat and method.trainable(path):
+            tensors[name] = np.ascontiguousarray(flat[path].T if transposed else flat[path], np.float32)
+    return tensors
+
+
+def _saved_modules(names: Iterable[str]) -> list[str]:
+    """PEFT's modules_to_save: it adds `classifier` and `score` itself, and a module must not be within another."""
+    modules = {name.rpartition(".")[0] for name in names}
+    return sorted({name.split(".")[0] if name.split(".")[0] in ("classifier", "score") else name for name in modules})
 
 
 def _pairs(params: Mapping[str, Any], spec: Spec, file: ModuleType, config: Any) -> tuple[dict[str, _Pair], dict]:
@@ -176,7 +225,6 @@ def _config(pairs: Mapping[str, _Pair], fields: Mapping[str, Any], linear: list[
         "rank_pattern": _pattern(ranks, rank, short),
         "revision": None,
         "target_modules": sorted(leaf_names) if short else list(pairs),
-        "task_type": "CAUSAL_LM",
         "use_dora": False,
         "use_rslora": False,
         **fields,

@@ -1,4 +1,4 @@
-"""Adapters in: a PEFT adapter as a method and its leaves."""
+"""Adapters in: a PEFT adapter, or one in our own form, as a method and its leaves."""
 
 from __future__ import annotations
 
@@ -17,23 +17,36 @@ import numpy as np
 
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec, from_specs, setup
+from jaxpeft.method import Method, Spec, chain, from_specs, setup
 from jaxpeft.method import module as method_file
+from jaxpeft.methods.full import full
 from jaxpeft.methods.lora import lora, scale_of
 from jaxpeft.model import Model
-from jaxpeft.peft.base import CONFIG, FORMAT, OWN, WEIGHTS, Module, check_base, modules
+from jaxpeft.models.labels import SCOPE
+from jaxpeft.peft.base import (
+    CONFIG,
+    FORMAT,
+    NATIVE,
+    OWN,
+    WEIGHTS,
+    Module,
+    adapter_labels,
+    check_base,
+    classifier_names,
+    modules,
+)
 
 # Fields of adapter_config.json that say nothing about what the adapter computes, or that are read here.
 _READ = "peft_type r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora init_lora_weights bias".split()
 _HARMLESS = (
     "auto_mapping base_model_name_or_path revision inference_mode task_type peft_version target_modules "
     "exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config "
-    "ensure_weight_tying"
+    "ensure_weight_tying modules_to_save"
 ).split()
 # Initialisations that leave the base's kernels as they are.
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
-# What is read of jaxpeft.json.
-_FIELDS = ("method", "ranks", "extra", "base")
+# What is read of jaxpeft.json: of any adapter, and of one in PEFT's form.
+_FIELDS, _PEFT_FIELDS = ("method", "base"), ("method", "ranks", "extra", "base")
 _KEY = re.compile(r"(?:base_model\.model\.)?(?P<module>.+)\.lora_(?P<factor>[AB])(?:\.(?P<adapter>[^.]+))?\.weight")
 
 
@@ -46,7 +59,8 @@ def import_adapter(
     back as `jaxpeft.lora`. Layers are stacked here, so where PEFT's layers differ they are padded: a layer without an
     adapter gets A = B = 0, a layer of smaller rank zero columns in A and zero rows in B, and a layer of another scale
     has the difference folded into B. That computes the same, and as a pair of zeros gets no gradient it also trains as
-    the unpadded adapter does.
+    the unpadded adapter does. One that classifies rows brings its classifier; the base must have one of the same labels
+    (see `adapter_labels`).
 
     Args:
       directory: a folder with adapter_config.json and adapter_model.safetensors.
@@ -54,7 +68,7 @@ def import_adapter(
       base_params: the base's nested parameters, to recognise an adapter for another base of the same sizes.
 
     Returns:
-      (method, leaves): leaves `{path: float32 array}` to put among the base's parameters before `jaxpeft.setup` (see
+      (method, leaves): leaves `{path: array}` to put among the base's parameters before `jaxpeft.setup` (see
         `attach`).
 
     Raises:
@@ -65,16 +79,27 @@ def import_adapter(
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
     config = files.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it a PEFT adapter?")
-    _check_config(folder / CONFIG, config)
+    native = config.get("peft_type") == NATIVE
     file = _weights(folder)
-    tensors = _tensors(file)
-    if own := _own(folder):
-        check_base(os.fspath(folder), own["base"], base_config, base_params)
-    known = modules(base_config)
-    pairs = _pairs(file, _without_copies(file, tensors, base_config, base_params), known)
+    own = _own(folder, _FIELDS if native else _PEFT_FIELDS)
+    if (count := len(adapter_labels(folder))) != base_config.num_labels and count:
+        raise InputError(
+            f"{folder}: classifies rows as {count} labels, and the base as {base_config.num_labels or 'none'}"
+        )
     if own:
-        return _restore(folder / OWN, own, pairs, known)
-    return _as_lora(folder / CONFIG, config, pairs, known)
+        check_base(os.fspath(folder), own["base"], base_config, base_params)
+    if native:
+        return _as_it_is(folder, own)
+    _check_config(folder / CONFIG, config, base_config)
+    known = modules(base_config)
+    tensors, classifier = _without_classifier(file, _tensors(file), base_config)
+    pairs = _pairs(file, _without_copies(file, tensors, base_config, base_params), known)
+    method, leaves = (
+        _restore(folder / OWN, own, pairs, known) if own else _as_lora(folder / CONFIG, config, pairs, known)
+    )
+    if classifier and not own:
+        method = chain(method, full(f"^{SCOPE}"))
+    return method, {**leaves, **classifier}
 
 
 def attach(directory: str | os.PathLike[str], base: Model, params: tree.Params) -> tuple[Model, tree.Params, Method]:
@@ -113,8 +138,12 @@ def _weights(folder: Path) -> Path:
     raise InputError(f"{folder}: has no {WEIGHTS}")
 
 
-def _own(folder: Path) -> dict[str, Any] | None:
-    """jaxpeft.json, if it speaks of these tensors."""
+def _own(folder: Path, fields: Iterable[str]) -> dict[str, Any] | None:
+    """jaxpeft.json, if it speaks of these tensors.
+
+    Raises:
+      InputError: if it has another format, or lacks one of the fields.
+    """
     if not (folder / OWN).is_file():
         return None
     own = files.read_json(folder / OWN, "")
@@ -123,18 +152,18 @@ def _own(folder: Path) -> dict[str, Any] | None:
             return None
     if own.get("format") != FORMAT:
         raise InputError(f"{folder / OWN}: has format {own.get('format')}; this version of jaxpeft reads {FORMAT}")
-    if lacking := [name for name in _FIELDS if name not in own]:
+    if lacking := [name for name in fields if name not in own]:
         raise InputError(f"{folder / OWN}: lacks {', '.join(lacking)}; remove it to read plain LoRA")
     return own
 
 
 def _tensors(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor, in float32."""
+    """Every tensor as it is."""
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(file, framework="numpy") as opened:
-            return {name: opened.get_tensor(name).astype(np.float32) for name in opened.keys()}  # noqa: SIM118
+            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {error}") from None
 
@@ -142,7 +171,7 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
 # PEFT's form.
 
 
-def _check_config(file: Path, config: Mapping[str, Any]) -> None:
+def _check_config(file: Path, config: Mapping[str, Any], base: Any) -> None:
     """Refuses what would make the adapter compute something else than x A B."""
     if (kind := config.get("peft_type")) != "LORA":
         raise InputError(f"{file}: peft_type {kind!r} is not supported; supported: 'LORA'")
@@ -154,9 +183,28 @@ def _check_config(file: Path, config: Mapping[str, Any]) -> None:
             f"{file}: init_lora_weights {init!r} changes the base's kernels; save the adapter for the original base "
             "with PEFT's save_pretrained(directory, path_initial_model_for_weight_conversion=...)"
         )
+    whole = config.get("modules_to_save") or []
+    if not base.num_labels and whole:
+        raise InputError(f"{file}: modules_to_save = {json.dumps(whole)} is not supported where no rows are classified")
     for name, value in config.items():
         if name not in (*_READ, *_HARMLESS) and value not in (None, False, [], {}, ""):
             raise InputError(f"{file}: {name} = {json.dumps(value)} is not supported")
+
+
+def _without_classifier(
+    file: Path, tensors: Mapping[str, np.ndarray], config: Any
+) -> tuple[dict[str, np.ndarray], tree.Flat]:
+    """(The other tensors, the leaves of the classifier of rows, float32)."""
+    rest, leaves = dict(tensors), {}
+    shapes = models.FAMILIES[config.model_type].shapes(config)
+    for path, (name, transposed) in classifier_names(config).items():
+        if (tensor := rest.pop(f"base_model.model.{name}", None)) is None:
+            continue
+        leaf = tensor.T if transposed else tensor
+        if leaf.shape != shapes[path].shape:
+            raise InputError(f"{file}: an adapter for another base: {name} has shape {tensor.shape}")
+        leaves[path] = jnp.asarray(leaf, jnp.float32)
+    return rest, leaves
 
 
 def _without_copies(
@@ -208,7 +256,7 @@ def _pairs(file: Path, tensors: Mapping[str, np.ndarray], known: Mapping[str, Mo
                 f"{file}: an adapter for another base: {key} has shape {tensor.shape}, where {name} has {expected} "
                 f"{side}"
             )
-        factors.setdefault(name, {})[found["factor"]] = tensor.T
+        factors.setdefault(name, {})[found["factor"]] = tensor.T.astype(np.float32)
     if len(adapters) > 1:
         raise InputError(f"{file}: holds several adapters ({', '.join(sorted(map(str, adapters)))}); save one alone")
     if not factors:
@@ -305,6 +353,17 @@ def _commonest(values: Iterable[Any]) -> Any:
 
 
 # Our form.
+
+
+def _as_it_is(folder: Path, own: Mapping[str, Any] | None) -> tuple[Method, tree.Flat]:
+    """An adapter in our form: tensors by our paths, in their own types."""
+    if own is None:
+        raise InputError(f"{folder}: is an adapter in jaxpeft's own form without a {OWN} that speaks of its {WEIGHTS}")
+    try:
+        method = from_specs(tuple(Spec(name, config) for name, config in own["method"]))
+    except InputError as error:
+        raise InputError(f"{folder / OWN}: {error}") from None
+    return method, {path: jnp.asarray(tensor) for path, tensor in _tensors(folder / WEIGHTS).items()}
 
 
 def _restore(

@@ -1,6 +1,7 @@
 """A run's configuration on disk, OUT/config.json: what `--resume` compares with, and what other commands read a run by.
 
-    {"jax": version, "arguments": {flag's field: value}, "method": [[name, arguments], ...], "content": {name: digest}}
+    {"jax": version, "arguments": {flag's field: value}, "method": [[name, arguments], ...], "content": {name: digest},
+     "labels": [names of what rows are classified as]}
 
 Files are compared by content, so that a run continues where its model and data have been moved to.
 """
@@ -9,15 +10,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import files
+from jaxpeft import files, tree
 from jaxpeft.errors import InputError
+from jaxpeft.models.labels import SCOPE
 
 FILE = "config.json"
 REPORT = "report.json"
@@ -29,13 +31,14 @@ _FREE = {"out", "resume", "json", "config"}
 _BY_CONTENT = {"model", "data", "eval_data", "adapter"}
 
 
-def describe(args: Any, specs: Any, content: Mapping[str, str | None]) -> dict[str, Any]:
+def describe(args: Any, specs: Any, content: Mapping[str, str | None], labels: Sequence[str] = ()) -> dict[str, Any]:
     """The document of a run.
 
     Args:
       args: the dataclass of the train command.
       specs: `Method.specs`.
       content: digests of "model", "adapter", "data" and "eval_data" (None without).
+      labels: names of what rows are classified as, in order; none where none are.
     """
     arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in _FREE}
     document = {
@@ -43,6 +46,7 @@ def describe(args: Any, specs: Any, content: Mapping[str, str | None]) -> dict[s
         "arguments": arguments,
         "method": [[spec.name, spec.config] for spec in specs],
         "content": dict(content),
+        "labels": list(labels),
     }
     return json.loads(json.dumps(document, default=str))  # as it will be read: tuples are lists, paths text
 
@@ -78,10 +82,17 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
         if old.get("content", {}).get(name) != new["content"].get(name):
             where = f"{before.get(name) or 'the default'} -> {now.get(name) or 'the default'}"
             changes.append(f"--{name.replace('_', '-')} {where} (other content)")
+    if not changes and old.get("labels", []) != new.get("labels", []):
+        changes.append(f"the labels {old.get('labels')} -> {new.get('labels')}")
     if not changes and old.get("method") != new["method"]:
         changes.append(f"the method's defaults {old.get('method')} -> {new['method']}")
     if changes:
         raise InputError(f"--resume {out}: the run was begun otherwise: {'; '.join(changes)}")
+
+
+def digest_of_base(params: Mapping[str, Any]) -> str:
+    """The `digest` of nested parameters without a classifier of rows, which may be new."""
+    return digest({path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith(SCOPE)})
 
 
 def digest(leaves: Mapping[str, jax.Array]) -> str:

@@ -1,19 +1,22 @@
-"""What a run is judged by: its validation loss, and the answers that it generates."""
+"""What a run is judged by: its validation loss and scores, and the answers that it generates."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 
-from jaxpeft.data import Example
 from jaxpeft.generate import generate
 from jaxpeft.model import Batch, Model
-from jaxpeft.train.loss import completion_loss
+from jaxpeft.train import scores
+from jaxpeft.train.loss import completion_loss, row_losses
 from jaxpeft.train.report import rouge_l
 from jaxpeft.train.state import TrainState
+
+if TYPE_CHECKING:  # grain takes long to import, and planning reads no data
+    from jaxpeft.data import Example
 
 
 def make_eval_step(model: Model, loss: Callable[..., Any] = completion_loss) -> Callable[..., Any]:
@@ -31,6 +34,39 @@ def mean_loss(step: Callable[..., Any], state: TrainState, batches: Iterable[Bat
     sums = [step(state, batch) for batch in batches]
     total, weight = (sum(float(x) for x in column) for column in zip(*jax.device_get(sums), strict=True))
     return total / weight if weight else float("nan")
+
+
+def make_classification_eval_step(model: Model) -> Callable[..., Any]:
+    """A pure (state, batch) -> {"loss" (B,), "said" (B,), "labels" (B,), "weights" (B,)}, without dropout.
+
+    "said" is the likeliest label, or the value of a regression.
+    """
+
+    def step(state: TrainState, batch: Batch) -> dict[str, jax.Array]:
+        logits = model.classify(state.params, batch)
+        said = logits[:, 0] if logits.shape[-1] == 1 else logits.argmax(axis=-1)
+        return {
+            "loss": row_losses(logits, batch["labels"]),
+            "said": said,
+            "labels": batch["labels"],
+            "weights": batch["weights"],
+        }
+
+    return step
+
+
+def classification_scores(
+    step: Callable[..., Any], state: TrainState, batches: Iterable[Batch], labels: int
+) -> dict[str, float | None]:
+    """{"loss", "accuracy", "f1"} over the rows of all batches; for a single label {"loss", "mse", correlations}."""
+    found = jax.device_get([step(state, batch) for batch in batches])
+    rows = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
+    counted = rows.pop("weights") > 0
+    loss, said, true = (rows[name][counted] for name in ("loss", "said", "labels"))
+    mean = float(loss.mean(dtype=np.float64))
+    if labels == 1:
+        return {"loss": mean, "mse": mean, **scores.correlations(true, said)}
+    return {"loss": mean, **scores.accuracy_and_f1(scores.confusion(true, said, labels))}
 
 
 class Question(NamedTuple):

@@ -3,7 +3,8 @@
     OUT/config.json      how the run was begun
     OUT/metrics.jsonl    a row per step and evaluation; as events in OUT/tensorboard/, as a picture in OUT/loss.png
     OUT/checkpoints/     see `jaxpeft.checkpoint`
-    OUT/adapter/         the result, a PEFT adapter; OUT/model/, a whole checkpoint, where the base itself trained
+    OUT/adapter/         the result, in PEFT's form or, where PEFT has none, in ours (see `jaxpeft.peft`); OUT/model/, a
+                         whole checkpoint, where the base itself trained
     OUT/report.json      written last: the run is finished
 
 A run is a function of its configuration alone: killed at any moment and resumed, it ends with the same bits. Everything
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import files, tree
@@ -36,7 +38,7 @@ from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
 from jaxpeft.train import config, memory
 from jaxpeft.train.compiled import Compiled
-from jaxpeft.train.evaluate import Answers, answer, make_eval_step, mean_loss
+from jaxpeft.train.evaluate import Answers, answer
 from jaxpeft.train.metrics import MetricsLog
 from jaxpeft.train.metrics import read as read_metrics
 from jaxpeft.train.prepare import Job, prepare
@@ -87,7 +89,7 @@ def train(args: Any) -> dict[str, Any]:
     job = prepare(args)
     if old is not None:
         config.check_same(out, old, job.document)
-    for report in job.reports.values():
+    for report in job.data.reports.values():
         _say(report.summary())
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -112,16 +114,16 @@ class _Run:
     def __init__(self, args: Any, job: Job, checkpoints: Checkpoints, signals: Signals):
         self.args, self.job, self.checkpoints, self.signals = args, job, checkpoints, signals
         self.out = Path(args.out)
-        step = make_train_step(job.model, job.method, job.optimizer, accumulate=args.accumulate)
+        step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate)
         self.step = Compiled(step, donate=True)
-        self.eval_step = Compiled(make_eval_step(job.model))
+        self.eval_step = Compiled(job.task.eval_step(job.model))
         self.rates = np.asarray(jax.vmap(job.schedule)(np.arange(args.steps)))
         self.state: TrainState = job.state
         # What a checkpoint's meta holds beside the data position.
         self.done, self.tokens, self.loss = 0, 0, float("nan")
         self.eval_step_number: int | None = None
-        self.eval_loss: float | None = None
-        self.before: dict[str, Any] = {"eval_loss": None, "overlap": None, "texts": []}
+        self.scores: dict[str, float | None] = {}  # of the last evaluation
+        self.before: dict[str, Any] = {"scores": {}, "overlap": None, "texts": []}
 
     def whole(self, started: float) -> dict[str, Any]:
         """From where the newest checkpoint is to the report."""
@@ -144,9 +146,9 @@ class _Run:
             return None
         self.state, meta = self.checkpoints.restore(self.state)
         self.job = self.job._replace(state=self.state, own={})  # frees what was made for the first step
-        self.job.train.set_state(meta["data"])
+        self.job.data.train.set_state(meta["data"])
         self.done, self.tokens, self.loss = latest, meta["tokens"], meta["loss"]
-        self.before, self.eval_loss, self.eval_step_number = meta["before"], meta["last_eval_loss"], meta["eval_step"]
+        self.before, self.scores, self.eval_step_number = meta["before"], meta["last_scores"], meta["eval_step"]
         _say(f"{self.out}: continuing from step {latest}")
         return latest
 
@@ -154,16 +156,16 @@ class _Run:
         """Scores the model as it was, before the first step."""
         self.checkpoints.save_frozen(self.job.own)
         answers = self._answer()
-        if self.job.validation:
+        if self.job.data.validation:
             self._evaluate()
-        self.before = {"eval_loss": self.eval_loss, "overlap": answers.overlap, "texts": answers.texts}
+        self.before = {"scores": self.scores, "overlap": answers.overlap, "texts": answers.texts}
 
     def _steps(self) -> None:
         """The steps that are left."""
         pending: _Pending | None = None
         while self.done < self.args.steps:
             self._stop_if_asked()
-            batch, lines = next(self.job.train)
+            batch, lines = next(self.job.data.train)
             self.state, metrics = self.step(self.state, batch)
             self.done += 1
             if pending:
@@ -183,9 +185,9 @@ class _Run:
             with contextlib.suppress(_Stopped):  # it is done when the run is continued
                 self._evaluate()
         evaluated = self.eval_step_number == self.done
-        loss = self.eval_loss if evaluated else None
+        loss = self._loss() if evaluated else None
         if loss is None:
-            loss = mean_loss(self.eval_step, self.state, [batch])
+            loss = self._score([batch])["loss"]
         if not math.isfinite(loss):
             self._not_finite(last, "loss after the update", loss)
         improved = evaluated and (best is None or loss < best) and self.args.checkpoint_every
@@ -207,7 +209,7 @@ class _Run:
                 "loss": self.loss,
                 "lr": float(self.rates[pending.step - 1]),
                 "tokens": self.tokens,
-                "target_tokens": metrics.pop("weight"),
+                self.job.task.counts: metrics.pop("weight"),
                 **metrics,
             }
         )
@@ -222,16 +224,25 @@ class _Run:
         )
 
     def _evaluate(self) -> None:
-        batches = self._until_stopped(self.job.validation())
-        self.eval_loss, self.eval_step_number = mean_loss(self.eval_step, self.state, batches), self.done
-        self.log.write({"step": self.done, "split": "eval", "loss": self.eval_loss})
+        assert self.job.data.validation
+        self.scores = self._score(self._until_stopped(self.job.data.validation()))
+        self.eval_step_number = self.done
+        self.log.write({"step": self.done, "split": "eval", **self.scores})
+
+    def _score(self, batches: Iterable[Batch]) -> dict[str, Any]:
+        return self.job.task.scores(self.eval_step, self.state, batches, len(self.job.data.labels))
+
+    def _loss(self) -> float | None:
+        """The validation loss of the last evaluation."""
+        return self.scores.get("loss")
 
     def _evaluate_late(self) -> None:
         """The evaluation that a signal cut off before the checkpoint; its row may be there from an earlier attempt."""
         rows = read_metrics(self.out / "metrics.jsonl")
-        found = [row["loss"] for row in rows if (row["split"], row["step"]) == ("eval", self.done)]
+        found = [row for row in rows if (row["split"], row["step"]) == ("eval", self.done)]
         if found:
-            self.eval_loss, self.eval_step_number = found[0], self.done
+            self.scores = {name: x for name, x in found[0].items() if name not in ("step", "split")}
+            self.eval_step_number = self.done
         else:
             self._evaluate()
 
@@ -242,12 +253,12 @@ class _Run:
             yield batch
 
     def _answer(self) -> Answers:
-        return answer(self.job.model, self.state, self.job.asked, self.job.tokenizer)
+        return answer(self.job.model, self.state, self.job.data.asked, self.job.tokenizer)
 
     def _evaluation_due(self) -> bool:
         every = self.args.eval_every
         regular = every and self.done % every == 0
-        return bool(self.job.validation and (regular or self.done in (0, self.args.steps)))
+        return bool(self.job.data.validation and (regular or self.done in (0, self.args.steps)))
 
     def _checkpoint_due(self) -> bool:
         every = self.args.checkpoint_every
@@ -256,12 +267,12 @@ class _Run:
     def _save(self) -> None:
         evaluated = self.eval_step_number == self.done
         meta = {
-            "data": self.job.train.get_state(),
+            "data": self.job.data.train.get_state(),
             "tokens": self.tokens,
             "loss": self.loss,
             "before": self.before,
-            "eval_loss": self.eval_loss if evaluated else None,
-            "last_eval_loss": self.eval_loss,
+            "eval_loss": self._loss() if evaluated else None,
+            "last_scores": self.scores,
             "eval_step": self.eval_step_number,
         }
         self.checkpoints.save(self.state, meta)
@@ -282,7 +293,7 @@ class _Run:
         state, job = self.state, self.job
         export(self.out, job, state)
         # A run that is resumed after its last step has compiled nothing yet.
-        batch = next(job.train)[0]
+        batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)
         best = self.checkpoints.best()
         report = build_report(
@@ -292,37 +303,40 @@ class _Run:
             tokens=self.tokens,
             seconds=time.monotonic() - started,
             train_loss=self.loss,
-            eval_loss=(self.before["eval_loss"], self.eval_loss),
+            eval_loss=(self.before["scores"].get("loss"), self._loss()),
             overlap=(self.before["overlap"], answers.overlap),
+            scores={name: (self.before["scores"].get(name), x) for name, x in self.scores.items() if name != "loss"},
             sample=_sample(job, self.before["texts"], answers.texts),
             trainable_parameters=tree.size(state.trainable),
             frozen_parameters=tree.size(state.frozen),
-            memory=memory.step_memory(program, job.model, state, batch, job.base, self.args.accumulate),
+            memory=memory.step_memory(program, job.model, state, batch, job.base, self.args.accumulate, job.task.loss),
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,
-            examples={name: report.to_json() for name, report in job.reports.items()},
+            examples={name: report.to_json() for name, report in job.data.reports.items()},
         )
-        write_curve(self.out / "metrics.jsonl", self.out / "loss.png")
+        write_curve(self.out / "metrics.jsonl", self.out / "loss.png", job.task.unit)
         files.write_json(self.out / config.REPORT, report, allow_nan=False)
         return report
 
 
 def export(out: Path, job: Job, state: TrainState) -> None:
-    """Writes the result: a PEFT adapter, or a whole checkpoint where leaves of the base trained."""
-    params = state.params
+    """Writes the result: an adapter, or a whole checkpoint where leaves of the base trained."""
+    params, labels = state.params, job.data.labels
     if any(tree.canonical(path) in job.base for path in state.trainable):
         from jaxpeft.hf import save_pretrained
 
         # It may be there already, from a process that was killed between this and the report.
         shutil.rmtree(out / "model", ignore_errors=True)
         merged = tree.flatten(job.method.merge(params))
-        typed = {path: leaf.astype(job.base[path].dtype) for path, leaf in merged.items()}
-        save_pretrained(out / "model", job.source.model, tree.unflatten(typed))
+        own = jnp.dtype(job.model.config.dtype)
+        typed = {p: leaf.astype(job.base[p].dtype if p in job.base else own) for p, leaf in merged.items()}
+        save_pretrained(out / "model", job.source.model, tree.unflatten(typed), labels=labels)
     else:
         from jaxpeft.peft import export_adapter
 
-        export_adapter(out / "adapter", params, job.method, job.model.config, job.source.model, replace=True)
+        target, config = out / "adapter", job.model.config
+        export_adapter(target, params, job.method, config, job.source.model, replace=True, labels=labels)
 
 
 def ranges(lines: Iterable[Iterable[int]]) -> str:
@@ -341,10 +355,11 @@ def ranges(lines: Iterable[Iterable[int]]) -> str:
 
 
 def _sample(job: Job, before: list[str], after: list[str]) -> dict[str, str] | None:
-    if not job.asked or not before or not after:
+    asked = job.data.asked
+    if not asked or not before or not after:
         return None
-    prompt = job.tokenizer.decode(job.asked[0].prompt, skip_special_tokens=True)
-    return {"prompt": prompt, "reference": job.asked[0].reference, "before": before[0], "after": after[0]}
+    prompt = job.tokenizer.decode(asked[0].prompt, skip_special_tokens=True)
+    return {"prompt": prompt, "reference": asked[0].reference, "before": before[0], "after": after[0]}
 
 
 def _say(text: str) -> None:

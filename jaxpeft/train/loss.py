@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds all logits.
+"""What is minimised: next-token cross-entropy that never holds all logits, and the loss of rows that are classified.
 
     loss = sum_t w_t (logsumexp(head(h_t)) - head(h_t)[target_t]) / sum_t w_t
 
@@ -53,6 +53,45 @@ def completion_loss(
     total, _ = jax.lax.scan(part, jnp.zeros((), jnp.float32), (x, targets, weights))
     weight = jnp.sum(batch["loss_weights"], dtype=jnp.float32)
     return total / jnp.maximum(weight, 1e-9), {"weight": weight}
+
+
+def classification_loss(
+    model: Model, params: tree.Params, batch: Batch, key: jax.Array | None = None
+) -> tuple[jax.Array, dict[str, Any]]:
+    """Mean cross-entropy over rows, or mean squared error for a model with a single label.
+
+    Args:
+      model: one whose head is a classifier.
+      params: nested parameters.
+      batch: what the model reads, and labels (B,) int32, or float32 for a single label; weights (B,) float32, 0 for
+        rows that do not count.
+      key: dropout key, or None.
+
+    Returns:
+      (loss, aux): nats per row, or the error squared; aux["weight"] is the sum of the weights, aux["accuracy"] the
+      share of rows whose likeliest label is theirs (absent for a single label). A batch of weight 0 has loss 0.
+    """
+    logits = model.classify(params, batch, key)
+    weights = batch["weights"]
+    weight = jnp.sum(weights, dtype=jnp.float32)
+
+    def mean(values: jax.Array) -> jax.Array:
+        return jnp.sum(weights * values) / jnp.maximum(weight, 1e-9)
+
+    losses = row_losses(logits, batch["labels"])
+    if logits.shape[-1] == 1:
+        return mean(losses), {"weight": weight}
+    right = jnp.argmax(logits, axis=-1) == batch["labels"]
+    return mean(losses), {"weight": weight, "accuracy": mean(right.astype(jnp.float32))}
+
+
+def row_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    """Cross-entropies (B,) float32 of logits (B, n) and labels (B,) int32; for n = 1 squared errors, labels float32."""
+    logits = logits.astype(jnp.float32)
+    if logits.shape[-1] == 1:
+        return jnp.square(logits[:, 0] - labels.astype(jnp.float32))
+    at_label = jnp.take_along_axis(logits, labels[:, None], axis=-1)[:, 0]
+    return jax.nn.logsumexp(logits, axis=-1) - at_label
 
 
 LossFn = Any  # (model, params, batch, key) -> (loss, aux dict with "weight"); `completion_loss` is one

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 
 from jaxpeft.memory import planner, targets
 from jaxpeft.model import Batch, Model
 from jaxpeft.train.compiled import Program
+from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.state import TrainState
 
 
 def step_memory(
-    program: Program, model: Model, state: TrainState, batch: Batch, base: Iterable[str], accumulate: int = 1
+    program: Program,
+    model: Model,
+    state: TrainState,
+    batch: Batch,
+    base: Iterable[str],
+    accumulate: int = 1,
+    loss: Callable[..., Any] = completion_loss,
 ) -> dict[str, int]:
     """Bytes of one step by owner, and their total (see `jaxpeft.memory.planner.account`).
 
@@ -24,8 +32,9 @@ def step_memory(
       batch: likewise.
       base: the base model's paths.
       accumulate: micro-batches of the step.
+      loss: that it minimises.
     """
-    activations = planner.activation_bytes(program.segments, model, state, batch, accumulate)
+    activations = planner.activation_bytes(program.segments, model, state, batch, accumulate, loss)
     memory = targets.analysed(jax.default_backend(), program.executable.memory_analysis())
     owners = planner.account(memory, state, base, activations)
     return {name: owners[name] for name in (*planner.CATEGORIES, "total")}

@@ -5,9 +5,8 @@ Whatever can be refused is refused here, before anything is written.
 
 from __future__ import annotations
 
-import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,26 +14,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import checkpoint, data, hf, tree
+from jaxpeft import checkpoint, hf, tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory import residuals
 from jaxpeft.memory.plan import parse
 from jaxpeft.method import Method, module, setup
 from jaxpeft.model import Model
-from jaxpeft.peft import import_adapter
+from jaxpeft.models.labels import SCOPE, names
+from jaxpeft.peft import adapter_labels, import_adapter
 from jaxpeft.train import config
-from jaxpeft.train.evaluate import Question, questions
-from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
 from jaxpeft.train.state import TrainState, init_state
-
-
-class Source(NamedTuple):
-    """The files that a run reads: the checkpoint's folder or hub id, and the examples."""
-
-    model: str
-    train: str
-    validation: str | None
+from jaxpeft.train.task import TASKS, Data, Source, Task, check_head
 
 
 class Job(NamedTuple):
@@ -42,12 +33,12 @@ class Job(NamedTuple):
 
     state: before the first step.
     own: the frozen leaves that the base checkpoint doesn't hold.
-    base: the base's paths and shapes, `{path: ShapeDtypeStruct}`.
-    train: batches from the first on.  validation: one pass over the validation examples, anew each time; None without.
-    asked: validation examples to answer.  reports: what became of the files' lines.
+    base: the base's paths and shapes, `{path: ShapeDtypeStruct}`; a classifier of rows is no part of it.
     """
 
     source: Source
+    task: Task
+    data: Data
     model: Model
     method: Method
     optimizer: optax.GradientTransformation
@@ -56,10 +47,6 @@ class Job(NamedTuple):
     state: TrainState
     own: tree.Flat
     base: Mapping[str, jax.ShapeDtypeStruct]
-    train: data.Batches
-    validation: Any
-    asked: list[Question]
-    reports: dict[str, data.Report]
     document: dict[str, Any]
 
 
@@ -74,35 +61,30 @@ def prepare(args: Any) -> Job:
     """
     from jaxpeft.cli.arguments import method_settings
 
-    source = sources(args)
-    method = make_method(args.method, method_settings(args)) if args.adapter is None else None
+    source, task = sources(args), TASKS[args.task]
+    method = task.method(make_method(args.method, method_settings(args))) if args.adapter is None else None
     tokenizer = hf.load_tokenizer(source.model)
-    read = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
-    layout = {"pack": args.pack, "buckets": args.buckets}
-    examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
-    train = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, **layout)
-    reports = {"data": report}
-    validation, asked, eval_identity = None, [], None
-    if source.validation:
-        held_out, report = data.load_examples(source.validation, tokenizer, args.seq_len, **read)
-        reports["eval_data"] = report
-        asked = questions(held_out, args.samples, tokenizer)
-        validation = functools.partial(data.eval_batches, held_out, args.batch_size, args.seq_len, **layout)
-        eval_identity = validation().get_state()["identity"]
-
-    base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype))
-    _check_vocabulary(source.model, tokenizer, base)
+    order = names(hf.load_config(source.model)) if args.adapter is None else adapter_labels(args.adapter)
+    data = task.read(args, source, tokenizer, order)
+    if method is None:
+        _check_labels(args.adapter, order, source.train, data.labels)
+    init_key, run_key = jax.random.split(jax.random.key(args.seed))
+    classifier_key = jax.random.fold_in(init_key, 0)
+    base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype), data.labels, classifier_key)
+    check_head(args.task, source.model, base)
+    _check_sizes(args, source.model, tokenizer, base)
     flat = tree.flatten(params)
+    own_of_base = {path: leaf for path, leaf in flat.items() if not path.startswith(SCOPE)}
     added: tree.Flat = {}
     if method is None:
         method, added = import_adapter(args.adapter, base.config, params)
+        method = task.method(method)
     content = {
-        "model": config.digest(flat),
+        "model": config.digest_of_base(params),
         "adapter": config.digest(added) if added else None,
-        "data": train.get_state()["identity"],
-        "eval_data": eval_identity,
+        "data": data.train.get_state()["identity"],
+        "eval_data": data.validation().get_state()["identity"] if data.validation else None,
     }
-    init_key, run_key = jax.random.split(jax.random.key(args.seed))
     model, trainable, frozen = setup(method, base, tree.unflatten({**flat, **added}), init_key)
     plan = residuals.default_plan(model) if args.save is None else parse(args.save)
     model = residuals.remat(model, plan)
@@ -110,9 +92,11 @@ def prepare(args: Any) -> Job:
     optimizer = make_optimizer(schedule, args.weight_decay, args.clip)
     state = init_state(method, optimizer, trainable, frozen, run_key)
     if plan.actions:
-        _check_names(model, state, args.batch_size // args.accumulate, args.seq_len)
+        _check_names(task, model, state, args.batch_size // args.accumulate, args.seq_len)
     return Job(
         source=source,
+        task=task,
+        data=data,
         model=model,
         method=method,
         optimizer=optimizer,
@@ -120,20 +104,15 @@ def prepare(args: Any) -> Job:
         tokenizer=tokenizer,
         state=state,
         own=checkpoint.not_in_base(frozen, flat),
-        base=jax.eval_shape(lambda: flat),
-        train=train,
-        validation=validation,
-        asked=asked,
-        reports=reports,
-        document=config.describe(args, method.specs, content),
+        base=jax.eval_shape(lambda: own_of_base),
+        document=config.describe(args, method.specs, content, data.labels),
     )
 
 
-def _check_names(model: Model, state: TrainState, rows: int, length: int) -> None:
+def _check_names(task: Task, model: Model, state: TrainState, rows: int, length: int) -> None:
     """Traces the loss, which refuses a plan that names an unknown activation."""
-    batch = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in ("tokens", "targets")}
-    batch["loss_weights"] = jax.ShapeDtypeStruct((rows, length), jnp.float32)
-    value = lambda trainable, frozen, batch: completion_loss(model, tree.combine(trainable, frozen), batch)[0]
+    value = lambda trainable, frozen, batch: task.loss(model, tree.combine(trainable, frozen), batch)[0]
+    batch = task.shapes(model.config, rows, length)
     jax.eval_shape(jax.grad(value), state.trainable, state.frozen, batch)
 
 
@@ -165,7 +144,19 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
         raise InputError(f"method {name}: {error} (given {given})") from error
 
 
-def _check_vocabulary(path: str | Path, tokenizer: Any, model: Model) -> None:
+def _check_sizes(args: Any, path: str | Path, tokenizer: Any, model: Model) -> None:
+    """Refuses tokens that the model has no embedding for, and rows to classify that it has no positions for."""
     if len(tokenizer) > model.config.vocab_size:
         size = model.config.vocab_size
         raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {size}")
+    most = model.config.max_position_embeddings
+    if model.config.num_labels and args.seq_len > most:
+        raise InputError(f"--seq-len {args.seq_len}: {path} has {most} positions")
+
+
+def _check_labels(adapter: Path, known: Sequence[str], path: str, found: Sequence[str]) -> None:
+    """Refuses rows whose labels are not those of the adapter, unless it does not name its own."""
+    named = [name for i, name in enumerate(known) if name != f"LABEL_{i}"]
+    if known and (len(known) != len(found) or (named and set(known) != set(found))):
+        theirs, ours = (", ".join(labels[:8]) + ", ..." * (len(labels) > 8) or "none" for labels in (known, found))
+        raise InputError(f"--adapter {adapter}: has the labels {theirs}; {path} has {ours}")

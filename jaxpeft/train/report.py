@@ -5,6 +5,7 @@ the same. Keys that a run has no value for are None and are left out of the tabl
 """
 
 import re
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,17 @@ from jaxpeft.train import metrics
 
 # The owners of a step's memory, in the order of the table; docs and tests use these names.
 MEMORY = ("weights", "adapters", "optimizer", "gradients", "activations", "workspace")
+
+# What a model is judged by, as it was and as it became -> how the table calls it.
+SCORES = {
+    "eval_loss": "validation loss",
+    "overlap": "overlap (ROUGE-L)",
+    "accuracy": "accuracy",
+    "f1": "F1 (macro)",
+    "mse": "mean squared error",
+    "pearson": "correlation (Pearson)",
+    "spearman": "rank correlation (Spearman)",
+}
 
 
 def build_report(
@@ -29,6 +41,7 @@ def build_report(
     trainable_parameters: int,
     frozen_parameters: int,
     memory: Mapping[str, int],
+    scores: Mapping[str, tuple[float | None, float | None]] = types.MappingProxyType({}),
     **further: Any,
 ) -> dict[str, Any]:
     """The report of a finished run.
@@ -46,6 +59,7 @@ def build_report(
         trainable_parameters: elements in the trainable leaves.
         frozen_parameters: elements in the frozen leaves.
         memory: bytes of one compiled step for each name in `MEMORY`; further names are kept.
+        scores: further scores of the validation data before and after, by their names in `SCORES`.
         further: counts to hand on, for instance skipped_lines=3; must be JSON-able.
 
     Raises:
@@ -65,6 +79,8 @@ def build_report(
         "eval_loss_after": eval_loss[1],
         "overlap_before": overlap[0],
         "overlap_after": overlap[1],
+        **{f"{name}_before": before for name, (before, _) in scores.items()},
+        **{f"{name}_after": after for name, (_, after) in scores.items()},
         "sample": dict(sample) if sample else None,
         "trainable_parameters": trainable_parameters,
         "frozen_parameters": frozen_parameters,
@@ -88,8 +104,8 @@ def print_report(report: Mapping[str, Any]) -> None:
         return made
 
     scores = table("", "before", "after")
-    for label, key in (("validation loss", "eval_loss"), ("overlap (ROUGE-L)", "overlap")):
-        before, after = report[f"{key}_before"], report[f"{key}_after"]
+    for key, label in SCORES.items():
+        before, after = report.get(f"{key}_before"), report.get(f"{key}_after")
         if after is not None:
             scores.add_row(label, "-" if before is None else f"{before:.4f}", f"{after:.4f}")
     if scores.row_count:
@@ -131,8 +147,8 @@ def human_bytes(size: float) -> str:
     return f"{size:.2f} TiB"
 
 
-def write_curve(metrics_path: Path, picture_path: Path) -> None:
-    """Draws the training and validation loss of a metrics.jsonl as a PNG.
+def write_curve(metrics_path: Path, picture_path: Path, unit: str = "nats per token") -> None:
+    """Draws the training and validation loss of a metrics.jsonl as a PNG; `unit` is that of the loss.
 
     Raises:
         InputError: for a file that is not a metrics.jsonl.
@@ -147,7 +163,7 @@ def write_curve(metrics_path: Path, picture_path: Path) -> None:
         if points:
             axes.plot(*zip(*points, strict=True), style, label=name, linewidth=1.2, markersize=4)
     axes.set_xlabel("step")
-    axes.set_ylabel("loss (nats per token)")
+    axes.set_ylabel(f"loss ({unit})")
     axes.grid(alpha=0.3)
     if axes.lines:
         axes.legend()

@@ -199,4 +199,4 @@ def test_export_of_a_run_that_trained_the_base_itself(run, base, capsys, tmp_pat
     document = json.loads((run.out / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**document, "method": [["full", {"which": "norms"}]]}))
     line = fails(capsys, "export", "--run", tmp_path, "--out", tmp_path / "x")
-    assert "full: has no part that is a PEFT adapter; merge it" in line
+    assert "trains too and has no place in an adapter; merge it" in line

@@ -61,7 +61,7 @@ def test_a_loss_that_is_not_finite_names_step_lines_and_checkpoint(files, tmp_pa
     args = runs.arguments(files, tmp_path, pack=False, samples=0)
     with pytest.raises(RunError) as caught:
         loop.train(args)
-    batches = prepare(args).train
+    batches = prepare(args).data.train
     lines = [next(batches)[1] for _ in range(5)][-1]
     data = files / "train.jsonl"
     assert str(caught.value) == (
@@ -135,17 +135,15 @@ def test_frozen_leaves_of_the_run_survive_a_resume_elsewhere(files, tmp_path, me
 def test_the_validation_loss_is_the_mean_over_completion_tokens(files, tmp_path):
     job = prepare(runs.arguments(files, tmp_path, samples=0))
     total, weight = 0.0, 0.0
-    for batch, _ in job.validation():
+    for batch, _ in job.data.validation():
         logits = job.model.apply(tree.combine(job.state.trainable, job.state.frozen), batch)
         of_target = jnp.take_along_axis(jax.nn.log_softmax(logits), batch["targets"][..., None], -1)[..., 0]
         total -= float((of_target * batch["loss_weights"]).sum())
         weight += float(batch["loss_weights"].sum())
     rows = [json.loads(line) for line in (files / "eval.jsonl").read_text().splitlines()]
     assert weight == sum(len(row["completion"]) + 1 for row in rows)
-    step = loop.Compiled(loop.make_eval_step(job.model))
-    assert loop.mean_loss(step, job.state, (batch for batch, _ in job.validation())) == pytest.approx(
-        total / weight, rel=1e-5
-    )
+    step, batches = loop.Compiled(job.task.eval_step(job.model)), (batch for batch, _ in job.data.validation())
+    assert job.task.scores(step, job.state, batches, 0) == {"loss": pytest.approx(total / weight, rel=1e-5)}
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")

@@ -1,0 +1,166 @@
+"""What a run is for, `--task`: all that differs between texts that are continued and rows that are classified."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft import method as contract
+from jaxpeft.errors import InputError
+from jaxpeft.method import Method
+from jaxpeft.methods.full import full
+from jaxpeft.model import Model
+from jaxpeft.models.labels import SCOPE
+from jaxpeft.train import evaluate
+from jaxpeft.train.loss import classification_loss, completion_loss
+
+if TYPE_CHECKING:  # grain takes long to import, and planning reads no data
+    from jaxpeft import data
+
+
+class Source(NamedTuple):
+    """The files that a run reads: the checkpoint's folder or hub id, and the examples."""
+
+    model: str
+    train: str
+    validation: str | None
+
+
+class Data(NamedTuple):
+    """What was read.
+
+    train: batches from the first on.  validation: one pass over the validation examples, anew each time; None without.
+    asked: validation examples to answer.  labels: names of what rows are classified as, () for texts.
+    reports: what became of the files' lines.
+    """
+
+    train: data.Batches
+    validation: Callable[[], data.Batches] | None
+    asked: list[evaluate.Question]
+    labels: tuple[str, ...]
+    reports: dict[str, data.Report]
+
+
+class Task(NamedTuple):
+    """One kind of run.
+
+    read: (args, source, tokenizer, order) -> Data; `order` are the label names that the checkpoint knows.
+    method: Method -> Method, with what trains besides.
+    loss: (model, params, batch, key) -> (loss, aux).
+    eval_step: model -> (state, batch) -> what `scores` adds up.
+    scores: (eval step, state, batches, number of labels) -> {"loss": ..., further scores of the validation rows}.
+    shapes: (config.json's configuration, rows, tokens, packed) -> {name: ShapeDtypeStruct} of a batch.
+    counts: what aux["weight"] counts, as metrics.jsonl calls it.
+    unit: of the loss.
+    head_again: whether the backward pass computes the head's products again.
+    """
+
+    read: Callable[..., Data]
+    method: Callable[[Method], Method]
+    loss: Callable[..., Any]
+    eval_step: Callable[..., Any]
+    scores: Callable[..., dict[str, float | None]]
+    shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]]
+    counts: str
+    unit: str
+    head_again: bool
+
+
+# Texts that are continued.
+
+
+def _read_texts(args: Any, source: Source, tokenizer: Any, order: Any) -> Data:
+    from jaxpeft import data
+
+    del order
+    read = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
+    layout = {"pack": args.pack, "buckets": args.buckets}
+    examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
+    train = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, **layout)
+    if not source.validation:
+        return Data(train, None, [], (), {"data": report})
+    held_out, other = data.load_examples(source.validation, tokenizer, args.seq_len, **read)
+    asked = evaluate.questions(held_out, args.samples, tokenizer)
+    validation = functools.partial(data.eval_batches, held_out, args.batch_size, args.seq_len, **layout)
+    return Data(train, validation, asked, (), {"data": report, "eval_data": other})
+
+
+def _text_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+    del config
+    names = ("tokens", "targets", "positions", *(("segment_ids",) if packed else ()))
+    shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+    return {**shapes, "loss_weights": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
+
+
+def _text_scores(step: Any, state: Any, batches: Any, labels: int) -> dict[str, float | None]:
+    del labels
+    return {"loss": evaluate.mean_loss(step, state, batches)}
+
+
+# Rows that are classified.
+
+
+def _read_rows(args: Any, source: Source, tokenizer: Any, order: Any) -> Data:
+    from jaxpeft import data
+
+    read = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
+    layout = {"buckets": args.buckets, "collate": data.collate_rows}
+    rows, labels, report = data.load_rows(source.train, tokenizer, args.seq_len, order=order, **read)
+    train = data.make_batches(rows, args.batch_size, args.seq_len, args.seed, **layout)
+    if not source.validation:
+        return Data(train, None, [], labels.names, {"data": report})
+    held_out, _, other = data.load_rows(source.validation, tokenizer, args.seq_len, labels, **read)
+    validation = functools.partial(data.eval_batches, held_out, args.batch_size, args.seq_len, **layout)
+    return Data(train, validation, [], labels.names, {"data": report, "eval_data": other})
+
+
+def _with_classifier(method: Method) -> Method:
+    classifier = full(f"^{SCOPE}")
+    return method if classifier.specs[0] in method.specs else contract.chain(method, classifier)
+
+
+def _row_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
+    del packed
+    kind = jnp.float32 if config.num_labels == 1 else jnp.int32
+    shapes = {"labels": jax.ShapeDtypeStruct((rows,), kind), "weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    if hasattr(config, "image_size"):
+        pixels = (rows, config.image_size, config.image_size, config.num_channels)
+        return {**shapes, "pixels": jax.ShapeDtypeStruct(pixels, jnp.float32)}
+    names = ("tokens", "positions", "segment_ids", "token_types")
+    return {**shapes, **{name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}}
+
+
+TASKS = {
+    "lm": Task(
+        read=_read_texts,
+        method=lambda method: method,
+        loss=completion_loss,
+        eval_step=evaluate.make_eval_step,
+        scores=_text_scores,
+        shapes=_text_shapes,
+        counts="target_tokens",
+        unit="nats per token",
+        head_again=True,
+    ),
+    "classify": Task(
+        read=_read_rows,
+        method=_with_classifier,
+        loss=classification_loss,
+        eval_step=evaluate.make_classification_eval_step,
+        scores=evaluate.classification_scores,
+        shapes=_row_shapes,
+        counts="rows",
+        unit="per row",
+        head_again=False,
+    ),
+}
+
+
+def check_head(task: str, path: str, model: Model) -> None:
+    """Raises InputError if a model is none for the task."""
+    if task == "lm" and (model.config.num_labels or model.stack.init_cache is None):
+        raise InputError(f"{path}: continues no text; add --task classify")
