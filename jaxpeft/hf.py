@@ -134,7 +134,7 @@ class _Place:
 def _places(config: Any) -> dict[str, _Place]:
     """Hugging Face name -> place, for all parameters of a family's configuration, a leaf's layers in order."""
     family = models.FAMILIES[config.model_type]
-    differing: Mapping[str, tuple[int, ...]] = getattr(family, "FILE_SHAPES", lambda config: {})(config)
+    differing: Mapping[str, tuple[int, ...]] = getattr(family, "file_shapes", lambda config: {})(config)
     places = {}
     for path, leaf in family.shapes(config).items():
         name, transposed = models.hf_name(config, path)

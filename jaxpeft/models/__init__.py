@@ -13,7 +13,7 @@ A family file has
     OTHER_HEADS     regular expression: names of tensors of heads that a checkpoint may have and the model does not
     TIED            names of tensors that a checkpoint may have, though they are others' -> those others
     TIES            whether that is so where config.json has no tie_word_embeddings
-    FILE_SHAPES     (where they differ from ours:) the configuration -> {Hugging Face's name: shape there}
+    file_shapes     (where they differ from ours:) the configuration -> {Hugging Face's name: shape there}
 """
 
 from __future__ import annotations
@@ -24,10 +24,12 @@ from types import ModuleType
 from typing import Any
 
 from jaxpeft.errors import InputError
-from jaxpeft.models import bert, decoder, roberta
+from jaxpeft.models import bert, decoder, opt, roberta, vit
 from jaxpeft.models.labels import with_labels
 
-FAMILIES: dict[str, ModuleType] = {kind: file for file in (decoder, bert, roberta) for kind in file.MODEL_TYPES}
+FAMILIES: dict[str, ModuleType] = {
+    kind: file for file in (decoder, bert, roberta, opt, vit) for kind in file.MODEL_TYPES
+}
 
 
 def family(config: Mapping[str, Any]) -> ModuleType:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import tree
+from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
 from jaxpeft.models import fields
 from jaxpeft.models.assembly import TEXT, assemble
@@ -116,6 +117,11 @@ class BertConfig:
         if head == "masked_lm":
             fields.one_of(config, "tie_word_embeddings", (True,), True)
         num_heads, head_dim = fields.heads_of(config)
+        room = fields.count(config, "max_position_embeddings", 512)
+        if room <= position_offset:
+            raise InputError(
+                f"config.json: max_position_embeddings {room} leaves no room behind the first {position_offset}"
+            )
         return cls(
             model_type=config["model_type"],
             vocab_size=fields.count(config, "vocab_size"),
@@ -124,7 +130,7 @@ class BertConfig:
             num_hidden_layers=fields.count(config, "num_hidden_layers"),
             num_attention_heads=num_heads,
             head_dim=head_dim,
-            max_position_embeddings=fields.count(config, "max_position_embeddings", 512) - position_offset,
+            max_position_embeddings=room - position_offset,
             type_vocab_size=fields.count(config, "type_vocab_size", 2),
             layer_norm_eps=config.get("layer_norm_eps", 1e-12),
             hidden_act=fields.one_of(config, "hidden_act", ACTIVATIONS, "gelu"),

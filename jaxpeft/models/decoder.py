@@ -321,8 +321,8 @@ def shapes(config: DecoderConfig) -> tree.Flat:
     return tree.flatten(jax.eval_shape(lambda key: decoder(config).init(key, {}), jax.random.key(0)))
 
 
-def init_cache(config: DecoderConfig, batch_size: int, length: int) -> dict[str, jax.Array]:
-    """An empty key-value cache for all layers: k, v (L, B, length, N, D); see `layers.Attention`."""
+def init_cache(config: Any, batch_size: int, length: int) -> dict[str, jax.Array]:
+    """An empty key-value cache for all layers of any decoder: k, v (L, B, length, N, D); see `layers.Attention`."""
     layers, kv = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
     return {
         "k": jnp.zeros((layers, batch_size, length, *kv), config.dtype),
