@@ -70,6 +70,73 @@ _QWEN_3 = {
     "eos_token_id": 151645,
 }
 
+_BERT = {
+    "architectures": ["BertForMaskedLM"],
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "type_vocab_size": 2,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "pad_token_id": 0,
+    "dtype": "float32",
+}
+_ROBERTA = {
+    **_BERT,
+    "architectures": ["RobertaForMaskedLM"],
+    "model_type": "roberta",
+    "vocab_size": 50265,
+    "type_vocab_size": 1,
+    "max_position_embeddings": 514,
+    "layer_norm_eps": 1e-5,
+    "bos_token_id": 0,
+    "pad_token_id": 1,
+    "eos_token_id": 2,
+}
+_VIT = {
+    "architectures": ["ViTForImageClassification"],
+    "model_type": "vit",
+    "image_size": 224,
+    "patch_size": 16,
+    "num_channels": 3,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+    "qkv_bias": True,
+    "id2label": {str(i): f"LABEL_{i}" for i in range(1000)},  # ImageNet's
+    "dtype": "float32",
+}
+
+
+def _encoder(hidden: int, intermediate: int, layers: int, heads: int, **more: Any) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        **more,
+    }
+
+
+def _opt(hidden: int, layers: int, heads: int) -> dict[str, Any]:
+    return {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": 50272,
+        "hidden_size": hidden,
+        "word_embed_proj_dim": hidden,
+        "ffn_dim": 4 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "max_position_embeddings": 2048,
+        "activation_function": "relu",
+        "do_layer_norm_before": True,
+        "bos_token_id": 2,
+        "pad_token_id": 1,
+        "eos_token_id": 2,
+        "dtype": "float16",
+    }
+
+
 GEOMETRIES: dict[str, dict[str, Any]] = {
     # meta-llama/Llama-2-7b-hf, -13b-hf, -70b-hf
     "llama2-7b": _llama(4096, 11008, 32, 32, 32, **_LLAMA_2),
@@ -122,6 +189,20 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     ),
     # TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T
     "tinyllama-1.1b": _llama(2048, 5632, 22, 32, 4, **_LLAMA_2 | {"max_position_embeddings": 2048}),
+    # google-bert/bert-base-uncased, bert-large-uncased
+    "bert-base": _encoder(768, 3072, 12, 12, **_BERT),
+    "bert-large": _encoder(1024, 4096, 24, 16, **_BERT),
+    # FacebookAI/roberta-base, -large
+    "roberta-base": _encoder(768, 3072, 12, 12, **_ROBERTA),
+    "roberta-large": _encoder(1024, 4096, 24, 16, **_ROBERTA),
+    # sentence-transformers/all-MiniLM-L6-v2
+    "minilm": _encoder(384, 1536, 6, 12, **_BERT | {"architectures": ["BertModel"]}),
+    # facebook/opt-1.3b, -6.7b
+    "opt-1.3b": _opt(2048, 24, 32),
+    "opt-6.7b": _opt(4096, 32, 32),
+    # google/vit-base-patch16-224, -large-patch16-224
+    "vit-b-16": _encoder(768, 3072, 12, 12, **_VIT),
+    "vit-l-16": _encoder(1024, 4096, 24, 16, **_VIT),
 }
 
 

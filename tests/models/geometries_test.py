@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from jaxpeft import tree
+from jaxpeft import models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.models import decoder, geometries
 
@@ -22,16 +22,45 @@ PARAMETERS = {
     "qwen3-8b": 8_190_735_360,
     "mistral-7b": 7_241_732_096,
     "tinyllama-1.1b": 1_100_048_384,
+    "opt-1.3b": 1_315_758_080,
+    "opt-6.7b": 6_658_473_984,
+    "vit-b-16": 86_567_656,
+    "vit-l-16": 304_326_632,
+    "roberta-base": 124_697_433,
+    "roberta-large": 355_412_057,
+    # Those of BERT hold a pooler and a head that tells whether two sentences follow each other, MiniLM's a pooler.
+    "bert-base": 110_106_428 - (768 * 768 + 768) - (2 * 768 + 2),
+    "bert-large": 336_226_108 - (1024 * 1024 + 1024) - (2 * 1024 + 2),
+    "minilm": 22_713_216 - (384 * 384 + 384),
 }
+DECODERS = [name for name, raw in geometries.GEOMETRIES.items() if raw["model_type"] in decoder.MODEL_TYPES]
+
+
+def configuration(name):
+    raw = geometries.load(name)
+    return models.family(raw).from_hf(raw).config
 
 
 @pytest.mark.parametrize("name", geometries.GEOMETRIES)
 def test_the_number_of_parameters_is_the_published_one(name):
-    config = decoder.DecoderConfig.from_hf(geometries.load(name))
-    assert tree.size(decoder.shapes(config)) == PARAMETERS[name]
+    config = configuration(name)
+    assert tree.size(models.FAMILIES[config.model_type].shapes(config)) == PARAMETERS[name]
 
 
-@pytest.mark.parametrize("name", geometries.GEOMETRIES)
+@pytest.mark.parametrize("name", [name for name in geometries.GEOMETRIES if name not in DECODERS])
+def test_transformers_makes_as_many_parameters(name):
+    """Of the architecture that config.json names, but for a pooler that no head reads."""
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    raw = geometries.load(name)
+    (architecture,) = raw["architectures"]
+    read = transformers.AutoConfig.for_model(**raw)
+    with torch.device("meta"):
+        theirs = getattr(transformers, architecture)(read)
+    count = sum(parameter.numel() for name, parameter in theirs.named_parameters() if not name.startswith("pooler."))
+    assert count == PARAMETERS[name]
+
+
+@pytest.mark.parametrize("name", DECODERS)
 def test_transformers_reads_each(name):
     transformers = pytest.importorskip("transformers")
     raw = geometries.load(name)
@@ -45,7 +74,7 @@ def test_transformers_reads_each(name):
 
 
 def test_only_mistral_has_a_window():
-    windows = {name: decoder.DecoderConfig.from_hf(raw).windows for name, raw in geometries.GEOMETRIES.items()}
+    windows = {name: configuration(name).windows for name in DECODERS}
     assert {name for name, window in windows.items() if window} == {"mistral-7b"}
     assert windows["mistral-7b"] == (4096,) * 32
 
