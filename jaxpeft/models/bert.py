@@ -198,7 +198,7 @@ class MaskedLMHead(nn.Module):
         x = Dense(c.hidden_size, True, c.dtype, name="dense")(x)
         x = LayerNorm(c.layer_norm_eps, c.dtype, name="norm")(ACTIVATIONS[c.hidden_act](x))
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), c.dtype)
-        return checkpoint_name(x @ embedding.astype(x.dtype).T + bias, "lm_head")
+        return checkpoint_name(x @ embedding.astype(x.dtype).T + bias.astype(x.dtype), "lm_head")
 
 
 class Classifier(nn.Module):

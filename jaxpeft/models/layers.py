@@ -101,8 +101,10 @@ def rotate(x: jax.Array, tables: Mapping[str, jax.Array]) -> jax.Array:
 class Attention(nn.Module):
     """Self-attention with grouped queries; rotary positions where ctx has a "rotary".
 
-    `cache` holds earlier keys and values of this layer, in one of two forms:
+    `cache` holds other keys and values of this layer, in one of these forms:
       {"k", "v"} (B, P, N, D): a prefix that every query sees; it is only read.
+      {"k", "v", "segment_ids" (B, C)}: of other tokens, which alone are seen, all that are of a query's segment; it is
+      only read. {}: it comes back as this pass's own, in that form.
       {"k", "v", "segment_ids" (B, C), "index" ()}: a buffer of C slots. The new keys are written from slot `index`
       on; it comes back updated. Slots 0.. are in the order of the text; unwritten slots have segment id 0.
     """
@@ -128,7 +130,7 @@ class Attention(nn.Module):
             return y.reshape(b, s, heads, self.head_dim)
 
         q = project("q_proj", self.num_heads)
-        k = project("k_proj", self.num_kv_heads)
+        k = project("k_proj", self.num_kv_heads)  # dead code where only other tokens are seen
         v = project("v_proj", self.num_kv_heads)
         if self.norm_epsilon is not None:
             q = RMSNorm(self.norm_epsilon, self.param_dtype, name="q_norm")(q)
@@ -140,7 +142,9 @@ class Attention(nn.Module):
         segments = ctx.get("segment_ids")
         window = ctx["shared"]["window"][ctx["layer"]] if "shared" in ctx else None
         where = attention_op.Where(None, None, segments, segments, window)
-        if cache is not None:
+        if cache == {}:
+            cache = {"k": k, "v": v, "segment_ids": jnp.ones((b, s), jnp.int32) if segments is None else segments}
+        elif cache is not None:
             k, v, where, cache = _with_cache(k, v, where, cache)
         out = attention_op.attention(q, k, v, where, self.head_dim**-0.5, self.window, self.causal)
         return Dense(d, self.use_out_bias, self.param_dtype, name="o_proj")(out.reshape(b, s, -1)), cache
@@ -154,6 +158,14 @@ def _with_cache(k, v, where, cache):
     if where.query_segment is None:
         ones = jnp.ones((b, s), jnp.int32)
         where = where._replace(query_segment=ones, key_segment=ones)
+    if "index" not in cache and "segment_ids" in cache:
+        count = cache["k"].shape[1]
+        where = where._replace(
+            query_index=jnp.full(s, count, jnp.int32),  # behind all of them
+            key_index=jnp.arange(count, dtype=jnp.int32),
+            key_segment=cache["segment_ids"],
+        )
+        return cache["k"].astype(k.dtype), cache["v"].astype(v.dtype), where, cache
     if "index" not in cache:
         prefix = cache["k"].shape[1]
         every = jnp.full((b, prefix), attention_op.EVERYONE, jnp.int32)
@@ -217,7 +229,7 @@ class MLP(nn.Module):
 
 
 class Embed(nn.Module):
-    """Rows of a table by number: (...) int32 -> (..., d) in the table's dtype; a number outside the table gives NaN."""
+    """Rows of a table by number: (...) int32 -> (..., d) in `param_dtype`; a number outside the table gives NaN."""
 
     count: int
     features: int
@@ -226,4 +238,5 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param("embedding", nn.initializers.normal(0.02), (self.count, self.features), self.param_dtype)
-        return checkpoint_name(jnp.take(table, ids, axis=0), self.name or "embed")
+        rows = jnp.take(table, ids, axis=0).astype(self.param_dtype)  # a master that trains is wider
+        return checkpoint_name(rows, self.name or "embed")

@@ -145,8 +145,8 @@ class Embedder(nn.Module):
         positions = self.param(
             "embed_positions", nn.initializers.normal(0.02), (c.num_patches + 1, c.hidden_size), c.dtype
         )
-        first = jnp.broadcast_to(cls, (x.shape[0], 1, c.hidden_size))
-        return checkpoint_name(jnp.concatenate([first, x], axis=1) + positions, "embed_patches")
+        first = jnp.broadcast_to(cls.astype(c.dtype), (x.shape[0], 1, c.hidden_size))
+        return checkpoint_name(jnp.concatenate([first, x], axis=1) + positions.astype(c.dtype), "embed_patches")
 
 
 def patches(pixels: jax.Array, size: int) -> jax.Array:

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import models, tree
+from jaxpeft.models import geometries
 from jaxpeft.peft import attach, export_adapter
 from tests.models.families import both, close, compiled, counted, inputs, our_output, reference, their_output, torch
 
@@ -36,6 +37,22 @@ def test_parts_make_up_the_block(case, tmp_path):
     whole = compiled(lambda layer, x: model.stack.block(layer, x, ctx, None, "layers")[0], layer, x)
     assert len(model.stack.parts) == 2
     np.testing.assert_array_equal(whole, compiled(in_parts, layer, x))
+
+
+@pytest.mark.parametrize("name", ["bert-base", "roberta-base", "opt-1.3b", "vit-b-16"])
+def test_the_stream_stays_in_the_computations_dtype(name):
+    """Where parameters train, their float32 masters are what the model is given."""
+    raw = geometries.load(name)
+    model = models.family(raw).from_hf(raw, jnp.bfloat16)
+    shapes = models.family(raw).shapes(model.config)
+    params = tree.unflatten({path: jax.ShapeDtypeStruct(leaf.shape, jnp.float32) for path, leaf in shapes.items()})
+    batch = {name: jax.ShapeDtypeStruct((2, 8), jnp.int32) for name in ("tokens", "positions", "segment_ids")}
+    batch = {"pixels": jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)} if name == "vit-b-16" else batch
+    stream, _ = jax.eval_shape(model.stack.embed, params, batch, None)
+    assert stream.dtype == jax.eval_shape(model.hidden, params, batch).dtype == jnp.bfloat16
+    program = str(jax.make_jaxpr(lambda params, x: model.stack.head(params, x))(params, stream))
+    assert "dot_general" in program
+    assert not [line for line in program.splitlines() if "dot_general" in line and "f32" in line]
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "mlp"])
