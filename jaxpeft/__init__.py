@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
+    from jaxpeft.methods.sherl import sherl
+    from jaxpeft.methods.unipt import unipt
+    from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Model, Stack, from_linen, from_nnx
     from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.train.loss import completion_loss
@@ -49,7 +52,10 @@ _MODULE_OF = {
     "remat": "memory.residuals",
     "save_pretrained": "hf",
     "setup": "method",
+    "sherl": "methods.sherl",
     "split": "tree",
+    "unipt": "methods.unipt",
+    "vqt": "methods.vqt",
 }
 __all__ = [*_MODULE_OF]
 

@@ -8,7 +8,8 @@ array. Nothing in here is differentiated, so nothing else is kept and no product
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
+from jaxpeft.memory.loop import num_groups
 from jaxpeft.model import Batch, Cache, Model, Stack
 
 
@@ -37,7 +39,12 @@ class Features(NamedTuple):
 
 
 def frozen_pass(
-    stack: Stack, params: tree.Params, batch: Batch, layers: Sequence[int], cache: Cache | None = None
+    stack: Stack,
+    params: tree.Params,
+    batch: Batch,
+    layers: Sequence[int],
+    cache: Cache | None = None,
+    until: int | None = None,
 ) -> Features:
     """Runs a stack's embedding and layers, from which no gradient comes back.
 
@@ -47,12 +54,15 @@ def frozen_pass(
       batch: as the model takes it.
       layers: whose outputs are kept, ascending, counted from 0.
       cache: None, or the backbone's, with leading axis L.
+      until: the layer to stop before, where the stack has been cut (`tree.cut_layers`); None: all run.
     """
     x, ctx = jax.lax.stop_gradient(stack.embed(params, batch, None))
     embedded, slots = x, jnp.asarray(layers, jnp.int32)
     kept = jnp.zeros((len(layers), *x.shape), x.dtype)
     parts = []
     for segment, first, end in tree.segments(params):
+        if until is not None and first >= until:
+            break
 
         def body(carry, per_layer, segment=segment):
             x, kept = carry
@@ -69,6 +79,103 @@ def frozen_pass(
     if cache is not None:
         cache = jax.tree.map(lambda *c: jnp.concatenate(c), *parts)
     return Features(embedded, kept, x, ctx, cache)
+
+
+def by_rows(function: Callable[..., Any], *arrays: Any, axes: Sequence[int], tokens: int = 256) -> jax.Array:
+    """function(*arrays) for a few rows at a time; each group is computed again in the backward pass.
+
+    So what is kept is `arrays` themselves, and what the function needs in between is that of one group.
+
+    Args:
+      function: arrays of b rows -> (b, ...), each row's result its own.
+      arrays: pytrees.  axes: where the rows are in each.
+      tokens: of one group at most, or one row; the last axis but one of the first array is the tokens'.
+    """
+    first = jax.tree.leaves(arrays[0])[0]
+    rows = first.shape[axes[0]]
+    groups = num_groups(rows, first.shape[-2], tokens)
+
+    def part(tree, axis, group):
+        def rows_of(x):  # rows g, g + G, ...: rows that are divided over devices stay where they are
+            x = x.reshape(*x.shape[:axis], rows // groups, groups, *x.shape[axis + 1 :])
+            return jax.lax.dynamic_index_in_dim(x, group, axis + 1, keepdims=False)
+
+        return jax.tree.map(rows_of, tree)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def one(group):
+        return function(*(part(tree, axis, group) for tree, axis in zip(arrays, axes, strict=True)))
+
+    out = jax.lax.map(one, jnp.arange(groups))
+    return out.swapaxes(0, 1).reshape(rows, *out.shape[2:])
+
+
+class Seen(NamedTuple):
+    """What a network that reads other positions may see.
+
+    queries, keys: segment ids (B, S), (B, C).
+    first: () int32, the index of the first query among the keys.
+    """
+
+    queries: jax.Array
+    keys: jax.Array
+    first: jax.Array
+
+    def mask(self, causal: bool) -> jax.Array:
+        """(B, S, C) bool: keys of the query's own segment, in a causal model at its own index and before."""
+        seen = (self.queries[:, :, None] == self.keys[:, None, :]) & (self.keys[:, None, :] > 0)
+        if not causal:
+            return seen
+        index = self.first + jnp.arange(self.queries.shape[1])
+        return seen & (jnp.arange(self.keys.shape[1]) <= index[:, None])
+
+
+def segments_of(x: jax.Array, batch: Batch) -> jax.Array:
+    """Segment ids (B, S) of the stream x (B, S, d); one segment per row where the batch has none."""
+    ids = batch.get("segment_ids")
+    return jnp.ones(x.shape[:2], jnp.int32) if ids is None else jnp.asarray(ids)
+
+
+def decodes(model: Model) -> bool:
+    """Whether a model is causal: whether it has a cache for decoding."""
+    return model.stack.init_cache is not None
+
+
+def linear(x: jax.Array, leaves: tree.Params) -> jax.Array:
+    """x (..., n) times kernel (n, m) plus bias (m,), in the stream's dtype."""
+    return x @ leaves["kernel"].astype(x.dtype) + leaves["bias"].astype(x.dtype)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array | float = 1.0, bias: jax.Array | float = 0.0) -> jax.Array:
+    """Layer norm over the last axis, in float32."""
+    wide = x.astype(jnp.float32)
+    wide = wide - wide.mean(-1, keepdims=True)
+    wide = wide * jax.lax.rsqrt((wide * wide).mean(-1, keepdims=True) + 1e-5)
+    return (wide * scale + bias).astype(x.dtype)
+
+
+def fresh_linear(key: jax.Array, *shape: int) -> tree.Params:
+    """Leaves of linear maps (..., n, m): kernels N(0, 1 / n), biases 0."""
+    kernel = jax.random.normal(key, shape) / shape[-2] ** 0.5
+    return {"kernel": kernel, "bias": jnp.zeros((*shape[:-2], shape[-1]))}
+
+
+def fresh_norm(*shape: int) -> tree.Params:
+    """Leaves of layer norms."""
+    return {"scale": jnp.ones(shape), "bias": jnp.zeros(shape)}
+
+
+def fresh_projections(key: jax.Array, count: int, d: int, k: int) -> tree.Params:
+    """Leaves that `project` reads, for features of `count` layers."""
+    return {"project": fresh_linear(key, count, d, k), "project_norm": fresh_norm(count, k)}
+
+
+def project(own: tree.Params, f: jax.Array) -> jax.Array:
+    """t_i = LN(P_i F_i): features F (N, B, S, d) -> (N, B, S, k), every layer by a map and a norm of its own."""
+    t = jnp.einsum("nbsd,ndk->nbsk", f, own["project"]["kernel"].astype(f.dtype))
+    t = t + own["project"]["bias"].astype(f.dtype)[:, None, None]
+    norm = own["project_norm"]
+    return layer_norm(t, norm["scale"][:, None, None], norm["bias"][:, None, None])
 
 
 def count_layers(name: str, params: tree.Params) -> int:

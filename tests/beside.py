@@ -25,12 +25,17 @@ def moved(trainable, scale=0.3):
 
 def states(stack, params, batch):
     """h_0 .. h_L of the stack, block by block without a scan, and the context."""
-    x, ctx = stack.embed(params, batch, None)
-    found = [x]
-    for i in range(len(jax.tree.leaves(params["layers"])[0])):
-        layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-        found.append(stack.block(layer, found[-1], {**ctx, "layer": i}, None, "layers")[0])
-    return found, ctx
+
+    @jax.jit
+    def every(params):
+        x, ctx = stack.embed(params, batch, None)
+        found = [x]
+        for i in range(len(jax.tree.leaves(params["layers"])[0])):
+            layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
+            found.append(stack.block(layer, found[-1], {**ctx, "layer": i}, None, "layers")[0])
+        return found, ctx
+
+    return every(params)
 
 
 def gradient_trace(model, trainable, frozen, batch, of=None):

@@ -40,7 +40,7 @@ import jax.numpy as jnp
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.features import check_layers, count_layers, divided, frozen_pass, no_merge, width
+from jaxpeft.features import check_layers, count_layers, divided, frozen_pass, linear, no_merge, width
 from jaxpeft.method import Method, Spec
 from jaxpeft.model import Batch, Model, Stack
 from jaxpeft.models.layers import RMSNorm
@@ -140,10 +140,6 @@ def lst(
 # The forward pass.
 
 
-def _linear(x, leaves):
-    return x @ leaves["kernel"].astype(x.dtype) + leaves["bias"].astype(x.dtype)
-
-
 def _mix(alpha, a, b):
     mu = jax.nn.sigmoid(alpha / TEMPERATURE).astype(a.dtype)
     return mu * a + (1 - mu) * b
@@ -165,12 +161,12 @@ def _climb(stack: Stack, small: Model, params: tree.Params, batch: Batch, key, c
         own = {**ctx, "layer": index}
         if key is not None:
             own["key"] = jax.random.fold_in(key, index)
-        g = _mix(leaves["alpha"], g, _linear(h, leaves["down"]))
+        g = _mix(leaves["alpha"], g, linear(h, leaves["down"]))
         return small.stack.block(leaves["block"], g, own, past, "layers")
 
-    g = _linear(found.embedded, own["first"])
+    g = linear(found.embedded, own["first"])
     g, side = jax.lax.scan(rung, g, (own["rungs"], found.kept, jnp.asarray(chosen, jnp.int32), cache and cache["side"]))
-    out = _linear(_NORM.apply({"params": own["norm"]}, g), own["up"])
+    out = linear(_NORM.apply({"params": own["norm"]}, g), own["up"])
     if "alpha" in own:
         out = _mix(own["alpha"], out, found.last)
     return out, cache and {"base": found.cache, "side": side}
