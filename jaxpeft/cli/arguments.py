@@ -17,6 +17,10 @@ class StepArguments:
 
     model: str | None = None
     """Built-in geometry (llama2-7b, ...), folder with a config.json, or the file. Default: the embedded model."""
+    task: Literal["lm", "classify"] = "lm"
+    """lm: continue texts. classify: a classifier of rows (or images) in place of the model's head."""
+    num_labels: int | None = None
+    """Labels of --task classify; 1 is a regression. Default: the model's own, or 2."""
     method: str = "lora"
     """Fine-tuning method, or several with commas; `jaxpeft methods` lists them."""
     rank: int | None = None
@@ -56,6 +60,9 @@ def check_step(args: StepArguments) -> None:
     for name, least in {"batch_size": 1, "seq_len": 2, "accumulate": 1}.items():
         if getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    if args.num_labels is not None and (args.num_labels < 1 or args.task != "classify"):
+        why = "must be at least 1" if args.num_labels < 1 else "belongs to --task classify"
+        raise InputError(f"--num-labels {args.num_labels}: {why}")
     if args.batch_size % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
 

@@ -69,9 +69,8 @@ def run(args: Plan) -> dict[str, Any]:
         targets.devices(device)  # a missing compiler is said before the first compilation
 
     def make(method, device, plan, batch_size=args.batch_size, seq_len=args.seq_len):
-        return planner.make_step(
-            config, method, batch_size, seq_len, plan, args.dtype, True, args.accumulate, device.chips
-        )
+        layout = (True, args.accumulate, device.chips, args.task, args.num_labels)
+        return planner.make_step(config, method, batch_size, seq_len, plan, args.dtype, *layout)
 
     rows = []
     for name, method in chosen:
@@ -90,7 +89,7 @@ def run(args: Plan) -> dict[str, Any]:
                 if args.check:
                     made["measured_bytes"] = _measured(step, device)
                 rows.append({"method": name, **made, "dtype": args.dtype})
-    document = {"model": args.model or "embedded", "rows": rows}
+    document = {"model": args.model or "embedded", "task": args.task, "rows": rows}
     if args.picture is not None:
         from jaxpeft.memory.bars import write_bars
 
@@ -108,6 +107,8 @@ def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config:
 
     quantum = args.accumulate * device.chips
     batch = search.largest(lambda n: total(batch_size=n), room, args.batch_size, quantum)
+    if "image_size" in config:  # its tokens follow from that
+        return {"largest_batch": batch}
     assert args.seq_len is not None
     step = 128 if args.seq_len >= 128 else 1
     limit = config.get("max_position_embeddings")
@@ -183,7 +184,8 @@ def show(document: dict[str, Any]) -> None:
         if row["host_bytes"]:
             notes.append(f"{digits(row['host_bytes'])} {unit} in the host's memory")
         if "largest_batch" in row:
-            notes.append(f"largest batch {row['largest_batch']}, longest sequence {row['longest_sequence']}")
+            longest = f", longest sequence {row['longest_sequence']}" if "longest_sequence" in row else ""
+            notes.append(f"largest batch {row['largest_batch']}{longest}")
         if "measured_bytes" in row:
             notes.append(f"measured {digits(row['measured_bytes'])} {unit}")
         console.print(f"{row['method']} on {row['target']}: {'; '.join(notes)}", soft_wrap=True)

@@ -55,16 +55,15 @@ def run(args: Profile) -> dict[str, Any]:
     if len(chosen) > 1:
         raise InputError(f"--method {args.method}: one at a time; `jaxpeft plan` compares several")
     name, method = chosen[0]
-    step = planner.make_step(
-        config, method, args.batch_size, args.seq_len, args.save, args.dtype, True, args.accumulate, device.chips
-    )
+    layout = (True, args.accumulate, device.chips, args.task, args.num_labels)
+    step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, args.dtype, *layout)
     print(f"compiling {name} for {device.name}, {step.plan}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="jaxpeft-profile-") as scratch:
         dump = args.dump or Path(scratch)
         made = planner.row(step, device, dump=dump)
         metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
         found = profile.read(dump, profile.step_owners(step.state, step.batch, step.base, metrics))
-    document = {"model": args.model or "embedded", "method": name, **made, "dtype": args.dtype}
+    document = {"model": args.model or "embedded", "task": args.task, "method": name, **made, "dtype": args.dtype}
     document["profile"] = profile.to_json(found, args.limit)
     if args.out is not None:
         title = (

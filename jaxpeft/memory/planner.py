@@ -29,10 +29,12 @@ from jaxpeft.memory.targets import Memory, Target
 from jaxpeft.method import Method, as_master
 from jaxpeft.model import Model
 from jaxpeft.models import family
+from jaxpeft.models.labels import SCOPE
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import make_train_step
+from jaxpeft.train.task import TASKS, Task, check_head, config_for
 
 CATEGORIES = ("weights", "adapters", "optimizer", "gradients", "activations", "workspace")
 
@@ -42,8 +44,8 @@ class Step(NamedTuple):
 
     function: (state, batch) -> (state, metrics); the state is donated.
     state: TrainState of ShapeDtypeStructs.  batch: {name: ShapeDtypeStruct}.
-    base: the base model's paths.  model: under its memory plan.  plan: that plan.
-    accumulate: micro-batches.
+    base: the base model's paths, without a classifier's.  model: under its memory plan.  plan: that plan.
+    accumulate: micro-batches.  task: what it is for.  rows, length: of a batch; the length in tokens.
     """
 
     function: Callable[..., Any]
@@ -53,6 +55,9 @@ class Step(NamedTuple):
     model: Model
     plan: Plan
     accumulate: int
+    task: Task
+    rows: int
+    length: int
 
 
 def make_step(
@@ -65,23 +70,29 @@ def make_step(
     packed: bool = True,
     accumulate: int = 1,
     shards: int = 1,
+    task: str = "lm",
+    num_labels: int | None = None,
 ) -> Step:
     """The step of `jaxpeft train` for a model's configuration; nothing is allocated.
 
     Args:
       config: a parsed config.json.
       method: what to train.
-      batch_size: rows of a step.  seq_len: tokens of a row.
+      batch_size: rows of a step.  seq_len: tokens of a row; an image's follow from its size.
       save: the memory plan; None: `residuals.default_plan`.
       dtype: of frozen weights and of the computation.
       packed: whether rows hold several examples (and so come with segment ids).
       accumulate: micro-batches.
       shards: devices over which the rows are divided.
+      task: a name of `jaxpeft.train.task.TASKS`.
+      num_labels: that rows are classified as; None: those of the configuration, or 2.
 
     Raises:
       InputError: for a configuration, method or plan that cannot be used.
     """
-    base = family(config).from_hf(config, dtype)
+    own, config = TASKS[task], config_for(task, config, num_labels)
+    base, method = family(config).from_hf(config, dtype), own.method(method)
+    check_head(task, config["model_type"], base, seq_len)
     model = method.forward(base)
     plan = residuals.default_plan(model) if save is None else parse(save)
     model = residuals.remat(model, plan, shards)
@@ -94,13 +105,11 @@ def make_step(
     trainable = jax.eval_shape(lambda leaves: {path: as_master(leaf) for path, leaf in leaves.items()}, trainable)
     optimizer = make_optimizer(make_schedule("cosine", 2e-4, 1000, 10))
     state = jax.eval_shape(functools.partial(init_state, method, optimizer), trainable, frozen, key)
-    shape = (batch_size, seq_len)
-    batch = {name: jax.ShapeDtypeStruct(shape, jnp.int32) for name in ("tokens", "targets", "positions")}
-    batch["loss_weights"] = jax.ShapeDtypeStruct(shape, jnp.float32)
-    if packed:
-        batch["segment_ids"] = jax.ShapeDtypeStruct(shape, jnp.int32)
-    function = make_train_step(model, method, optimizer, accumulate=accumulate)
-    return Step(function, state, batch, frozenset(tree.flatten(of_base)), model, plan, accumulate)
+    batch = own.shapes(base.config, batch_size, seq_len, packed)
+    function = make_train_step(model, method, optimizer, own.loss, accumulate)
+    paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
+    length = seq_len if "tokens" in batch else base.config.num_patches + 1
+    return Step(function, state, batch, paths, model, plan, accumulate, own, batch_size, length)
 
 
 class Cost(NamedTuple):
@@ -124,12 +133,13 @@ def cost(step: Step) -> Cost:
     with residuals.recorded() as segments:
         # A function of its own, which JAX has not traced before.
         flops = count_flops(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
-    params = jax.eval_shape(lambda state: state.params, step.state)
-    x = jax.eval_shape(lambda params, batch: step.model.hidden(params, batch), params, step.batch)
-    tokens = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
-    again = count_flops(jax.make_jaxpr(step.model.head)(params, tokens))
-    again += step.accumulate * sum(segment.recompute_flops() for segment in segments.values())
-    activations = activation_bytes(segments, step.model, step.state, step.batch, step.accumulate)
+    again = step.accumulate * sum(segment.recompute_flops() for segment in segments.values())
+    if step.task.head_again:
+        params = jax.eval_shape(lambda state: state.params, step.state)
+        x = jax.eval_shape(lambda params, batch: step.model.hidden(params, batch), params, step.batch)
+        tokens = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
+        again += count_flops(jax.make_jaxpr(step.model.head)(params, tokens))
+    activations = activation_bytes(segments, step.model, step.state, step.batch, step.accumulate, step.task.loss)
     return Cost(flops, again, activations, kept_bytes(segments, "host"), segments)
 
 
@@ -219,12 +229,11 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     """
     traced = cost(step) if traced is None else traced
     compiled = targets.compile(target, step.function, *placed(step, target), donate_argnums=0, dump=dump)
-    rows, length = step.batch["tokens"].shape
     return {
         "target": target.name,
         "save": str(step.plan),
-        "batch_size": rows,
-        "seq_len": length,
+        "batch_size": step.rows,
+        "seq_len": step.length,
         "bytes": account(compiled.memory, step.state, step.base, traced.activations // target.chips),
         "host_bytes": compiled.memory.host,
         "device_bytes": target.memory_bytes,
@@ -239,9 +248,8 @@ def placed(step: Step, target: Target) -> tuple[TrainState, dict[str, jax.ShapeD
     """(state, batch) on a target's devices: everything on the only one; on a slice, the batch divided by rows."""
     if target.chips == 1:
         return step.state, step.batch
-    rows = step.batch["tokens"].shape[0]
-    if rows % target.chips:
-        raise InputError(f"batch size {rows}: must be a multiple of the {target.chips} devices of {target.name}")
+    if step.rows % target.chips:
+        raise InputError(f"batch size {step.rows}: must be a multiple of the {target.chips} devices of {target.name}")
     mesh = jax.sharding.Mesh(np.asarray(targets.devices(target)), ("data",))
 
     def on(spec):

@@ -119,9 +119,8 @@ def fit(
         return traced, made
 
     traced, best = compiled(step)
-    length = step.batch["tokens"].shape[1]
-    if best["bytes"]["total"] > budget and step.plan.tokens > length:  # one row at a time
-        step = make(Plan("blocks", tokens=length))
+    if best["bytes"]["total"] > budget and step.plan.tokens > step.length:  # one row at a time
+        step = make(Plan("blocks", tokens=step.length))
         traced, best = compiled(step)
     if best["bytes"]["total"] > budget:
         raise InputError(f"--budget {_gib(budget)}: the plan that keeps least needs {_gib(best['bytes']['total'])}")

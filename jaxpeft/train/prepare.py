@@ -71,8 +71,8 @@ def prepare(args: Any) -> Job:
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     classifier_key = jax.random.fold_in(init_key, 0)
     base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype), data.labels, classifier_key)
-    check_head(args.task, source.model, base)
-    _check_sizes(args, source.model, tokenizer, base)
+    check_head(args.task, source.model, base, args.seq_len)
+    _check_vocabulary(source.model, tokenizer, base)
     flat = tree.flatten(params)
     own_of_base = {path: leaf for path, leaf in flat.items() if not path.startswith(SCOPE)}
     added: tree.Flat = {}
@@ -144,14 +144,10 @@ def make_method(name: str, settings: Mapping[str, Any]) -> Method:
         raise InputError(f"method {name}: {error} (given {given})") from error
 
 
-def _check_sizes(args: Any, path: str | Path, tokenizer: Any, model: Model) -> None:
-    """Refuses tokens that the model has no embedding for, and rows to classify that it has no positions for."""
+def _check_vocabulary(path: str | Path, tokenizer: Any, model: Model) -> None:
     if len(tokenizer) > model.config.vocab_size:
         size = model.config.vocab_size
         raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {size}")
-    most = model.config.max_position_embeddings
-    if model.config.num_labels and args.seq_len > most:
-        raise InputError(f"--seq-len {args.seq_len}: {path} has {most} positions")
 
 
 def _check_labels(adapter: Path, known: Sequence[str], path: str, found: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -14,7 +14,8 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method
 from jaxpeft.methods.full import full
 from jaxpeft.model import Model
-from jaxpeft.models.labels import SCOPE
+from jaxpeft.models import for_classification
+from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.train import evaluate
 from jaxpeft.train.loss import classification_loss, completion_loss
 
@@ -160,7 +161,26 @@ TASKS = {
 }
 
 
-def check_head(task: str, path: str, model: Model) -> None:
-    """Raises InputError if a model is none for the task."""
+def config_for(task: str, config: Mapping[str, Any], num_labels: int | None = None) -> Mapping[str, Any]:
+    """A parsed config.json with the head that the task needs.
+
+    Args:
+      task: a name of TASKS.
+      config: of any family.
+      num_labels: for rows that are classified; None: the configuration's own, or 2.
+    """
+    if task == "lm" or (num_labels is None and names(config)):
+        return config
+    return for_classification(config, [f"LABEL_{i}" for i in range(num_labels or 2)])
+
+
+def check_head(task: str, path: str, model: Model, seq_len: int) -> None:
+    """Raises InputError if a model is none for the task, or has no positions for so many tokens.
+
+    Decoders that continue texts may be trained on longer ones than they have seen.
+    """
     if task == "lm" and (model.config.num_labels or model.stack.init_cache is None):
         raise InputError(f"{path}: continues no text; add --task classify")
+    most = getattr(model.config, "max_position_embeddings", None)
+    if task == "classify" and most is not None and seq_len > most:
+        raise InputError(f"--seq-len {seq_len}: {path} has {most} positions")
