@@ -26,7 +26,7 @@ WHICH = {
     "all": r"",
     "biases": r"/bias$",
     "norms": r"norm/(scale|bias)$",
-    "head": r"^(norm/scale|lm_head/)",
+    "head": r"^(norm/(scale|bias)$|lm_head/)",
     "embeddings": r"^embed_tokens/",
 }
 

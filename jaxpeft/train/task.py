@@ -177,10 +177,10 @@ def config_for(task: str, config: Mapping[str, Any], num_labels: int | None = No
 def check_head(task: str, path: str, model: Model, seq_len: int) -> None:
     """Raises InputError if a model is none for the task, or has no positions for so many tokens.
 
-    Decoders that continue texts may be trained on longer ones than they have seen.
+    Decoders that continue texts may be trained on longer ones than they have seen, if their positions are rotary.
     """
     if task == "lm" and (model.config.num_labels or model.stack.init_cache is None):
         raise InputError(f"{path}: continues no text; add --task classify")
     most = getattr(model.config, "max_position_embeddings", None)
-    if task == "classify" and most is not None and seq_len > most:
+    if most is not None and seq_len > most and (task == "classify" or not hasattr(model.config, "rope_theta")):
         raise InputError(f"--seq-len {seq_len}: {path} has {most} positions")

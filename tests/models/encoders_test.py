@@ -8,6 +8,7 @@ from safetensors.numpy import load_file
 
 import jaxpeft as jp
 from jaxpeft.generate import generate
+from jaxpeft.models.layers import ACTIVATIONS
 from tests.models.families import (
     CASES,
     both,
@@ -19,6 +20,7 @@ from tests.models.families import (
     reference,
     their_output,
     torch,
+    transformers,
 )
 
 
@@ -138,3 +140,10 @@ def test_opt_continues_a_text_as_transformers_does(tmp_path):
         expected.append(found[0, len(prompt) :].tolist())
     assert generate(model, params, prompts, 8, eos=()) == expected
     assert len({tuple(ids) for ids in expected}) > 1
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_equal_transformers(name):
+    x = np.linspace(-12, 12, 2001, dtype=np.float32)
+    expected = transformers.activations.ACT2FN[name](torch.tensor(x)).numpy()
+    np.testing.assert_allclose(jax.jit(ACTIVATIONS[name])(x), expected, rtol=1e-4, atol=1e-6)

@@ -7,6 +7,8 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import models, tree
+from jaxpeft.errors import InputError
+from jaxpeft.memory import planner
 from jaxpeft.models import geometries
 from jaxpeft.peft import attach, export_adapter
 from tests.models.families import both, close, compiled, counted, inputs, our_output, reference, their_output, torch
@@ -53,6 +55,11 @@ def test_the_stream_stays_in_the_computations_dtype(name):
     program = str(jax.make_jaxpr(lambda params, x: model.stack.head(params, x))(params, stream))
     assert "dot_general" in program
     assert not [line for line in program.splitlines() if "dot_general" in line and "f32" in line]
+
+
+def test_learned_positions_end():
+    with pytest.raises(InputError, match="--seq-len 4096: opt has 2048 positions"):
+        planner.make_step(geometries.load("opt-1.3b"), jp.lora(rank=2), batch_size=1, seq_len=4096)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", "attention", "mlp"])
