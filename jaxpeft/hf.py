@@ -180,7 +180,8 @@ def load_pretrained(
     model = family.from_hf(raw, jnp.dtype(dtype))
     shapes = family.shapes(model.config)
     places = _places(model.config)
-    sources = _check(folder, places, family, tied=bool(raw.get("tie_word_embeddings", family.TIES)))
+    tied = bool(raw.get("tie_word_embeddings", family.TIES))
+    sources = _check(folder, places, family, tied, may_lack=family.CLASSIFIER if labels else None)
     by_path: dict[str, list[str]] = {}
     for name, place in places.items():
         by_path.setdefault(place.path, []).append(name)
@@ -250,8 +251,13 @@ def _open(file: Path) -> Iterator[Any]:
         raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {_first_line(error)}") from None
 
 
-def _check(folder: Path, places: Mapping[str, _Place], family: ModuleType, tied: bool) -> dict[str, tuple[Path, str]]:
-    """Name -> (file, name there), after the headers alone have been compared with the configuration."""
+def _check(
+    folder: Path, places: Mapping[str, _Place], family: ModuleType, tied: bool, may_lack: str | None
+) -> dict[str, tuple[Path, str]]:
+    """Name -> (file, name there), after the headers alone have been compared with the configuration.
+
+    Paths that `may_lack` matches may be absent, if no others are.
+    """
     sources: dict[str, tuple[Path, str]] = {}
     unexpected, wrong, copies = [], [], {}
     for file in weight_files(folder):
@@ -272,7 +278,7 @@ def _check(folder: Path, places: Mapping[str, _Place], family: ModuleType, tied:
                     wrong.append(f"{stored} has shape {tuple(header.get_shape())}, expected {places[name].shape}")
                 sources[name] = (file, stored)
     missing = [name for name in places if name not in sources]
-    if all(re.fullmatch(family.CLASSIFIER, places[name].path) for name in missing):
+    if may_lack is not None and all(re.fullmatch(may_lack, places[name].path) for name in missing):
         missing = []
     problems = [
         f"{len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"

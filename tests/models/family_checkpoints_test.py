@@ -67,6 +67,24 @@ def test_a_trunk_with_or_without_its_prefix_gets_a_new_classifier(case, tmp_path
     assert jax.tree.all(jax.tree.map(np.array_equal, params, same))
 
 
+@pytest.mark.parametrize("case", ["bert, classifier", "roberta, classifier", "opt, classifier", "vit, classifier"])
+def test_a_classifier_that_is_absent_is_new_only_where_labels_are_given(case, tmp_path):
+    theirs, _, _ = both(case, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    last = (
+        "score.weight"
+        if case.startswith("opt")
+        else "classifier.out_proj.weight"
+        if "rob" in case
+        else "classifier.weight"
+    )
+    save_file({name: x for name, x in load_file(file).items() if name != last}, file)
+    with pytest.raises(InputError, match=f"1 missing: {last}"):
+        jp.load_pretrained(tmp_path / "model")
+    labels = [str(i) for i in range(theirs.num_labels)]
+    assert jp.load_pretrained(tmp_path / "model", labels=labels)[0].config.num_labels == theirs.num_labels
+
+
 def test_old_checkpoints_with_other_names_of_norms_and_buffers(tmp_path):
     """As bert-base-uncased on the hub: gamma and beta, position_ids, heads of pretraining, a copy of the embeddings."""
     _, model, params = both("bert, masked LM", tmp_path / "model")
