@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -31,6 +31,7 @@ from jaxpeft.model import Model
 from jaxpeft.models.layers import Dense
 
 AdapterFor = Callable[[str], nn.Module]
+AdaptedSegments = Callable[[tree.Params], Sequence[str]]
 
 _PRESETS = {
     "all-linear": r"^layers.*/[^/]+$",
@@ -135,6 +136,55 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
             return model.stack.head(params, x)
 
     return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed, head=head))
+
+
+def wrap(model: Model, name: str, adapter: nn.Module, modules: Sequence[str], segments: AdaptedSegments) -> Model:
+    """The model with adapters on whole modules of its layers.
+
+    Args:
+      model: a model of stacked layers.
+      name: the adapter's scope in its module, e.g. "meft": `layers/mlp/meft/...`.
+      adapter: called as `adapter(x (..., d), y (..., d)) -> y` with the module's input and output (the first, of
+        several); its parameters don't depend on the layer.
+      modules: paths in a layer, such as "mlp" and "self_attn".
+      segments: params -> names of the segments whose layers are adapted at init.
+
+    Returns:
+      A model whose `init` adds the adapters' parameters (axis 0 is the layer) where they are not there yet.
+    """
+
+    def init(key, params):
+        params = model.init(key, params)
+        flat = tree.flatten(params)
+        length = {segment: end - first for segment, first, end in tree.segments(params)}
+        x = jnp.zeros((1, model.config.hidden_size))
+        for segment in segments(params):
+            for module in modules:
+                path = f"{segment}/{module}/{name}"
+                if any(known.startswith(f"{path}/") for known in flat):
+                    continue
+                keys = jax.random.split(jax.random.fold_in(key, zlib.crc32(path.encode())), length[segment])
+                fresh = jax.vmap(lambda key: adapter.init(key, x, x)["params"])(keys)
+                flat.update({f"{path}/{leaf}": value for leaf, value in tree.flatten(fresh).items()})
+        return tree.unflatten(flat)
+
+    def intercept(next_function, args, kwargs, context):
+        module = context.module
+        y = next_function(*args, **kwargs)
+        known = "/".join(module.path) in modules and context.method_name == "__call__"
+        if not known or not module.has_variable("params", name):
+            return y
+        own = adapter.clone(parent=module, name=name)
+        return (own(args[0], y[0]), *y[1:]) if isinstance(y, tuple) else own(args[0], y)
+
+    def layer(function):
+        def call(*args, **named):
+            with nn.intercept_methods(intercept):
+                return function(*args, **named)
+
+        return call
+
+    return model._replace(init=init, stack=model.stack.map_layers(layer))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))  # sites of one shape share one compilation

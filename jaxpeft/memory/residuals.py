@@ -38,8 +38,9 @@ from jax.extend.core import jaxpr_as_fun
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory.compressed import compress, decompress
+from jaxpeft.memory.loop import Static, join, loop_over
 from jaxpeft.memory.plan import INPUT, Plan, action_of, parse
-from jaxpeft.memory.programs import Kept, Programs, decide, trace
+from jaxpeft.memory.programs import Kept, Programs, decide
 from jaxpeft.model import Batch, Model, Stack, scan_layers
 
 
@@ -70,6 +71,12 @@ def remat(model: Model, save: str | Plan = "matmuls", shards: int = 1) -> Model:
     if model.stack.run is not scan_layers:
         raise InputError(f"--save {plan}: this model runs its layers in its own way; use --save everything")
 
+    return model._replace(stack=model.stack._replace(run=planned(plan, shards)))
+
+
+def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]:
+    """`run` of a stack (see `jaxpeft.model`) under a plan."""
+
     def run(stack: Stack, params: tree.Params, batch: Batch, key: jax.Array | None = None, cache: Any = None):
         if cache is not None:  # decoding: there is no backward pass
             return scan_layers(stack, params, batch, key, cache)
@@ -79,7 +86,7 @@ def remat(model: Model, save: str | Plan = "matmuls", shards: int = 1) -> Model:
             x = _layers(block, plan, shards, segment, range(first, end), params[segment], x, ctx, key)
         return x, None
 
-    return model._replace(stack=model.stack._replace(run=run))
+    return run
 
 
 # What was decided, for those who plan.
@@ -133,120 +140,19 @@ def recorded() -> Iterator[dict[str, Segment]]:
         _listeners.reset(token)
 
 
+def record(name: str, segment: Any) -> None:
+    """Tells whoever listens of a segment: something with `kept_bytes` and `recompute_flops`."""
+    for found in _listeners.get():
+        found[name] = segment
+
+
 # The two loops.
-
-
-def num_groups(rows: int, tokens_per_row: int, tokens: int, shards: int = 1) -> int:
-    """The fewest groups of equal size, each of at most `tokens` tokens or one row of every shard."""
-    own = max(rows // shards, 1)
-    most = max(tokens // tokens_per_row, 1)
-    return next(groups for groups in range(1, own + 1) if own % groups == 0 and own // groups <= most)
-
-
-def _divide(x, groups):
-    """(B, ...) -> (G, B / G, ...); group g takes rows g, g + G, ..., so that sharded rows stay where they are."""
-    return x.reshape(x.shape[0] // groups, groups, *x.shape[1:]).swapaxes(0, 1)
-
-
-def _join(x):
-    """The inverse of `_divide`."""
-    x = x.swapaxes(0, 1)
-    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
-
-
-@jax.tree_util.register_static
-class _Static(tuple):
-    """Hashable facts that go from the forward rule to the backward rule."""
-
-
-class _Loop(NamedTuple):
-    """How one block's inputs lie in the arrays of all layers and groups; a step is one block on one group.
-
-    name: the segment's.
-    block: (layer, x, ctx) -> y.
-    treedef: of (params, x, ctx).
-    paths: per leaf, its path.
-    kinds: per leaf, "layer" (indexed by layer), "rows" (by group) or "shared".
-    x: the leaf that is the stream.
-    layers: the segment's.  groups: of rows.
-    keyed: whether there is a PRNG key.
-    """
-
-    name: str
-    block: Callable[..., jax.Array]
-    treedef: Any
-    paths: tuple[str, ...]
-    kinds: tuple[str, ...]
-    x: int
-    layers: range
-    groups: int
-    keyed: bool
-
-    @property
-    def steps(self) -> jax.Array:
-        return jnp.arange(len(self.layers) * self.groups)
-
-    def at(self, leaf, kind, step):
-        """A step's part of a leaf."""
-        return leaf if kind == "shared" else jax.lax.dynamic_index_in_dim(leaf, self.place(kind, step), keepdims=False)
-
-    def place(self, kind, step):
-        """Where a step's part lies: by layer, by group of rows, or one after the other."""
-        return {"layer": step // self.groups, "rows": step % self.groups, "steps": step}[kind]
-
-    def put(self, whole, part, kind, step, add=False):
-        """The leaf with a step's part replaced, or added to."""
-        if kind == "shared":
-            return whole + part if add else part
-        if add:
-            part = self.at(whole, kind, step) + part
-        return jax.lax.dynamic_update_index_in_dim(whole, part, self.place(kind, step), 0)
-
-    def inputs(self, leaves, stream, step, key):
-        """Everything that `function` takes; the last are the layer's number, and its key."""
-        parts = [
-            (self.at(stream, kind, step) if stream is not None else None) if i == self.x else self.at(leaf, kind, step)
-            for i, (leaf, kind) in enumerate(zip(leaves, self.kinds, strict=True))
-        ]
-        index = self.layers.start + step // self.groups
-        if not self.keyed:
-            return [*parts, index]
-        key = jax.random.fold_in(key, index)
-        return [*parts, index, key if self.groups == 1 else jax.random.fold_in(key, step % self.groups)]
-
-    def function(self, *inputs):
-        """The block, as a function of flat inputs."""
-        layer, x, ctx = self.treedef.unflatten(inputs[: len(self.kinds)])
-        own = dict(zip(("layer", "key"), inputs[len(self.kinds) :], strict=False))
-        return self.block(layer, x, {**ctx, **own})[0]
-
-    def programs(self, leaves, stream, key, perturbed) -> Programs:
-        """The traced block."""
-        shapes = jax.eval_shape(lambda *args: self.inputs(args[0], args[1], jnp.int32(0), args[2]), leaves, stream, key)
-        # What trains in one layer moves the stream of the next, whether or not it moves that of the first.
-        perturbed = [use or i == self.x for i, use in enumerate(perturbed)]
-        return trace(self.function, shapes, [*perturbed, *[False] * (1 + self.keyed)])
 
 
 def _layers(block, plan: Plan, shards: int, segment: str, layers: range, params, x, ctx, key):
     """All layers of a segment: x (B, S, d) -> (B, S, d)."""
-    rows = x.shape[0]
-
-    def kind(path, leaf):
-        return "shared" if path[0].key == "shared" or jnp.shape(leaf)[:1] != (rows,) else "rows"
-
-    of_ctx = jax.tree_util.tree_map_with_path(kind, dict(ctx))
-    leaves, treedef = jax.tree.flatten((params, x, dict(ctx)))
-    paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(dict(ctx))]
-    kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
-    groups = num_groups(rows, x.shape[1], plan.tokens, shards)
-    loop = _Loop(segment, block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, key is not None)
-    leaves = [_divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
-    return _join(_run(loop, plan, leaves, key))
-
-
-def _paths(nested) -> list[str]:
-    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(nested)]
+    loop, leaves = loop_over(block, segment, layers, params, x, ctx, key is not None, plan.tokens, shards)
+    return join(_run(loop, plan, leaves, key))
 
 
 def _decide(loop, plan, leaves, stream, key, perturbed):
@@ -280,8 +186,7 @@ def _forward(loop, plan, leaves, key):
     stream = leaves[loop.x]
     traced, actions, *_ = _decide(loop, plan, leaves, stream, key, perturbed)
     compute = jaxpr_as_fun(traced.forward)
-    for found in _listeners.get():
-        found[loop.name] = Segment(traced, len(loop.steps), actions, _shapes(traced, stream))
+    record(loop.name, Segment(traced, len(loop.steps), actions, _shapes(traced, stream)))
 
     def body(carry, step):
         stream, kept = carry
@@ -305,7 +210,7 @@ def _forward(loop, plan, leaves, key):
     (end, kept), out = jax.lax.scan(body, (stream, {k: x for k, x in empty.items() if x is not None}), loop.steps)
     kept = [out[name] if name in out else kept[name] for name in actions]
     leaves = [None if i == loop.x else leaf for i, leaf in enumerate(leaves)]
-    return end, (_Static(perturbed), leaves, key, kept, jnp.zeros((0,), stream.dtype))
+    return end, (Static(perturbed), leaves, key, kept, jnp.zeros((0,), stream.dtype))
 
 
 def _backward(loop, plan, saved, d_end):

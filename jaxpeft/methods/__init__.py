@@ -5,7 +5,9 @@ Besides the factory a file has
     SUMMARY, KIND, SAVES, REFERENCE     what `jaxpeft methods` shows
     EXAMPLE                             arguments for the conformance test
     STARTS_AT_BASE                      whether the adapted model equals the base at initialisation
-    saved_bytes(inputs, outputs, ...)   bytes per token and kernel that it keeps for the backward pass
+    saved_bytes(inputs, outputs, ...)   bytes per token and kernel that it keeps for the backward pass, or
+    layer_bytes(config, itemsize, ...)  bytes per token that it keeps for one more layer, where it runs them in its way
+    MERGES = False                      where it has no merged form
 
 and, where Hugging Face PEFT knows the method,
 

@@ -16,7 +16,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import residuals
+from jaxpeft.memory import loop, residuals
 from jaxpeft.memory.flops import count_flops
 from jaxpeft.memory.plan import INPUT, Plan, parse
 from tests import contract_test, tiny
@@ -338,7 +338,7 @@ def test_a_table_is_charged_for_what_it_leaves_out():
     [(8, 16, 2048, 1), (8, 16, 32, 4), (8, 16, 1, 8), (6, 16, 64, 2), (7, 5, 30, 7)],
 )
 def test_groups_are_equal_and_as_few_as_fit(rows, length, tokens, groups):
-    assert residuals.num_groups(rows, length, tokens) == groups
+    assert loop.num_groups(rows, length, tokens) == groups
 
 
 # Text.

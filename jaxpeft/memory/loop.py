@@ -1,0 +1,148 @@
+"""A loop over layers and groups of rows: how one block's inputs lie in the arrays of all of them.
+
+Rows don't see each other inside a block, so a loop over the layers may take a few rows at a time: what a block needs to
+work on shrinks with the group. A step is one block on one group; layers are the outer loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpeft.memory.programs import Programs, trace
+
+
+def num_groups(rows: int, tokens_per_row: int, tokens: int, shards: int = 1) -> int:
+    """The fewest groups of equal size, each of at most `tokens` tokens or one row of every shard."""
+    own = max(rows // shards, 1)
+    most = max(tokens // tokens_per_row, 1)
+    return next(groups for groups in range(1, own + 1) if own % groups == 0 and own // groups <= most)
+
+
+def divide(x, groups):
+    """(B, ...) -> (G, B / G, ...); group g takes rows g, g + G, ..., so that sharded rows stay where they are."""
+    return x.reshape(x.shape[0] // groups, groups, *x.shape[1:]).swapaxes(0, 1)
+
+
+def join(x):
+    """The inverse of `divide`."""
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
+
+
+@jax.tree_util.register_static
+class Static(tuple):
+    """Hashable facts that go from a forward rule to its backward rule."""
+
+
+class Loop(NamedTuple):
+    """How one block's inputs lie in the arrays of all layers and groups; a step is one block on one group.
+
+    name: the segment's.
+    block: (layer, x, ctx) -> y.
+    treedef: of (params, x, ctx).
+    paths: per leaf, its path.
+    kinds: per leaf, "layer" (indexed by layer), "rows" (by group) or "shared".
+    x: the leaf that is the stream.
+    layers: the segment's.  groups: of rows.
+    keyed: whether there is a PRNG key.
+    """
+
+    name: str
+    block: Callable[..., jax.Array]
+    treedef: Any
+    paths: tuple[str, ...]
+    kinds: tuple[str, ...]
+    x: int
+    layers: range
+    groups: int
+    keyed: bool
+
+    @property
+    def steps(self) -> jax.Array:
+        return jnp.arange(len(self.layers) * self.groups)
+
+    def at(self, leaf, kind, step):
+        """A step's part of a leaf."""
+        return leaf if kind == "shared" else jax.lax.dynamic_index_in_dim(leaf, self.place(kind, step), keepdims=False)
+
+    def place(self, kind, step):
+        """Where a step's part lies: by layer, by group of rows, or one after the other."""
+        return {"layer": step // self.groups, "rows": step % self.groups, "steps": step}[kind]
+
+    def put(self, whole, part, kind, step, add=False):
+        """The leaf with a step's part replaced, or added to."""
+        if kind == "shared":
+            return whole + part if add else part
+        if add:
+            part = self.at(whole, kind, step) + part
+        return jax.lax.dynamic_update_index_in_dim(whole, part, self.place(kind, step), 0)
+
+    def inputs(self, leaves, stream, step, key):
+        """Everything that `function` takes; the last are the layer's number, and its key."""
+        parts = [
+            (self.at(stream, kind, step) if stream is not None else None) if i == self.x else self.at(leaf, kind, step)
+            for i, (leaf, kind) in enumerate(zip(leaves, self.kinds, strict=True))
+        ]
+        index = self.layers.start + step // self.groups
+        if not self.keyed:
+            return [*parts, index]
+        key = jax.random.fold_in(key, index)
+        return [*parts, index, key if self.groups == 1 else jax.random.fold_in(key, step % self.groups)]
+
+    def function(self, *inputs):
+        """The block, as a function of flat inputs."""
+        layer, x, ctx = self.treedef.unflatten(inputs[: len(self.kinds)])
+        own = dict(zip(("layer", "key"), inputs[len(self.kinds) :], strict=False))
+        return self.block(layer, x, {**ctx, **own})[0]
+
+    def programs(self, leaves, stream, key, perturbed) -> Programs:
+        """The traced block."""
+        shapes = jax.eval_shape(lambda *args: self.inputs(args[0], args[1], jnp.int32(0), args[2]), leaves, stream, key)
+        # What trains in one layer moves the stream of the next, whether or not it moves that of the first.
+        perturbed = [use or i == self.x for i, use in enumerate(perturbed)]
+        return trace(self.function, shapes, [*perturbed, *[False] * (1 + self.keyed)])
+
+
+def loop_over(
+    block: Callable[..., jax.Array],
+    segment: str,
+    layers: range,
+    params: Any,
+    x: jax.Array,
+    ctx: Mapping[str, Any],
+    keyed: bool,
+    tokens: int,
+    shards: int = 1,
+) -> tuple[Loop, list[jax.Array]]:
+    """The loop over a segment's layers and groups of rows, and its leaves, those of rows divided into groups.
+
+    Args:
+      block: (layer, x, ctx) -> y.
+      segment: its name.  layers: its layers' numbers.
+      params: stacked over layers.
+      x: (B, S, d).
+      ctx: of the forward pass (see `jaxpeft.model`).
+      keyed: whether there is a PRNG key.
+      tokens: of a group, at most (but at least a row of every shard).
+      shards: devices over which the rows are divided.
+    """
+    rows = x.shape[0]
+
+    def kind(path, leaf):
+        return "shared" if path[0].key == "shared" or jnp.shape(leaf)[:1] != (rows,) else "rows"
+
+    of_ctx = jax.tree_util.tree_map_with_path(kind, dict(ctx))
+    leaves, treedef = jax.tree.flatten((params, x, dict(ctx)))
+    paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(dict(ctx))]
+    kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
+    groups = num_groups(rows, x.shape[1], tokens, shards)
+    loop = Loop(segment, block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, keyed)
+    return loop, [divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
+
+
+def _paths(nested) -> list[str]:
+    return [jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in jax.tree.leaves_with_path(nested)]

@@ -1,0 +1,465 @@
+"""Layers that are run backwards: their inputs are rebuilt from their outputs instead of being kept.
+
+    y1 = lam x1 + F(x2)         x2 = (y2 - G(y1)) / beta
+    y2 = beta x2 + G(y1)        x1 = (y1 - F(x2)) / lam
+
+with the two streams swapped after each layer or not, and with d1, d2 the gradients,
+
+    d1 <- d1 + vjp of G at y1 applied to d2;    d2 <- beta d2 + vjp of F at x2 applied to d1;    d1 <- lam d1
+
+In floating point each division by lam multiplies the rounding error of the streams by 1 / lam. Here they can be held in
+fixed point, int32, where nothing is lost: lam = n / 2^k with n odd; n x1 is computed modulo 2^32 and its low k bits,
+which the division shifts out, are kept, k bits per element of the stream. Then
+
+    n x1 = 2^k (y1 - round(F(x2)))  +  the k bits that were kept         and x1 = n^-1 (n x1) modulo 2^32
+
+hold for every value, overflow included. (Reversible multiplication with a buffer of lost bits: Maclaurin et al. 2015,
+arXiv:1502.03492; fixed point for reversible networks: MacKay et al. 2018, arXiv:1810.10999.)
+
+This rests on F and G giving the same bits in both passes: they are one traced program, kept apart from what surrounds it
+by optimization barriers, and on a CPU, whose compiler removes these before it fuses, by a branch. That program also
+yields what the derivative needs besides the inputs (the smallest set of named activations that spares every matrix
+product): the forward pass drops it, the backward pass uses it, so that the backward pass evaluates F and G once.
+(`twice`: once to rebuild, and once more for the derivative.)
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import partial_eval
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.memory.flops import count_flops
+from jaxpeft.memory.loop import Loop, Static, divide, join, loop_over
+from jaxpeft.memory.plan import Plan
+from jaxpeft.memory.programs import Programs, decide, trace
+from jaxpeft.memory.residuals import record
+
+Function = Callable[[tree.Params, jax.Array, Mapping[str, Any]], jax.Array]  # (layer, x, ctx) -> y
+
+
+class Fixed(NamedTuple):
+    """Streams as int32 multiples of 2^-bits."""
+
+    bits: int = 16
+
+    def encode(self, x: jax.Array) -> jax.Array:
+        """Rounds to nearest."""
+        return jnp.round(x.astype(jnp.float32) * 2.0**self.bits).astype(jnp.int32)
+
+    def decode(self, s: jax.Array, dtype: Any) -> jax.Array:
+        """The value, rounded to the type."""
+        return (s.astype(jnp.float32) * 2.0**-self.bits).astype(dtype)
+
+    def multiply(self, s: jax.Array, factor: Fraction) -> tuple[jax.Array, jax.Array | None]:
+        """(s times factor, rounded down; the bits that are lost, packed, or None)."""
+        n, k = factor.numerator, factor.denominator.bit_length() - 1
+        product = s * jnp.int32(n)
+        return product >> k, pack(product & (2**k - 1), k) if k else None
+
+    def divide(self, s: jax.Array, factor: Fraction, lost: jax.Array | None) -> jax.Array:
+        """The inverse of `multiply`."""
+        n, k = factor.numerator, factor.denominator.bit_length() - 1
+        product = s if lost is None else (s << k) | unpack(lost, k, s.shape[-2])
+        inverse = pow(n, -1, 2**32)
+        return product * jnp.int32(inverse - 2**32 if inverse >= 2**31 else inverse)
+
+
+class Float(NamedTuple):
+    """Streams in a floating type, inverted up to rounding."""
+
+    dtype: Any = jnp.float32
+
+    def encode(self, x):
+        """To the streams' type."""
+        return x.astype(self.dtype)
+
+    def decode(self, s, dtype):
+        """To the blocks' type."""
+        return s.astype(dtype)
+
+    def multiply(self, s, factor):
+        """Nothing is kept."""
+        return s * jnp.asarray(float(factor), self.dtype), None
+
+    def divide(self, s, factor, lost):
+        """Exact only without rounding."""
+        del lost
+        return s / jnp.asarray(float(factor), self.dtype)
+
+
+def pack(values: jax.Array, bits: int) -> jax.Array:
+    """int32 (..., S, d) of values below 2^bits -> uint32 (..., bits * ceil(S / 32), d): 32 positions in a word.
+
+    Positions, not features, share a word: the features stay in a vector unit's lanes.
+    """
+    *lead, length, d = values.shape
+    values = jnp.pad(values, [*[(0, 0)] * len(lead), (0, -length % 32), (0, 0)]).astype(jnp.uint32)
+    words = values.reshape(*lead, 1, -1, 32, d) >> jnp.arange(bits, dtype=jnp.uint32)[:, None, None, None] & 1
+    words = jnp.sum(words << jnp.arange(32, dtype=jnp.uint32)[:, None], axis=-2, dtype=jnp.uint32)
+    return words.reshape(*lead, -1, d)
+
+
+def unpack(words: jax.Array, bits: int, length: int) -> jax.Array:
+    """The inverse of `pack`: int32 (..., length, d)."""
+    *lead, _, d = words.shape
+    planes = words.reshape(*lead, bits, -1, 1, d) >> jnp.arange(32, dtype=jnp.uint32)[:, None] & 1
+    planes = planes.reshape(*lead, bits, -1, d) << jnp.arange(bits, dtype=jnp.uint32)[:, None, None]
+    return jnp.sum(planes, axis=-3, dtype=jnp.uint32).astype(jnp.int32)[..., :length, :]
+
+
+class Coupling(NamedTuple):
+    """How a layer couples its two streams.
+
+    f, g: (layer, x, ctx) -> y in x's type.
+    lam, beta: their factors; with `Fixed` streams of the form n / 2^k, above 0.
+    swap: whether the streams change places after a layer.
+    streams: Fixed or Float.
+    every: the pair is kept after every so many layers, and taken instead of the rebuilt one; 0: never.
+    twice: whether the backward pass evaluates F and G once more for the derivative.
+    probe: whether the layers' inputs are kept, to be compared with the rebuilt ones (see `run`).
+    """
+
+    f: Function
+    g: Function
+    lam: Fraction
+    beta: Fraction
+    swap: bool
+    streams: Fixed | Float = Fixed()
+    every: int = 0
+    twice: bool = False
+    probe: bool = False
+
+
+def run(
+    coupling: Coupling,
+    segment: str,
+    layers: range,
+    params: tree.Params,
+    pair: tuple[jax.Array, jax.Array],
+    ctx: Mapping[str, Any],
+    key: jax.Array | None = None,
+    tokens: int = Plan().tokens,
+    shards: int = 1,
+    probe: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """The layers of a segment.
+
+    Args:
+      coupling: of every layer.
+      segment: its name.  layers: its layers' numbers.
+      params: stacked over layers.
+      pair: x1, x2, each (B, S, d), in the type in which F and G compute.
+      ctx: see `jaxpeft.model`.
+      key: PRNG key for dropout, or None; layer i gets `fold_in(key, i)`, of which F and G get a part each.
+      tokens: that a layer works on at a time (see `jaxpeft.memory.plan`).
+      shards: devices over which the rows are divided.
+      probe: (layers, 3) float32 of any value, where the coupling has one. Its gradient tells, for each layer's input
+        pair, how many elements are rebuilt otherwise than they were, the sum of these errors' squares, and that of the
+        elements' own.
+
+    Returns:
+      The pair after the last layer, swapped if the coupling says so, float32.
+    """
+    loop, leaves = _loop(coupling, segment, layers, params, pair[1], ctx, key, tokens, shards)
+    probe = jnp.zeros((len(layers), 3)) if probe is None else probe
+    return tuple(join(y) for y in _run(coupling, loop, divide(pair[0], loop.groups), leaves, key, probe))
+
+
+def _loop(coupling, segment, layers, params, x, ctx, key, tokens, shards):
+    return loop_over(coupling.f, segment, layers, params, x, ctx, key is not None, tokens, shards)
+
+
+class _Half(NamedTuple):
+    """F or G, traced.
+
+    programs: of one layer and one group of rows.
+    forward: (*inputs) -> (y, *values that the backward program reads).
+    backward: (inputs that it reads, d y, values) -> cotangents of `moved`.
+    used: the inputs that `backward` reads.
+    moved: leaves with a cotangent.
+    """
+
+    programs: Programs
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    used: list[bool]
+    moved: list[int]
+    flops: float
+
+
+def _half(function: Function, loop: Loop, leaves, dtype, key, perturbed, twice: bool, part: int) -> _Half:
+    """Traces F (part 0) or G (part 1)."""
+
+    def block(layer, x, ctx):
+        own = {**ctx, "key": jax.random.fold_in(ctx["key"], part)} if "key" in ctx else ctx
+        return function(layer, x, own), None
+
+    loop = loop._replace(block=block)
+    stream = jax.ShapeDtypeStruct(leaves[loop.x].shape, dtype)
+    shapes = jax.eval_shape(lambda *args: loop.inputs(args[0], args[1], jnp.int32(0), args[2]), leaves, stream, key)
+    read = partial_eval.dce_jaxpr(jax.make_jaxpr(loop.function)(*shapes).jaxpr, [True])[1]
+    moved = [i == loop.x or (p and r) for i, (p, r) in enumerate(zip(perturbed, read, strict=False))]
+    programs = trace(loop.function, shapes, [*moved, *[False] * (len(shapes) - len(moved))])
+    kept = [] if twice else list(decide(Plan("matmuls"), programs))
+    backward, used, values = programs.backward(kept)
+    jaxpr = programs.forward.jaxpr
+    wanted = [True, *(name in values for name in programs.names)]
+    forward, _ = partial_eval.dce_jaxpr(jaxpr, wanted, instantiate=True)
+    return _Half(
+        programs,
+        jaxpr_as_fun(ClosedJaxpr(forward, programs.forward.consts)),
+        jaxpr_as_fun(backward),
+        used,
+        [i for i, use in enumerate(moved) if use],
+        count_flops(programs.forward) + programs.recompute_flops(values),
+    )
+
+
+def _evaluate(half: _Half, inputs: list[Any], x: int) -> tuple[jax.Array, list[jax.Array]]:
+    """(y, the values that the backward program reads): the same bits wherever this stands in a program."""
+    stream, rest = inputs[x], [*inputs[:x], *inputs[x + 1 :]]
+
+    def function(stream, *rest):
+        return half.forward(*rest[:x], stream, *rest[x:])
+
+    def apart(stream, *rest):
+        # A CPU's compiler removes barriers before it fuses; a branch is compiled by itself.
+        shapes = jax.eval_shape(function, stream, *rest)
+        nothing = lambda *args: [jnp.full(out.shape, jnp.nan).astype(out.dtype) for out in shapes]
+        return jax.lax.cond(jnp.isnan(stream.reshape(-1)[0]), nothing, function, stream, *rest)
+
+    def between_barriers(stream, *rest):
+        return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(stream), *rest))
+
+    y, *values = jax.lax.platform_dependent(stream, *rest, cpu=apart, default=between_barriers)
+    return y, values
+
+
+def _pull(half: _Half, inputs: list[Any], d_y: jax.Array, values: list[jax.Array]) -> dict[int, jax.Array]:
+    """{leaf: cotangent} of one half."""
+    read = [x for x, use in zip(inputs, half.used, strict=True) if use]
+    return dict(zip(half.moved, half.backward(*read, d_y, *values), strict=True))
+
+
+def _halves(coupling: Coupling, loop: Loop, leaves, dtype, key, perturbed) -> tuple[_Half, _Half]:
+    trace_half = functools.partial(_half, loop=loop, leaves=leaves, dtype=dtype, key=key, perturbed=perturbed)
+    return (
+        trace_half(coupling.f, twice=coupling.twice, part=0),
+        trace_half(coupling.g, twice=coupling.twice, part=1),
+    )
+
+
+def couple(
+    coupling: Coupling,
+    f: Callable[..., jax.Array],
+    g: Callable[..., jax.Array],
+    x1: jax.Array,
+    x2: jax.Array,
+    dtype: Any,
+) -> tuple[tuple[jax.Array, jax.Array], list[jax.Array | None]]:
+    """One layer, on encoded streams.
+
+    Args:
+      coupling: its factors; f and g are used in the place of its own.
+      f, g: x -> y, in `dtype`.
+      x1, x2: encoded.
+
+    Returns:
+      (the pair for the next layer, what the two multiplications have lost).
+    """
+    streams = coupling.streams
+    y1, lost1 = streams.multiply(x1, coupling.lam)
+    y1 = y1 + streams.encode(f(streams.decode(x2, dtype)))
+    y2, lost2 = streams.multiply(x2, coupling.beta)
+    y2 = y2 + streams.encode(g(streams.decode(y1, dtype)))
+    return (y2, y1) if coupling.swap else (y1, y2), [lost1, lost2]
+
+
+def encoded(coupling: Coupling, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    """The pair as streams."""
+    return tuple(coupling.streams.encode(x) for x in pair)
+
+
+def decoded(coupling: Coupling, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    """Streams as float32."""
+    return tuple(coupling.streams.decode(y, jnp.float32) for y in pair)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _run(coupling, loop, x1, leaves, key, probe):
+    del probe
+    pair, _, _ = _layers(coupling, loop, x1, leaves, key, [False] * len(leaves), keep=False)
+    return decoded(coupling, pair)
+
+
+def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
+    """(the last pair; what was lost, per step; pairs that are kept)."""
+    x2, dtype = leaves[loop.x], leaves[loop.x].dtype
+    halves = _halves(coupling, loop, leaves, dtype, key, perturbed)
+
+    def body(carry, step):
+        pair, pairs = carry
+        inputs = loop.inputs(leaves, None, step, key)
+
+        def evaluated(half):
+            def function(x):
+                return _evaluate(half, [*inputs[: loop.x], x, *inputs[loop.x + 1 :]], loop.x)[0]
+
+            return function
+
+        x1, x2 = (loop.at(x, "rows", step) for x in pair)
+        f, g = (evaluated(half) for half in halves)
+        new, lost = couple(coupling, f, g, x1, x2, dtype)
+        with jax.named_scope("stream"):
+            pair = tuple(loop.put(x, y, "rows", step) for x, y in zip(pair, new, strict=True))
+        if coupling.every and keep:
+            _, place = _checkpoint(coupling, loop, step)
+            with jax.named_scope("save:pair"):
+                pairs = tuple(jax.lax.dynamic_update_index_in_dim(p, y, place, 0) for p, y in zip(pairs, new))  # noqa: B905
+        with jax.named_scope("save:remainder"):
+            return (pair, pairs), (lost, (x1, x2) if coupling.probe else None) if keep else None
+
+    start = encoded(coupling, (x1, x2))
+    slots = (len(loop.layers) // coupling.every + 1) * loop.groups if coupling.every and keep else 0
+    pairs = tuple(jnp.zeros((slots, *x.shape[1:]), x.dtype) for x in start) if slots else ()
+    (pair, pairs), lost = jax.lax.scan(body, (start, pairs), loop.steps)
+    return pair, lost, pairs
+
+
+def _checkpoint(coupling, loop, step):
+    """(whether the pair after this step is kept, where; the first places take those that are not)."""
+    done = step // loop.groups + 1
+    kept = done % coupling.every == 0
+    return kept, jnp.where(kept, done // coupling.every, 0) * loop.groups + step % loop.groups
+
+
+def _forward(coupling, loop, x1, leaves, key, probe):
+    del probe
+    perturbed = [leaf.perturbed for leaf in leaves]
+    moved = x1.perturbed
+    x1, leaves, key = x1.value, [leaf.value for leaf in leaves], None if key is None else key.value
+    pair, lost, pairs = _layers(coupling, loop, x1, leaves, key, perturbed, keep=True)
+    rest = [None if i == loop.x else leaf for i, leaf in enumerate(leaves)]
+    like = jnp.zeros((0,), leaves[loop.x].dtype)
+    halves = _halves(coupling, loop, leaves, like.dtype, key, perturbed)
+    sizes = {"stream": tree.num_bytes(pair), "remainder": tree.num_bytes(lost[0]), "pair": tree.num_bytes(pairs)}
+    record(loop.name, Reversible(sizes, len(loop.steps) * sum(half.flops for half in halves)))
+    return decoded(coupling, pair), (Static([moved, *perturbed]), rest, key, pair, lost, pairs, like)
+
+
+def _backward(coupling, loop, saved, d_pair):
+    (moved, *perturbed), leaves, key, pair, lost, pairs, like = saved
+    if all(isinstance(d, SymbolicZero) for d in d_pair):
+        return None, [None] * len(leaves), None, None
+    dtype = like.dtype
+    d_pair = tuple(jnp.zeros(d.shape, dtype) if isinstance(d, SymbolicZero) else d.astype(dtype) for d in d_pair)
+    leaves = [jax.ShapeDtypeStruct(pair[0].shape, dtype) if leaf is None else leaf for leaf in leaves]
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), leaves)
+    f, g = _halves(coupling, loop, shapes, dtype, key, perturbed)
+    leaves[loop.x] = None
+    streams, lam, beta = coupling.streams, coupling.lam, coupling.beta
+    trained = sorted({*f.moved, *g.moved} - {loop.x})
+
+    def swapped(pair):
+        return pair[::-1] if coupling.swap else pair
+
+    def body(carry, inputs):
+        pair, d_pair, totals, errors = carry
+        step, ((lost1, lost2), seen) = inputs
+        own = tuple(loop.at(y, "rows", step) for y in pair)
+        if coupling.every:
+            kept, place = _checkpoint(coupling, loop, step)
+            with jax.named_scope("read:pair"):
+                own = tuple(
+                    jnp.where(kept, jax.lax.dynamic_index_in_dim(p, place, keepdims=False), y)
+                    for p, y in zip(pairs, own, strict=True)
+                )
+        y1, y2 = swapped(own)
+        d1, d2 = swapped(tuple(loop.at(d, "rows", step) for d in d_pair))
+        inputs = loop.inputs(leaves, None, step, key)
+
+        def both(half, stream, inputs):
+            inputs = [*inputs[: loop.x], streams.decode(stream, dtype), *inputs[loop.x + 1 :]]
+            y, values = _evaluate(half, inputs, loop.x)
+            return streams.encode(y), lambda d_y: _pull(half, inputs, d_y, values)
+
+        of_y1, pull_g = both(g, y1, inputs)
+        with jax.named_scope("read:remainder"):
+            x2 = streams.divide(y2 - of_y1, beta, lost2)
+        of_x2, pull_f = both(f, x2, inputs)
+        with jax.named_scope("read:remainder"):
+            x1 = streams.divide(y1 - of_x2, lam, lost1)
+        from_g = pull_g(d2)
+        d1 = d1 + from_g.pop(loop.x)
+        from_f = pull_f(d1)
+        d2 = _times(d2, beta) + from_f.pop(loop.x)
+        d1 = _times(d1, lam)
+        with jax.named_scope("stream"):
+            pair = tuple(loop.put(y, x, "rows", step) for y, x in zip(pair, (x1, x2), strict=True))
+            d_pair = tuple(loop.put(whole, d, "rows", step) for whole, d in zip(d_pair, (d1, d2), strict=True))
+        totals = dict(totals)
+        for found in (from_g, from_f):
+            for i, part in found.items():
+                with jax.named_scope(f"grad:{loop.paths[i]}"):
+                    totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=True)
+        if coupling.probe:
+            errors = errors.at[step // loop.groups].add(_differences(coupling, (x1, x2), seen))
+        return (pair, d_pair, totals, errors), None
+
+    totals = {i: jnp.zeros(leaves[i].shape, leaves[i].dtype) for i in trained}
+    errors = jnp.zeros((len(loop.layers), 3))
+    start = (pair, d_pair, totals, errors)
+    (_, d_pair, totals, errors), _ = jax.lax.scan(body, start, (loop.steps, lost), reverse=True)
+    if perturbed[loop.x]:
+        totals[loop.x] = d_pair[1]
+    return d_pair[0] if moved else None, [totals.get(i) for i in range(len(leaves))], None, errors
+
+
+_run.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def _differences(coupling, found, seen):
+    """(3,): elements that differ, the sum of the differences' squares, that of the elements' squares."""
+    found, seen = jnp.stack(found), jnp.stack(seen)
+    count = jnp.sum(found != seen, dtype=jnp.float32)
+    found, seen = (coupling.streams.decode(x, jnp.float32) for x in (found, seen))
+    return jnp.stack([count, jnp.sum((found - seen) ** 2), jnp.sum(seen**2)])
+
+
+def _times(d, factor: Fraction):
+    return d if factor == 1 else d * jnp.asarray(float(factor), d.dtype)
+
+
+class Reversible(NamedTuple):
+    """A segment as it was traced (see `jaxpeft.memory.residuals.recorded`)."""
+
+    kept: dict[str, int]
+    flops: float
+
+    def kept_bytes(self) -> dict[str, dict[str, int]]:
+        """{"device" or "host": {name: bytes of all layers}}."""
+        return {"device": self.kept, "host": {}}
+
+    def recompute_flops(self) -> float:
+        """FLOPs of matrix products that the backward pass computes again."""
+        return self.flops
+
+
+def check(name: str, coupling: Coupling) -> None:
+    """Raises InputError for factors that the streams cannot be divided by."""
+    for which, factor in (("lam", coupling.lam), ("beta", coupling.beta)):
+        if factor <= 0:
+            raise InputError(f"{name}: {which} {factor} must be above 0")
+        n, k = factor.numerator, factor.denominator.bit_length() - 1
+        if isinstance(coupling.streams, Fixed) and (factor.denominator != 2**k or k > 16 or n % 2 == 0):
+            raise InputError(f"{name}: {which} {factor} must be n / 2^k with n odd and k at most 16 for exact streams")

@@ -1,0 +1,232 @@
+"""Reversible layers: rebuilt streams are the stored ones bit for bit, gradients those of plain autodiff."""
+
+import functools
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.ad_checkpoint import checkpoint_name
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.memory import residuals, reversible
+from jaxpeft.memory.flops import count_flops
+from jaxpeft.memory.reversible import Coupling, Fixed, Float
+
+B, S, D = 4, 40, 32
+EIGHTH, ONE = Fraction(1, 8), Fraction(1)
+
+
+def f(layer, x, ctx):
+    """A product, a norm, a nonlinearity, a product, and a residual connection."""
+    h = checkpoint_name(x @ layer["w"].astype(x.dtype), "up")
+    size = jnp.mean(jnp.square(h.astype(jnp.float32)), -1, keepdims=True)
+    h = jax.nn.gelu((h * jax.lax.rsqrt(size + 1e-5)).astype(x.dtype))
+    h = h + ctx["shift"] if "shift" in ctx else h
+    return x / 2 + h @ layer["v"].astype(x.dtype)
+
+
+def g(layer, x, ctx):
+    return jnp.tanh(checkpoint_name(x @ layer["u"].astype(x.dtype), "up")) / 4
+
+
+def start(layers, dtype=jnp.float32, scale=1.0):
+    keys = jax.random.split(jax.random.key(layers), 4)
+    kernels = scale * jax.random.normal(keys[0], (3, layers, D, D)) / D**0.5
+    params = dict(zip("wvu", kernels, strict=True))
+    return params, jax.random.normal(keys[3], (B, S, D)).astype(dtype)
+
+
+FIXED, FINE = Fixed(), Fixed(22)  # the finer one's steps are those of float32 near 4
+
+
+def coupling(lam=EIGHTH, beta=ONE, swap=True, streams=FIXED, **changes):
+    return Coupling(f, g, lam, beta, swap, streams)._replace(**changes)
+
+
+def gradients(of, params, x, ctx=None, tokens=80):
+    layers = range(len(jax.tree.leaves(params)[0]))
+
+    def loss(params, x):
+        y1, y2 = reversible.run(of, "layers", layers, params, (x, x), ctx or {}, tokens=tokens)
+        return jnp.mean(jnp.sin(y1) + y2 * y2)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
+
+
+def errors(of, params, x):
+    """(layers, 3): what the probe tells of each layer's rebuilt inputs."""
+    layers = len(jax.tree.leaves(params)[0])
+
+    def loss(probe):
+        y1, y2 = reversible.run(of._replace(probe=True), "layers", range(layers), params, (x, x), {}, probe=probe)
+        return jnp.mean(jnp.sin(y1) + y2 * y2)
+
+    return np.asarray(jax.jit(jax.grad(loss))(jnp.zeros((layers, 3))))
+
+
+def plain(of, params, x):
+    """The two-stream graph, by autodiff."""
+
+    def body(pair, layer):
+        x1, x2 = pair
+        y1 = float(of.lam) * x1 + f(layer, x2, {})
+        y2 = float(of.beta) * x2 + g(layer, y1, {})
+        return (y2, y1) if of.swap else (y1, y2), None
+
+    def loss(params, x):
+        y1, y2 = jax.lax.scan(body, (x, x), params)[0]
+        return jnp.mean(jnp.sin(y1) + y2 * y2)
+
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
+
+
+def same_bits(found, wanted):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def close(found, wanted, tolerance):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert np.linalg.norm(a - b) <= tolerance * np.linalg.norm(b)
+
+
+words = st.integers(-(2**31), 2**31 - 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(words, min_size=1, max_size=70), st.integers(0, 20), st.integers(0, 12))
+def test_division_is_the_inverse_of_multiplication(values, n, k):
+    """For every int32, overflow included, and any length of a row."""
+    factor = Fraction(2 * n + 1, 2**k)
+    s = jnp.asarray(values, jnp.int32)[:, None]
+    product, lost = Fixed().multiply(s, factor)
+    np.testing.assert_array_equal(Fixed().divide(product, factor, lost), s)
+    if factor.numerator == 1:
+        np.testing.assert_array_equal(product, s >> (factor.denominator.bit_length() - 1))
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8, 16])
+@pytest.mark.parametrize("length", [1, 32, 45])
+def test_packed_bits(bits, length):
+    values = jax.random.randint(jax.random.key(0), (2, length, 3), 0, 2**bits)
+    words = reversible.pack(values, bits)
+    assert words.shape == (2, bits * -(-length // 32), 3) and words.dtype == jnp.uint32
+    np.testing.assert_array_equal(reversible.unpack(words, bits, length), values)
+
+
+@pytest.mark.parametrize("swap", [True, False])
+@pytest.mark.parametrize("streams", [FIXED, Float()])
+def test_gradients_are_those_of_the_two_stream_graph(swap, streams):
+    """lam = beta = 1, float32, 6 layers."""
+    params, x = start(6, scale=0.5)
+    of = coupling(ONE, ONE, swap, streams)
+    (value, found), (expected, wanted) = gradients(of, params, x), plain(of, params, x)
+    assert value == pytest.approx(float(expected), rel=1e-4)
+    close(found, wanted, 1e-4)
+
+
+@pytest.mark.parametrize("lam, beta, swap", [(EIGHTH, ONE, True), (ONE, EIGHTH, True), (EIGHTH, EIGHTH, False)])
+def test_gradients_with_small_factors(lam, beta, swap):
+    """Exact streams follow autodiff where floating point ones are lost."""
+    params, x = start(12, scale=0.5)
+    of = coupling(lam, beta, swap, FINE)
+    wanted = plain(of, params, x)[1]
+    close(gradients(of, params, x)[1], wanted, 1e-4)
+    lost = gradients(of._replace(streams=Float()), params, x)[1][0]["w"][0]
+    assert not np.linalg.norm(lost - wanted[0]["w"][0]) < 0.1 * np.linalg.norm(wanted[0]["w"][0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("layers", [24, 48])
+@pytest.mark.parametrize("lam, beta, swap", [(EIGHTH, ONE, True), (Fraction(3, 8), Fraction(1, 256), False)])
+def test_rebuilt_streams_are_the_stored_ones(lam, beta, swap, layers, dtype):
+    """In one program, and in two: with `every=1` the backward pass reads stored streams, and gradients are the same."""
+    params, x = start(layers, dtype)
+    of = coupling(lam, beta, swap)
+    same_bits(gradients(of, params, x), gradients(of._replace(every=1), params, x))
+    different, _, size = errors(of, params, x).T
+    assert not different.any() and (size > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_evaluating_once_or_twice_is_the_same(dtype):
+    params, x = start(8, dtype)
+    close(gradients(coupling(), params, x), gradients(coupling(twice=True), params, x), 1e-5)
+
+
+def test_the_probe_sees_floating_point_fail():
+    """Relative errors of the rebuilt inputs, last layer first: about eightfold with each layer."""
+    params, x = start(10, scale=0.5)
+    found = errors(coupling(streams=Float()), params, x)
+    relative = np.sqrt(found[:, 1] / found[:, 2])[::-1]
+    assert relative[0] < 1e-6 and (relative[1:7] > 2 * relative[:6]).all() and relative[6] > 1e3 * relative[0]
+    assert (found[:, 0] > 0).all()
+
+
+def test_kept_pairs_bound_the_error_of_floating_point():
+    """Every second pair kept: the error is that of one division, whatever the depth."""
+    params, x = start(24, scale=0.5)
+    of = coupling(streams=Float())
+    wanted = plain(of, params, x)[1]
+    close(gradients(of._replace(every=2), params, x)[1], wanted, 1e-4)
+
+
+def test_groups_of_rows_are_one_computation():
+    params, x = start(5)
+    of = coupling(streams=FINE)
+    close(gradients(of, params, x, tokens=40), gradients(of, params, x, tokens=1000), 1e-4)
+
+
+def test_what_is_shared_is_differentiated():
+    params, x = start(5, scale=0.5)
+    of = coupling(ONE, ONE)
+
+    def loss(shift):
+        y1, y2 = reversible.run(of, "layers", range(5), params, (x, x), {"shared": {}, "shift": shift})
+        return jnp.mean(y1 * y2)
+
+    direction, shift, step = jax.random.normal(jax.random.key(1), (D,)), jnp.zeros((D,)), 1e-2
+    slope = (loss(shift + step * direction) - loss(shift - step * direction)) / (2 * step)
+    assert jnp.vdot(jax.grad(loss)(shift), direction) == pytest.approx(float(slope), rel=2e-2)
+
+
+@pytest.mark.parametrize("lam, bits", [(EIGHTH, 3), (Fraction(1, 256), 8), (Fraction(3, 8), 3), (ONE, 0)])
+def test_keeps_a_pair_and_the_bits_of_each_division(lam, bits):
+    """By hand: two int32 per element of the stream, and k bits per element and layer; no layer's activations."""
+    params, x = start(7)
+    x = x[:, :32]
+    with residuals.recorded() as found:
+        jax.eval_shape(lambda p: gradients(coupling(lam), p, x), params)
+    elements = x.size
+    expected = {"stream": 2 * 4 * elements, "remainder": 7 * bits * elements // 8, "pair": 0}
+    assert found["layers"].kept_bytes() == {"device": expected, "host": {}}
+    pull = jax.eval_shape(
+        lambda p: jax.vjp(lambda p: reversible.run(coupling(lam), "layers", range(7), p, (x, x), {}), p)[1], params
+    )
+    kept = tree.num_bytes(pull) - tree.num_bytes(params)
+    assert kept == sum(expected.values())
+
+
+def test_the_backward_pass_computes_each_layer_again_once():
+    params, x = start(3)
+    product = 2 * B * S * D * D
+    # A layer: 3 products forward, 3 again, 2 each for the derivative; apart from it also those that it reads from.
+    for twice, count in ((False, 3 + 3 + 6), (True, 3 + 3 + 2 + 6)):
+        of = coupling(twice=twice)
+        with residuals.recorded() as found:
+            flops = count_flops(jax.make_jaxpr(functools.partial(gradients, of))(params, x))
+        assert flops == 3 * count * product
+        assert found["layers"].recompute_flops() == 3 * (count - 9) * product
+
+
+@pytest.mark.parametrize("lam", ["0", "-1/8", "1/10", "2"])
+def test_factors_that_exact_streams_cannot_be_divided_by(lam):
+    with pytest.raises(InputError, match="^meft: lam .* must be "):
+        reversible.check("meft", coupling(Fraction(lam)))
+    if Fraction(lam) > 0:
+        reversible.check("meft", coupling(Fraction(lam), streams=Float()))
