@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Model, Stack, from_linen, from_nnx
     from jaxpeft.peft import export_adapter, import_adapter
-    from jaxpeft.train.loss import completion_loss
+    from jaxpeft.train.loss import classification_loss, completion_loss
     from jaxpeft.train.state import TrainState, init_state
     from jaxpeft.train.step import make_train_step
     from jaxpeft.tree import combine, split
@@ -35,6 +35,7 @@ _MODULE_OF = {
     "Stack": "model",
     "TrainState": "train.state",
     "chain": "method",
+    "classification_loss": "train.loss",
     "combine": "tree",
     "completion_loss": "train.loss",
     "export_adapter": "peft",

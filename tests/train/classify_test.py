@@ -211,6 +211,16 @@ def test_an_adapter_trains_on_and_asks_for_its_labels(trained, files, rows, tmp_
     assert "has the labels ends with a, ends with b, ends with c; " in line and "ends with z" in line
 
 
+def test_export_writes_what_the_run_left_and_generate_refuses_it(trained, files, tmp_path, capsys):
+    out = trained[0].out
+    assert cli.main(["export", "--run", str(out), "--out", str(tmp_path / "adapter")]) == 0
+    for name in ("adapter_model.safetensors", "adapter_config.json", "jaxpeft.json"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (out / "adapter" / name).read_bytes()
+    flags = ["--model", str(files / "model"), "--adapter", str(out / "adapter"), "--prompt", "a"]
+    assert cli.main(["generate", *flags]) == 2
+    assert "adapter: classifies rows and continues no text" in capsys.readouterr().err
+
+
 def test_a_run_that_ended_early_ends_with_the_same_bits(files, rows, tmp_path, monkeypatch):
     changes = {"method_options": ("dropout=0.1",)}
     whole = loop.train(arguments(files, rows, tmp_path / "whole", **changes))
