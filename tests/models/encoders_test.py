@@ -113,7 +113,7 @@ def test_token_types_are_zero_where_the_batch_has_none(tmp_path):
     assert np.abs(found - other).max() > 0.1
 
 
-@pytest.mark.parametrize("case", ["bert, masked LM", "roberta, classifier", "opt, causal LM", "vit, classifier"])
+@pytest.mark.parametrize("case", ["bert, masked LM", "opt, causal LM", "vit, classifier"])
 def test_bfloat16_follows_float32(case, tmp_path):
     theirs = reference(case)
     theirs.save_pretrained(tmp_path / "model")

@@ -46,7 +46,6 @@ VIT = {
 CASES = {
     "bert": ("BertModel", BERT),
     "bert, masked LM": ("BertForMaskedLM", BERT),
-    "bert, masked LM, tanh gelu": ("BertForMaskedLM", {**BERT, "hidden_act": "gelu_new", "num_hidden_layers": 1}),
     "bert, classifier": ("BertForSequenceClassification", {**BERT, "num_labels": 3}),
     "bert, regression, relu": ("BertForSequenceClassification", {**BERT, "num_labels": 1, "hidden_act": "relu"}),
     "roberta": ("RobertaModel", ROBERTA),
@@ -55,9 +54,8 @@ CASES = {
     "opt": ("OPTModel", OPT),
     "opt, causal LM": ("OPTForCausalLM", OPT),
     "opt, classifier": ("OPTForSequenceClassification", {**OPT, "num_labels": 3}),
-    "vit": ("ViTModel", VIT),
+    "vit": ("ViTModel", {**VIT, "num_channels": 1, "qkv_bias": False}),
     "vit, classifier": ("ViTForImageClassification", {**VIT, "num_labels": 5}),
-    "vit, one channel, no biases": ("ViTModel", {**VIT, "num_channels": 1, "qkv_bias": False, "num_hidden_layers": 1}),
 }
 LENGTHS = np.array([24, 9, 1])
 MASK = np.arange(24) < LENGTHS[:, None]
