@@ -155,7 +155,7 @@ def arguments(files, rows, out, **changes):
 @pytest.fixture(scope="module")
 def trained(files, rows, cache, tmp_path_factory):
     """(arguments, report) of a run."""
-    args = arguments(files, rows, tmp_path_factory.mktemp("run") / "run", steps=40)
+    args = arguments(files, rows, tmp_path_factory.mktemp("run") / "run", steps=40, eval_every=20, checkpoint_every=20)
     return args, loop.train(args)
 
 
@@ -244,8 +244,7 @@ def test_a_run_that_ended_early_ends_with_the_same_bits(files, rows, tmp_path, m
 
 
 def test_full_leaves_a_model_that_transformers_reads(files, rows, tmp_path):
-    import torch
-
+    torch = pytest.importorskip("torch")
     loop.train(arguments(files, rows, tmp_path, method="full", rank=None, steps=3))
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert theirs.config.id2label == dict(enumerate(NAMES))
@@ -269,7 +268,7 @@ def test_a_regression(files, rows, tmp_path):
         lines = [json.loads(line) for line in (rows / f"{name}.jsonl").read_text().splitlines()]
         made = [{"text": row["text2"], "label": row["label"] - 0.5} for row in lines]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    report = loop.train(arguments(files, tmp_path, tmp_path / "run", steps=40))
+    report = loop.train(arguments(files, tmp_path, tmp_path / "run", steps=40, eval_every=20, checkpoint_every=0))
     assert report["mse_after"] == report["eval_loss_after"] < report["mse_before"]
     assert report["pearson_after"] > 0.7 and report["spearman_after"] > 0.7
     assert "accuracy_after" not in report
@@ -299,6 +298,16 @@ def test_minilm_begins_and_trains(rows, tmp_path):
     assert report["eval_loss_after"] < report["eval_loss_before"]
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
+
+
+def test_a_run_from_a_file_without_validation(files, rows, tmp_path, capsys):
+    settings = {"task": "classify", "model": files / "model", "data": rows / "train.jsonl", "steps": 2, "seq-len": 16}
+    (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))
+    flags = ["--config", str(tmp_path / "run.yaml"), "--dtype", "float32", "--out", str(tmp_path / "run"), "--json"]
+    assert cli.main(["train", *flags]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["steps"], report["eval_loss_after"], report["examples"]["data"]["labels"]) == (2, None, 3)
+    assert "accuracy_after" not in report
 
 
 @pytest.mark.parametrize(
