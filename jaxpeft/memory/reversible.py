@@ -16,11 +16,11 @@ which the division shifts out, are kept, k bits per element of the stream. Then
 hold for every value, overflow included. (Reversible multiplication with a buffer of lost bits: Maclaurin et al. 2015,
 arXiv:1502.03492; fixed point for reversible networks: MacKay et al. 2018, arXiv:1810.10999.)
 
-This rests on F and G giving the same bits in both passes: they are one traced program, kept apart from what surrounds it
-by optimization barriers, and on a CPU, whose compiler removes these before it fuses, by a branch. That program also
-yields what the derivative needs besides the inputs (the smallest set of named activations that spares every matrix
-product): the forward pass drops it, the backward pass uses it, so that the backward pass evaluates F and G once.
-(`twice`: once to rebuild, and once more for the derivative.)
+This rests on F and G giving the same bits in both passes: each is one traced program, called in a branch, which a
+compiler translates by itself and alike in both loops. That program also yields what the derivative needs besides the
+inputs (the smallest set of named activations that spares every matrix product): the forward pass drops it, the backward
+pass uses it, so that the backward pass evaluates F and G once. (`twice`: once to rebuild, and once more for the
+derivative.)
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.memory.flops import count_flops
 from jaxpeft.memory.loop import Loop, Static, divide, join, loop_over
 from jaxpeft.memory.plan import Plan
-from jaxpeft.memory.programs import Programs, decide, trace
+from jaxpeft.memory.programs import decide, trace
 from jaxpeft.memory.residuals import record
 
 Function = Callable[[tree.Params, jax.Array, Mapping[str, Any]], jax.Array]  # (layer, x, ctx) -> y
@@ -183,14 +183,14 @@ class _Half(NamedTuple):
     """F or G, traced.
 
     programs: of one layer and one group of rows.
-    forward: (*inputs) -> (y, *values that the backward program reads).
+    forward: (*inputs) -> (y, *values that the backward program reads), of `shapes`.
     backward: (inputs that it reads, d y, values) -> cotangents of `moved`.
     used: the inputs that `backward` reads.
     moved: leaves with a cotangent.
     """
 
-    programs: Programs
     forward: Callable[..., Any]
+    shapes: list[Any]
     backward: Callable[..., Any]
     used: list[bool]
     moved: list[int]
@@ -216,8 +216,8 @@ def _half(function: Function, loop: Loop, leaves, dtype, key, perturbed, twice: 
     wanted = [True, *(name in values for name in programs.names)]
     forward, _ = partial_eval.dce_jaxpr(jaxpr, wanted, instantiate=True)
     return _Half(
-        programs,
         jaxpr_as_fun(ClosedJaxpr(forward, programs.forward.consts)),
+        [v.aval for v in forward.outvars],
         jaxpr_as_fun(backward),
         used,
         [i for i, use in enumerate(moved) if use],
@@ -225,23 +225,18 @@ def _half(function: Function, loop: Loop, leaves, dtype, key, perturbed, twice: 
     )
 
 
-def _evaluate(half: _Half, inputs: list[Any], x: int) -> tuple[jax.Array, list[jax.Array]]:
-    """(y, the values that the backward program reads): the same bits wherever this stands in a program."""
-    stream, rest = inputs[x], [*inputs[:x], *inputs[x + 1 :]]
+def _evaluate(half: _Half, inputs: list[Any], never: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    """(y, the values that the backward program reads): the same bits wherever this stands in a program.
 
-    def function(stream, *rest):
-        return half.forward(*rest[:x], stream, *rest[x:])
+    A branch is compiled by itself, where optimization barriers are removed before fusion on some platforms. `never` is
+    not true, which no compiler can know.
+    """
+    shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in half.shapes]
 
-    def apart(stream, *rest):
-        # A CPU's compiler removes barriers before it fuses; a branch is compiled by itself.
-        shapes = jax.eval_shape(function, stream, *rest)
-        nothing = lambda *args: [jnp.full(out.shape, jnp.nan).astype(out.dtype) for out in shapes]
-        return jax.lax.cond(jnp.isnan(stream.reshape(-1)[0]), nothing, function, stream, *rest)
+    def nothing(*inputs):
+        return [jnp.zeros(y.shape, y.dtype) for y in shapes]
 
-    def between_barriers(stream, *rest):
-        return jax.lax.optimization_barrier(function(jax.lax.optimization_barrier(stream), *rest))
-
-    y, *values = jax.lax.platform_dependent(stream, *rest, cpu=apart, default=between_barriers)
+    y, *values = jax.lax.cond(never, nothing, half.forward, *inputs)
     return y, values
 
 
@@ -298,22 +293,26 @@ def decoded(coupling: Coupling, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(coupling, loop, x1, leaves, key, probe):
     del probe
-    pair, _, _ = _layers(coupling, loop, x1, leaves, key, [False] * len(leaves), keep=False)
+    pair, *_ = _layers(coupling, loop, x1, leaves, key, [False] * len(leaves), keep=False)
     return decoded(coupling, pair)
 
 
 def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
-    """(the last pair; what was lost, per step; pairs that are kept)."""
+    """(the last pair; what was lost, per step; pairs that are kept; what is never true)."""
     x2, dtype = leaves[loop.x], leaves[loop.x].dtype
     halves = _halves(coupling, loop, leaves, dtype, key, perturbed)
+    never = jnp.isnan(x1.reshape(-1)[0])
 
     def body(carry, step):
-        pair, pairs = carry
+        pair, pairs, _ = carry
         inputs = loop.inputs(leaves, None, step, key)
+        made = []
 
         def evaluated(half):
             def function(x):
-                return _evaluate(half, [*inputs[: loop.x], x, *inputs[loop.x + 1 :]], loop.x)[0]
+                y, values = _evaluate(half, [*inputs[: loop.x], x, *inputs[loop.x + 1 :]], never)
+                made.append(values)
+                return y
 
             return function
 
@@ -325,15 +324,23 @@ def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
         if coupling.every and keep:
             _, place = _checkpoint(coupling, loop, step)
             with jax.named_scope("save:pair"):
-                pairs = tuple(jax.lax.dynamic_update_index_in_dim(p, y, place, 0) for p, y in zip(pairs, new))  # noqa: B905
+                pairs = tuple(
+                    jax.lax.dynamic_update_index_in_dim(p, y, place, 0) for p, y in zip(pairs, new, strict=True)
+                )
         with jax.named_scope("save:remainder"):
-            return (pair, pairs), (lost, (x1, x2) if coupling.probe else None) if keep else None
+            kept = (lost, (x1, x2) if coupling.probe else None) if keep else None
+        return (pair, pairs, made if keep else None), kept
 
     start = encoded(coupling, (x1, x2))
     slots = (len(loop.layers) // coupling.every + 1) * loop.groups if coupling.every and keep else 0
     pairs = tuple(jnp.zeros((slots, *x.shape[1:]), x.dtype) for x in start) if slots else ()
-    (pair, pairs), lost = jax.lax.scan(body, (start, pairs), loop.steps)
-    return pair, lost, pairs
+    # The values of one step are carried, and one of each is read at the end: else the branches of this loop would be
+    # relieved of them, and be other programs than those of the backward loop.
+    made = [[jnp.zeros(v.shape, v.dtype) for v in half.shapes[1:]] for half in halves] if keep else None
+    (pair, pairs, made), lost = jax.lax.scan(body, (start, pairs, made), loop.steps)
+    for value in jax.tree.leaves(made):
+        never = never | jnp.isnan(value.reshape(-1)[0])
+    return pair, lost, pairs, never
 
 
 def _checkpoint(coupling, loop, step):
@@ -348,17 +355,17 @@ def _forward(coupling, loop, x1, leaves, key, probe):
     perturbed = [leaf.perturbed for leaf in leaves]
     moved = x1.perturbed
     x1, leaves, key = x1.value, [leaf.value for leaf in leaves], None if key is None else key.value
-    pair, lost, pairs = _layers(coupling, loop, x1, leaves, key, perturbed, keep=True)
+    pair, lost, pairs, never = _layers(coupling, loop, x1, leaves, key, perturbed, keep=True)
     rest = [None if i == loop.x else leaf for i, leaf in enumerate(leaves)]
     like = jnp.zeros((0,), leaves[loop.x].dtype)
     halves = _halves(coupling, loop, leaves, like.dtype, key, perturbed)
     sizes = {"stream": tree.num_bytes(pair), "remainder": tree.num_bytes(lost[0]), "pair": tree.num_bytes(pairs)}
     record(loop.name, Reversible(sizes, len(loop.steps) * sum(half.flops for half in halves)))
-    return decoded(coupling, pair), (Static([moved, *perturbed]), rest, key, pair, lost, pairs, like)
+    return decoded(coupling, pair), (Static([moved, *perturbed]), rest, key, pair, lost, pairs, never, like)
 
 
 def _backward(coupling, loop, saved, d_pair):
-    (moved, *perturbed), leaves, key, pair, lost, pairs, like = saved
+    (moved, *perturbed), leaves, key, pair, lost, pairs, never, like = saved
     if all(isinstance(d, SymbolicZero) for d in d_pair):
         return None, [None] * len(leaves), None, None
     dtype = like.dtype
@@ -390,7 +397,7 @@ def _backward(coupling, loop, saved, d_pair):
 
         def both(half, stream, inputs):
             inputs = [*inputs[: loop.x], streams.decode(stream, dtype), *inputs[loop.x + 1 :]]
-            y, values = _evaluate(half, inputs, loop.x)
+            y, values = _evaluate(half, inputs, never)
             return streams.encode(y), lambda d_y: _pull(half, inputs, d_y, values)
 
         of_y1, pull_g = both(g, y1, inputs)

@@ -25,6 +25,7 @@ is what another method in the same chain trains.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from fractions import Fraction
 from typing import Any
@@ -41,7 +42,7 @@ from jaxpeft.memory.plan import Plan
 from jaxpeft.memory.reversible import Coupling, Fixed, Float
 from jaxpeft.method import Method, Spec
 from jaxpeft.methods.lora import drop
-from jaxpeft.model import Model, Stack, scan_layers
+from jaxpeft.model import Batch, Model, Stack, scan_layers
 from jaxpeft.models.layers import ACTIVATIONS
 
 SUMMARY = "reversible layers: activations are rebuilt in the backward pass, bit for bit"
@@ -170,50 +171,20 @@ def meft(
             raise InputError(f"meft: layers {layers}: the model has {count}")
         return params if layers in (None, count) else tree.cut_layers(params, layers)
 
-    def ours(params):
-        return [segment for segment, first, _ in tree.segments(params) if layers is None or first < layers]
-
     def forward(model: Model) -> Model:
         if variant == 3 and len(model.stack.parts) != 2:
             raise InputError("meft: variant 3 needs layers of an attention and an MLP part, which this model lacks")
         if model.stack.run is not scan_layers:
-            raise InputError(
-                "meft: another method of the chain runs the layers in its own way; they cannot be combined"
-            )
+            raise InputError("meft: another method of the chain runs the layers in its own way")
         act = getattr(model.config, "hidden_act", "silu")
         settings = {"width": width, "activation": ACTIVATIONS.get(act, jax.nn.silu), "dropout": dropout}
-        model = sites.wrap(model, "meft", Beside(**settings), ["mlp"], ours)
-        if variant == 3:
-            return with_run(sites.wrap(model, "meft", Behind(**settings), ["self_attn"], ours), None)
-        alone = Adapter(norm=norm, **settings)
-        return with_run(_with_parameters(model, alone, ours), alone)
-
-    def with_run(model: Model, alone: Adapter | None) -> Model:
-        def run(stack, params, batch, key=None, cache=None):
-            x, ctx = stack.embed(params, batch, key)
-            pair, caches = (x, x), []
-            for segment, first, end in tree.segments(params):
-                if segment not in ours(params):
-                    break
-                halves, own, numbers = _halves(stack, segment, variant, alone), params[segment], range(first, end)
-                if cache is None:
-                    f, g = (_without_cache(half) for half in halves)
-                    coupling = base._replace(f=f, g=g)
-                    pair = reversible.run(coupling, segment, numbers, own, pair, ctx, key)
-                else:
-                    part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
-                    pair, part = _decode(base, halves, own, jnp.asarray(numbers), pair, ctx, part)
-                    caches.append(part)
-                pair = tuple(y.astype(x.dtype) for y in pair)
-            x = (pair[0] + pair[1]) / 2 if readout == "mean" else pair[0] if variant == 2 else pair[1]
-            rest = {name: leaf for name, leaf in params.items() if name not in ours(params)}
-            if tree.segments(rest):
-                after = residuals.planned(Plan("matmuls")) if cache is None else scan_layers
-                x, part = after(stack._replace(embed=lambda *_: (x, ctx)), rest, batch, key, cache)
-                caches.append(part)
-            joined = None if cache is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-            return x, joined
-
+        alone = Adapter(norm=norm, **settings) if variant != 3 else None
+        run = _Run(base, variant, alone, layers, readout)
+        model = sites.wrap(model, "meft", Beside(**settings), ["mlp"], run.segments)
+        if alone is None:
+            model = sites.wrap(model, "meft", Behind(**settings), ["self_attn"], run.segments)
+        else:
+            model = _with_parameters(model, alone, run.segments)
         return model._replace(stack=model.stack._replace(run=run))
 
     def merge(params):
@@ -249,20 +220,82 @@ def _with_parameters(model: Model, adapter: Adapter, segments: sites.AdaptedSegm
     return model._replace(init=init)
 
 
-def _halves(stack: Stack, segment: str, variant: int, alone: Adapter | None) -> tuple[Callable[..., Any], ...]:
-    """F and G of a segment's layers: (layer, x, ctx, cache) -> (y, cache)."""
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """`run` of a reversible stack (see `jaxpeft.model`)."""
 
-    def of(function):
-        return lambda layer, x, ctx, cache: function(layer, x, ctx, cache, segment)
+    coupling: Coupling
+    variant: int
+    alone: Adapter | None
+    layers: int | None
+    readout: str
 
-    def adapter(layer, x, ctx, cache):
-        assert alone is not None
-        rngs = {"dropout": ctx["key"]} if "key" in ctx else {}
-        return alone.apply({"params": layer["meft"]}, x, rngs=rngs), cache
+    def segments(self, params) -> list[str]:
+        """Those that are reversible."""
+        return [segment for segment, first, _ in tree.segments(params) if self.layers is None or first < self.layers]
 
-    if variant == 3:
-        return tuple(of(part) for part in stack.parts)
-    return (of(stack.block), adapter) if variant == 1 else (adapter, of(stack.block))
+    def halves(self, stack: Stack, segment: str) -> tuple[Callable[..., Any], ...]:
+        """F and G of a segment's layers: (layer, x, ctx, cache) -> (y, cache)."""
+
+        def of(function):
+            return lambda layer, x, ctx, cache: function(layer, x, ctx, cache, segment)
+
+        def adapter(layer, x, ctx, cache):
+            assert self.alone is not None
+            rngs = {"dropout": ctx["key"]} if "key" in ctx else {}
+            return self.alone.apply({"params": layer["meft"]}, x, rngs=rngs), cache
+
+        if self.variant == 3:
+            return tuple(of(part) for part in stack.parts)
+        return (of(stack.block), adapter) if self.variant == 1 else (adapter, of(stack.block))
+
+    def __call__(self, stack, params, batch, key=None, cache=None, probe=None) -> tuple[jax.Array, Any]:
+        x, ctx = stack.embed(params, batch, key)
+        pair, caches = (x, x), []
+        ours = self.segments(params)
+        for segment, first, end in tree.segments(params):
+            if segment not in ours:
+                break
+            halves, own, numbers = self.halves(stack, segment), params[segment], range(first, end)
+            if cache is None:
+                f, g = (_without_cache(half) for half in halves)
+                coupling = self.coupling._replace(f=f, g=g, probe=probe is not None)
+                part = None if probe is None else probe[first:end]
+                pair = reversible.run(coupling, segment, numbers, own, pair, ctx, key, probe=part)
+            else:
+                part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
+                pair, part = _decode(self.coupling, halves, own, jnp.asarray(numbers), pair, ctx, part)
+                caches.append(part)
+            pair = tuple(y.astype(x.dtype) for y in pair)
+        x = (pair[0] + pair[1]) / 2 if self.readout == "mean" else pair[0] if self.variant == 2 else pair[1]
+        rest = {name: leaf for name, leaf in params.items() if name not in ours}
+        if tree.segments(rest):
+            after = residuals.planned(Plan("matmuls")) if cache is None else scan_layers
+            x, part = after(stack._replace(embed=lambda *_: (x, ctx)), rest, batch, key, cache)
+            caches.append(part)
+        return x, None if cache is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+
+
+def rebuilding_errors(model: Model, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
+    """How well each layer's input pair is rebuilt in a backward pass, compared with what it was in the forward pass.
+
+    Args:
+      model: adapted by this method alone.
+      params: its nested parameters.
+      batch: any.
+      key: dropout key, or None.
+
+    Returns:
+      (reversible layers, 3) float32: elements that differ, the sum of the differences' squares, that of the elements'.
+    """
+    run = model.stack.run
+    assert isinstance(run, _Run)
+    count = sum(end - first for segment, first, end in tree.segments(params) if segment in run.segments(params))
+
+    def loss(probe):
+        return jnp.sum(run(model.stack, params, batch, key, None, probe)[0].astype(jnp.float32) ** 2)
+
+    return jax.grad(loss)(jnp.zeros((count, 3)))
 
 
 def _without_cache(half: Callable[..., Any]) -> Callable[..., jax.Array]:
