@@ -207,9 +207,17 @@ def divided(name: str, what: str, size: int, factor: int) -> int:
     Raises:
       InputError: if it is no whole number.
     """
-    if factor < 1 or size % factor:
+    if size % factor:
         raise InputError(f"{name}: reduction {factor} does not divide the model's {what}, {size}")
     return size // factor
+
+
+def check_settings(name: str, reduction: Any, layers: Any) -> None:
+    """Raises InputError unless `reduction` is a whole number of at least 1 and `layers` None or whole numbers."""
+    if not isinstance(reduction, int) or reduction < 1:
+        raise InputError(f"{name}: reduction {reduction!r} should be a whole number of at least 1")
+    if layers is not None and not (isinstance(layers, list | tuple) and all(isinstance(i, int) for i in layers)):
+        raise InputError(f"{name}: layers {layers!r} should be a list of whole numbers, such as [0, 2, 4]")
 
 
 def check_layers(name: str, layers: Sequence[int] | None, count: int) -> tuple[int, ...]:

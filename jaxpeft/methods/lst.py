@@ -40,7 +40,7 @@ import jax.numpy as jnp
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.features import check_layers, count_layers, divided, frozen_pass, linear, no_merge, width
+from jaxpeft.features import check_layers, check_settings, count_layers, divided, frozen_pass, linear, no_merge, width
 from jaxpeft.method import Method, Spec
 from jaxpeft.model import Batch, Model, Stack
 from jaxpeft.models.layers import RMSNorm
@@ -103,6 +103,9 @@ def lst(
     """
     if init not in INITS:
         raise InputError(f"lst: init {init!r} is not one of {', '.join(INITS)}")
+    check_settings("lst", reduction, layers)
+    if information is not None and not isinstance(information, Mapping):
+        raise InputError("lst: information should be what jaxpeft.methods.lst.fisher_information returns")
     config = {"reduction": reduction, "init": init, "layers": layers, "merge_last": merge_last}
 
     def forward(model):

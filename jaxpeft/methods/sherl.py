@@ -67,6 +67,7 @@ def sherl(reduction: int = 2, late: int = 1, layers: Sequence[int] | None = None
       InputError: for a reduction that does not divide the model's width, layers that it lacks, no early layer or no
         late one, or a rate outside [0, 1).
     """
+    features.check_settings("sherl", reduction, layers)
     config = {"reduction": reduction, "late": late, "layers": layers, "dropout": dropout}
     if not 0 <= dropout < 1:
         raise InputError(f"sherl: dropout {dropout} must be at least 0 and below 1")

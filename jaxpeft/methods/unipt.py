@@ -63,6 +63,7 @@ def unipt(reduction: int = 2, layers: Sequence[int] | None = None, residual: boo
     Raises:
       InputError: for a reduction that does not divide the model's width, or layers that it lacks.
     """
+    features.check_settings("unipt", reduction, layers)
     config = {"reduction": reduction, "layers": layers, "residual": residual}
 
     def forward(model):
@@ -149,7 +150,7 @@ def gather(own: tree.Params, t: jax.Array, mine: jax.Array, seen: jax.Array) -> 
       seen: (B, S, C) bool.
     """
     anchor = mine[-1]
-    scores = jnp.einsum("bsk,nbck->nbsc", anchor, t, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("nbsk,nbck->nbsc", jnp.broadcast_to(anchor, mine.shape), t).astype(jnp.float32)
     scores = jax.nn.relu(scores) * seen
     scores = scores / (scores.sum(-1, keepdims=True) + EPSILON)
     m = jnp.einsum("nbsc,nbck->nbsk", scores.astype(t.dtype), t) + mine

@@ -8,7 +8,7 @@ In a layer's attention queries come from P_l, keys and values from the frozen to
 neither each other nor those of other layers. Their rows go through the rest of the frozen block and are then read out.
 There is no chain from layer to layer: the gradient of P_l passes the q rows of layer l, and no frozen token.
 
-Kept for the backward pass are each layer's keys and values (2 d per token) and what q rows of a layer need.
+Kept for the backward pass are each layer's keys and values, 2 d per token; what became of the q rows is computed again.
 
 The stream that the model returns is h_L followed by the L q answers, (B, S + L q, d). The model's own classifier and
 final norm are not used.
@@ -20,6 +20,7 @@ state is normalised like the answers; features are not selected by a group lasso
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from typing import Any
@@ -120,9 +121,15 @@ def _run(stack: Stack, params: tree.Params, batch: Batch, key=None, cache=None):
         def body(x, per_layer, segment=segment):
             layer, index, asked = per_layer
             x, keys = jax.lax.stop_gradient(stack.block(layer, x, {**ctx, "layer": index}, {}, segment))
-            asked = jnp.broadcast_to(asked.astype(x.dtype), (rows, *asked.shape))
-            own = {"layer": index, "segment_ids": jnp.ones(asked.shape[:2], jnp.int32)}
-            return x, stack.block(layer, asked, own, {**keys, "segment_ids": seen}, segment)[0]
+            asked = asked.astype(x.dtype)
+
+            @functools.partial(jax.checkpoint, prevent_cse=False)
+            def ask(asked):
+                asked = jnp.broadcast_to(asked, (rows, *asked.shape))
+                own = {"layer": index, "segment_ids": jnp.ones(asked.shape[:2], jnp.int32)}
+                return stack.block(layer, asked, own, {**keys, "segment_ids": seen}, segment)[0]
+
+            return x, ask(asked)
 
         frozen = jax.lax.stop_gradient(params[segment])
         x, z = jax.lax.scan(body, x, (frozen, jnp.arange(first, end), params["vqt"]["queries"][first:end]))

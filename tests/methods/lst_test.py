@@ -83,7 +83,8 @@ def test_the_frozen_pass_is_the_base_bit_for_bit():
 def test_a_cut_stack_computes_the_same():
     model, trainable, frozen = beside.start(jp.lst(4))
     params = tree.combine(trainable, frozen)
-    whole, cut = (jax.jit(model.hidden)(p, BATCH) for p in (params, tree.cut_layers(params, 2)))
+    hidden = jax.jit(model.hidden)
+    whole, cut = (hidden(p, BATCH) for p in (params, tree.cut_layers(params, 2)))
     np.testing.assert_allclose(whole, cut, rtol=1e-5, atol=1e-6)
 
 
@@ -123,7 +124,8 @@ def test_padding_does_not_leak():
     model, trainable, frozen = beside.start(jp.lst(4))
     params = tree.combine(beside.moved(trainable), frozen)
     batch, other, counts = beside.padded()
-    one, two = (np.asarray(jax.jit(model.hidden)(params, b)) for b in (batch, other))
+    hidden = jax.jit(model.hidden)
+    one, two = (np.asarray(hidden(params, b)) for b in (batch, other))
     np.testing.assert_array_equal(one[counts], two[counts])
 
 
@@ -187,7 +189,8 @@ def test_fisher_information_is_the_mean_of_squared_gradients():
     base, params = tiny.model()
     batches = [tiny.batch(2, seed=seed) for seed in (0, 1)]
     found = tree.flatten(lst.fisher_information(base, params, batches))
-    grads = [jax.grad(lambda p, b=b: jp.completion_loss(base, p, b)[0])(params) for b in batches]
+    gradient = jax.jit(jax.grad(lambda p, b: jp.completion_loss(base, p, b)[0]))
+    grads = [gradient(params, b) for b in batches]
     for path, leaf in found.items():
         mean = sum(tree.flatten(grad)[path] ** 2 for grad in grads) / 2
         np.testing.assert_allclose(leaf, mean, rtol=1e-4, atol=1e-10)
@@ -234,7 +237,10 @@ def test_merge_last_starts_near_the_base():
     ("settings", "words"),
     [
         ({"reduction": 5}, "reduction 5 does not divide the model's hidden size, 32"),
-        ({"reduction": 0}, "reduction 0 does not divide"),
+        ({"reduction": 0}, "reduction 0 should be a whole number of at least 1"),
+        ({"reduction": "4"}, "reduction '4' should be a whole number"),
+        ({"layers": "1,2"}, "layers '1,2' should be a list of whole numbers"),
+        ({"information": 3}, "information should be what"),
         ({"reduction": 3}, "reduction 3 does not divide"),
         ({"init": "zeros"}, "init 'zeros' is not one of magnitude, fisher, random"),
         ({"reduction": 4, "init": "fisher"}, "needs `information`"),

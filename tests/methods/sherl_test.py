@@ -37,7 +37,7 @@ def by_hand(own, h):
     return out
 
 
-@pytest.mark.parametrize(("kind", "late"), [("decoder", 1), ("decoder", 3), ("encoder", 1)])
+@pytest.mark.parametrize(("kind", "late"), [("decoder", 3), ("encoder", 1)])
 def test_computes_its_equations(kind, late):
     base, params = tiny.model(num_hidden_layers=5) if kind == "decoder" else encoder()
     model, trainable, frozen = jp.setup(jp.sherl(4, late=late), base, params, jax.random.key(0))
@@ -121,7 +121,8 @@ def test_padding_does_not_leak():
     model, trainable, frozen = beside.start(jp.sherl(2))
     params = tree.combine(beside.moved(trainable), frozen)
     batch, other, counts = beside.padded()
-    one, two = (np.asarray(jax.jit(model.hidden)(params, b)) for b in (batch, other))
+    hidden = jax.jit(model.hidden)
+    one, two = (np.asarray(hidden(params, b)) for b in (batch, other))
     np.testing.assert_array_equal(one[counts], two[counts])
 
 
@@ -136,9 +137,8 @@ def test_decodes_with_the_models_cache():
 def test_dropout_is_drawn_from_the_key():
     model, trainable, frozen = beside.start(jp.sherl(4, dropout=0.5))
     params = tree.combine(trainable, frozen)
-    plain, one, again, other = (
-        np.asarray(jax.jit(model.hidden)(params, BATCH, key)) for key in (None, *map(jax.random.key, (0, 0, 1)))
-    )
+    hidden = jax.jit(model.hidden)
+    plain, one, again, other = (hidden(params, BATCH, key) for key in (None, *map(jax.random.key, (0, 0, 1))))
     assert (one == again).all() and (one != other).any() and (one != plain).any()
 
 

@@ -86,7 +86,8 @@ def test_padding_does_not_leak(causal):
     model, trainable, frozen = jp.setup(jp.unipt(2), base, params, jax.random.key(0))
     params = tree.combine(beside.moved(trainable), frozen)
     batch, other, counts = beside.padded()
-    one, two = (np.asarray(jax.jit(model.hidden)(params, b)) for b in (batch, other))
+    hidden = jax.jit(model.hidden)
+    one, two = (np.asarray(hidden(params, b)) for b in (batch, other))
     np.testing.assert_array_equal(one[counts], two[counts])
 
 
@@ -95,7 +96,8 @@ def test_no_token_of_a_decoder_sees_what_follows():
     params = tree.combine(beside.moved(trainable), frozen)
     tokens = np.array(BATCH["tokens"])
     tokens[:, 10:] = (tokens[:, 10:] + 1) % 97
-    one, two = (np.asarray(jax.jit(model.hidden)(params, {**BATCH, "tokens": t})) for t in (BATCH["tokens"], tokens))
+    hidden = jax.jit(model.hidden)
+    one, two = (np.asarray(hidden(params, {**BATCH, "tokens": t})) for t in (BATCH["tokens"], tokens))
     np.testing.assert_array_equal(one[:, :10], two[:, :10])
     assert (one[:, 10:] != two[:, 10:]).any()
 
