@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
@@ -228,16 +229,25 @@ def _half(function: Function, loop: Loop, leaves, dtype, key, perturbed, twice: 
 def _evaluate(half: _Half, inputs: list[Any], never: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
     """(y, the values that the backward program reads): the same bits wherever this stands in a program.
 
-    A branch is compiled by itself, where optimization barriers are removed before fusion on some platforms. `never` is
-    not true, which no compiler can know.
+    A branch is compiled by itself; on CPUs and GPUs barriers alone are gone before fusion. Barriers around it keep a
+    TPU's compiler from moving work into it, fixed layouts from choosing others. `never` is not true, which no compiler
+    can know.
     """
     shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in half.shapes]
 
     def nothing(*inputs):
         return [jnp.zeros(y.shape, y.dtype) for y in shapes]
 
-    y, *values = jax.lax.cond(never, nothing, half.forward, *inputs)
+    inputs = [_row_major(x) for x in jax.lax.optimization_barrier(inputs)]
+    made = [_row_major(y) for y in jax.lax.cond(never, nothing, half.forward, *inputs)]
+    y, *values = jax.lax.optimization_barrier(made)
     return y, values
+
+
+def _row_major(x):
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.ndim < 2:
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _pull(half: _Half, inputs: list[Any], d_y: jax.Array, values: list[jax.Array]) -> dict[int, jax.Array]:

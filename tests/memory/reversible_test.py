@@ -1,6 +1,7 @@
 """Reversible layers: rebuilt streams are the stored ones bit for bit, gradients those of plain autodiff."""
 
 import functools
+import re
 from fractions import Fraction
 
 import jax
@@ -13,7 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import residuals, reversible
+from jaxpeft.memory import residuals, reversible, targets
 from jaxpeft.memory.flops import count_flops
 from jaxpeft.memory.reversible import Coupling, Fixed, Float
 
@@ -230,3 +231,51 @@ def test_factors_that_exact_streams_cannot_be_divided_by(lam):
         reversible.check("meft", coupling(Fraction(lam)))
     if Fraction(lam) > 0:
         reversible.check("meft", coupling(Fraction(lam), streams=Float()))
+
+
+def computations(text):
+    """{name: instructions} of a compiled program, without names, memory spaces and the compiler's notes."""
+    found, name = {}, None
+    for line in text.splitlines():
+        if start := re.match(r"^(?:ENTRY )?(%[\w.\-]+) .*\{\s*$", line):
+            name = start[1]
+            found[name] = []
+        elif line.startswith("}"):
+            name = None
+        elif name:
+            found[name].append(line.strip())
+    return found
+
+
+def anonymous(programs, name):
+    """A computation and all that it calls, with its values numbered."""
+    numbers, lines = {}, []
+    for line in programs[name]:
+        called = re.findall(r"(?:calls|to_apply|body|condition)=(%[\w.\-]+)", line)
+        line = re.sub(r", (metadata=\{[^}]*\}|backend_config=.*)|/\*index=\d+\*/|S\(\d\)", "", line)
+        line = re.sub(r"(calls|to_apply|body|condition)=%[\w.\-]+", r"\1", line)
+        line = re.sub(r"%[\w.\-]+", lambda found: numbers.setdefault(found[0], f"%{len(numbers)}"), line)
+        lines += [line, *(anonymous(programs, inner) for inner in called)]
+    return "\n".join(lines)
+
+
+BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=(%[\w.\-]+), false_computation=(%[\w.\-]+)")
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("target", ["h200", "v5p"])
+@pytest.mark.parametrize("twice", [False, True])
+def test_both_loops_call_the_same_programs(target, twice):
+    """F and G as they are compiled: the forward loop's branches and the backward one's, instruction by instruction."""
+    wide = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    params = {name: jax.ShapeDtypeStruct((3, 512, 512), jnp.float32) for name in "wvu"}
+    function = functools.partial(gradients, coupling(twice=twice), tokens=2048)
+    compiled = targets.compile(targets.target(target), function, params, wide((16, 256, 512)))
+    programs = computations(compiled.executable.as_text())
+    found = []
+    for line in (line for lines in programs.values() for line in lines if " conditional(" in line):
+        either, *both = BRANCHES.search(line).groups()
+        names = either.split(", ") if either else both
+        found.append(sorted(anonymous(programs, name) for name in names))
+    first, second, third, fourth = sorted(found)
+    assert first == second and third == fourth and first != third
