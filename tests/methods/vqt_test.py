@@ -9,6 +9,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
+from jaxpeft import method as contract
 from jaxpeft import tree
 from jaxpeft.methods import vqt
 from jaxpeft.models import family
@@ -204,3 +205,15 @@ def test_refuses():
         jp.vqt(0)
     with pytest.raises(jp.InputError, match="vqt: has no merged form"):
         jp.vqt().merge({})
+
+
+def test_made_again_from_its_spec_and_frozen_leaves_stay():
+    base, params = vit()
+    method = jp.vqt(Q, normalize=False)
+    model, trainable, frozen = jp.setup(method, base, params, jax.random.key(0))
+    _, again, _ = jp.setup(contract.from_specs(method.specs), base, params, jax.random.key(0))
+    assert again.keys() == trainable.keys() == {"vqt/queries", "vqt/head/kernel", "vqt/head/bias"}
+    assert all((again[path] == leaf).all() and leaf.dtype == jnp.float32 for path, leaf in trainable.items())
+    for path, leaf in tree.flatten(params).items():
+        assert np.asarray(frozen[path]).tobytes() == np.asarray(leaf).tobytes()
+    assert model.config.num_labels == again["vqt/head/bias"].size
