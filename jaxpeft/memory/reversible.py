@@ -65,7 +65,8 @@ class Fixed(NamedTuple):
         """(s times factor, rounded down; the bits that are lost, packed, or None)."""
         n, k = factor.numerator, factor.denominator.bit_length() - 1
         product = s * jnp.int32(n)
-        return product >> k, pack(product & (2**k - 1), k) if k else None
+        with jax.named_scope("save:remainder"):
+            return product >> k, pack(product & (2**k - 1), k) if k else None
 
     def divide(self, s: jax.Array, factor: Fraction, lost: jax.Array | None) -> jax.Array:
         """The inverse of `multiply`."""
@@ -337,8 +338,7 @@ def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
                 pairs = tuple(
                     jax.lax.dynamic_update_index_in_dim(p, y, place, 0) for p, y in zip(pairs, new, strict=True)
                 )
-        with jax.named_scope("save:remainder"):
-            kept = (lost, (x1, x2) if coupling.probe else None) if keep else None
+        kept = (lost, (x1, x2) if coupling.probe else None) if keep else None
         return (pair, pairs, made if keep else None), kept
 
     start = encoded(coupling, (x1, x2))
