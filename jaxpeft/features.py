@@ -69,7 +69,8 @@ def frozen_pass(
             layer, index, past = per_layer
             x, past = jax.lax.stop_gradient(stack.block(layer, x, {**ctx, "layer": index}, past, segment))
             # Every layer writes where the next chosen one will; what comes after the last is written nowhere.
-            kept = kept.at[jnp.searchsorted(slots, index)].set(x, mode="drop")
+            with jax.named_scope("save:features"):
+                kept = kept.at[jnp.searchsorted(slots, index)].set(x, mode="drop")
             return (x, kept), past
 
         part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023

@@ -39,7 +39,11 @@ METHODS = {
     "lora": f"LoRA, rank {RANK}, all linear maps",
     "lora_fa": f"LoRA-FA, rank {RANK}, all linear maps",
     "tiny": "prompt-sized: LoRA, rank 1, v_proj",
+    "meft": "MEFT, exact, factor 1/8",
+    "lst": "LST, reduction 8",
 }
+OWN = ("meft", "lst")  # run the layers in their own way, and have no plans
+PLANNED = [method for method in METHODS if method not in OWN]
 PLANS = {
     "everything": "plain autodiff",
     "matmuls": "elementwise work done again",
@@ -48,8 +52,8 @@ PLANS = {
 
 
 def method_of(key: common.Row) -> Method:
-    if key["method"] == "full":
-        return jp.full()
+    if key["method"] in ("full", *OWN):
+        return getattr(jp, key["method"])()
     make = jp.lora_fa if key["method"] == "lora_fa" else jp.lora
     return make(rank=key["rank"], targets=key["targets"])
 
@@ -65,24 +69,28 @@ def collect(figures: common.Figures) -> dict[tuple[str, str, int], common.Row]:
         "lora": {"rank": RANK, "targets": "all-linear"},
         "lora_fa": {"rank": RANK, "targets": "all-linear"},
         "tiny": {"rank": 1, "targets": "v_proj"},
+        **{method: {"rank": None, "targets": None} for method in OWN},
     }
     fixed = {"geometry": GEOMETRY, "batch_size": BATCH, "dtype": "bfloat16", "target": TARGET}
     return {
         (plan, method, seq): figures(**fixed, seq_len=seq, method=method, **adapter[method], save=plan)
         for seq in LENGTHS
         for plan in PLANS
-        for method in METHODS
+        for method in (METHODS if plan == "everything" else PLANNED)
     }
 
 
 def picture(found: dict[tuple[str, str, int], common.Row]) -> Figure:
     """Rows are plans, columns methods; bars are sequence lengths, their parts the owners of the bytes."""
-    figure = Figure(figsize=(13, 9.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(18, 9.5), dpi=120, layout="constrained")
     grid = figure.subplots(len(PLANS), len(METHODS), sharex=True, sharey=True)
     room = target(TARGET).memory_bytes / GIB
     for i, plan in enumerate(PLANS):
         for j, method in enumerate(METHODS):
             axes = grid[i][j]
+            if (plan, method, LENGTHS[0]) not in found:
+                axes.set_axis_off()
+                continue
             bottom = [0.0] * len(LENGTHS)
             for category in CATEGORIES:
                 heights = [found[plan, method, seq]["bytes"][category] / GIB for seq in LENGTHS]
@@ -101,7 +109,8 @@ def picture(found: dict[tuple[str, str, int], common.Row]) -> Figure:
                 axes.set_ylabel("GiB", fontsize=9.5)
                 axes.annotate(plan, (-0.36, 0.5), xycoords="axes fraction", rotation=90, va="center", fontweight="bold")
                 axes.annotate(PLANS[plan], (-0.27, 0.5), xycoords="axes fraction", rotation=90, va="center", fontsize=9)
-            if i == len(PLANS) - 1:
+            if i == len(PLANS) - 1 or method in OWN:
+                axes.tick_params(labelbottom=True)
                 axes.set_xticks(range(len(LENGTHS)), [f"{s}" if s < 1024 else f"{s // 1024}k" for s in LENGTHS])
                 axes.set_xlabel("tokens in the sequence", fontsize=9.5)
     grid[0][-1].text(len(LENGTHS) - 0.5, room + 2, "memory of an H200", color="#b3261e", fontsize=9, ha="right")
@@ -125,8 +134,8 @@ def verdicts(found: dict[tuple[str, str, int], common.Row]) -> list[str]:
     def of(category, plan, method, seq):
         return found[plan, method, seq]["bytes"][category] / GIB
 
-    states = {m: sum(of(c, "blocks", m, 16384) for c in CATEGORIES[:4]) for m in METHODS}
-    kept = {(plan, m): of("activations", plan, m, 16384) for plan in PLANS for m in METHODS}
+    states = {m: sum(of(c, "blocks", m, 16384) for c in CATEGORIES[:4]) for m in PLANNED}
+    kept = {(plan, m): of("activations", plan, m, 16384) for plan, m, seq in found if seq == 16384}
     # What full fine-tuning keeps besides the tokens' own.
     copies = (2 * found["everything", "full", 512]["kept"] - found["everything", "full", 1024]["kept"]) / GIB
     full, lora = (of("total", "everything", m, 16384) for m in ("full", "lora"))
@@ -145,6 +154,10 @@ That part is the plan's: matmuls keeps {kept["matmuls", "full"]:.1f}, {kept["mat
 {kept["matmuls", "lora_fa"]:.1f} and {kept["matmuls", "tiny"]:.1f} GiB, blocks {kept["blocks", "lora"]:.1f} with every
 method; LoRA's step is then {of("total", "matmuls", "lora", 16384):.0f} and
 {of("total", "blocks", "lora", 16384):.0f} GiB.
+
+A reversible model and a network beside the backbone need no plan: MEFT keeps {kept["everything", "meft"]:.1f} GiB and
+LST {kept["everything", "lst"]:.1f}; their steps take {of("total", "everything", "meft", 16384):.0f} and
+{of("total", "everything", "lst", 16384):.0f} GiB.
 """
     return [" ".join(paragraph.split()) for paragraph in text.split("\n\n")]
 
@@ -154,7 +167,10 @@ def document(found: dict[tuple[str, str, int], common.Row]) -> str:
     jax = ", ".join(sorted({row["jax"] for row in found.values()}))
     head = f"# Does LoRA reduce memory?\n\n{GEOMETRY}, batch {BATCH}, bfloat16, {TARGET}, JAX {jax}; total, GiB.\n"
     body = [
-        [f"{plan}, {seq} tokens", *(found[plan, method, seq]["bytes"]["total"] / GIB for method in METHODS)]
+        [
+            f"{plan}, {seq} tokens",
+            *(found[plan, m, seq]["bytes"]["total"] / GIB if (plan, m, seq) in found else None for m in METHODS),
+        ]
         for plan in PLANS
         for seq in LENGTHS
     ]
