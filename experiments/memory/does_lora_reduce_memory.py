@@ -17,6 +17,8 @@ picture in the .png. Totals beyond the device's 141 GiB are what the step would 
   shrinks from 263 to 140 GiB.
 - That part is the plan's: matmuls keeps 46.1, 46.2, 46.2 and 46.1 GiB, blocks 4.0 with every method; LoRA's step is
   then 65 and 23 GiB.
+- A reversible model and a network beside the backbone need no plan: MEFT keeps 1.2 GiB and LST 4.8; their steps take
+  20 and 23 GiB.
 """
 
 from __future__ import annotations
