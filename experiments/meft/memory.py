@@ -3,7 +3,7 @@
     python -m experiments.meft.memory           # compiles what the data lacks; ten minutes
     python -m experiments.meft.memory --draw    # tables from the data
 
-Nearly all of the activations, at the price of computing each layer once more. Extra memory of a step on an H200, in GiB:
+Nearly all of the activations, at the price of computing each layer once more. A step's extra memory on an H200, GiB:
 
                                      bert-base   roberta-large   opt-1.3b   llama2-7b
     rows x tokens                     32 x 512        32 x 512   32 x 512   16 x 1024
