@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.model import Batch, Model, Stack, first_position, scan_layers
@@ -92,4 +93,4 @@ def positions_of(tokens: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
 
 
-TEXT = {name: jnp.ones((1, 1), jnp.int32) for name in ("tokens", "positions")}  # an example of rows of tokens
+TEXT = {name: np.ones((1, 1), np.int32) for name in ("tokens", "positions")}  # an example of rows of tokens
