@@ -1,6 +1,9 @@
 """MEFT against its equations written out layer by layer, and against plain autodiff; what it keeps; decoding."""
 
 import itertools
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,7 @@ from jaxpeft import generate, tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, residuals, targets
 from tests import tiny
+from tests.conftest import REPOSITORY
 
 KEY = jax.random.key(0)
 LAYERS = 6
@@ -192,6 +196,32 @@ def test_a_small_factor_starts_near_the_base():
         by_factor = [distance(variant=variant, **dict.fromkeys(names, 2.0**-k)) for k in (1, 3, 5, 8)]
         assert all(b < 0.6 * a for a, b in itertools.pairwise(by_factor))
     assert distance(lam=2.0**-8, readout="mean") > 3 * distance(lam=2.0**-8)
+
+
+SHARDED = """
+import jax
+import jax.numpy as jnp
+import jaxpeft as jp
+from jaxpeft import tree
+from tests import contract_test, tiny
+from tests.methods import meft_test as here
+mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+place = contract_test.page.__wrapped__()["shard"]
+for variant in (1, 3):
+    model, trainable, frozen = here.start(jp.meft(variant=variant, bits=22), layers=3)
+    function = jax.jit(lambda t, f, b: jax.grad(here.loss_of(model, f, b))(t))
+    wanted = function(trainable, frozen, tiny.batch(8, 32))
+    (trainable, frozen), rows = place(mesh, (trainable, frozen), tiny.batch(8, 32))
+    here.close(function(trainable, frozen, rows), wanted, 1e-4)
+"""
+
+
+def test_sharded():
+    """Parameters split over a 2 x 2 mesh of host devices, rows over all four."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 # What it keeps.
