@@ -7,14 +7,9 @@ with the two streams swapped after each layer or not, and with d1, d2 the gradie
 
     d1 <- d1 + vjp of G at y1 applied to d2;    d2 <- beta d2 + vjp of F at x2 applied to d1;    d1 <- lam d1
 
-In floating point each division by lam multiplies the rounding error of the streams by 1 / lam. Here they can be held in
-fixed point, int32, where nothing is lost: lam = n / 2^k with n odd; n x1 is computed modulo 2^32 and its low k bits,
-which the division shifts out, are kept, k bits per element of the stream. Then
-
-    n x1 = 2^k (y1 - round(F(x2)))  +  the k bits that were kept         and x1 = n^-1 (n x1) modulo 2^32
-
-hold for every value, overflow included. (Reversible multiplication with a buffer of lost bits: Maclaurin et al. 2015,
-arXiv:1502.03492; fixed point for reversible networks: MacKay et al. 2018, arXiv:1810.10999.)
+In floating point each division by lam multiplies the rounding error of the streams by 1 / lam. In fixed point (see
+`jaxpeft.memory.streams`) nothing is lost: the bits that a division shifts out are kept, log2(1 / lam) for each element
+of the stream and layer, and the backward pass sees the forward pass's streams bit for bit.
 
 This rests on F and G giving the same bits in both passes: each is one traced program, called in a branch, which a
 compiler translates by itself and alike in both loops. That program also yields what the derivative needs besides the
@@ -44,79 +39,9 @@ from jaxpeft.memory.loop import Loop, Static, divide, join, loop_over
 from jaxpeft.memory.plan import Plan
 from jaxpeft.memory.programs import decide, trace
 from jaxpeft.memory.residuals import record
+from jaxpeft.memory.streams import Fixed, Float
 
 Function = Callable[[tree.Params, jax.Array, Mapping[str, Any]], jax.Array]  # (layer, x, ctx) -> y
-
-
-class Fixed(NamedTuple):
-    """Streams as int32 multiples of 2^-bits."""
-
-    bits: int = 16
-
-    def encode(self, x: jax.Array) -> jax.Array:
-        """Rounds to nearest."""
-        return jnp.round(x.astype(jnp.float32) * 2.0**self.bits).astype(jnp.int32)
-
-    def decode(self, s: jax.Array, dtype: Any) -> jax.Array:
-        """The value, rounded to the type."""
-        return (s.astype(jnp.float32) * 2.0**-self.bits).astype(dtype)
-
-    def multiply(self, s: jax.Array, factor: Fraction) -> tuple[jax.Array, jax.Array | None]:
-        """(s times factor, rounded down; the bits that are lost, packed, or None)."""
-        n, k = factor.numerator, factor.denominator.bit_length() - 1
-        product = s * jnp.int32(n)
-        with jax.named_scope("save:remainder"):
-            return product >> k, pack(product & (2**k - 1), k) if k else None
-
-    def divide(self, s: jax.Array, factor: Fraction, lost: jax.Array | None) -> jax.Array:
-        """The inverse of `multiply`."""
-        n, k = factor.numerator, factor.denominator.bit_length() - 1
-        product = s if lost is None else (s << k) | unpack(lost, k, s.shape[-2])
-        inverse = pow(n, -1, 2**32)
-        return product * jnp.int32(inverse - 2**32 if inverse >= 2**31 else inverse)
-
-
-class Float(NamedTuple):
-    """Streams in a floating type, inverted up to rounding."""
-
-    dtype: Any = jnp.float32
-
-    def encode(self, x):
-        """To the streams' type."""
-        return x.astype(self.dtype)
-
-    def decode(self, s, dtype):
-        """To the blocks' type."""
-        return s.astype(dtype)
-
-    def multiply(self, s, factor):
-        """Nothing is kept."""
-        return s * jnp.asarray(float(factor), self.dtype), None
-
-    def divide(self, s, factor, lost):
-        """Exact only without rounding."""
-        del lost
-        return s / jnp.asarray(float(factor), self.dtype)
-
-
-def pack(values: jax.Array, bits: int) -> jax.Array:
-    """int32 (..., S, d) of values below 2^bits -> uint32 (..., bits * ceil(S / 32), d): 32 positions in a word.
-
-    Positions, not features, share a word: the features stay in a vector unit's lanes.
-    """
-    *lead, length, d = values.shape
-    values = jnp.pad(values, [*[(0, 0)] * len(lead), (0, -length % 32), (0, 0)]).astype(jnp.uint32)
-    words = values.reshape(*lead, 1, -1, 32, d) >> jnp.arange(bits, dtype=jnp.uint32)[:, None, None, None] & 1
-    words = jnp.sum(words << jnp.arange(32, dtype=jnp.uint32)[:, None], axis=-2, dtype=jnp.uint32)
-    return words.reshape(*lead, -1, d)
-
-
-def unpack(words: jax.Array, bits: int, length: int) -> jax.Array:
-    """The inverse of `pack`: int32 (..., length, d)."""
-    *lead, _, d = words.shape
-    planes = words.reshape(*lead, bits, -1, 1, d) >> jnp.arange(32, dtype=jnp.uint32)[:, None] & 1
-    planes = planes.reshape(*lead, bits, -1, d) << jnp.arange(bits, dtype=jnp.uint32)[:, None, None]
-    return jnp.sum(planes, axis=-3, dtype=jnp.uint32).astype(jnp.int32)[..., :length, :]
 
 
 class Coupling(NamedTuple):

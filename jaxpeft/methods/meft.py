@@ -39,7 +39,8 @@ from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory import residuals, reversible
 from jaxpeft.memory.plan import Plan
-from jaxpeft.memory.reversible import Coupling, Fixed, Float
+from jaxpeft.memory.reversible import Coupling
+from jaxpeft.memory.streams import Fixed, Float
 from jaxpeft.method import Method, Spec
 from jaxpeft.methods.lora import drop
 from jaxpeft.model import Batch, Model, Stack, scan_layers

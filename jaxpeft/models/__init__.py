@@ -6,6 +6,7 @@ A family file has
     from_hf         (config.json, dtype) -> Model, whose `config` is the family's own; of its fields this library reads
                     model_type, vocab_size, max_position_embeddings, num_labels, and head: "causal_lm", "masked_lm",
                     "classifier", or "none": a trunk whose output is the stream
+    <file's name>   that configuration -> Model: bert.bert, decoder.decoder
     shapes          that configuration -> {path: ShapeDtypeStruct}
     NAMES           our path -> Hugging Face's name, and whether the matrix is transposed there
     PREFIX          what Hugging Face's names of the trunk's tensors begin with where there is a head

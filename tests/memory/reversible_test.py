@@ -16,7 +16,8 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory import residuals, reversible, targets
 from jaxpeft.memory.flops import count_flops
-from jaxpeft.memory.reversible import Coupling, Fixed, Float
+from jaxpeft.memory.reversible import Coupling
+from jaxpeft.memory.streams import Fixed, Float, pack, unpack
 
 B, S, D = 4, 40, 32
 EIGHTH, ONE = Fraction(1, 8), Fraction(1)
@@ -115,9 +116,9 @@ def test_division_is_the_inverse_of_multiplication(values, n, k):
 @pytest.mark.parametrize("length", [1, 32, 45])
 def test_packed_bits(bits, length):
     values = jax.random.randint(jax.random.key(0), (2, length, 3), 0, 2**bits)
-    words = reversible.pack(values, bits)
+    words = pack(values, bits)
     assert words.shape == (2, bits * -(-length // 32), 3) and words.dtype == jnp.uint32
-    np.testing.assert_array_equal(reversible.unpack(words, bits, length), values)
+    np.testing.assert_array_equal(unpack(words, bits, length), values)
 
 
 @pytest.mark.parametrize("swap", [True, False])
