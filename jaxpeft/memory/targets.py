@@ -278,14 +278,14 @@ def compile(
     with _dump_folder(target, dump) as folder:
         options = {} if folder is None else {"xla_dump_to": str(folder), **hlo.DUMP_OPTIONS}
         try:
-            executable = lowered.compile(compiler_options=options)
+            with contextlib.nullcontext() if folder is None else _without_cache():
+                executable = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if _NO_TOOLKIT.search(str(error)):
                 raise _missing(target, "cuda") from error
             if not _REFUSED.search(str(error)):
                 raise
             refusal = error
-        # JAX's persistent compilation cache returns executables without an assignment.
         assignment = _newest(folder, "*buffer-assignment.txt") if target.platform == "tpu" else None
         written = None if assignment is None else assigned(assignment.read_text())
     if executable is None and written is None:
@@ -369,6 +369,21 @@ def _dump_folder(target: Target, dump: str | os.PathLike[str] | None) -> Iterato
             yield Path(folder)
     else:
         yield None
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Without JAX's persistent compilation cache, whose executables come without the compiler's files."""
+    from jax.experimental.compilation_cache import compilation_cache
+
+    before = jax.config.jax_enable_compilation_cache
+    try:
+        jax.config.update("jax_enable_compilation_cache", False)
+        compilation_cache.reset_cache()  # whether it is in use is asked once
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def _newest(folder: Path | None, pattern: str) -> Path | None:

@@ -365,3 +365,21 @@ def test_the_measured_peak(monkeypatch):
     device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"peak_bytes_in_use": 12345})
     monkeypatch.setattr(jax, "devices", lambda: [device])
     assert targets.measured_peak(lambda: 1) == 12345
+
+
+def test_a_program_of_the_persistent_cache_is_compiled_anew_for_its_files(tmp_path):
+    settings = {"compilation_cache_dir": str(tmp_path / "cache"), "persistent_cache_min_compile_time_secs": 0.0}
+    settings["persistent_cache_min_entry_size_bytes"] = -1
+    before = {name: getattr(jax.config, f"jax_{name}") for name in settings}
+    try:
+        for name, value in settings.items():
+            jax.config.update(f"jax_{name}", value)
+        for name in ("first", "second"):
+            function = lambda x: jnp.tanh(x) @ x.T
+            targets.compile(targets.target("cpu"), function, jnp.ones((8, 8)))
+            targets.compile(targets.target("cpu"), function, jnp.ones((8, 8)), dump=tmp_path / name)
+            assert list((tmp_path / name).glob("*after_optimizations.hlo.pb"))
+        assert list((tmp_path / "cache").iterdir())  # it is in use otherwise
+    finally:
+        for name, value in before.items():
+            jax.config.update(f"jax_{name}", value)
