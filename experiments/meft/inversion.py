@@ -136,5 +136,6 @@ def document(rows: list[common.Row]) -> str:
 
 if __name__ == "__main__":
     args = common.arguments(__doc__)
-    rows = collect(common.Figures(NAME, None if args.draw else measure))
-    common.write(f"{NAME}.md", document(rows))
+    if not args.draw:
+        collect(common.Figures(NAME, measure))
+    common.write(f"{NAME}.md", document(common.load(NAME)))
