@@ -6,9 +6,9 @@
 On two CPU cores, less than LoRA's. MiniLM's step with exact MEFT1 takes 0.71 times as long as with LoRA of rank 8
 (quartiles 0.68 and 0.72), though it computes 1.44 times the products: 36 sites' skinny products are slow on a CPU for
 their FLOPs. Full fine-tuning takes as long as LoRA, Adam's pass over 22 million parameters included. Exact streams
-cost nothing that could be seen beside floating point ones (304 and 318 ms); a second evaluation for the derivative costs
-18 % (359 ms). On the embedded decoder the ratios to LoRA are 0.78 and, evaluated twice, 0.93. LST takes 0.30 and 0.41,
-UniPT 0.30 and 0.47, SHERL 0.33 and 0.50.
+cost nothing that could be seen beside floating point ones (304 and 318 ms); a second evaluation for the derivative
+costs 18 % (359 ms). On the embedded decoder the ratios to LoRA are 0.78 and, evaluated twice, 0.93. LST takes 0.30
+and 0.41, UniPT 0.30 and 0.47, SHERL 0.33 and 0.50.
 
 Train steps in one process, one after the other in turn, medians of the ratios to LoRA's under plain autodiff with the
 quartiles: all-MiniLM-L6-v2 (float32, batch 16 x 64, classifier of 77 labels) and the embedded decoder (float32, batch
