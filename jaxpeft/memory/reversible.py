@@ -95,25 +95,22 @@ def run(
         elements' own.
 
     Returns:
-      The pair after the last layer, swapped if the coupling says so, float32.
+      The pair after the last layer, swapped if the coupling says so, float32; NaN throughout if fixed point streams met
+      something that is not finite or out of their range, which they cannot show.
     """
-    loop, leaves = _loop(coupling, segment, layers, params, pair[1], ctx, key, tokens, shards)
+    loop, leaves = loop_over(coupling.f, segment, layers, params, pair[1], ctx, key is not None, tokens, shards)
     probe = jnp.zeros((len(layers), 3)) if probe is None else probe
     return tuple(join(y) for y in _run(coupling, loop, divide(pair[0], loop.groups), leaves, key, probe))
-
-
-def _loop(coupling, segment, layers, params, x, ctx, key, tokens, shards):
-    return loop_over(coupling.f, segment, layers, params, x, ctx, key is not None, tokens, shards)
 
 
 class _Half(NamedTuple):
     """F or G, traced.
 
-    programs: of one layer and one group of rows.
     forward: (*inputs) -> (y, *values that the backward program reads), of `shapes`.
     backward: (inputs that it reads, d y, values) -> cotangents of `moved`.
     used: the inputs that `backward` reads.
     moved: leaves with a cotangent.
+    flops: that the backward pass computes again.
     """
 
     forward: Callable[..., Any]
@@ -159,10 +156,9 @@ def _evaluate(half: _Half, inputs: list[Any], never: jax.Array) -> tuple[jax.Arr
     TPU's compiler from moving work into it, fixed layouts from choosing others. `never` is not true, which no compiler
     can know.
     """
-    shapes = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in half.shapes]
 
     def nothing(*inputs):
-        return [jnp.zeros(y.shape, y.dtype) for y in shapes]
+        return [jnp.zeros(y.shape, y.dtype) for y in half.shapes]
 
     inputs = [_row_major(x) for x in jax.lax.optimization_barrier(inputs)]
     made = [_row_major(y) for y in jax.lax.cond(never, nothing, half.forward, *inputs)]
@@ -197,7 +193,7 @@ def couple(
     x1: jax.Array,
     x2: jax.Array,
     dtype: Any,
-) -> tuple[tuple[jax.Array, jax.Array], list[jax.Array | None]]:
+) -> tuple[tuple[jax.Array, jax.Array], list[jax.Array | None], jax.Array]:
     """One layer, on encoded streams.
 
     Args:
@@ -206,41 +202,42 @@ def couple(
       x1, x2: encoded.
 
     Returns:
-      (the pair for the next layer, what the two multiplications have lost).
+      (the pair for the next layer, what the two multiplications have lost, whether the sums are numbers in range).
     """
     streams = coupling.streams
     y1, lost1 = streams.multiply(x1, coupling.lam)
-    y1 = y1 + streams.encode(f(streams.decode(x2, dtype)))
+    y1, valid1 = streams.add(y1, f(streams.decode(x2, dtype)))
     y2, lost2 = streams.multiply(x2, coupling.beta)
-    y2 = y2 + streams.encode(g(streams.decode(y1, dtype)))
-    return (y2, y1) if coupling.swap else (y1, y2), [lost1, lost2]
+    y2, valid2 = streams.add(y2, g(streams.decode(y1, dtype)))
+    return (y2, y1) if coupling.swap else (y1, y2), [lost1, lost2], valid1 & valid2
 
 
-def encoded(coupling: Coupling, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    """The pair as streams."""
-    return tuple(coupling.streams.encode(x) for x in pair)
+def encoded(coupling: Coupling, pair: tuple[jax.Array, jax.Array]) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """(the pair as streams, whether its elements are numbers in range)."""
+    made = [coupling.streams.add(jnp.zeros_like(coupling.streams.encode(x)), x) for x in pair]
+    return tuple(s for s, _ in made), made[0][1] & made[1][1]
 
 
-def decoded(coupling: Coupling, pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
-    """Streams as float32."""
-    return tuple(coupling.streams.decode(y, jnp.float32) for y in pair)
+def decoded(coupling: Coupling, pair: tuple[jax.Array, jax.Array], valid: jax.Array) -> tuple[jax.Array, ...]:
+    """Streams as float32, NaN if they are not valid."""
+    return tuple(jnp.where(valid, coupling.streams.decode(y, jnp.float32), jnp.nan) for y in pair)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(coupling, loop, x1, leaves, key, probe):
     del probe
-    pair, *_ = _layers(coupling, loop, x1, leaves, key, [False] * len(leaves), keep=False)
-    return decoded(coupling, pair)
+    last, *_ = _layers(coupling, loop, x1, leaves, key, [False] * len(leaves), keep=False)
+    return decoded(coupling, *last)
 
 
 def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
-    """(the last pair; what was lost, per step; pairs that are kept; what is never true)."""
+    """((the last pair, if it is valid); what was lost, per step; pairs that are kept; what is never true; FLOPs)."""
     x2, dtype = leaves[loop.x], leaves[loop.x].dtype
     halves = _halves(coupling, loop, leaves, dtype, key, perturbed)
     never = jnp.isnan(x1.reshape(-1)[0])
 
     def body(carry, step):
-        pair, pairs, _ = carry
+        pair, pairs, _, valid = carry
         inputs = loop.inputs(leaves, None, step, key)
         made = []
 
@@ -254,7 +251,7 @@ def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
 
         x1, x2 = (loop.at(x, "rows", step) for x in pair)
         f, g = (evaluated(half) for half in halves)
-        new, lost = couple(coupling, f, g, x1, x2, dtype)
+        new, lost, fine = couple(coupling, f, g, x1, x2, dtype)
         with jax.named_scope("stream"):
             pair = tuple(loop.put(x, y, "rows", step) for x, y in zip(pair, new, strict=True))
         if coupling.every and keep:
@@ -264,18 +261,18 @@ def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
                     jax.lax.dynamic_update_index_in_dim(p, y, place, 0) for p, y in zip(pairs, new, strict=True)
                 )
         kept = (lost, (x1, x2) if coupling.probe else None) if keep else None
-        return (pair, pairs, made if keep else None), kept
+        return (pair, pairs, made if keep else None, valid & fine), kept
 
-    start = encoded(coupling, (x1, x2))
+    start, valid = encoded(coupling, (x1, x2))
     slots = (len(loop.layers) // coupling.every + 1) * loop.groups if coupling.every and keep else 0
     pairs = tuple(jnp.zeros((slots, *x.shape[1:]), x.dtype) for x in start) if slots else ()
     # The values of one step are carried, and one of each is read at the end: else the branches of this loop would be
     # relieved of them, and be other programs than those of the backward loop.
     made = [[jnp.zeros(v.shape, v.dtype) for v in half.shapes[1:]] for half in halves] if keep else None
-    (pair, pairs, made), lost = jax.lax.scan(body, (start, pairs, made), loop.steps)
+    (pair, pairs, made, valid), lost = jax.lax.scan(body, (start, pairs, made, valid), loop.steps)
     for value in jax.tree.leaves(made):
         never = never | jnp.isnan(value.reshape(-1)[0])
-    return pair, lost, pairs, never
+    return (pair, valid), lost, pairs, never, len(loop.steps) * sum(half.flops for half in halves)
 
 
 def _checkpoint(coupling, loop, step):
@@ -290,13 +287,12 @@ def _forward(coupling, loop, x1, leaves, key, probe):
     perturbed = [leaf.perturbed for leaf in leaves]
     moved = x1.perturbed
     x1, leaves, key = x1.value, [leaf.value for leaf in leaves], None if key is None else key.value
-    pair, lost, pairs, never = _layers(coupling, loop, x1, leaves, key, perturbed, keep=True)
+    (pair, valid), lost, pairs, never, flops = _layers(coupling, loop, x1, leaves, key, perturbed, keep=True)
     rest = [None if i == loop.x else leaf for i, leaf in enumerate(leaves)]
     like = jnp.zeros((0,), leaves[loop.x].dtype)
-    halves = _halves(coupling, loop, leaves, like.dtype, key, perturbed)
     sizes = {"stream": tree.num_bytes(pair), "remainder": tree.num_bytes(lost[0]), "pair": tree.num_bytes(pairs)}
-    record(loop.name, Reversible(sizes, len(loop.steps) * sum(half.flops for half in halves)))
-    return decoded(coupling, pair), (Static([moved, *perturbed]), rest, key, pair, lost, pairs, never, like)
+    record(loop.name, Reversible(sizes, flops))
+    return decoded(coupling, pair, valid), (Static([moved, *perturbed]), rest, key, pair, lost, pairs, never, like)
 
 
 def _backward(coupling, loop, saved, d_pair):

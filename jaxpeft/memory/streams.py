@@ -31,6 +31,13 @@ class Fixed(NamedTuple):
         """The value, rounded to the type."""
         return (s.astype(jnp.float32) * 2.0**-self.bits).astype(dtype)
 
+    def add(self, s: jax.Array, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """(s + x, whether every element of x and of the sum is a number in range, ())."""
+        term = self.encode(x)
+        total = s + term
+        inside = jnp.all(jnp.abs(x.astype(jnp.float32)) < 2.0 ** (31 - self.bits))  # NaN is not
+        return total, inside & jnp.all(((s ^ total) & (term ^ total)) >= 0)
+
     def multiply(self, s: jax.Array, factor: Fraction) -> tuple[jax.Array, jax.Array | None]:
         """(s times factor, rounded down; the bits that are lost, packed, or None)."""
         n, k = factor.numerator, factor.denominator.bit_length() - 1
@@ -58,6 +65,10 @@ class Float(NamedTuple):
     def decode(self, s, dtype):
         """To the blocks' type."""
         return s.astype(dtype)
+
+    def add(self, s, x):
+        """What is not finite stays visible in the sum."""
+        return s + self.encode(x), jnp.ones((), bool)
 
     def multiply(self, s, factor):
         """Nothing is kept."""

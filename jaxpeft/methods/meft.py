@@ -307,8 +307,8 @@ def _decode(coupling: Coupling, halves, params, numbers, pair, ctx, cache):
     """The layers of a segment with their caches: (pair, cache)."""
     dtype = pair[0].dtype
 
-    def body(pair, per_layer):
-        layer, index, past = per_layer
+    def body(carry, per_layer):
+        (pair, valid), (layer, index, past) = carry, per_layer
         own: dict[str, Any] = {**ctx, "layer": index}
         caches: list[Any] = []
 
@@ -321,7 +321,8 @@ def _decode(coupling: Coupling, halves, params, numbers, pair, ctx, cache):
             return function
 
         f, g = map(with_cache, halves)
-        return reversible.couple(coupling, f, g, pair[0], pair[1], dtype)[0], caches[-1]
+        pair, _, fine = reversible.couple(coupling, f, g, pair[0], pair[1], dtype)
+        return (pair, valid & fine), caches[-1]
 
-    pair, cache = jax.lax.scan(body, reversible.encoded(coupling, pair), (params, numbers, cache))
-    return reversible.decoded(coupling, pair), cache
+    last, cache = jax.lax.scan(body, reversible.encoded(coupling, pair), (params, numbers, cache))
+    return reversible.decoded(coupling, *last), cache

@@ -178,6 +178,23 @@ def test_kept_pairs_bound_the_error_of_floating_point():
     close(gradients(of._replace(every=2), params, x)[1], wanted, 1e-4)
 
 
+@pytest.mark.parametrize("place", [(0, 0, 0), (3, 7, 5)])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -4e4])
+def test_what_fixed_point_cannot_hold_becomes_nan(value, place):
+    """In the input, or in what a layer adds: the range of 16 fractional bits ends at 2^15."""
+    params, x = start(4)
+    assert np.isfinite(gradients(coupling(), params, x)[0])
+    assert np.isnan(gradients(coupling(), params, x.at[place].set(value))[0])
+    params["v"] = params["v"].at[2].set(value)
+    assert np.isnan(gradients(coupling(), params, x)[0])
+
+
+def test_a_sum_that_leaves_the_range_is_told():
+    near = jnp.full((1, 2), 2**31 - 10, jnp.int32)
+    assert not Fixed().add(near, jnp.array([[0.0, 1.0]]))[1] and Fixed().add(near, jnp.array([[0.0, -1.0]]))[1]
+    assert not Fixed().add(-near, jnp.array([[0.0, -1.0]]))[1]
+
+
 def test_groups_of_rows_are_one_computation():
     params, x = start(5)
     of = coupling(streams=FINE)
