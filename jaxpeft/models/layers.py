@@ -240,3 +240,20 @@ class Embed(nn.Module):
         table = self.param("embedding", nn.initializers.normal(0.02), (self.count, self.features), self.param_dtype)
         rows = jnp.take(table, ids, axis=0).astype(self.param_dtype)  # a master that trains is wider
         return checkpoint_name(rows, self.name or "embed")
+
+
+class PreNormBlock(nn.Module):
+    """One layer of four modules that a family sets up: x += self_attn(attention_norm(x)); x += mlp(mlp_norm(x))."""
+
+    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
+        x, cache = self.attend(checkpoint_name(x, "block_input"), ctx, cache)
+        return self.feed_forward(x), cache
+
+    def attend(self, x, ctx, cache=None):
+        """The first part."""
+        attended, cache = self.self_attn(self.attention_norm(x), ctx, cache)
+        return checkpoint_name(x + attended, "after_attention"), cache
+
+    def feed_forward(self, x):
+        """The second part."""
+        return checkpoint_name(x + self.mlp(self.mlp_norm(x)), "block_output")

@@ -28,7 +28,7 @@ from jaxpeft.models import fields
 from jaxpeft.models.assembly import TEXT, assemble
 from jaxpeft.models.decoder import init_cache
 from jaxpeft.models.labels import num_labels
-from jaxpeft.models.layers import ACTIVATIONS, MLP, Attention, Dense, Embed, LayerNorm
+from jaxpeft.models.layers import ACTIVATIONS, MLP, Attention, Dense, Embed, LayerNorm, PreNormBlock
 from jaxpeft.models.names import dense, norm, table
 
 MODEL_TYPES = {"opt": "OPTForSequenceClassification"}
@@ -125,7 +125,7 @@ class Embedder(nn.Module):
         return self.embed_tokens(batch["tokens"]) + self.embed_positions(batch["positions"] + _OFFSET)
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """One layer: (x (B, S, d), ctx, cache) -> (x, cache)."""
 
     config: OPTConfig
@@ -137,19 +137,6 @@ class Block(nn.Module):
         self.self_attn = Attention(heads, heads, c.head_dim, True, True, param_dtype=c.dtype)
         self.mlp_norm = LayerNorm(_EPSILON, c.dtype)
         self.mlp = MLP(c.intermediate_size, c.hidden_act, param_dtype=c.dtype)
-
-    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
-        x, cache = self.attend(checkpoint_name(x, "block_input"), ctx, cache)
-        return self.feed_forward(x), cache
-
-    def attend(self, x, ctx, cache=None):
-        """The first part."""
-        attended, cache = self.self_attn(self.attention_norm(x), ctx, cache)
-        return checkpoint_name(x + attended, "after_attention"), cache
-
-    def feed_forward(self, x):
-        """The second part."""
-        return checkpoint_name(x + self.mlp(self.mlp_norm(x)), "block_output")
 
 
 class Head(nn.Module):

@@ -30,7 +30,7 @@ from jaxpeft.model import Batch, Model
 from jaxpeft.models import fields
 from jaxpeft.models.assembly import assemble
 from jaxpeft.models.labels import num_labels
-from jaxpeft.models.layers import ACTIVATIONS, MLP, Attention, Dense, LayerNorm
+from jaxpeft.models.layers import ACTIVATIONS, MLP, Attention, Dense, LayerNorm, PreNormBlock
 from jaxpeft.models.names import dense, norm
 
 MODEL_TYPES = {"vit": "ViTForImageClassification"}
@@ -156,7 +156,7 @@ def patches(pixels: jax.Array, size: int) -> jax.Array:
     return cut.transpose(0, 1, 3, 5, 2, 4).reshape(b, (h // size) * (w // size), c * size * size)
 
 
-class Block(nn.Module):
+class Block(PreNormBlock):
     """One layer: (x (B, S, d), ctx, cache) -> (x, cache)."""
 
     config: ViTConfig
@@ -168,19 +168,6 @@ class Block(nn.Module):
         self.self_attn = Attention(heads, heads, c.head_dim, c.qkv_bias, True, param_dtype=c.dtype, causal=False)
         self.mlp_norm = LayerNorm(c.layer_norm_eps, c.dtype)
         self.mlp = MLP(c.intermediate_size, c.hidden_act, param_dtype=c.dtype)
-
-    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
-        x, cache = self.attend(checkpoint_name(x, "block_input"), ctx, cache)
-        return self.feed_forward(x), cache
-
-    def attend(self, x, ctx, cache=None):
-        """The first part."""
-        attended, cache = self.self_attn(self.attention_norm(x), ctx, cache)
-        return checkpoint_name(x + attended, "after_attention"), cache
-
-    def feed_forward(self, x):
-        """The second part."""
-        return checkpoint_name(x + self.mlp(self.mlp_norm(x)), "block_output")
 
 
 class Head(nn.Module):
