@@ -1,26 +1,31 @@
 # make demo   the whole road on the embedded default: environment, install, train, report
-# make test   environment, linting, formatting, types, then every test
+# make test   environment, linting, formatting, types, then every test but the slow ones
+# make test-slow   those: minutes of a compiler each
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # Two workers: a file's tests stay together, so its fixtures and compiled functions are reused.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+WORKERS ?= -n 2 --dist loadfile
+PYTEST_ARGS ?= $(WORKERS) -m "not slow"
 
 # The newest Python whose JAX releases pyproject.toml admits beyond the default's.
 NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv-next
-# The contract, the methods and the step need no more than JAX; kernels join them as they come.
-NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/methods \
-  tests/train/loss_test.py tests/train/step_test.py $(wildcard tests/pallas_kernels)
+# The contract, what every method promises, the step and the kernels need no more than JAX.
+NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/train/step_test.py \
+  $(wildcard tests/pallas_kernels)
 
-.PHONY: demo test lint format test-next clean
+.PHONY: demo test test-slow lint format test-next clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxpeft train
 
 test: lint
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(WORKERS) -m slow
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -40,7 +45,7 @@ test-next:
 
 .PHONY: run-next
 run-next: $(NEXT_VENV)/.installed
-	$(NEXT_VENV)/bin/python -m pytest $(NEXT_TESTS)
+	$(NEXT_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(NEXT_TESTS)
 
 # Stamps: an install is repeated only when the requirements change.
 $(BIN)/python:
@@ -57,7 +62,7 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 
 $(NEXT_VENV)/.installed: pyproject.toml
 	$(NEXT_PYTHON) -m venv $(NEXT_VENV)
-	$(NEXT_VENV)/bin/python -m pip install --quiet --editable '.[describe]' pytest hypothesis
+	$(NEXT_VENV)/bin/python -m pip install --quiet --editable '.[describe]' pytest pytest-xdist hypothesis
 	touch $@
 
 clean:

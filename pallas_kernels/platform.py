@@ -3,18 +3,34 @@
 A Python `if` on the attached backend decides too early: a step that is compiled on a CPU host for a described TPU would
 get the CPU's implementation. Here an operation is a primitive of its own; its lowering rules know the platform, the
 shapes and the number of devices, and only the chosen implementation is ever traced for lowering.
+
+A kernel sees one device's arrays. It runs where the program has one device, or inside a `shard_map` over all axes of
+its mesh; under a mesh that the compiler partitions by itself the plain implementation runs, unless a kernel says that
+it can be partitioned.
+
+`forced("xla")` chooses for all operations whose kernels are written here (attention's are libraries'): what is traced
+inside uses the plain implementations ("mosaic_gpu" or "tpu": those kernels, or NotImplementedError where they cannot
+run).
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jax._src import dispatch  # lowering rules see devices only where this says that they ask for them
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import batching, mlir, partial_eval
+
+# The platform that JAX calls so, and what its kernels are called here.
+KERNELS = {"cuda": "mosaic_gpu", "tpu": "tpu"}
+PLAIN = "xla"
 
 
 class Implementation(NamedTuple):
@@ -23,19 +39,76 @@ class Implementation(NamedTuple):
     function: (*args, **static) -> arrays, of the shapes and dtypes of the default implementation.
     supports: (*args as ShapeDtypeStructs, **static) -> bool.
     partitions: whether the compiler can partition it over the devices of a mesh.
+    announces: whether a call that it does not take is said, once; such implementations are also those that can be
+      asked for by name.
+    kinds: whether `function` takes the device's kind (`jax.Device.device_kind`) as the keyword `device`.
+    capability: the devices that it runs on, as the beginning of their `compute_capability`; "" for any.
     """
 
     function: Callable[..., Any]
     supports: Callable[..., bool]
     partitions: bool = False
+    announces: bool = False
+    kinds: bool = False
+    capability: str = ""
+
+
+class Part(NamedTuple):
+    """What computes some of an operation's outputs alone, where the others are not used.
+
+    outputs: their numbers.
+    function: another operation, called with the arguments that are numbered in `args`.
+    args: numbers of the operation's (flat) arguments; negative ones count from the last.
+    static: names of the static arguments that it takes.
+    """
+
+    outputs: tuple[int, ...]
+    function: Callable[..., Any]
+    args: tuple[int, ...]
+    static: tuple[str, ...]
+
+
+class KernelFallback(UserWarning):
+    """A kernel does not take these shapes; the plain implementation runs in its place."""
 
 
 # operation's name -> its FLOPs as a function of its (args as ShapeDtypeStructs, **static); see `operation`.
 FLOPS: dict[str, Callable[..., float]] = {}
+# operation's name -> the same of what is left of it when only the outputs with these numbers are used.
+PARTS: dict[str, Part] = {}
+
+_forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
+_said: set[str] = set()
+
+
+@contextlib.contextmanager
+def forced(implementation: str | None) -> Iterator[None]:
+    """What is traced inside uses this implementation: "xla", "mosaic_gpu", "tpu", or None for the platform's own.
+
+    Raises:
+      ValueError: for another name.
+    """
+    token = _forced.set(check(implementation))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def check(implementation: str | None) -> str | None:
+    """An implementation's name as it was given, if it is one."""
+    known = (PLAIN, *KERNELS.values())
+    if implementation is not None and implementation not in known:
+        raise ValueError(f"implementation {implementation!r} is not one of {', '.join(known)}")
+    return implementation
 
 
 def operation(
-    name: str, default: Callable[..., Any], flops: Callable[..., float] | None = None, **platforms: Implementation
+    name: str,
+    default: Callable[..., Any],
+    flops: Callable[..., float] | None = None,
+    part: Part | None = None,
+    **platforms: Implementation,
 ) -> Callable[..., Any]:
     """A function whose implementation is chosen by the platform that it is lowered for.
 
@@ -43,16 +116,22 @@ def operation(
       name: of the primitive.
       default: (*args, **static) -> arrays; plain JAX, any shapes. It also says what comes out.
       flops: what the operation costs, by the same arguments as shapes.
+      part: what computes some of the outputs for less.
       **platforms: "tpu" or "cuda" -> Implementation, used where it supports the arguments.
 
     Returns:
-      function(*args, **static): args are pytrees of arrays, static arguments hashable. It has no derivative: wrap it
-      in a `custom_vjp`.
+      function(*args, implementation=None, **static): args are pytrees of arrays, static arguments hashable;
+      implementation as in `forced`. It has no derivative: wrap it in a `custom_vjp`. When lowered it raises
+      NotImplementedError if the implementation that is asked for is not the platform's, or does not take the arguments.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
     if flops is not None:
         FLOPS[name] = flops
+    if part is not None:
+        PARTS[name] = part
+        partial_eval.dce_rules[primitive] = functools.partial(_dce, part)
+    announces = any(implementation.announces for implementation in platforms.values())
 
     def shapes(leaves, treedef):
         return treedef.unflatten([jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves])
@@ -60,27 +139,34 @@ def operation(
     def outputs(leaves, treedef, static):
         return jax.eval_shape(functools.partial(default, **dict(static)), *shapes(leaves, treedef))
 
-    def call(*args, **static):
+    def call(*args, implementation=None, **static):
         leaves, treedef = jax.tree.flatten(args)
         items = tuple(sorted(static.items()))
-        found = primitive.bind(*leaves, treedef=treedef, static=items)
+        wanted = check(implementation)
+        if wanted is None and announces:
+            wanted = _forced.get()
+        found = primitive.bind(*leaves, treedef=treedef, static=items, implementation=wanted)
         return jax.tree.unflatten(jax.tree.structure(outputs(leaves, treedef, items)), found)
 
-    def lowering(chosen: Implementation | None):
-        def rule(ctx, *operands, treedef, static):
+    def lowering(platform: str | None, chosen: Implementation | None):
+        def rule(ctx, *operands, treedef, static, implementation):
+            args, static = shapes(ctx.avals_in, treedef), dict(static)
             function = default
-            if chosen is not None and chosen.supports(*shapes(ctx.avals_in, treedef), **dict(static)):
-                if chosen.partitions or getattr(ctx.module_context.axis_context, "num_devices", 1) == 1:
-                    function = chosen.function
+            if _chooses(name, platform, chosen, ctx.module_context.axis_context, implementation, args, static):
+                assert chosen is not None
+                function = chosen.function
+                if chosen.kinds:
+                    device = _device(ctx.module_context.axis_context, platform)
+                    function = functools.partial(function, device=getattr(device, "device_kind", ""))
 
             def flat(*leaves):
-                return jax.tree.leaves(function(*treedef.unflatten(leaves), **dict(static)))
+                return jax.tree.leaves(function(*treedef.unflatten(leaves), **static))
 
             return mlir.lower_fun(flat, multiple_results=True)(ctx, *operands)
 
         return rule
 
-    def mapped(args, axes, *, treedef, static):
+    def mapped(args, axes, **params):
         """vmap: one after the other."""
         size = next(x.shape[axis] for x, axis in zip(args, axes, strict=True) if axis is not None)
 
@@ -89,22 +175,106 @@ def operation(
                 x if axis is None else jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False)
                 for x, axis in zip(args, axes, strict=True)
             ]
-            return primitive.bind(*taken, treedef=treedef, static=static)
+            return primitive.bind(*taken, **params)
 
         found = jax.lax.map(one, np.arange(size))
         return found, [0] * len(found)
 
     @primitive.def_abstract_eval
-    def _(*avals, treedef, static):
+    def _(*avals, treedef, static, implementation):
+        del implementation
         kind = type(avals[0])
         return [kind(out.shape, out.dtype) for out in jax.tree.leaves(outputs(avals, treedef, static))]
 
     @primitive.def_impl
-    def _(*leaves, treedef, static):
-        return jax.jit(functools.partial(primitive.bind, treedef=treedef, static=static))(*leaves)
+    def _(*leaves, **params):
+        return jax.jit(functools.partial(primitive.bind, **params))(*leaves)
 
+    if any(implementation.kinds or implementation.capability for implementation in platforms.values()):
+        dispatch.prim_requires_devices_during_lowering.add(primitive)
     batching.primitive_batchers[primitive] = mapped
-    mlir.register_lowering(primitive, lowering(None))
+    mlir.register_lowering(primitive, lowering(None, None))
     for platform, implementation in platforms.items():
-        mlir.register_lowering(primitive, lowering(implementation), platform=platform)
+        mlir.register_lowering(primitive, lowering(platform, implementation), platform=platform)
+    call.primitive = primitive  # type: ignore[attr-defined]
     return call
+
+
+def _chooses(name, platform, chosen: Implementation | None, where, wanted: str | None, args, static) -> bool:
+    """Whether the platform's implementation runs, not the default one."""
+    kernel = KERNELS.get(platform)
+    if wanted == PLAIN and kernel:
+        return False
+    if wanted not in (None, PLAIN, kernel):
+        raise NotImplementedError(f"{name}: implementation {wanted!r} does not run on {platform or 'this platform'}")
+    if chosen is None:
+        return False
+    capability = getattr(_device(where, platform), "compute_capability", chosen.capability)
+    if not str(capability).startswith(chosen.capability):
+        needed = f"compute capability {chosen.capability}x, not {capability}"
+        _refuse(chosen, wanted, f"{name}: the {kernel} kernel runs on {needed}")
+        return False
+    if not chosen.supports(*args, **static):
+        _refuse(chosen, wanted, f"{name}: the {kernel} kernel does not take {_described(args, static)}")
+        return False
+    if not chosen.partitions and not _whole(where):
+        _refuse(chosen, wanted, f"{name}: the {kernel} kernel runs on one device, or in a shard_map over all axes")
+        return False
+    return True
+
+
+def _refuse(chosen: Implementation, wanted: str | None, why: str) -> None:
+    if wanted not in (None, PLAIN):
+        raise NotImplementedError(why)
+    if chosen.announces and why not in _said:
+        _said.add(why)
+        warnings.warn(f"{why}; plain JAX runs instead", KernelFallback, stacklevel=2)
+
+
+def _described(args: Sequence[Any], static: dict[str, Any]) -> str:
+    leaves = [f"{leaf.dtype.name}{list(leaf.shape)}" for leaf in jax.tree.leaves(args)]
+    return ", ".join((*leaves, *(f"{key}={value}" for key, value in static.items())))
+
+
+def _whole(where: Any) -> bool:
+    """Whether a kernel sees all of what it is given: on one device, or where all axes of the mesh are manual."""
+    if hasattr(where, "manual_axes"):
+        return set(where.mesh.axis_names) == set(where.manual_axes)
+    return getattr(where, "num_devices", 1) == 1
+
+
+def _device(where: Any, platform: str | None) -> Any:
+    """A device of those that the program is for, None where they are not known."""
+    devices = getattr(where, "device_assignment", None)
+    if devices is None and hasattr(where, "mesh"):
+        devices = getattr(where.mesh, "devices", None)
+    if devices is not None and np.size(devices):
+        return np.ravel(np.asarray(devices, dtype=object))[0]
+    attached = jax.devices()[0]
+    return attached if {"cuda": "gpu"}.get(platform or "", platform) == attached.platform else None
+
+
+def part_of(eqn: Any) -> Any:
+    """The equation that computes some of an equation's outputs for less, if its operation has such a part."""
+    part = PARTS.get(eqn.primitive.name)
+    if part is None:
+        return None
+    static = dict(eqn.params["static"])
+    kept = [eqn.invars[i] for i in part.args]
+    params = {
+        "treedef": jax.tree.structure(tuple(kept)),
+        "static": tuple(sorted((key, static[key]) for key in part.static)),
+        "implementation": eqn.params["implementation"],
+    }
+    primitive = part.function.primitive  # type: ignore[attr-defined]
+    return eqn.replace(invars=kept, outvars=[eqn.outvars[i] for i in part.outputs], primitive=primitive, params=params)
+
+
+def _dce(part: Part, used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
+    """Dead code elimination: where `part` has all outputs that are used, it takes the operation's place."""
+    if not any(used):
+        return [False] * len(eqn.invars), None
+    if any(use and i not in part.outputs for i, use in enumerate(used)):
+        return [True] * len(eqn.invars), eqn
+    numbers = [i % len(eqn.invars) for i in part.args]
+    return [i in numbers for i in range(len(eqn.invars))], part_of(eqn)

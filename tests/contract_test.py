@@ -108,13 +108,14 @@ def test_meft_and_lora_inside_its_blocks(page):
 
 
 def test_lst_differentiates_nothing_of_the_backbone(page):
-    """It keeps, per token and layer, a few arrays of the side network's width and the rung's input."""
+    """It keeps, per token and layer, the rung's input and eight arrays of the side network's width; after the layers one
+    more, which the last product reads."""
     _, _, _, losses = train(page["lst"](4, 3))
     assert losses[-1] < losses[0]
     model, state = start(page["lst"](4, 3))
     kept = residuals.bytes_per_token(model, state.trainable, state.frozen, tiny.batch)
-    backbone = residuals.bytes_per_token(*jp.setup(jp.full("embeddings"), *tiny.model(), jax.random.key(0)), tiny.batch)
-    assert kept < 0.3 * backbone
+    d, side = 32, 32 // 4
+    assert kept <= 4 * (3 * (d + 8 * side) + side)
     shapes = [leaf.shape for leaf in residuals.saved(model, state.trainable, state.frozen, tiny.batch(rows=2))]
     assert not [shape for shape in shapes if shape[-1:] == (56,)]  # nothing of the MLP
 
@@ -232,7 +233,7 @@ assert len(jax.devices()) == 4
 mesh = jax.make_mesh((2, 2), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
 batch = tiny.batch(rows=8)
 for method in (jp.lora(2), jp.lora_fa(2, projected=True), jp.full()):
-    optimizer = optax.adam(1e-2)
+    optimizer = optax.adam(1e-2, eps=1e-4)  # above the rounding of gradients, which it would blow up to whole steps
     model, state = contract_test.start(method, optimizer)
     step = jax.jit(jp.make_train_step(model, method, optimizer, accumulate=2))
     placed, rows = page["shard"](mesh, state, batch)

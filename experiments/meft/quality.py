@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import functools
 import itertools
 import math
 import os
@@ -27,6 +28,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 
 import jaxpeft as jp
 from experiments.memory import common
@@ -76,38 +79,67 @@ def rows_of(task: str, length: int) -> tuple[list[Any], list[Any], list[Any], tu
     return [r for i, r in enumerate(train) if i % 10], train[::10], test, labels.names
 
 
+def by_state(rate: float) -> optax.GradientTransformation:
+    """Updates times a rate that is part of the state, so that one compiled step serves a whole grid."""
+
+    def update(updates, state, params=None):
+        del params
+        return jax.tree.map(lambda x: state * x, updates), state
+
+    return optax.GradientTransformation(lambda params: jnp.float32(rate), update)
+
+
+class Runner:
+    """One task and one method, compiled once."""
+
+    def __init__(self, task: str, name: str):
+        self.length = DATA[task][1]
+        self.train, self.tune, self.test, self.labels = rows_of(task, self.length)
+        self.steps = math.ceil(DATA[task][0] * len(self.train) / BATCH)
+        self.task, factory = TASKS["classify"], METHODS[name][0]
+        self.method = self.task.method(factory()) if factory else jp.full("^classifier/")
+        self.unit = make_optimizer(make_schedule("linear", 1.0, self.steps, max(self.steps * 6 // 100, 1)), 0.0, 1.0)
+        model, *_ = self.setup(0)
+        step = jp.make_train_step(model, self.method, self.optimizer(1.0), self.task.loss)
+        self.step, self.eval_step = Compiled(step, donate=True), Compiled(self.task.eval_step(model))
+        widths = tuple(range(8, self.length + 1, 8))
+        self.layout = {"buckets": widths, "collate": data.collate_rows}
+
+    def setup(self, seed: int):
+        base, params = jp.load_pretrained(assets.minilm(), "float32", labels=self.labels, key=jax.random.key(seed))
+        return jp.setup(self.method, base, params, jax.random.key(100 + seed))
+
+    def optimizer(self, rate: float) -> optax.GradientTransformation:
+        return optax.chain(self.unit, by_state(rate))
+
+    def scores(self, state, rows):
+        batches = (batch for batch, _ in data.eval_batches(rows, 64, self.length, **self.layout))
+        return self.task.scores(self.eval_step, state, batches, len(self.labels))
+
+
+runner = functools.lru_cache(maxsize=1)(Runner)
+
+
 def measure(key: common.Row) -> common.Row:
     """One run: accuracy on the tuning and the test rows."""
-    epochs, length = DATA[key["task"]]
-    train, tune, test, labels = rows_of(key["task"], length)
-    task, factory = TASKS["classify"], METHODS[key["method"]][0]
-    method = task.method(factory()) if factory else jp.full("^classifier/")
-    base, params = jp.load_pretrained(assets.minilm(), "float32", labels=labels, key=jax.random.key(key["seed"]))
-    model, trainable, frozen = jp.setup(method, base, params, jax.random.key(100 + key["seed"]))
-    steps = math.ceil(epochs * len(train) / BATCH)
-    optimizer = make_optimizer(make_schedule("linear", key["lr"], steps, max(steps * 6 // 100, 1)), 0.0, 1.0)
-    state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(200 + key["seed"]))
-    step = Compiled(jp.make_train_step(model, method, optimizer, task.loss), donate=True)
-    layout = {"buckets": (16, 32, 64), "collate": data.collate_rows}
-    layout["buckets"] = tuple(width for width in layout["buckets"] if width <= length)
-    batches = data.make_batches(train, BATCH, length, key["seed"], **layout)
+    run = runner(key["task"], key["method"])
+    _, trainable, frozen = run.setup(key["seed"])
+    optimizer = run.optimizer(key["lr"])
+    state = jp.init_state(run.method, optimizer, trainable, frozen, jax.random.key(200 + key["seed"]))
+    size = tree.size({path: leaf for path, leaf in trainable.items() if not path.startswith("classifier/")})
     loss = math.nan
-    for batch, _ in itertools.islice(batches, steps):
-        state, metrics = step(state, batch)
+    for batch, _ in itertools.islice(
+        data.make_batches(run.train, BATCH, run.length, key["seed"], **run.layout), run.steps
+    ):
+        state, metrics = run.step(state, batch)
     loss = float(metrics["loss"])
-    eval_step = Compiled(task.eval_step(model))
-
-    def scores(rows):
-        batches = (batch for batch, _ in data.eval_batches(rows, 64, length, **layout))
-        return task.scores(eval_step, state, batches, len(labels))
-
-    tuned, tested = scores(tune), scores(test)
+    tuned, tested = run.scores(state, run.tune), run.scores(state, run.test)
     return {
         "tuning": 100 * tuned["accuracy"],
         "accuracy": 100 * tested["accuracy"],
         "f1": 100 * tested["f1"],
         "train_loss": loss,
-        "parameters": tree.size({path: leaf for path, leaf in trainable.items() if not path.startswith("classifier/")}),
+        "parameters": size,
     }
 
 

@@ -15,6 +15,7 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory.flops import equation_flops
 from jaxpeft.memory.plan import INPUT, Plan, action_of
+from pallas_kernels.platform import part_of
 
 Kept = tuple[str, int]  # a name, and which of the activations with that name
 
@@ -58,15 +59,27 @@ class Programs:
 
     @functools.cached_property
     def _graph(self):
-        """(equations that each equation reads from, FLOPs of each, those that yield the cotangents, named ones)."""
+        """(nodes that each node reads from, FLOPs of each, those that yield the cotangents, named ones).
+
+        A node is an equation. One of whose outputs some may be computed for less (`pallas_kernels.platform.PARTS`) is
+        two: that part, numbered after all equations, and the rest, which reads it.
+        """
         jaxpr = self.vjp.jaxpr
         made = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in eqn.outvars}
+        parts = [(i, part_of(eqn)) for i, eqn in enumerate(jaxpr.eqns)]
+        parts = [(i, part) for i, part in parts if part is not None]
+        for node, (_, part) in enumerate(parts, len(jaxpr.eqns)):
+            made |= dict.fromkeys(part.outvars, node)
 
         def makers(variables):
             return [made[v] for v in variables if not isinstance(v, Literal) and v in made]
 
-        reads = [makers(eqn.invars) for eqn in jaxpr.eqns]
-        return reads, [equation_flops(eqn) for eqn in jaxpr.eqns], makers(jaxpr.outvars), _named(jaxpr)
+        reads = [makers(eqn.invars) for eqn in jaxpr.eqns] + [makers(part.invars) for _, part in parts]
+        flops = [equation_flops(eqn) for eqn in jaxpr.eqns] + [equation_flops(part) for _, part in parts]
+        for node, (i, _) in enumerate(parts, len(jaxpr.eqns)):
+            reads[i].append(node)
+            flops[i] -= flops[node]
+        return reads, flops, makers(jaxpr.outvars), _named(jaxpr)
 
     def work(self, given: Iterable[Kept]) -> tuple[float, list[Kept]]:
         """(FLOPs of matrix products of `backward(given)`, those of `given` that it reads), without making it."""

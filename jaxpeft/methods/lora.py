@@ -4,7 +4,7 @@
     s = alpha / r, with rsLoRA alpha / sqrt(r)
 
 A is random and B zero, so the adapted model starts at the base. Kept for the backward pass: x (shared by the sites
-that read it) and x A; with dropout also the mask and the dropped copy.
+that read it) and x A; dropout's mask is drawn again.
 
 Paper: Hu et al. 2021, "LoRA", arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+ (`lr_ratio`):
 Hayou et al. 2024, arXiv:2402.12354. PiSSA (`init="pissa"`): Meng et al. 2024, arXiv:2404.02948: A, B are the principal
@@ -25,12 +25,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
-from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
-from jaxpeft.quant import dot
+from jaxpeft.quant import low_rank_dot
 
 SUMMARY = "a trainable low-rank product beside each frozen kernel"
 KIND = "site"
@@ -74,11 +73,10 @@ class LoRA(nn.Module):
         n, m = kernel.shape
         a = self.param("a", INITS[self.init_a], (n, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
-        dropped = x
+        rate, seed = 0.0, None
         if self.dropout and self.has_rng("dropout"):
-            dropped = drop(x, self.dropout, self.make_rng("dropout"))
-        low = checkpoint_name(dropped @ a.astype(x.dtype), "lora_low")
-        return dot(x, kernel) + self.scale * (low @ b.astype(x.dtype))
+            rate, seed = self.dropout, jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
+        return low_rank_dot(x, kernel, a, b, scale=self.scale, rate=rate, seed=seed)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:

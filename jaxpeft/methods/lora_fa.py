@@ -22,7 +22,7 @@ before the optimizer's clipping, where PEFT clips first. Dropout is on x A, wher
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,7 +33,7 @@ from jaxpeft import sites
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Objective, Spec
 from jaxpeft.methods import lora as _lora
-from jaxpeft.quant import dot
+from jaxpeft.quant import dot, low_rank_dot
 
 SUMMARY = "LoRA with A frozen: no adapter input is kept for the backward pass"
 KIND = "site"
@@ -57,20 +57,29 @@ class LoRAFA(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array, kernel: Any, ctx: Mapping[str, Any]) -> jax.Array:
         n, m = kernel.shape
+        make_a: Any = None
         if self.store_a:
             a = self.param("a", _lora.INITS[self.init_a], (n, self.rank))
-            low = x @ a.astype(x.dtype)
         else:
-            seed = self.param("seed", lambda key: jax.random.bits(key, (), jnp.uint32))
-            # Checkpointed, so that the backward pass makes A again instead of keeping it.
-            low = jax.checkpoint(lambda x, seed: x @ regenerate(seed, n, self.rank, self.init_a).astype(x.dtype))(
-                x, seed
-            )
+            a = self.param("seed", lambda key: jax.random.bits(key, (), jnp.uint32))
+            make_a = Regenerate(n, self.rank, self.init_a)
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
         if self.dropout and self.has_rng("dropout"):
-            low = _lora.drop(low, self.dropout, self.make_rng("dropout"))
-        low = checkpoint_name(low, "lora_low")
-        return dot(x, kernel) + self.scale * (low @ b.astype(x.dtype))
+            low = x @ (make_a(a) if make_a else a).astype(x.dtype)
+            low = checkpoint_name(_lora.drop(low, self.dropout, self.make_rng("dropout")), "lora_low")
+            return dot(x, kernel) + self.scale * (low @ b.astype(x.dtype))
+        return low_rank_dot(x, kernel, a, b, scale=self.scale, make_a=make_a)
+
+
+class Regenerate(NamedTuple):
+    """seed () uint32 -> A (n, r) float32."""
+
+    n: int
+    rank: int
+    init: str
+
+    def __call__(self, seed: jax.Array) -> jax.Array:
+        return regenerate(seed, self.n, self.rank, self.init)
 
 
 def regenerate(seed: jax.Array, n: int, rank: int, init: str) -> jax.Array:

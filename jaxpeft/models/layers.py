@@ -17,6 +17,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft.quant import dot
 from pallas_kernels import attention as attention_op
+from pallas_kernels.rms_norm import rms_norm
+from pallas_kernels.swiglu import swiglu
 
 
 class Dense(nn.Module):
@@ -55,9 +57,7 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        wide = x.astype(jnp.float32)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return checkpoint_name(wide.astype(x.dtype) * scale.astype(x.dtype), self.name or "norm")
+        return checkpoint_name(rms_norm(x, scale, self.epsilon), self.name or "norm")
 
 
 class LayerNorm(nn.Module):
@@ -199,7 +199,7 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="gate_proj")(x)
         up = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="up_proj")(x)
-        product = checkpoint_name(nn.silu(gate) * up, "mlp_product")
+        product = checkpoint_name(swiglu(gate, up), "mlp_product")
         return Dense(x.shape[-1], self.use_bias, self.param_dtype, name="down_proj")(product)
 
 

@@ -1,5 +1,5 @@
-"""Kernels that are not plain arrays, and the one matrix product that takes them all."""
+"""Kernels that are not plain arrays, and the products that take them all."""
 
-from jaxpeft.quant.dot import dot
+from jaxpeft.quant.dot import dot, low_rank_dot
 
-__all__ = ["dot"]
+__all__ = ["dot", "low_rank_dot"]

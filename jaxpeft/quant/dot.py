@@ -1,17 +1,34 @@
-"""`dot(x, kernel)`: the matrix product of a site, by the type of its kernel.
+"""The products of a site, by the type of its kernel: `dot(x, W)`, and `low_rank_dot`, which adds a low-rank update.
 
-A quantized array type registers its product:
+    dot            y = x W
+    low_rank_dot   y = x W + s (drop(x) A) B            by the fused kernels of `pallas_kernels` where they serve
+
+A quantized array type registers its product, and, where it has one, its fused product:
 
     @dot.register(MyQuantized)
     def _(kernel, x): ...
+
+    @low_rank_dot.register(MyQuantized)
+    def _(kernel, x, a, b, **options): ...
+
+A type with a product alone gets the two added.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.dropout import drop
+from pallas_kernels.lora_matmul import lora_matmul
+from pallas_kernels.packed import Packed
+from pallas_kernels.quant_lora_matmul import quant_lora_matmul, quant_matmul
+
+LOW = "lora_low"  # what x A is called in a memory plan
 
 
 @functools.singledispatch
@@ -25,3 +42,57 @@ def dot(x: jax.Array, kernel: Any) -> jax.Array:
 
 
 dot.register = _product.register  # type: ignore[attr-defined]
+
+
+@functools.singledispatch
+def _low_rank_product(kernel: Any, x, a, b, *, scale, rate, seed, make_a) -> jax.Array:
+    if isinstance(kernel, jax.Array):
+        options = {"scale": scale, "rate": rate, "seed": seed, "make_a": make_a, "name": LOW}
+        return lora_matmul(x, kernel.astype(x.dtype), a, b, **options)
+    if make_a is not None:
+        low = jax.checkpoint(lambda x, a: x @ make_a(a).astype(x.dtype))(x, a)
+    else:
+        rows = drop(x.reshape(-1, x.shape[-1]), seed, rate).reshape(x.shape) if rate else x
+        low = rows @ a.astype(x.dtype)
+    return dot(x, kernel) + scale * (checkpoint_name(low, LOW) @ b.astype(x.dtype))
+
+
+def low_rank_dot(
+    x: jax.Array,
+    kernel: Any,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    scale: float,
+    rate: float = 0.0,
+    seed: jax.Array | None = None,
+    make_a: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    """x W + scale (drop(x) A) B.
+
+    Args:
+      x: (..., n).
+      kernel: W (n, m) of any registered type.
+      a: A (n, r), or what `make_a` makes it of.
+      b: B (r, m).
+      scale: s.
+      rate: of dropout on what A reads.  seed: () int32 of its mask.
+      make_a: hashable, a -> A (n, r); A is made in both passes, and not kept.
+
+    Returns:
+      (..., m) in x's dtype. x A is named "lora_low"; x is kept for the backward pass only if A is differentiated.
+    """
+    return _low_rank_product(kernel, x, a, b, scale=scale, rate=rate, seed=seed, make_a=make_a)
+
+
+low_rank_dot.register = _low_rank_product.register  # type: ignore[attr-defined]
+
+
+@_product.register
+def _(kernel: Packed, x: jax.Array) -> jax.Array:
+    return quant_matmul(x, kernel)
+
+
+@_low_rank_product.register
+def _(kernel: Packed, x, a, b, **options) -> jax.Array:
+    return quant_lora_matmul(x, kernel, a, b, name=LOW, **options)

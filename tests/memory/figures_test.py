@@ -48,6 +48,9 @@ REST = 4 * TOKENS * 2 * D + 2 * 4 * CHUNK * VOCAB
 
 
 pytestmark = pytest.mark.usefixtures("optimised")
+# A TPU's compiler takes most of a minute for each of these programs: two of the presets, and a whole 7B step, are
+# compiled for it by default, the others with `make test-slow`.
+SLOWLY = pytest.param("v5p", marks=pytest.mark.slow)
 
 
 def memory(name, config, save, rows=ROWS, length=LENGTH):
@@ -81,8 +84,11 @@ def small(name, save, layers=LAYERS):
     return memory(name, {**SMALL, "num_hidden_layers": layers}, save)
 
 
-@pytest.mark.parametrize("save", ON_DEVICE)
-@pytest.mark.parametrize("name", ["v5p", "h200"])
+PRESETS = [("h200", save) for save in ON_DEVICE] + [("v5p", save) for save in ("matmuls", "blocks")]
+PRESETS += [pytest.param("v5p", save, marks=pytest.mark.slow) for save in ("offload", "compressed")]
+
+
+@pytest.mark.parametrize(("name", "save"), PRESETS)
 def test_a_preset_needs_what_it_keeps_and_one_group_of_one_layer(name, save):
     found = small(name, save)
     assert found.temporaries <= LAYERS * TOKENS * ON_DEVICE[save] + WORK + REST
@@ -90,13 +96,13 @@ def test_a_preset_needs_what_it_keeps_and_one_group_of_one_layer(name, save):
     assert found.host == LAYERS * TOKENS * there
 
 
-@pytest.mark.parametrize("name", ["v5p", "h200"])
+@pytest.mark.parametrize("name", [SLOWLY, "h200"])
 def test_plain_autodiff_needs_far_more(name):
     """Inputs of all adapters and float32 inside norms, SiLU and rotation: at least half as much again."""
     assert small(name, "everything").temporaries > 1.5 * small(name, "matmuls").temporaries
 
 
-@pytest.mark.parametrize("name", ["v5p", "h200"])
+@pytest.mark.parametrize("name", [SLOWLY, "h200"])
 def test_more_layers_cost_their_inputs(name):
     """Gradients are outputs. 16 layers' inputs are too large for a TPU's on-chip memory; kernels that would fit there,
     attention's of all layers, its compiler copies into the order in which both loops read them."""

@@ -189,7 +189,9 @@ def test_a_lora_step_is_attributed(lora):
     assert sum(sizes.values()) == found.total_bytes
     assert found.unattributed_bytes <= 0.02 * found.live_bytes
     assert sum(buffer.bytes for buffer in found.buffers if buffer.module) >= 0.98 * found.live_bytes
-    assert max(sizes, key=sizes.get) == "saved activations"
+    # Of each layer at least: both norms' inputs and outputs, queries, attention's output; gate, up and their product.
+    numbers = 3 * ROWS * LENGTH * (6 * 64 + 3 * 160)
+    assert sizes["saved activations"] >= {"cpu": 4, "h200": 4, "v5p": 2}[name] * numbers
     if name != "v5p":  # a TPU pads arrays to its tiles, and its temp_size is not that of the assignment
         assert sizes["weights"] == num_bytes(state.frozen)
         assert sizes["adapters"] == num_bytes(state.trainable)

@@ -1,0 +1,413 @@
+"""What the TPU kernels share: products, tiles and their VMEM, and the pipeline of a product with a low-rank term.
+
+A TPU core computes on VMEM (64 MiB on a v5p, 128 MiB on v5e and v6e), to which the pipeline of `pl.pallas_call` copies
+one block of each operand per step of the grid, while the step before computes. Two blocks of an operand are in VMEM
+therefore; a block whose index is that of the step before is not copied again.
+
+`low_rank_product` is that pipeline for
+
+    low = f(x)                     (T, r), summed over inputs; rounded to x's dtype, and written as (r, T)
+    y = x W + g(low)               (T, m)
+
+    grid (row tiles, column tiles, input tiles), the last one innermost
+
+    step (i, j, k)                 reads x[i, k] and W[k, j]; adds their product to an accumulator of y's tile
+      j = 0                        adds f of the same tile of x to `low`, which stays in VMEM for all j
+      j = 0, last k                writes low[i], transposed
+      last k                       writes y[i, j] = accumulator + g(low)
+
+x passes (column tiles) times through VMEM, or once if an input tile is all inputs; W passes (row tiles) times. So tiles
+are large: `best` picks them by an estimate of the time that a chip with the least memory bandwidth per FLOP needs.
+(r, T) because the last axis of an array in device memory is padded to 128: a (T, 16) one would take 8 times its bytes.
+
+What W, f and g are is left to the operations: a `Part` is operands, their blocks, and the function of a step's blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+# Of a v5p's 64 MiB: what a kernel may ask for, and what its blocks may take of that (the rest is the compiler's).
+VMEM_LIMIT = 56 * 2**20
+VMEM_BLOCKS = 44 * 2**20
+# A v6e's: bfloat16 FLOP/s, bytes/s, and seconds that a step of a grid costs by itself.
+FLOPS, BANDWIDTH, STEP = 918e12, 1640e9, 0.35e-6
+RANKS = range(4, 257)
+MOST = 24  # candidates
+# Loops' bodies are unrolled: these bound a program's size and the time to compile it. Elements of a chunk of rows that
+# a mask is drawn for; rows that a product takes at a time, and elements of a tile of W, by the dtype's bytes (a float32
+# product is six bfloat16 ones).
+MASKED = 2**20
+PRODUCT_ROWS = {2: 512, 4: 256}
+WEIGHT_TILE = {2: 2**21, 4: 2**18}
+
+
+class Config(NamedTuple):
+    """Tiles of a kernel.
+
+    rows: of x; a multiple of 128.
+    columns: of the result, a multiple of 128; the last tile may be ragged.
+    inputs: over which a product sums; a multiple of 128 that divides all (0 where the sum is over rows).
+    vmem_limit_bytes: what the kernel may take of VMEM.
+    """
+
+    rows: int
+    columns: int
+    inputs: int
+    vmem_limit_bytes: int = VMEM_LIMIT
+
+
+# Products and arrays.
+
+
+def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
+    """The product of two matrices over axes `contract`, in float32: the MXU's own for bfloat16, exact for float32."""
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+    dimensions = (((contract[0],), (contract[1],)), ((), ()))
+    return jax.lax.dot_general(x, y, dimensions, precision=precision, preferred_element_type=jnp.float32)
+
+
+def numbers(start, count: int, axis: int) -> jax.Array:
+    """start, start + 1, ... as int32 (count, 1), axis 0, or (1, count), axis 1."""
+    shape = (count, 1) if axis == 0 else (1, count)
+    return start + jax.lax.broadcasted_iota(jnp.int32, shape, axis)
+
+
+def is_matrix_dtype(*arrays) -> bool:
+    """Whether all arrays have one dtype, which the kernels take."""
+    return arrays[0].dtype in (jnp.bfloat16, jnp.float32) and len({x.dtype for x in arrays}) == 1
+
+
+def size(shape: Sequence[int], itemsize: int) -> int:
+    """Bytes of a block in VMEM: the last axis is padded to 128, the one before to 8 rows of 4 bytes."""
+    *lead, rows, columns = shape
+    return math.prod(lead) * up_to(rows, 32 // itemsize) * up_to(columns, LANES) * itemsize
+
+
+def bytes_of(*arrays) -> int:
+    """Bytes of arrays or shapes."""
+    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
+
+
+def up_to(count: int, unit: int) -> int:
+    """`count` rounded up to a multiple."""
+    return -(-count // unit) * unit
+
+
+# Tiles.
+
+
+def divisors(total: int, unit: int = LANES) -> list[int]:
+    """The multiples of `unit` that divide `total`."""
+    return [tile for tile in range(unit, total + 1, unit) if total % tile == 0]
+
+
+def powers(total: int, largest: int) -> list[int]:
+    """128, 256, ... up to `largest`, and all of `total`, rounded up, in place of what is larger."""
+    total = up_to(total, LANES)
+    tiles = [LANES * 2**i for i in range(12) if LANES * 2**i <= min(total, largest)]
+    return sorted({*tiles, total}) if total <= largest else tiles
+
+
+def fused_candidates(
+    total: int,
+    n: int,
+    m: int,
+    r: int,
+    itemsize: int,
+    vmem: Callable[[Config], int],
+    largest: int = 2048,
+    bits: float = 0,
+    unpacking: float = 0,
+) -> list[Config]:
+    """Configurations of `low_rank_product` that fit, the one that should be the fastest first.
+
+    Args:
+      total, n, m, r: y (total, m) = x (total, n) W with rank r.
+      itemsize: of x.
+      vmem: bytes of VMEM of what the operation adds to x, y, z and the sums.
+      largest: rows of a tile.
+      bits: per element of W; 0: x's.
+      unpacking: seconds per element of a tile of W, besides the product.
+    """
+    configs = [
+        Config(i, j, k)
+        for i in powers(total, largest)
+        for j in powers(m, 2048)
+        for k in divisors(n)
+        if j * k <= WEIGHT_TILE[itemsize]
+    ]
+    return best(
+        configs,
+        lambda config: _seconds(config, total, n, m, itemsize, bits / 8 or itemsize, unpacking),
+        lambda config: _vmem(config, r, itemsize) + vmem(config),
+    )
+
+
+def _vmem(config: Config, r: int, itemsize: int) -> int:
+    """Bytes of the blocks of x, y and z, of the sums of y and z, and of a step's product."""
+    rows, columns, inputs, _ = config
+    blocks = size((rows, inputs), itemsize) + size((rows, columns), itemsize) + size((r, rows), itemsize)
+    return 2 * blocks + 2 * size((rows, columns), 4) + 3 * size((rows, r), 4)
+
+
+def _seconds(config: Config, total: int, n: int, m: int, itemsize: int, weight: float, unpacking: float) -> float:
+    """Estimated time of `low_rank_product`; `weight` bytes per element of W, `unpacking` seconds."""
+    rows, columns, inputs, _ = config
+    i, j, k = pl.cdiv(total, rows), pl.cdiv(m, columns), n // inputs
+    compute = inputs * columns * (2 * rows / (FLOPS if itemsize == 2 else FLOPS / 6) + unpacking)
+    of_x, of_y = rows * inputs * itemsize / BANDWIDTH, rows * columns * itemsize / BANDWIDTH
+    others = inputs * columns * weight / BANDWIDTH + of_y / k
+    steps, repeated = i * j * k, i * (j - 1) if k == 1 else 0
+    with_x, without_x = max(compute, others + of_x) + STEP, max(compute, others) + STEP
+    return ((steps - repeated) * with_x + repeated * without_x) * shared(i)
+
+
+def best(configs: Sequence[Config], seconds: Callable[[Config], float], vmem: Callable[[Config], int]) -> list[Config]:
+    """The configurations that fit, the one that should be the fastest first, and no more than are worth timing."""
+    return sorted((config for config in configs if vmem(config) <= VMEM_BLOCKS), key=seconds)[:MOST]
+
+
+def shared(tiles: int) -> float:
+    """What a grid of so many tiles along its parallel axis costs besides: the two cores of a v5p share them."""
+    return 1.25 if tiles == 1 else 1.0
+
+
+# Calls.
+
+
+def call(
+    kernel: Callable[..., None],
+    operands: Sequence[Any],
+    specs: Sequence[pl.BlockSpec],
+    outputs: Any,
+    out_specs: Any,
+    *,
+    grid: tuple[int, ...],
+    prefetch: Sequence[jax.Array],
+    scratch: Sequence[Any] = (),
+    semantics: tuple[str, ...],
+    config: Config,
+    flops: int,
+    bytes_accessed: int,
+    interpret: Any,
+    name: str,
+):
+    """`pl.pallas_call` with scalars in SMEM, which kernel and index maps get: the one place for its many settings."""
+    return pl.pallas_call(
+        kernel,
+        out_shape=outputs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=len(prefetch),
+            grid=grid,
+            in_specs=list(specs),
+            out_specs=out_specs,
+            scratch_shapes=list(scratch),
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=config.vmem_limit_bytes),
+        cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=bytes_accessed, transcendentals=0),
+        interpret=interpret or False,
+        name=name,
+    )(*prefetch, *operands)
+
+
+class Part(NamedTuple):
+    """A part of `low_rank_product`: operands, a block of each, and what a step makes of them.
+
+    operands: arrays.
+    specs: their blocks; the index maps get (i, j, k, *prefetched).
+    use: gets some rows of a tile, the blocks' references, and `Step`; see `low_rank_product`.
+    prepare: gets the blocks' references and `Step`, once per tile, before all `use` of it; W's only.
+    """
+
+    operands: tuple[Any, ...]
+    specs: tuple[pl.BlockSpec, ...]
+    use: Callable[..., jax.Array]
+    prepare: Callable[..., None] | None = None
+
+
+class Step(NamedTuple):
+    """Where a kernel is.
+
+    i, j, k: the tile's numbers.
+    scalars: references of what is in SMEM.
+    first: the number, in the tile, of the first of the rows at hand.
+    """
+
+    i: Any
+    j: Any
+    k: Any
+    scalars: tuple[Any, ...]
+    first: Any = 0
+
+
+def low_rank_product(
+    x: jax.Array,
+    weight: Part,
+    down: Part,
+    up: Part,
+    *,
+    columns: int,
+    rank: int,
+    prefetch: Sequence[jax.Array],
+    config: Config,
+    bytes_read: int,
+    interpret: Any,
+    name: str,
+    chunk: int | None = None,
+    unrolled: bool = False,
+    scratch: Sequence[Any] = (),
+):
+    """y = x W + g(f(x)), and f(x).
+
+    Args:
+      x: (T, n).
+      weight: use(x's rows (., inputs), *blocks, *scratch, step) -> float32 (., columns), their product with W's tile.
+      down: use(x's rows (chunk, inputs), *blocks, step) -> float32 (chunk, r), this tile's part of f's sum.
+      up: use(low (chunk, r) in x's dtype, *blocks, step) -> float32 (chunk, columns), g of it.
+      columns: m.
+      rank: r.
+      prefetch: int32 or float32 scalars and vectors for SMEM.
+      config: tiles.
+      bytes_read: of all operands but x, once each.
+      interpret: None, or `pltpu.InterpretParams`.
+      name: the kernel's.
+      chunk: rows that `down` and `up` get at a time; None: as many as masks allow.
+      unrolled: whether `step.first` is known when the kernel is traced, rather than a loop's variable.
+      scratch: VMEM for `weight`.
+
+    Returns:
+      (y (T, m), low (r, T)) in x's dtype.
+    """
+    (total, n), tiles = x.shape, config
+    if n % tiles.inputs:
+        raise ValueError(f"tiles of {tiles.inputs} do not divide {n} inputs")
+    grid = (pl.cdiv(total, tiles.rows), pl.cdiv(columns, tiles.columns), n // tiles.inputs)
+    last, counts = grid[2] - 1, [len(part.operands) for part in (weight, down, up)]
+    chunk = chunk or masked_rows(tiles)
+    product_rows = math.gcd(PRODUCT_ROWS[x.dtype.itemsize], tiles.rows)
+
+    def kernel(*refs):
+        scalars, (x_ref,), of_weight, of_down, of_up, (y_ref, z_ref), (low_ref, sum_ref), extra = _split(
+            refs, len(prefetch), 1, *counts, 2, 2, len(scratch)
+        )
+        step = Step(pl.program_id(0), pl.program_id(1), pl.program_id(2), scalars)
+
+        @pl.when(step.j == 0)
+        def _():
+            zero(low_ref, step.k, last)
+
+            def rows(at, first):
+                part = down.use(x_ref[at, :], *of_down, step._replace(first=first))
+                low_ref[at, :] = low_ref[at, :] + part if last else part
+
+            for_chunks(tiles.rows, chunk, rows, unrolled)
+
+        @pl.when((step.j == 0) & (step.k == last))
+        def _():
+            z_ref[...] = low_ref[...].T.astype(z_ref.dtype)
+
+        zero(sum_ref, step.k, last)
+        if weight.prepare is not None:
+            weight.prepare(*of_weight, *extra, step)
+
+        def products(at, first):
+            part = weight.use(x_ref[at, :], *of_weight, *extra, step)
+            sum_ref[at, :] = sum_ref[at, :] + part if last else part
+
+        for_chunks(tiles.rows, product_rows, products)
+
+        @pl.when(step.k == last)
+        def _():
+            def rows(at, first):
+                lifted = up.use(low_ref[at, :].astype(x_ref.dtype), *of_up, step._replace(first=first))
+                y_ref[at, :] = (sum_ref[at, :] + lifted).astype(y_ref.dtype)
+
+            for_chunks(tiles.rows, chunk, rows, unrolled)
+
+    outputs = (jax.ShapeDtypeStruct((total, columns), x.dtype), jax.ShapeDtypeStruct((rank, total), x.dtype))
+    return call(
+        kernel,
+        (x, *weight.operands, *down.operands, *up.operands),
+        (
+            pl.BlockSpec((tiles.rows, tiles.inputs), lambda i, j, k, *_: (i, k)),
+            *weight.specs,
+            *down.specs,
+            *up.specs,
+        ),
+        outputs,
+        (
+            pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, k, *_: (i, j)),
+            pl.BlockSpec((rank, tiles.rows), lambda i, j, k, *_: (0, i)),
+        ),
+        grid=grid,
+        prefetch=prefetch,
+        scratch=[
+            pltpu.VMEM((tiles.rows, rank), jnp.float32),
+            pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32),
+            *scratch,
+        ],
+        semantics=("parallel", "arbitrary", "arbitrary"),
+        config=config,
+        flops=2 * total * (n * columns + rank * (n + columns)),
+        bytes_accessed=bytes_read + bytes_of(x, *outputs),
+        interpret=interpret,
+        name=name,
+    )
+
+
+def _split(refs, *counts: int):
+    """Tuples of so many of `refs`, in order."""
+    ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+    return [tuple(refs[end - count : end]) for end, count in zip(ends, counts, strict=True)]
+
+
+# Pieces of kernels.
+
+
+def zero(ref, step, last: int) -> None:
+    """Clears a sum in the first of steps 0..last, unless it is the only one: then it is written at once."""
+    if last:
+
+        @pl.when(step == 0)
+        def _():
+            ref[...] = jnp.zeros_like(ref)
+
+
+def masked_rows(config: Config) -> int:
+    """Rows of a tile for which a mask is drawn at a time."""
+    widest = max(config.inputs, config.columns)
+    return max(math.gcd(config.rows, 256 if 256 * widest <= MASKED else 128), LANES)
+
+
+def for_chunks(rows: int, chunk: int, body: Callable[[Any, Any], None], unrolled: bool = False) -> None:
+    """body(slice of `chunk` rows, first row) over a tile: a loop, since what is unrolled fills the program's memory."""
+    if unrolled or rows == chunk:
+        for first in range(0, rows, chunk):
+            body(pl.ds(first, chunk), first)
+        return
+
+    def one(c, carry):
+        first = pl.multiple_of(c * chunk, chunk)
+        body(pl.ds(first, chunk), first)
+        return carry
+
+    jax.lax.fori_loop(0, rows // chunk, one, 0)
+
+
+def first_column(j, k, last: int):
+    """k while j is 0; then the last one, so that a block that only the first column tile needs is not read again."""
+    return jnp.where(j == 0, k, last)
+
+
+def inside(tile: jax.Array, start, total: int, axis: int) -> jax.Array:
+    """A tile with zeros where its rows (axis of the tile, numbered from `start`) lie beyond the array's `total`."""
+    return jnp.where(numbers(start, tile.shape[axis], axis) < total, tile, jnp.zeros_like(tile))

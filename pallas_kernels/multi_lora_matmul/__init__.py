@@ -1,0 +1,151 @@
+"""One frozen linear map for rows that belong to different low-rank adapters: several are trained at once.
+
+    y[i] = x[i] W + s_g x[i] A_g B_g        g = adapter[i], x[i] (S, n) the i-th row of the batch
+
+The frozen product is one for all rows; the low-rank ones read the adapter that owns the tile of 128 tokens they are
+working on, from a table. Adapters have ranks of their own up to r: A_g is zero in the columns, and B_g in the rows,
+beyond its rank, and their gradients are zero there too, so that they stay zero under any optimizer that leaves a
+parameter with zero gradients where it is.
+
+For the backward pass z (r, B S) is kept, and x only if the A are differentiated, as in lora_matmul.
+
+Source: Zhu et al. 2025, "LoRAFusion", arXiv:2510.00206 (tiles of one adapter, a table of their owners).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+
+from pallas_kernels import lora_matmul as dense
+from pallas_kernels import tuning
+from pallas_kernels.multi_lora_matmul import reference
+from pallas_kernels.multi_lora_matmul.reference import TILE
+from pallas_kernels.platform import Implementation, operation
+
+__all__ = ["TILE", "multi_lora_matmul"]
+
+forward = operation(
+    "multi_lora_forward",
+    reference.forward,
+    flops=dense.flops_of_both,
+    **tuning.kernels("pallas_kernels.multi_lora_matmul", "forward", dense.sizes_of_both),
+)
+input_gradient = operation(
+    "multi_lora_input_gradient",
+    reference.input_gradient,
+    flops=dense.flops_of_both,
+    **tuning.kernels("pallas_kernels.multi_lora_matmul", "input_gradient", dense.sizes_of_both),
+)
+factor_gradient = operation(
+    "multi_lora_factor_gradient",
+    reference.factor_gradient,
+    flops=dense.flops_of_factor,
+    cpu=Implementation(reference.factor_gradient_of_float32, lambda *args, **static: True, partitions=True),
+    **tuning.kernels("pallas_kernels.multi_lora_matmul", "factor_gradient", dense.sizes_of_factor),
+)
+
+
+def multi_lora_matmul(
+    x: jax.Array,
+    w: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    adapter: jax.Array,
+    *,
+    scales: jax.Array,
+    name: str = "lora_low",
+    implementation: str | None = None,
+) -> jax.Array:
+    """x W + the low-rank update of each row's adapter.
+
+    Args:
+      x: (B, S, n) floating point; the products are computed in its dtype with float32 sums. Where 128 does not divide
+        S, rows are padded to it; rows shorter than 128 tokens take plain JAX, which gathers each row's factors.
+      w: (n, m); frozen.
+      a: (G, n, r).  b: (G, r, m). Cast to x's dtype; gradients come in their own.
+      adapter: (B,) integers of 0..G-1, in any order.
+      scales: (G,) s_g, not differentiated.
+      name: of z.
+      implementation: as of `lora_matmul`.
+
+    Returns:
+      (B, S, m) in x's dtype.
+
+    Raises:
+      ValueError: for shapes that don't fit.
+      NotImplementedError: when lowered, if the implementation that is asked for cannot run.
+    """
+    _check(x, w, a, b, adapter, scales)
+    rows, length = x.shape[:2]
+    if length < TILE and implementation in (None, "xla"):
+        return _gathered(x, w, a, b, adapter, scales, name)
+    padding = -length % TILE
+    tokens = jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x
+    owner = jnp.repeat(adapter.astype(jnp.int32), (length + padding) // TILE)
+    flat = tokens.reshape(-1, x.shape[-1])
+    scales = jax.lax.stop_gradient(jnp.asarray(scales, jnp.float32))
+    fixed = jax.lax.stop_gradient((flat, w, a.astype(x.dtype), b.astype(x.dtype)))
+    y, z = forward(*fixed, scales, owner, implementation=implementation)
+    y = _computed(implementation, flat, w, a, b, scales, owner, y, checkpoint_name(z, name))
+    return y.reshape(rows, length + padding, -1)[:, :length]
+
+
+def _gathered(x, w, a, b, adapter, scales, name):
+    z = jnp.einsum("bsn,bnr->bsr", x, a.astype(x.dtype)[adapter])
+    lifted = jnp.einsum("bsr,brm->bsm", checkpoint_name(z, name), b.astype(x.dtype)[adapter])
+    return x @ w + scales.astype(x.dtype)[adapter][:, None, None] * lifted
+
+
+@jax.tree_util.register_static
+class _Perturbed(NamedTuple):
+    """Which arguments are differentiated."""
+
+    x: bool
+    w: bool
+    a: bool
+    b: bool
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _computed(implementation, x, w, a, b, scales, owner, y, z):
+    """`y`, which has been computed, with the derivative of the product."""
+    return y
+
+
+def _keep(implementation, x, w, a, b, scales, owner, y, z):
+    perturbed = _Perturbed(x.perturbed, w.perturbed, a.perturbed, b.perturbed)
+    kept = x.value if perturbed.a or perturbed.w else None
+    return y.value, (perturbed, kept, w.value, a.value, b.value, scales.value, owner.value, z.value)
+
+
+def _pull(implementation, saved, dy) -> tuple[Any, ...]:
+    perturbed, x, w, a, b, scales, owner, z = saved
+    if isinstance(dy, SymbolicZero):
+        return (None,) * 8
+    run = functools.partial(factor_gradient, implementation=implementation)
+    factors = a.astype(dy.dtype), b.astype(dy.dtype)
+    dx, e = input_gradient(dy, w, *factors, scales, owner, implementation=implementation)
+    da = run(e, x, jnp.ones_like(scales), owner).swapaxes(1, 2).astype(a.dtype) if perturbed.a else None
+    db = run(z, dy, scales, owner).astype(b.dtype) if perturbed.b else None
+    dw = (x.T @ dy).astype(w.dtype) if perturbed.w else None
+    return dx if perturbed.x else None, dw, da, db, None, None, None, None
+
+
+_computed.defvjp(_keep, _pull, symbolic_zeros=True)
+
+
+def _check(x, w, a, b, adapter, scales) -> None:
+    n, m = w.shape
+    count, r = (a.shape[0], a.shape[-1]) if a.ndim == 3 else (0, 0)
+    fits = x.ndim == 3 and x.shape[-1] == n and a.shape == (count, n, r) and b.shape == (count, r, m)
+    if not fits or adapter.shape != x.shape[:1] or jnp.shape(scales) != (count,):
+        given = (
+            f"x {x.shape}, w {w.shape}, a {a.shape}, b {b.shape}, adapter {adapter.shape}, scales {jnp.shape(scales)}"
+        )
+        raise ValueError(f"multi_lora_matmul: {given} are not (B, S, n), (n, m), (G, n, r), (G, r, m), (B,), (G,)")

@@ -1,0 +1,150 @@
+"""LoRA's kernels for NVIDIA GPUs: interpreted against float64, and compiled for an H200."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import dropout
+from pallas_kernels.lora_matmul import gpu, shapes
+from tests.pallas_kernels import mosaic
+
+SCALE = 1.5
+# A value of bfloat16 is off by at most 2^-9 = 0.2 %. y is rounded, and before it z; where nothing is rounded that the
+# products do not round themselves, float32 sums remain.
+ROUNDED, SUMMED = 4e-3, 1e-5
+
+
+def structs(rows, n, m, r, dtype=jnp.bfloat16):
+    """The arguments of every function, by name."""
+    extents = {"x": (rows, n), "dy": (rows, m), "w": (n, m), "a": (n, r), "b": (r, m), "z": (r, rows)}
+    found = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in extents.items()}
+    return found | {"seed": jax.ShapeDtypeStruct((), jnp.int32)}
+
+
+def arrays(rows, n, m, r):
+    """The same with values."""
+    rng = np.random.default_rng(0)
+    found = structs(rows, n, m, r)
+    return {name: jnp.asarray(rng.normal(size=like.shape) * 3, like.dtype) for name, like in found.items()}
+
+
+ARGUMENTS = {
+    "forward": ("x", "w", "a", "b", "seed"),
+    "low": ("x", "a", "seed"),
+    "input_gradient": ("dy", "w", "a", "b", "seed"),
+    "factor_gradient": ("z", "x", "seed"),
+}
+
+
+def expected(function, given, rate):
+    """The same in float64."""
+    x, dy, w, a, b, z = (np.asarray(given[name], np.float64) for name in ("x", "dy", "w", "a", "b", "z"))
+    keep = np.asarray(dropout.mask(given["seed"], x.shape, rate)) / (1 - rate) if rate else 1
+    low = a.T @ (x * keep).T
+    e = SCALE * b @ dy.T
+    return {
+        "forward": (x @ w + SCALE * low.T @ b, low),
+        "low": low,
+        "input_gradient": (dy @ w.T + (e.T @ a.T) * keep, e),
+        "factor_gradient": SCALE * z @ (x * keep),
+    }[function]
+
+
+def options(function, rate):
+    return {"rate": rate} if function == "low" else {"rate": rate, "scale": SCALE}
+
+
+@pytest.mark.parametrize(
+    ("name", "function", "rate"),
+    [
+        ("even", "forward", 0.25),
+        ("even", "input_gradient", 0.25),
+        ("rank 4", "forward", 0.0),
+        ("rank 64", "input_gradient", 0.0),
+        ("rank 256", "forward", 0.1),
+        ("rank 256", "factor_gradient", 0.0),
+        ("odd rows", "factor_gradient", 0.25),
+        ("few rows", "forward", 0.0),
+        ("few rows", "factor_gradient", 0.0),
+        ("rank 24", "input_gradient", 0.1),
+        ("rank 24", "low", 0.1),
+    ],
+)
+def test_a_kernel_is_right(name, function, rate):
+    given = arrays(**shapes.SMALL[name])
+    args = [given[argument] for argument in ARGUMENTS[function]]
+    assert function == "low" or getattr(gpu, f"supports_{function}")(*args, **options(function, rate))
+    ours = mosaic.run(getattr(gpu, function), *args, **options(function, rate))
+    theirs = expected(function, given, rate)
+    for mine, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        assert mine.dtype == (jnp.float32 if function == "factor_gradient" else jnp.bfloat16)
+        assert mosaic.distance(mine, right) < (SUMMED if function == "factor_gradient" else ROUNDED)
+
+
+@pytest.mark.parametrize("config", [gpu.Config(64, 3, 2, 1), gpu.Config(128, 4, 2, 3)])
+def test_any_number_of_blocks_and_tiles(config):
+    """Several tiles for one block, in a ring that does not divide their steps; blocks with unequal numbers of tiles."""
+    given = arrays(rows=392, n=192, m=256, r=8)
+    args = [given[argument] for argument in ARGUMENTS["forward"]]
+    ours = mosaic.run(gpu.forward, *args, scale=SCALE, rate=0.0, config=config)
+    for mine, right in zip(ours, expected("forward", given, 0.0), strict=True):
+        assert mosaic.distance(mine, right) < ROUNDED
+
+
+def test_what_is_supported():
+    def supported(dtype=jnp.bfloat16, r=16, n=256, m=128):
+        given = structs(200, n, m, r, dtype)
+        static = {"scale": SCALE, "rate": 0.1}
+        found = [
+            getattr(gpu, f"supports_{name}")(*(given[argument] for argument in ARGUMENTS[name]), **static)
+            for name in ("forward", "input_gradient", "factor_gradient")
+        ]
+        assert len(set(found)) == 1
+        return found[0]
+
+    assert supported() and supported(jnp.float16) and supported(r=4) and supported(r=256)
+    assert not supported(jnp.float32) and not supported(r=2) and not supported(r=257)
+    given = structs(200, 250, 128, 16)
+    assert not gpu.supports_factor_gradient(given["z"], given["x"], given["seed"], scale=1.0, rate=0.0)
+    for maps in shapes.MODELS.values():
+        for _, n, m in maps:
+            config = gpu.default_config(8192, n, m, 16)
+            assert m % config.columns == 0 and config in gpu.candidates(8192, n, m, 16)
+
+
+@pytest.mark.parametrize(
+    ("function", "rows", "n", "m", "r", "rate"),
+    [
+        ("forward", 8192, 4096, 4096, 16, 0.0),
+        ("forward", 8192, 4096, 14336, 64, 0.1),
+        ("forward", 8192, 8192, 1024, 8, 0.0),
+        ("forward", 8192, 8192, 128, 256, 0.1),
+        ("input_gradient", 8192, 14336, 4096, 16, 0.1),
+        ("input_gradient", 8192, 4096, 4096, 256, 0.1),
+        ("input_gradient", 8192, 8192, 128, 64, 0.0),
+        ("factor_gradient", 8192, 14336, 4096, 16, 0.1),
+        ("factor_gradient", 8192, 4096, 4096, 256, 0.0),
+    ],
+)
+def test_a_kernel_compiles(optimised, capfd, function, rows, n, m, r, rate):
+    """Without spills, other operations or memory; but a factor's gradient adds up sums over parts of the rows."""
+    given = structs(rows, n, m, r)
+    args = [given[argument] for argument in ARGUMENTS[function]]
+    found = mosaic.compiled(capfd, getattr(gpu, function), *args, **options(function, rate))
+    assert found.spills and not any(found.spills)
+    if function == "factor_gradient":
+        parts = gpu.parts_of_rows(rows, n, gpu.Config())
+        assert found.opcodes == (["custom-call"] if parts == 1 else ["custom-call", "fusion"])
+        assert found.temporaries <= (0 if parts == 1 else parts * r * n * 4)
+    else:
+        assert found.opcodes == ["custom-call"] * 2 and found.temporaries == 0
+
+
+def test_an_odd_number_of_rows_and_ranks_compiles(optimised, capfd):
+    """Whose arrays are copied, so that TMA takes them."""
+    given = structs(1001, 512, 1024, 100)
+    for function in ("forward", "input_gradient", "factor_gradient"):
+        args = [given[argument] for argument in ARGUMENTS[function]]
+        found = mosaic.compiled(capfd, getattr(gpu, function), *args, **options(function, 0.1))
+        assert found.spills and not any(found.spills)
