@@ -270,8 +270,12 @@ def part_of(eqn: Any) -> Any:
     return eqn.replace(invars=kept, outvars=[eqn.outvars[i] for i in part.outputs], primitive=primitive, params=params)
 
 
-def _dce(part: Part, used: list[bool], eqn: Any) -> tuple[list[bool], Any]:
-    """Dead code elimination: where `part` has all outputs that are used, it takes the operation's place."""
+def _dce(part: Part, used: list[bool], *rest: Any) -> tuple[list[bool], Any]:
+    """Dead code elimination: where `part` has all outputs that are used, it takes the operation's place.
+
+    rest: the equation last; JAX 0.12 has the live inputs before it.
+    """
+    eqn = rest[-1]
     if not any(used):
         return [False] * len(eqn.invars), None
     if any(use and i not in part.outputs for i, use in enumerate(used)):

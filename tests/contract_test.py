@@ -108,8 +108,8 @@ def test_meft_and_lora_inside_its_blocks(page):
 
 
 def test_lst_differentiates_nothing_of_the_backbone(page):
-    """It keeps, per token and layer, the rung's input and eight arrays of the side network's width; after the layers one
-    more, which the last product reads."""
+    """It keeps, per token and layer, the rung's input and eight arrays of the side network's width, one more for the
+    last product."""
     _, _, _, losses = train(page["lst"](4, 3))
     assert losses[-1] < losses[0]
     model, state = start(page["lst"](4, 3))

@@ -272,7 +272,8 @@ def test_kept_bytes_by_hand(variant, bits):
 @pytest.mark.usefixtures("optimised")
 @pytest.mark.parametrize("target", ["h200", "v5p"])
 def test_memory_hardly_grows_with_depth(target):
-    """The slope of the temporaries in layers is below 5% of that of plain autodiff."""
+    """The slope of the temporaries in layers is below 5% of that of plain autodiff, of norms and SwiGLU too: this would
+    keep x in float32 for each norm and three arrays more for SwiGLU, which have derivatives of their own."""
     device = targets.target(target)
 
     def temporaries(method, layers, save=None):
@@ -283,7 +284,9 @@ def test_memory_hardly_grows_with_depth(target):
     def slope(*args):
         return (temporaries(args[0], 10, *args[1:]) - temporaries(args[0], 2, *args[1:])) / 8
 
-    assert slope(jp.meft()) < 0.05 * slope(jp.lora(rank=8), "everything")
+    d, f = WIDE["hidden_size"], WIDE["intermediate_size"]
+    written_out = 16 * 128 * (2 * (4 - 2) * d + 3 * 2 * f + 2 * 4)
+    assert slope(jp.meft()) < 0.05 * (slope(jp.lora(rank=8), "everything") + written_out)
 
 
 @pytest.mark.parametrize(
