@@ -9,6 +9,9 @@ Prompt tuning is not in the library yet; LoRA of rank 1 on v_proj alone, 160 tho
 adapter of a prompt's size. Figures are in results/memory/does_lora_reduce_memory.json, all totals in the .md, the
 picture in the .png. Totals beyond the device's 141 GiB are what the step would need.
 
+Plain autodiff here is that of the written-out formulas of RMSNorm and SwiGLU. They have derivatives of their own since,
+with which `everything` keeps about a third less (residuals_7b.py has the 7B step); the other plans' figures stand.
+
 - Yes, in what belongs to parameters: weights, adapters, gradients and Adam's state take 119.7 GiB with full
   fine-tuning, 15.6 with LoRA, 15.4 with LoRA-FA, 15.0 with the prompt-sized adapter, and 15.0 are the base.
 - Little, in what belongs to tokens. Under plain autodiff 16k tokens keep 143.2 GiB of activations with full

@@ -8,6 +8,9 @@ frozen A too) and Adam's state, one micro-batch, no padding, cuDNN attention, ch
 Figures are in results/memory/lora_fa_tables.json, with the paper's beside ours in lora_fa_tables.md, activations in
 lora_fa_tables.png. GiB; 7B, 16 x 1024 tokens, rank 64 where nothing else is said:
 
+Plain autodiff here is that of the written-out formulas of RMSNorm and SwiGLU. They have derivatives of their own since,
+with which `everything` keeps about a third less (residuals_7b.py has the 7B step); the other plans' figures stand.
+
 - LoRA-FA keeps less than LoRA: yes, if autodiff keeps what it likes: 109.44 against 86.69 GiB of activations, 22.75
   less (paper: 55.6, 42.3, 13.3). Per token and layer that is 46,672 bytes, e(2d + f) being 38,400.
 - The saving is the plan's, not the method's. Under matmuls LoRA keeps 46.0 GiB and LoRA-FA 46.0, 128 bytes per token

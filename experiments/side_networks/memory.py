@@ -9,6 +9,10 @@ bert-base with its batch of 100 x 128 is what comes nearest here. Networks besid
 again in the backward pass, so what is kept is the backbone's stream, d per token and layer: as much as `blocks` keeps,
 which runs every layer again. Figures are in results/memory/side_networks.json, steps by owner in the .md.
 
+Plain autodiff here is that of the written-out formulas of RMSNorm and SwiGLU (llama2-7b). They have derivatives of
+their own since, with which `everything` keeps about a third less (experiments/memory/residuals_7b.py has the 7B step);
+the other plans' figures stand.
+
 - h200, roberta-large, 32 x 512: activations of full fine-tuning 23.97, 8.27 and 0.75 GiB under everything, matmuls
   and blocks, of LoRA 20.37, 8.34 and 0.75; of lst 0.89, unipt 0.75 and sherl 0.78.
 - h200, llama2-7b, 16 x 1024: activations of full fine-tuning 128.77, 45.56 and 4.00 GiB under everything, matmuls and
