@@ -202,7 +202,7 @@ def call(
     name: str,
 ):
     """`pl.pallas_call` with scalars in SMEM, which kernel and index maps get: the one place for its many settings."""
-    return pl.pallas_call(
+    results = pl.pallas_call(
         kernel,
         out_shape=outputs,
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -217,6 +217,8 @@ def call(
         interpret=interpret or False,
         name=name,
     )(*prefetch, *operands)
+    # XLA would join a kernel with the loop's update that stores its result, under a limit of 16 MiB of VMEM.
+    return jax.lax.optimization_barrier(results)
 
 
 class Part(NamedTuple):

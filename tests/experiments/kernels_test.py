@@ -1,10 +1,12 @@
 """The experiments on the kernels' speed: both sides run, at a size for a CPU; tables are drawn from figures."""
 
+import re
 import sys
 
 import pytest
 
-from experiments.kernels import end_to_end, layers
+from experiments.kernels import end_to_end, layers, memory
+from experiments.memory import common
 from pallas_kernels.lora_matmul.shapes import Shape
 
 
@@ -85,3 +87,16 @@ def test_without_a_gpu_nothing_is_written(experiment, monkeypatch, capsys, tmp_p
     assert experiment.main() == 2
     assert "no NVIDIA GPU is attached" in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
+
+
+def test_the_kernels_cost_no_memory():
+    """The committed figures: a document drawn from them, the docstring's numbers, kernels never above plain JAX."""
+    rows = memory.collect(common.Figures(memory.NAME), ["h200", "v5p"])
+    assert memory.document(rows) == (common.RESULTS / f"{memory.NAME}.md").read_text()
+    figures = {(row["target"], row["base"], row["products"]): row["temporaries"] / common.GIB for row in rows}
+    text = " ".join(memory.__doc__.split())
+    for target in ("h200", "v5p"):
+        for base in ("bfloat16", "nf4"):
+            ours, plain = (figures[target, base, products] for products in ("kernels", "xla"))
+            assert ours <= plain
+            assert re.search(rf"{ours:.2f}( GiB with the kernels)? and {plain:.2f}", text), (target, base)

@@ -331,12 +331,13 @@ def test_blocks_computes_the_forward_products_again():
 
 
 def test_a_table_is_charged_for_what_it_leaves_out():
-    kernels, attention, _, up = products(D, RANK)
+    kernels, attention, down, up = products(D, RANK)
     [segment] = segments("lora", "matmuls,attention=recompute", **MHA)
     assert segment.recompute_flops() == LAYERS * 64 * attention
     assert "attention_lse" not in kept(segment)  # the kernel that makes one makes the other
     [segment] = segments("lora", "matmuls,gate_proj=recompute", **MHA)
-    assert segment.recompute_flops() == LAYERS * 64 * (kernels[4] + up[4])  # x A is kept
+    # One operation makes x W + s (x A) B and x A, though x A is kept.
+    assert segment.recompute_flops() == LAYERS * 64 * (kernels[4] + down[4] + up[4])
 
 
 @pytest.mark.parametrize(
