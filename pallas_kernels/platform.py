@@ -212,7 +212,7 @@ def _chooses(name, platform, chosen: Implementation | None, where, wanted: str |
     capability = getattr(_device(where, platform), "compute_capability", chosen.capability)
     if not str(capability).startswith(chosen.capability):
         needed = f"compute capability {chosen.capability}x, not {capability}"
-        _refuse(chosen, wanted, f"{name}: the {kernel} kernel runs on {needed}")
+        _refuse(chosen, wanted, f"the {kernel} kernels run on {needed}")
         return False
     if not chosen.supports(*args, **static):
         _refuse(chosen, wanted, f"{name}: the {kernel} kernel does not take {_described(args, static)}")

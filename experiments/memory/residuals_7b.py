@@ -10,10 +10,10 @@ product is kept in place of the stream after attention, which is its sum with th
 results/memory/residuals_7b.json, by plan and by name in residuals_7b.md.
 
 - 24 of 24 plans need at most the temporaries that were asked for.
-- h200, LoRA: 46.69 GiB under matmuls, everything 111.5. Of 94,208 bytes kept per token and layer 93,184 are the
-  floor, 896 the low-rank products, 128 attention's log-sum-exp; the rest is 0.69 GiB in all (0.68 to 0.95 under the
-  six plans). 32 more layers under blocks cost 4.00 GiB, their inputs being 4.00.
-- v5p, LoRA: 46.53 GiB under matmuls, everything 111.3. Of 94,208 bytes kept per token and layer 93,184 are the floor,
+- h200, LoRA: 46.69 GiB under matmuls, everything 70.9. Of 94,208 bytes kept per token and layer 93,184 are the floor,
+  896 the low-rank products, 128 attention's log-sum-exp; the rest is 0.69 GiB in all (0.68 to 0.95 under the six
+  plans). 32 more layers under blocks cost 4.00 GiB, their inputs being 4.00.
+- v5p, LoRA: 46.53 GiB under matmuls, everything 71.4. Of 94,208 bytes kept per token and layer 93,184 are the floor,
   896 the low-rank products, 128 attention's log-sum-exp; the rest is 0.53 GiB in all (0.53 to 0.63 under the six
   plans). 32 more layers under blocks cost 4.00 GiB, their inputs being 4.00.
 

@@ -20,7 +20,8 @@ import importlib
 import io
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _main(argv)
+        with _plain_warnings():
+            return _main(argv)
     except InputError as error:
         print_error(str(error))
         return 2
@@ -69,6 +71,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """A kernel that does not serve is said in one line, without a place in our code."""
+    before = warnings.formatwarning
+
+    def form(message: Warning | str, category: type[Warning], *place: Any) -> str:
+        return f"{message}\n" if category.__name__ == "KernelFallback" else before(message, category, *place)
+
+    warnings.formatwarning = form  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _without_accelerator() -> bool:

@@ -1,6 +1,8 @@
 """`jaxpeft plan` as its user meets it."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -20,6 +22,15 @@ def config(tmp_path_factory):
 def document(capsys, *flags):
     assert cli.main(["plan", *SMALL, "--json", *flags]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+def test_a_kernel_that_does_not_serve_is_one_line(config):
+    """On stderr, once, without a place in our code."""
+    pytest.importorskip("jax_plugins.xla_cuda13")
+    command = [sys.executable, "-m", "jaxpeft", "plan", *SMALL, "--model", config, "--rank", "2", "--target", "a100"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    lines = [line for line in done.stderr.splitlines() if "kernel" in line]
+    assert lines == ["the mosaic_gpu kernels run on compute capability 9.x, not 8.0; plain JAX runs instead"]
 
 
 def test_rows_for_methods_and_plans(config, capsys, tmp_path):

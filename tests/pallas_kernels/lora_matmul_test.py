@@ -233,7 +233,7 @@ def test_shapes_that_a_kernel_does_not_take(monkeypatch):
         lowered(where, n=100)
     with pytest.raises(NotImplementedError, match="does not take"):
         lowered(where, n=100, implementation="mosaic_gpu")
-    with pytest.warns(platform.KernelFallback, match=r"runs on compute capability 9\.x, not 8\.0"):
+    with pytest.warns(platform.KernelFallback, match=r"kernels run on compute capability 9\.x, not 8\.0"):
         assert "custom_call" not in lowered(place("a100"))
     with pytest.raises(NotImplementedError, match="'tpu' does not run on cuda"):
         lowered(where, implementation="tpu")
