@@ -44,6 +44,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_gpu as gpu
 from pallas_kernels import packed
 from pallas_kernels.lora_matmul import gpu as lora
+from pallas_kernels.lora_matmul.gpu_products import mask
 from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div
 from pallas_kernels.packed import Packed
 
@@ -320,7 +321,7 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
                         added = low_part(down, across) * (scale / (1 - rate))
                         start, at = row * height + half * rows + down, column * INPUTS + across
                         if rate:
-                            added = lora.mask(added, seed, start, at, rate)
+                            added = mask(added, seed, start, at, rate)
                         target = y_ref.at[pl.ds(start, TILE), pl.ds(at, TILE)]
                         gpu.store(y[down : down + TILE, across : across + TILE] + added, staging.at[half], target)
                 each_low_step(lambda i, _: ring.release(first + steps + i), None)

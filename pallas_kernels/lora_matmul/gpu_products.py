@@ -1,0 +1,489 @@
+"""The kernels of LoRA's products on NVIDIA GPUs of the Hopper generation (wgmma and TMA), by Mosaic GPU.
+
+Three kernels; mosaic_gpu.py describes their pipeline. With drop(x) = x keep / (1 - rate), keep drawn again wherever it
+is needed and never stored, and all sums in float32:
+
+    low_product     z = s F drop(x)^T            (r, T)      F = A^T (r, n), read transposed; for e, F = B and x = dy
+    product         y = x W + s drop(z^T B)      (T, m)      for dx, W and B are W^T and A^T, read transposed
+    row_product     s z drop(x)                  (r, k)
+
+Forward is the first two, as LoRAFusion splits it: x is read twice, but from then on a tile of y costs one tile of z and
+B, whatever r is, instead of the whole of A. Nothing of size T x r but z and nothing of size T x m but y is written.
+
+low_product. A tile is 64 rows. Both warpgroups multiply it, one the even steps of 64 inputs and one the odd ones:
+
+    (r, 64 inputs) x (64 inputs, 64 rows)        r, rounded up to 64, is wgmma's M, so that z needs no transposition
+
+and the second one hands its sums to the first. The mask is applied in place to the slot in shared memory. Traffic: x
+once, A once per tile (from the L2 cache).
+
+product. A tile is 128 rows by `columns`; each warpgroup has 64 rows, and its sums in registers (64 x 256 float32: half
+of all). The ring's slots hold x (128, 64) and W (64, columns); then, as more steps of the same ring, z (64, 128) and B
+(64, columns), that is, z^T in as many bytes as x. All these last steps stay in their slots during the epilogue, which
+goes through the tile by 64 columns: low-rank product, mask and scale, sum, rounding, out through shared memory by TMA.
+It is a product of its own, not a start of the accumulator, because scale and mask are of the low-rank part alone.
+Traffic: x once per column of tiles, W once per row of tiles, most of it from the L2 cache by the order of `snake`.
+
+row_product. A tile is all r by 128 columns, and a part of the rows: with k / 128 tiles there would not be one for each
+block, so there are up to 8 parts, whose sums (parts, r, k) in float32 are added up afterwards. These are the only
+temporaries: at most 128 BLOCKS r floats, 67 KB times r; none where k > 66 * 128.
+
+What TMA does not take is copied: x, dy and their results where T is not a multiple of 8, z and e where it is not one of
+64, factors where r is neither a multiple of 8 up to 64 nor one of 64.
+
+Two choices that rounding sees: 1 / (1 - rate) multiplies sums, not elements; and in float32.
+
+Source: Zhu et al. 2025, "LoRAFusion", arXiv:2510.00206.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic_gpu as gpu
+from pallas_kernels.dropout import keep
+from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div, round_up
+
+ROWS = COMPUTE * TILE  # of x in a tile
+LOW_SLOTS, ROW_SLOTS = 12, 6  # of the rings of `low_product` and `row_product`, where they fit
+PARTS = 8  # of the rows, at most, whose sums `row_product` keeps apart
+
+
+class Config(NamedTuple):
+    """How the products are cut.
+
+    columns: of a tile of y (or dx); 64, 128 or 256.
+    slots: of the ring of `product`.
+    width: rows of tiles that are worked on together, see `mosaic_gpu.snake`.
+    blocks: of the grid; the number of streaming multiprocessors.
+    """
+
+    columns: int = 256
+    slots: int = 4
+    width: int = 8
+    blocks: int = gpu.BLOCKS
+
+
+def mask(values, seed, row, column, rate: float):
+    """values, those that dropout keeps, of the tile that begins at (row, column)."""
+    kept = keep(seed, gpu.iota(values.shape, 0, row), gpu.iota(values.shape, 1, column), rate)
+    return jnp.where(kept, values, jnp.zeros_like(values))
+
+
+def _extra(rate: float, seed, owner=None, scales=None) -> dict[str, jax.Array]:
+    """The scalars that a kernel reads, where it needs them."""
+    found = {"seed": seed.reshape(1) if rate else None, "owner": owner, "scales": scales}
+    return {name: values for name, values in found.items() if values is not None}
+
+
+def _seed(extra):
+    return extra["seed"][0] if "seed" in extra else None
+
+
+def _of_tile(ref, extra, tile):
+    """The factor of a tile's rows: the whole, or that of the adapter that owns the tile."""
+    return ref.at[extra["owner"][tile]] if "owner" in extra else ref
+
+
+# z = A^T drop(x)^T
+
+
+def low_product(
+    x,
+    factor,
+    seed=None,
+    *,
+    transposed: bool,
+    config: Config,
+    scale=1.0,
+    rate=0.0,
+    owner=None,
+    scales=None,
+    interpret=None,
+):
+    """s factor drop(x)^T (r, T rounded up to 64) for a factor (r, k), or (k, r) if transposed.
+
+    With an owner, the factor is (G, ...); with scales (G,), s is that of the rows' owner.
+    """
+    (t, k), r = x.shape, factor.shape[-1 if transposed else -2]
+    height, tiles = round_up(r, TILE), ceil_div(t, TILE)
+    steps = COMPUTE * ceil_div(k, COMPUTE * TILE)
+    blocks = min(config.blocks, tiles)
+    shape = (TILE, height) if transposed else (height, TILE)
+    staged = (2 + 4) * TILE * TILE
+    slots = gpu.slots_that_fit(LOW_SLOTS, 2 * TILE * (TILE + height), staged) // COMPUTE * COMPUTE
+
+    def body(x_ref, factor_ref, extra, z_ref, x_slots, factor_slots, staging, other, full, empty, given, taken):
+        ring = Ring(full, empty, slots)
+
+        def memory():
+            def tile(first, row):
+                mine = _of_tile(factor_ref, extra, row * TILE // ROWS)
+
+                def step(i, _):
+                    columns, ranks = pl.ds(i * TILE, TILE), gpu.beyond(0, height, row)
+                    ring.fill(
+                        first + i,
+                        (x_ref.at[pl.ds(row * TILE, TILE), columns], lambda slot: x_slots.at[slot]),
+                        (
+                            mine.at[(columns, ranks) if transposed else (ranks, columns)],
+                            lambda slot: factor_slots.at[slot],
+                        ),
+                    )
+
+                lax.fori_loop(0, steps, step, None)
+                return first + steps
+
+            ring.drain(gpu.each_tile(tiles, blocks, tile))
+
+        def compute(parity):
+            seed = _seed(extra)
+
+            def tile(first, row):
+                def accumulate(acc):
+                    def multiply(i, slot):
+                        rows, lhs = x_slots.at[slot], factor_slots.at[slot]
+                        if rate:
+                            column = (COMPUTE * i + parity) * TILE
+                            rows[...] = mask(rows[...], seed, row * TILE, column, rate)
+                            plgpu.commit_smem()
+                        plgpu.wgmma(acc, gpu.transposed(lhs) if transposed else lhs, gpu.transposed(rows))
+
+                    gpu.multiply_steps(ring, first + parity, steps // COMPUTE, multiply, COMPUTE)
+                    return acc[...]
+
+                half = pl.run_scoped(accumulate, plgpu.ACC((height, TILE), jnp.float32))
+                ring.release(first + steps - COMPUTE + parity)
+                factor = scale / (1 - rate)
+                if "scales" in extra:
+                    factor = extra["scales"][extra["owner"][row * TILE // ROWS]]
+                for i in range(0, height, TILE):
+                    part = half[i : i + TILE]
+                    target = z_ref.at[gpu.beyond(i, TILE, row), pl.ds(row * TILE, TILE)]
+
+                    @pl.when(parity == 0)
+                    def _(part=part, target=target):
+                        plgpu.barrier_wait(given)
+                        z = (part + other[...]) * factor
+                        plgpu.barrier_arrive(taken)
+                        gpu.store(z, staging, target)
+
+                    @pl.when(parity == 1)
+                    def _(part=part):
+                        other[...] = part
+                        plgpu.barrier_arrive(given)
+                        plgpu.barrier_wait(taken)
+
+                return first + steps
+
+            gpu.each_tile(tiles, blocks, tile)
+            plgpu.wait_smem_to_gmem(0)
+
+        gpu.specialise(compute, memory)
+
+    return gpu.launch(
+        body,
+        x,
+        factor,
+        _extra(rate, seed, owner, scales),
+        out=jax.ShapeDtypeStruct((r, round_up(t, TILE)), x.dtype),
+        blocks=blocks,
+        interpret=interpret,
+        x_slots=gpu.swizzled(slots, TILE, TILE, dtype=x.dtype),
+        factor_slots=gpu.swizzled(slots, *shape, dtype=x.dtype),
+        staging=gpu.swizzled(TILE, TILE, dtype=x.dtype),
+        other=gpu.swizzled(TILE, TILE, dtype=jnp.float32),
+        given=plgpu.Barrier(),
+        taken=plgpu.Barrier(),
+        **Ring.barriers(slots, 2, users=1),
+    )
+
+
+def _halves(x_ref, row, columns, x_slots) -> list[tuple[Any, Callable]]:
+    """Copies of the rows of a tile, one per warpgroup."""
+    return [
+        (
+            x_ref.at[pl.ds(row + half * TILE, TILE), columns],
+            lambda slot, half=half: x_slots.at[slot, pl.ds(half * TILE, TILE)],
+        )
+        for half in range(COMPUTE)
+    ]
+
+
+# y = x W + s z^T B
+
+
+def slots_of_product(config: Config, k: int, r: int, itemsize: int) -> int:
+    """How many slots the ring of `product` has: those that fit, no more than steps, but all of the low-rank ones."""
+    staging = itemsize * COMPUTE * 2 * TILE * TILE
+    slots = gpu.slots_that_fit(config.slots, itemsize * TILE * (ROWS + config.columns), staging)
+    return max(min(slots, ceil_div(k, TILE)), ceil_div(r, TILE))
+
+
+def product(
+    x,
+    w,
+    z,
+    b,
+    seed=None,
+    *,
+    transposed: bool,
+    config: Config,
+    scale=1.0,
+    rate=0.0,
+    owner=None,
+    scales=None,
+    interpret=None,
+):
+    """x W + s drop(z^T B) (T, m) for w (k, m) and b (r, m), or w (m, k) and b (m, r) if transposed.
+
+    With an owner, b is (G, ...); with scales (G,), s is that of the rows' owner.
+    """
+    t, k = x.shape
+    m = w.shape[0 if transposed else 1]
+    columns, slots = config.columns, slots_of_product(config, k, len(z), x.dtype.itemsize)
+    steps, low_steps = ceil_div(k, TILE), ceil_div(len(z), TILE)
+    row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(m, columns)
+    tiles = row_tiles * column_tiles
+    blocks = min(config.blocks, tiles)
+    shape = (columns, TILE) if transposed else (TILE, columns)
+
+    def body(x_ref, w_ref, z_ref, b_ref, extra, y_ref, x_slots, w_slots, staging, full, empty):
+        ring = Ring(full, empty, slots)
+
+        def place(tile):
+            return gpu.snake(tile, row_tiles, column_tiles, config.width)
+
+        def panel(ref, i, column):
+            """Step i's part of w or b, for the tile's columns."""
+            inner, outer = pl.ds(i * TILE, TILE), pl.ds(column * columns, columns)
+            return ref.at[(outer, inner) if transposed else (inner, outer)], lambda slot: w_slots.at[slot]
+
+        def memory():
+            def tile(first, number):
+                row, column = place(number)
+                mine = _of_tile(b_ref, extra, row)
+
+                def step(i, _):
+                    ring.fill(
+                        first + i, *_halves(x_ref, row * ROWS, pl.ds(i * TILE, TILE), x_slots), panel(w_ref, i, column)
+                    )
+
+                def low_step(i, _):
+                    blocks = [
+                        (
+                            z_ref.at[pl.ds(i * TILE, TILE), pl.ds(row * ROWS + half * TILE, TILE)],
+                            lambda slot, half=half: x_slots.at[slot, pl.ds(half * TILE, TILE)],
+                        )
+                        for half in range(COMPUTE)
+                    ]
+                    ring.fill(first + steps + i, *blocks, panel(mine, i, column))
+
+                lax.fori_loop(0, steps, step, None)
+                lax.fori_loop(0, low_steps, low_step, None)
+                return first + steps + low_steps
+
+            ring.drain(gpu.each_tile(tiles, blocks, tile))
+
+        def compute(half):
+            seed = _seed(extra)
+            rows = pl.ds(half * TILE, TILE)
+
+            def tile(first, number):
+                row, column = place(number)
+                start = row * ROWS + half * TILE
+
+                def accumulate(acc):
+                    def multiply(i, slot):
+                        rhs = w_slots.at[slot]
+                        plgpu.wgmma(acc, x_slots.at[slot, rows], gpu.transposed(rhs) if transposed else rhs)
+
+                    gpu.multiply_steps(ring, first, steps, multiply)
+                    return acc[...]
+
+                y = pl.run_scoped(accumulate, plgpu.ACC((TILE, columns), jnp.float32))
+                ring.release(first + steps - 1)
+                each_low_step = functools.partial(lax.fori_loop, first + steps, first + steps + low_steps)
+                each_low_step(lambda i, _: ring.wait(i), None)
+
+                def low_part(chunk):
+                    def accumulate(acc):
+                        def multiply(i, _):
+                            slot = ring.slot(i)
+                            if transposed:
+                                rhs = gpu.transposed(w_slots.at[slot, pl.ds(chunk, TILE)])
+                            else:
+                                rhs = w_slots.at[slot, :, pl.ds(chunk, TILE)]
+                            plgpu.wgmma(acc, gpu.transposed(x_slots.at[slot, rows]), rhs)
+
+                        each_low_step(multiply, None)
+                        return acc[...]
+
+                    return pl.run_scoped(accumulate, plgpu.ACC((TILE, TILE), jnp.float32))
+
+                in_flight = 1 if columns > TILE else 0  # else the next tile's store is from the same staging
+                factor = scale / (1 - rate)
+                if "scales" in extra:
+                    factor = extra["scales"][extra["owner"][row]]
+                for i, chunk in enumerate(range(0, columns, TILE)):
+                    added = low_part(chunk) * factor
+                    at = column * columns + chunk
+                    if rate:
+                        added = mask(added, seed, start, at, rate)
+                    target = y_ref.at[pl.ds(start, TILE), pl.ds(at, TILE)]
+                    gpu.store(y[:, chunk : chunk + TILE] + added, staging.at[half, i % 2], target, in_flight=in_flight)
+                each_low_step(lambda i, _: ring.release(i), None)
+                return first + steps + low_steps
+
+            gpu.each_tile(tiles, blocks, tile)
+            plgpu.wait_smem_to_gmem(0)
+
+        # A mask is drawn beside half of the registers.
+        gpu.specialise(compute, memory, 24 if rate and columns == 256 else 40)
+
+    return gpu.launch(
+        body,
+        x,
+        w,
+        z,
+        b,
+        _extra(rate, seed, owner, scales),
+        out=jax.ShapeDtypeStruct((t, m), x.dtype),
+        blocks=blocks,
+        interpret=interpret,
+        x_slots=gpu.swizzled(slots, ROWS, TILE, dtype=x.dtype),
+        w_slots=gpu.swizzled(slots, *shape, dtype=x.dtype),
+        staging=gpu.swizzled(COMPUTE, 2, TILE, TILE, dtype=x.dtype),
+        **Ring.barriers(slots, COMPUTE + 1),
+    )
+
+
+# s z drop(x)
+
+
+def parts_of_rows(rows: int, k: int, config: Config) -> int:
+    """Into how many parts `row_product` cuts the rows, so that there is a tile for every block."""
+    tiles = ceil_div(rows, ROWS)
+    wanted = max(1, min(PARTS, config.blocks // ceil_div(k, COMPUTE * TILE)))
+    return ceil_div(tiles, ceil_div(tiles, wanted))
+
+
+def row_product(z, x, seed=None, *, config: Config, scale=1.0, rate=0.0, owner=None, scales=None, interpret=None):
+    """Sums over rows: float32 (parts, r, k) of z (r, T rounded up to 64), x (T, k).
+
+    parts: sums over parts of the rows, to be added up; with an owner and scales (G,), one per adapter.
+    """
+    (t, k), r = x.shape, len(z)
+    height, wide = round_up(r, TILE), COMPUTE * TILE
+    row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(k, wide)
+    parts = parts_of_rows(t, k, config) if owner is None else len(scales)
+    per_part = ceil_div(row_tiles, parts)
+    tiles = parts * column_tiles
+    blocks = min(config.blocks, tiles)
+    slots = gpu.slots_that_fit(ROW_SLOTS, 2 * TILE * (height + wide), 4 * COMPUTE * TILE * TILE)
+
+    def body(z_ref, x_ref, extra, out_ref, z_slots, x_slots, staging, full, empty):
+        ring = Ring(full, empty, slots)
+
+        def rows_of(part) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
+            """(first row tile, how many, the first that is the part's from a given one on)."""
+            if owner is None:
+                begin = part * per_part
+                return begin, jnp.minimum(per_part, row_tiles - begin), lambda i: i
+            owners = extra["owner"]
+            count = lax.fori_loop(0, row_tiles, lambda i, n: n + (owners[i] == part).astype(jnp.int32), jnp.int32(0))
+            return jnp.int32(0), count, lambda i: lax.while_loop(lambda i: owners[i] != part, lambda i: i + 1, i)
+
+        def each_step(number, action):
+            """action(number of the step, first row) for the steps of a tile; how many there were."""
+            begin, count, following = rows_of(number // column_tiles)
+
+            def row_tile(i, place):
+                place = following(place)
+                for part in range(ROWS // TILE):
+                    action(i * (ROWS // TILE) + part, place * ROWS + part * TILE)
+                return place + 1
+
+            lax.fori_loop(0, count, row_tile, begin)
+            return count * (ROWS // TILE)
+
+        def memory():
+            def tile(first, number):
+                columns = pl.ds(number % column_tiles * wide, wide)
+
+                def fetch(i, row):
+                    ring.fill(
+                        first + i,
+                        (z_ref.at[gpu.beyond(0, height, row), pl.ds(row, TILE)], lambda slot: z_slots.at[slot]),
+                        (x_ref.at[pl.ds(row, TILE), columns], lambda slot: x_slots.at[slot]),
+                    )
+
+                return first + each_step(number, fetch)
+
+            ring.drain(gpu.each_tile(tiles, blocks, tile))
+
+        def compute(half):
+            seed = _seed(extra)
+            columns = pl.ds(half * TILE, TILE)
+
+            def tile(first, number):
+                part, column = number // column_tiles, number % column_tiles * wide + half * TILE
+
+                def accumulate(acc):
+                    def multiply(i, row):
+                        ring.wait(first + i)
+                        slot = ring.slot(first + i)
+                        rhs = x_slots.at[slot, :, columns]
+                        if rate:
+                            rhs[...] = mask(rhs[...], seed, row, column, rate)
+                            plgpu.commit_smem()
+                        plgpu.wgmma(acc, z_slots.at[slot], rhs)
+                        plgpu.wgmma_wait(1)
+
+                        @pl.when(i > 0)
+                        def _():
+                            ring.release(first + i - 1)
+
+                    steps = each_step(number, multiply)
+                    return acc[...], steps
+
+                total, steps = pl.run_scoped(accumulate, plgpu.ACC((height, TILE), jnp.float32))
+
+                @pl.when(steps > 0)
+                def _():
+                    ring.release(first + steps - 1)
+
+                factor = scale / (1 - rate)
+                if "scales" in extra:
+                    factor = extra["scales"][part]
+                for i in range(0, height, TILE):
+                    target = out_ref.at[part, gpu.beyond(i, TILE, number), pl.ds(column, TILE)]
+                    gpu.store(total[i : i + TILE] * factor, staging.at[half], target)
+                return first + steps
+
+            gpu.each_tile(tiles, blocks, tile)
+            plgpu.wait_smem_to_gmem(0)
+
+        gpu.specialise(compute, memory)
+
+    return gpu.launch(
+        body,
+        z,
+        x,
+        _extra(rate, seed, owner, scales),
+        out=jax.ShapeDtypeStruct((parts, r, k), jnp.float32),
+        blocks=blocks,
+        interpret=interpret,
+        z_slots=gpu.swizzled(slots, height, TILE, dtype=x.dtype),
+        x_slots=gpu.swizzled(slots, TILE, wide, dtype=x.dtype),
+        staging=gpu.swizzled(COMPUTE, TILE, TILE, dtype=jnp.float32),
+        **Ring.barriers(slots, 2),
+    )
