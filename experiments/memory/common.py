@@ -13,11 +13,14 @@ The compilers of the described devices come with the extras `cuda` and `tpu`; no
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
+import os
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +62,22 @@ def save(name: str, rows: Sequence[Row]) -> None:
     part.replace(RESULTS / f"{name}.json")
 
 
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """While no other process is in here, for this folder of results."""
+    folder = os.open(RESULTS, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
 class Figures:
-    """Figures by key: out of the data file, or else measured and written there at once."""
+    """Figures by key: out of the data file, or else measured and written there at once.
+
+    Several processes may fill one file: each adds its figures to those that it finds there.
+    """
 
     def __init__(self, name: str, measure: Callable[[Row], Mapping[str, Any]] | None = None):
         """Of the file results/memory/`name`.json; without `measure`, a figure that it lacks is an error."""
@@ -82,8 +99,9 @@ class Figures:
             raise KeyError(f"results/memory/{self.name}.json has no figure with {words}; run without --draw")
         start = time.time()
         row = {**key, **self.measure(key), "jax": jax.__version__}
-        self.rows.append(row)
-        save(self.name, self.rows)
+        with _alone():
+            self.rows = [*load(self.name), row]
+            save(self.name, self.rows)
         print(f"{words}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
         return row
 
