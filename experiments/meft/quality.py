@@ -4,15 +4,26 @@
     python -m experiments.meft.quality --tasks banking77 --methods "full;lora"
     python -m experiments.meft.quality --draw               # table from the data
 
-Not answered yet: the data hold the first runs of full fine-tuning on Banking77.
+On Banking77 yes: MEFT 1, 2 and 3 reach 88.4, 88.1 and 88.0 %, LoRA 88.1, LoRA-FA 88.6 and full fine-tuning 86.2. On
+pairs of sentences, after the few steps that were affordable, not yet: on QNLI MEFT 3, 2 and 1 end 1.2, 3.2 and 9.6
+points below full fine-tuning (77.3 %), LoRA 0.4 above and LoRA-FA 11 below. They had not finished learning their own
+training rows: the loss of the last batches is 0.22 (full), 0.38 (LoRA), 0.43 and 0.44 (MEFT 2, 3), 0.51 (MEFT 1), 0.56
+(LoRA-FA). A start closer to the pretrained model is not told apart from the usual one: with lambda 1/256 instead of 1/8
+MEFT 1 reaches 4.1 points more, with standard deviations of 2.7 and 5.1 over the seeds, and the same training loss.
+Side networks, which read a backbone that stays as it is, lose 0.6 to 8.4 points on Banking77
+and learn little about pairs (53 to 60 %, chance is 50). MNLI is not measured for every method yet, nor is it measured
+what more steps would do. Where tuning prefers the last rate of a grid (Banking77: LoRA, LoRA-FA, MEFT 1 and 2), the one
+before it is within 1.8 points on the tuning rows, LoRA-FA 4.3.
 
 all-MiniLM-L6-v2 (a pretrained BERT of 22 million parameters) in float32, its first token through the pooler and a new
-classifier. Banking77 (the first 30 rows of each of 77 intents to train and tune on, 3,080 to test), QNLI and MNLI
-(2,500 and 3,000 rows, 1,192 and 2,000 to test); every tenth row of the training file tunes the learning rate. Three
-epochs of Banking77 and two of the others, batches of 16, at most 32 tokens (Banking77) or 64. AdamW without weight
-decay, clipped at norm 1, 6 % warm-up, then linearly to zero. The rate is the best of a grid in tuning accuracy with
-seed 0; seeds 0, 1, 2 differ in the order of the rows and in how what trains begins. Accuracy in per cent on the test
-rows after the last step. Data in results/memory/meft_quality.json, table in meft_quality.md.
+classifier. The first rows of the training files: 30 of each of Banking77's 77 intents, 2,000 of QNLI, 1,500 of MNLI, of
+which every tenth tunes the learning rate; tested on 3,080, 1,192 and 2,000. Three epochs of Banking77 and two of the
+others, batches of 16 rows of similar length, at most 32 tokens (Banking77) or 64. AdamW without weight decay, clipped
+at norm 1, 6 % warm-up, then linearly to zero. The rate is the best of a grid in tuning accuracy with seed 0, the lower
+one where two are level; MNLI takes QNLI's. Seeds 0, 1, 2 differ in the order of the rows and in how what trains begins.
+Accuracy in per cent on the test rows after the last step, learning rate and difference to full fine-tuning. Data in
+results/memory/meft_quality.json, table in meft_quality.md. Several processes may fill the data at once, one per core:
+steps of this size gain little from a second one.
 """
 
 from __future__ import annotations
@@ -44,20 +55,18 @@ BATCH = 16
 SEEDS = (0, 1, 2)
 # task -> epochs, most tokens, the task whose grid gives the learning rate
 DATA = {"banking77": (3, 32, "banking77"), "qnli": (2, 64, "qnli"), "mnli": (2, 64, "qnli")}
-PER_LABEL = 30  # rows of Banking77
-ROWS = 2000  # of QNLI and of MNLI
-SMALL, LARGE = (1.5e-4, 4e-4, 1e-3), (5e-4, 1.5e-3, 4e-3)
+PER_LABEL = {"banking77": 30}  # first rows of each label; of the other tasks:
+ROWS = {"qnli": 2000, "mnli": 1500}  # first rows
+SMALL, LARGE = (5e-5, 1.5e-4, 4e-4, 1e-3), (5e-4, 1.5e-3, 4e-3)
 # label -> method, learning rates
 METHODS = {
     "full": (jp.full, SMALL),
-    "classifier alone": (None, (1e-3, 4e-3, 1.6e-2)),
     "lora": (lambda: jp.lora(rank=8), LARGE),
     "lora_fa": (lambda: jp.lora_fa(rank=8), LARGE),
     "meft 1": (lambda: jp.meft(1, width=32), LARGE),
     "meft 2": (lambda: jp.meft(2, width=32), LARGE),
     "meft 3": (lambda: jp.meft(3, width=32), LARGE),
-    "meft 1, 1/256": (lambda: jp.meft(1, width=32, lam="1/256"), LARGE),
-    "meft 1, published": (lambda: jp.meft(1, width=32, exact=False, readout="mean"), LARGE),
+    "meft 1, 1/256": (lambda: jp.meft(1, width=32, lam="1/256"), (1.5e-3,)),  # all but starts at the base model
     "lst": (jp.lst, LARGE),
     "unipt": (jp.unipt, LARGE),
     "sherl": (jp.sherl, LARGE),
@@ -69,15 +78,15 @@ def rows_of(task: str, length: int) -> tuple[list[Any], list[Any], list[Any], tu
     folder = Path(os.environ.get("JAXPEFT_DATA", "../shared/data")) / "classify"
     tokenizer = load_tokenizer(assets.minilm())
     train, labels, _ = data.load_rows(folder / f"{task}.train.jsonl", tokenizer, length)
-    if task == "banking77":
+    if task in PER_LABEL:
         seen: collections.Counter[Any] = collections.Counter()
         few = []
         for row in train:
             seen[row.label] += 1
-            few += [row] if seen[row.label] <= PER_LABEL else []
+            few += [row] if seen[row.label] <= PER_LABEL[task] else []
         train = few
     else:
-        train = train[:ROWS]
+        train = train[: ROWS[task]]
     test, _, _ = data.load_rows(folder / f"{task}.test.jsonl", tokenizer, length, labels)
     return [r for i, r in enumerate(train) if i % 10], train[::10], test, labels.names
 
@@ -99,8 +108,8 @@ class Runner:
         self.length = DATA[task][1]
         self.train, self.tune, self.test, self.labels = rows_of(task, self.length)
         self.steps = math.ceil(DATA[task][0] * len(self.train) / BATCH)
-        self.task, factory = TASKS["classify"], METHODS[name][0]
-        self.method = self.task.method(factory()) if factory else jp.full("^classifier/")
+        self.task = TASKS["classify"]
+        self.method = self.task.method(METHODS[name][0]())
         self.unit = make_optimizer(make_schedule("linear", 1.0, self.steps, max(self.steps * 6 // 100, 1)), 0.0, 1.0)
         model, *_ = self.setup(0)
         step = jp.make_train_step(model, self.method, self.optimizer(1.0), self.task.loss)
@@ -167,16 +176,19 @@ def seeds_at_best(rows: list[common.Row], task: str, method: str) -> tuple[float
 
 
 def document(rows: list[common.Row]) -> str:
-    """Mean and standard deviation of the accuracy over the seeds, and the mean's difference to full fine-tuning."""
+    """Mean and standard deviation of the accuracy over the seeds, and the mean's difference to full fine-tuning.
+
+    Empty where not every seed has been measured.
+    """
     measured = {(row["task"], row["method"]) for row in rows}
     means, body = {}, []
     for method in METHODS:
         cells: list[str] = []
         for task in DATA:
-            if (task, method) not in measured:
+            rate, scores = seeds_at_best(rows, task, method) if (task, method) in measured else (0.0, [])
+            if len(scores) < len(SEEDS):
                 cells += ["", "", ""]
                 continue
-            rate, scores = seeds_at_best(rows, task, method)
             means[task, method] = statistics.mean(scores)
             gap = f"{means[task, method] - means[task, 'full']:+.2f}" if (task, "full") in means else ""
             cells += [f"{means[task, method]:.2f} ± {statistics.stdev(scores):.2f}", gap, f"{rate:g}"]

@@ -1,11 +1,13 @@
 """The experiments on reversible models: documents are drawn from the data, and the data says what is claimed of it."""
 
+import statistics
+
 import pytest
 
 from experiments.meft import inversion, memory, quality
 from experiments.memory import common
 
-SCRIPTS = {"memory": memory, "inversion": inversion}
+SCRIPTS = {"memory": memory, "inversion": inversion, "quality": quality}
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -35,5 +37,29 @@ def test_24_layers_need_at_most_a_twentieth_of_full_fine_tuning():
 def test_quality_holds_out_every_tenth_row(shared_data, monkeypatch):
     monkeypatch.setenv("JAXPEFT_DATA", str(shared_data))
     train, tune, test, labels = quality.rows_of("qnli", 64)
-    assert (len(train), len(tune), len(test), len(labels)) == (2250, 250, 1192, 2)
+    assert (len(train), len(tune), len(test), len(labels)) == (1800, 200, 1192, 2)
     assert not {row.line for row in train} & {row.line for row in tune}
+
+
+def test_banking77_is_learned_within_a_point_of_full_fine_tuning():
+    """By every MEFT variant, and by LoRA and LoRA-FA."""
+    means = {
+        method: statistics.mean(quality.seeds_at_best(common.load(quality.NAME), "banking77", method)[1])
+        for method in ("full", "lora", "lora_fa", "meft 1", "meft 2", "meft 3")
+    }
+    assert min(means.values()) >= means["full"] - 1
+
+
+def test_two_epochs_of_qnli_leave_meft_short_of_full_fine_tuning():
+    """And not for want of generalization: its loss on the training rows is higher too."""
+    rows = common.load(quality.NAME)
+
+    def ends(method):
+        rate, scores = quality.seeds_at_best(rows, "qnli", method)
+        own = [row for row in rows if (row["task"], row["method"], row["lr"]) == ("qnli", method, rate)]
+        return statistics.mean(scores), statistics.mean(row["train_loss"] for row in own)
+
+    accuracy, loss = ends("full")
+    for variant in (1, 2, 3):
+        reached, left = ends(f"meft {variant}")
+        assert reached < accuracy - 1 and left > loss
