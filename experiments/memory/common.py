@@ -55,7 +55,6 @@ def load(name: str) -> list[Row]:
 
 def save(name: str, rows: Sequence[Row]) -> None:
     """Writes them, one per line."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(row) for row in rows)
     part = RESULTS / f"{name}.json.part"
     part.write_text(f"[\n{lines}\n]\n")
@@ -65,6 +64,7 @@ def save(name: str, rows: Sequence[Row]) -> None:
 @contextlib.contextmanager
 def _alone() -> Iterator[None]:
     """While no other process is in here, for this folder of results."""
+    RESULTS.mkdir(parents=True, exist_ok=True)
     folder = os.open(RESULTS, os.O_RDONLY)
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
@@ -91,9 +91,11 @@ class Figures:
         Raises:
           KeyError: if there is none and nothing may be measured.
         """
-        for row in self.rows:
-            if all(row.get(name) == value for name, value in key.items()):
-                return row
+        if found := self._find(key):
+            return found
+        self.rows = load(self.name)  # another process may have it
+        if found := self._find(key):
+            return found
         words = ", ".join(f"{name} {value}" for name, value in key.items())
         if self.measure is None:
             raise KeyError(f"results/memory/{self.name}.json has no figure with {words}; run without --draw")
@@ -104,6 +106,9 @@ class Figures:
             save(self.name, self.rows)
         print(f"{words}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
         return row
+
+    def _find(self, key: Key) -> Row | None:
+        return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
 
 
 def train_step(key: Row, method: Method) -> dict[str, Any]:

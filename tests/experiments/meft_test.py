@@ -36,7 +36,7 @@ def test_24_layers_need_at_most_a_twentieth_of_full_fine_tuning():
 
 def test_quality_holds_out_every_tenth_row(shared_data, monkeypatch):
     monkeypatch.setenv("JAXPEFT_DATA", str(shared_data))
-    train, tune, test, labels = quality.rows_of("qnli", 64)
+    train, tune, test, labels = quality.rows_of("qnli")
     assert (len(train), len(tune), len(test), len(labels)) == (1800, 200, 1192, 2)
     assert not {row.line for row in train} & {row.line for row in tune}
 
@@ -51,7 +51,7 @@ def test_banking77_is_learned_within_a_point_of_full_fine_tuning():
 
 
 def test_two_epochs_of_qnli_leave_meft_short_of_full_fine_tuning():
-    """And not for want of generalization: its loss on the training rows is higher too."""
+    """Their last batch of training rows has a higher loss too."""
     rows = common.load(quality.NAME)
 
     def ends(method):
