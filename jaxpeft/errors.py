@@ -1,4 +1,4 @@
-"""The two exceptions that the command line prints as one line, without a traceback."""
+"""The two exceptions that the command line prints as one line, without a traceback; and others' first lines in them."""
 
 
 class InputError(ValueError):
@@ -17,3 +17,9 @@ class RunError(RuntimeError):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's error says, as part of one line: its first line, or its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import files, models, tree
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, first_line
 from jaxpeft.model import Model
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -82,7 +82,7 @@ def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()
         return Path(huggingface_hub.snapshot_download(given, allow_patterns=["config.json", *COPIED, *patterns]))
     except Exception as error:  # whatever the hub's client and its transport raise, one line serves the user
         raise InputError(
-            f"{given}: no such directory, and it could not be fetched from the hub: {_first_line(error)}"
+            f"{given}: no such directory, and it could not be fetched from the hub: {first_line(error)}"
         ) from error
 
 
@@ -110,12 +110,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise InputError(f"{folder}: the tokenizer cannot be read: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+        raise InputError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
 
 
 # Names.
@@ -248,7 +243,7 @@ def _open(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="numpy") as opened:
             yield opened
     except SafetensorError as error:
-        raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {_first_line(error)}") from None
+        raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {first_line(error)}") from None
 
 
 def _check(

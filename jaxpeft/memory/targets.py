@@ -40,7 +40,7 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from jaxpeft import tree
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, first_line
 from jaxpeft.memory import hlo
 from jaxpeft.memory.kinds import TARGETS, Kind
 
@@ -140,7 +140,7 @@ def _describe_tpu(target: Target, kind: Kind) -> Any:
         with _environment({} if _tpu_attached() else _NO_TPU):
             return topologies.get_topology_desc(f"{target.kind}:{'x'.join(map(str, shape))}", platform="tpu", **options)
     except jax.errors.JaxRuntimeError as error:
-        raise InputError(f"target {target.name!r}: libtpu does not describe it: {_first_line(error)}") from error
+        raise InputError(f"target {target.name!r}: libtpu does not describe it: {first_line(error)}") from error
 
 
 def _describe_gpu(target: Target, kind: Kind) -> Any:
@@ -190,10 +190,6 @@ def _environment(values: Mapping[str, str], replace: str | None = None) -> Itera
                 os.environ.pop(key, None)
             else:
                 os.environ[key] = value
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]
 
 
 # What a function needs there.
