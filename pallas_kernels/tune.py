@@ -47,11 +47,25 @@ def calls(
     yield "quant_lora_matmul", "input_gradient", lora_matmul.sizes_of_both, (dy, nf4, a, b, seed), both
 
 
-def best(file: Any, function: str, args: tuple, static: dict[str, Any], rounds: int, inner: int) -> Any:
-    """The fastest of the candidates for a call; None if there is no choice."""
-    configs = file.configs(function, *args)
-    runs = {}
-    for config in configs:
+def candidates(
+    shape: Shape, rank: int, rows: int, dtype: Any
+) -> Iterator[tuple[str, Sizes, dict[Any, Callable[[], Any]]]]:
+    """(operation, sizes, {candidate: a run of it}) of a map's kernels, compiled, where there is a choice."""
+    platform = jax.devices()[0].platform
+    if platform not in ("gpu", "tpu"):
+        return
+    for package, function, sizes, args, static in calls(shape, rank, rows, dtype):
+        file = importlib.import_module(f"pallas_kernels.{package}.{platform}")
+        if getattr(file, f"supports_{function}")(*args, **static):
+            runs = compiled(file, function, args, static)
+            if len(runs) > 1:
+                yield f"{package}.{function}", sizes(*args), runs
+
+
+def compiled(file: Any, function: str, args: tuple, static: dict[str, Any]) -> dict[Any, Callable[[], Any]]:
+    """{candidate: a run of it} for a call, of those that compile and run."""
+    runs: dict[Any, Callable[[], Any]] = {}
+    for config in file.configs(function, *args):
         run = jax.jit(functools.partial(getattr(file, function), config=config, **static))
         try:
             jax.block_until_ready(run(*args))
@@ -59,6 +73,12 @@ def best(file: Any, function: str, args: tuple, static: dict[str, Any], rounds: 
             print(f"  {config}: {str(error).splitlines()[0][:100]}", file=sys.stderr)
             continue
         runs[config] = functools.partial(run, *args)
+    return runs
+
+
+def best(file: Any, function: str, args: tuple, static: dict[str, Any], rounds: int, inner: int) -> Any:
+    """The fastest of the candidates for a call; None if there is no choice."""
+    runs = compiled(file, function, args, static)
     if len(runs) < 2:
         return next(iter(runs), None)
     times = timing.paired(runs, rounds, inner)

@@ -27,6 +27,7 @@ from typing import Any
 
 from jaxpeft.cli.output import did_you_mean, print_error, print_json
 from jaxpeft.errors import InputError, RunError
+from jaxpeft.memory.kinds import GPU_FRACTION
 
 # Command name -> the module in this package and its dataclass, and a line for the help.
 COMMANDS = {
@@ -97,6 +98,7 @@ def _without_accelerator() -> bool:
 def _main(argv: list[str]) -> int:
     if _without_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))  # what plans count on
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS)) + 2
         lines = [f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items()]

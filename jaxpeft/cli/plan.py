@@ -85,7 +85,7 @@ def run(args: Plan) -> dict[str, Any]:
                     step, made = search.fit(by_plan, device, budget, allowed, _say)
                     made["budget_bytes"] = budget
                 if args.largest:
-                    made |= _largest(args, make, method, device, step.plan, config, budget or device.memory_bytes)
+                    made |= _largest(args, make, method, device, step.plan, config, budget or device.usable_bytes)
                 if args.check:
                     made["measured_bytes"] = _measured(step, device)
                 rows.append({"method": name, **made, "dtype": args.dtype})

@@ -222,7 +222,8 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
 
     Returns:
       {"target", "save", "batch_size", "seq_len", "bytes": {...}, "host_bytes", "device_bytes", "fits", "flops",
-      "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all.
+      "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all; device_bytes is what a run may take
+      of the device's memory.
 
     Raises:
       InputError: for a slice whose devices do not divide the rows.
@@ -236,7 +237,7 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
         "seq_len": step.length,
         "bytes": account(compiled.memory, step.state, step.base, traced.activations // target.chips),
         "host_bytes": compiled.memory.host,
-        "device_bytes": target.memory_bytes,
+        "device_bytes": target.usable_bytes,
         "fits": compiled.fits,
         "flops": traced.flops,
         "recompute_flops": traced.recompute_flops,

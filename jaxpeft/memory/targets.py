@@ -8,7 +8,7 @@ CPU. Compiling for abstract arguments allocates nothing and gives the compiler's
 An alias is an output that takes a donated argument's buffer. Where a TPU's compiler refuses a program because it does
 not fit, it still writes the assignment that was too large; `compile` reads that, so the figure is exact there too. (The
 message's "total memory required for HLO temporaries (24.12G)" is that sum, arguments and outputs included, rounded.)
-A GPU's compiler never refuses. Both recompute by themselves before they go beyond the device (a GPU's, beyond 80 % of
+A GPU's compiler never refuses. Both recompute by themselves before they go beyond the device (a GPU's, beyond 90 % of
 it): a program close to the limit may be another one than on a larger device.
 
 On a TPU `memory_analysis().temp_size_in_bytes` is not the assignment's: for a program with loops it is larger, by
@@ -42,7 +42,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxpeft import tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.memory import hlo
-from jaxpeft.memory.kinds import TARGETS, Kind
+from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS, Kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Target:
       platform: "tpu", "cuda" or "cpu".
       chips: devices of the slice: its chips (on tpu7x, where JAX shows two devices per chip, twice as many); 1 for a
         plain name.
-      memory_bytes, bandwidth, flops, source: of ONE device; see `Kind`.
+      memory_bytes, bandwidth, flops, source: of ONE device; see `Kind`. What a run may take is `usable_bytes`.
       kind: the key of TARGETS.
       shape: chips in every dimension of the slice; () for a plain name.
     """
@@ -68,6 +68,11 @@ class Target:
     source: str
     kind: str
     shape: tuple[int, ...] = ()
+
+    @property
+    def usable_bytes(self) -> int:
+        """Of one device's memory, what a run may take: see kinds.py."""
+        return int(GPU_FRACTION * self.memory_bytes) if self.platform == "cuda" else self.memory_bytes
 
 
 def target(text: str) -> Target:
@@ -232,7 +237,7 @@ class Compiled(NamedTuple):
     Attributes:
       memory: what it needs, of one device.
       executable: None if the compiler refused it because it does not fit.
-      fits: whether `memory.total` is within the device's memory, and the compiler did not refuse.
+      fits: whether `memory.total` is within the target's `usable_bytes`, and the compiler did not refuse.
       dump: the folder of XLA's files, if one was asked for.
     """
 
@@ -272,7 +277,9 @@ def compile(
     lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*_abstract(args, default))
     executable, refusal = None, None
     with _dump_folder(target, dump) as folder:
-        options = {} if folder is None else {"xla_dump_to": str(folder), **hlo.DUMP_OPTIONS}
+        options: dict[str, Any] = _GPU_OPTIONS if target.platform == "cuda" else {}
+        if folder is not None:
+            options = {**options, "xla_dump_to": str(folder), **hlo.DUMP_OPTIONS}
         try:
             with contextlib.nullcontext() if folder is None else _without_cache():
                 executable = lowered.compile(compiler_options=options)
@@ -289,9 +296,14 @@ def compile(
         raise refusal
     memory = analysed(target.platform, executable.memory_analysis(), written) if executable is not None else written
     assert memory is not None
-    fits = executable is not None and memory.total <= target.memory_bytes
+    fits = executable is not None and memory.total <= target.usable_bytes
     return Compiled(memory, executable, fits, None if dump is None else Path(dump))
 
+
+# XLA computes again what would go beyond a share, in percent, of the memory that it may count on: of the allocator's
+# where a device is attached, of 80 % of the device's where one is described. So the described one's share is that of
+# the attached one, 95 %, of a larger part.
+_GPU_OPTIONS = {"xla_gpu_memory_limit_slop_factor": round(95 * GPU_FRACTION / 0.8)}
 
 # Not the on-chip memories ("... in memory space vmem"): those are a kernel's mistake.
 _REFUSED = re.compile(r"Ran out of memory (on|in memory space) hbm", re.IGNORECASE)
