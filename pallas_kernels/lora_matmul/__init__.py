@@ -2,16 +2,16 @@
 
     y = x W + s (drop(x) A) B           x (..., n), W (n, m), A (n, r), B (r, m)
 
-    mosaic_gpu   z = A^T drop(x)^T in one kernel, then one product that adds s z^T B to each tile     gpu.py
-    tpu          one pass over x for both                                                             tpu.py
-    else         plain JAX                                                                            reference.py
+    mosaic_gpu   z = s A^T drop(x)^T in one kernel, then one product over (x, z^T) and (W, B)     gpu.py
+    tpu          one pass over x for both                                                         tpu.py
+    else         plain JAX                                                                        reference.py
 
 For the backward pass z (r, T) is kept, and x only if A (or W) is differentiated: with A frozen (LoRA-FA) no adapter
 input is kept. z is named (`jax.ad_checkpoint.checkpoint_name`), so that a memory plan may keep it or compute it again;
 where y itself is not needed again, only z is computed. The mask of dropout is drawn from a counter in both passes and
 never stored (`pallas_kernels/dropout.py`).
 
-    e = s B dy^T        dx = dy W^T + drop(e^T A^T)        dA = drop(x)^T e^T        dB = s z dy
+    e = s B dy^T        dx = dy W^T + drop(e^T A^T)        dA = drop(x)^T e^T        dB = z dy
 
 Papers: Hu et al. 2021, "LoRA", arXiv:2106.09685; where the graph is split on a GPU: Zhu et al. 2025, "LoRAFusion",
 arXiv:2510.00206.
@@ -56,7 +56,7 @@ def flops_of_factor(z, x, *rest, **static):
 
 
 def sizes_of_low(x, a, *rest):
-    """Of z = A^T x^T."""
+    """Of z = s A^T x^T."""
     del rest
     return Sizes(x.shape[0], x.shape[1], 0, a.shape[-1], x.dtype)
 
@@ -84,7 +84,7 @@ forward = operation(
     "lora_forward",
     reference.forward,
     flops=flops_of_both,
-    part=Part(outputs=(1,), function=low, args=(0, 2, 4), static=("rate",)),
+    part=Part(outputs=(1,), function=low, args=(0, 2, 4), static=("scale", "rate")),
     **tuning.kernels("pallas_kernels.lora_matmul", "forward", sizes_of_both),
 )
 input_gradient = operation(
@@ -217,11 +217,11 @@ def _pull(options: Options, saved, dy):
         dx = dx.reshape(*lead, dx.shape[-1])
     elif perturbed.a:
         e = reference.low_gradient(dy, factors[1], scale=options.scale)
+    of_factor = functools.partial(factor_gradient, implementation=options.implementation)
     if perturbed.a:
-        rate = {"scale": 1.0, "rate": options.rate, "implementation": options.implementation}
-        da = factor_gradient(e, x, seed, **rate).T.astype(a.dtype)
+        da = of_factor(e, x, seed, rate=options.rate).T.astype(a.dtype)
     if perturbed.b:
-        db = factor_gradient(z, dy, seed, **{**options.static, "rate": 0.0}).astype(b.dtype)
+        db = of_factor(z, dy, seed, rate=0.0).astype(b.dtype)
     if perturbed.w:
         dw = jnp.einsum("tn,tm->nm", x, dy).astype(w.dtype)
     return dx, dw, da, db, None, None, None

@@ -24,6 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import lora_matmul as dense
 from pallas_kernels import tuning
+from pallas_kernels.lora_matmul.reference import scaled
 from pallas_kernels.multi_lora_matmul import reference
 from pallas_kernels.multi_lora_matmul.reference import TILE
 from pallas_kernels.platform import Implementation, operation
@@ -97,9 +98,8 @@ def multi_lora_matmul(
 
 
 def _gathered(x, w, a, b, adapter, scales, name):
-    z = jnp.einsum("bsn,bnr->bsr", x, a.astype(x.dtype)[adapter])
-    lifted = jnp.einsum("bsr,brm->bsm", checkpoint_name(z, name), b.astype(x.dtype)[adapter])
-    return x @ w + scales.astype(x.dtype)[adapter][:, None, None] * lifted
+    z = scaled(jnp.einsum("bsn,bnr->bsr", x, a.astype(x.dtype)[adapter]), scales[adapter][:, None, None])
+    return x @ w + jnp.einsum("bsr,brm->bsm", checkpoint_name(z, name), b.astype(x.dtype)[adapter])
 
 
 @jax.tree_util.register_static
@@ -128,11 +128,11 @@ def _pull(implementation, saved, dy) -> tuple[Any, ...]:
     perturbed, x, w, a, b, scales, owner, z = saved
     if isinstance(dy, SymbolicZero):
         return (None,) * 8
-    run = functools.partial(factor_gradient, implementation=implementation)
+    run = functools.partial(factor_gradient, count=len(scales), implementation=implementation)
     factors = a.astype(dy.dtype), b.astype(dy.dtype)
     dx, e = input_gradient(dy, w, *factors, scales, owner, implementation=implementation)
-    da = run(e, x, jnp.ones_like(scales), owner).swapaxes(1, 2).astype(a.dtype) if perturbed.a else None
-    db = run(z, dy, scales, owner).astype(b.dtype) if perturbed.b else None
+    da = run(e, x, owner).swapaxes(1, 2).astype(a.dtype) if perturbed.a else None
+    db = run(z, dy, owner).astype(b.dtype) if perturbed.b else None
     dw = (x.T @ dy).astype(w.dtype) if perturbed.w else None
     return dx if perturbed.x else None, dw, da, db, None, None, None, None
 

@@ -27,7 +27,7 @@ forward = operation(
     "quant_lora_forward",
     reference.forward,
     flops=dense.flops_of_both,
-    part=Part(outputs=(1,), function=dense.low, args=(0, -3, -1), static=("rate",)),
+    part=Part(outputs=(1,), function=dense.low, args=(0, -3, -1), static=("scale", "rate")),
     **tuning.kernels("pallas_kernels.quant_lora_matmul", "forward", dense.sizes_of_both),
 )
 input_gradient = operation(

@@ -1,6 +1,6 @@
 """LoRA's products over a packed kernel on a TPU; the equations are in reference.py, the formats in packed.py.
 
-    forward           z = A^T drop(x)^T    and    y = x W + s z^T B
+    forward           z = s A^T drop(x)^T  and    y = x W + z^T B
     input_gradient    e = s B dy^T         and    dx = dy W^T + drop(e^T A^T)      W[i, j] = value(c[i, j]) scale[g, j]
 
 Both are `mosaic_tpu.low_rank_product` with another W: a tile of codes and its scales come to VMEM, are unpacked there
@@ -60,8 +60,8 @@ def forward(
         x,
         w,
         config,
-        down=lora.down(*lora.turned(a), config, 1, rate),
-        up=lora.up(b, 0, config, scale, 0),
+        down=lora.down(*lora.turned(a), config, scale, rate),
+        up=lora.up(b, 0, config, 0),
         transposed=False,
         columns=m,
         rank=r,
@@ -83,7 +83,7 @@ def input_gradient(
         w,
         config,
         down=lora.down(b, 0, config, scale, 0),
-        up=lora.up(*lora.turned(a), config, 1, rate),
+        up=lora.up(*lora.turned(a), config, rate),
         transposed=True,
         columns=n,
         rank=r,

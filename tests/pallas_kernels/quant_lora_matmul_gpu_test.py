@@ -41,8 +41,8 @@ def expected(function, given, rate):
     w = np.asarray(packed.dequantize(given["w"], jnp.bfloat16), np.float64)
     keep = np.asarray(dropout.mask(given["seed"], x.shape, rate)) / (1 - rate) if rate else 1
     if function == "forward":
-        low = a.T @ (x * keep).T
-        return x @ w + SCALE * low.T @ b, low
+        low = SCALE * a.T @ (x * keep).T
+        return x @ w + low.T @ b, low
     e = SCALE * b @ dy.T
     return dy @ w.T + (e.T @ a.T) * keep, e
 
