@@ -55,6 +55,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_gpu as gpu
 from pallas_kernels.dropout import keep
 from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div, round_up
+from pallas_kernels.stacked import whole
 
 ROWS = COMPUTE * TILE  # of x in a tile
 LOW_SLOTS, ROW_SLOTS = 12, 6  # of the rings of `low_product` and `row_product`, where they fit
@@ -82,14 +83,19 @@ def mask(values, seed, row, column, rate: float):
     return jnp.where(kept, values, jnp.zeros_like(values))
 
 
-def _extra(rate: float, seed, owner=None, scales=None) -> dict[str, jax.Array]:
+def scalars(rate: float, seed, **others) -> dict[str, jax.Array]:
     """The scalars that a kernel reads, where it needs them."""
-    found = {"seed": seed.reshape(1) if rate else None, "owner": owner, "scales": scales}
+    found = {"seed": seed.reshape(1) if rate else None, **others}
     return {name: values for name, values in found.items() if values is not None}
 
 
 def _seed(extra):
     return extra["seed"][0] if "seed" in extra else None
+
+
+def of_layer(ref, extra):
+    """The kernel: the whole, or that of a layer of the stack."""
+    return ref.at[extra["layer"][0]] if "layer" in extra else ref
 
 
 def _of_tile(ref, extra, tile):
@@ -197,7 +203,7 @@ def low_product(
         body,
         x,
         factor,
-        _extra(rate, seed, owner, scales),
+        scalars(rate, seed, owner=owner, scales=scales),
         out=jax.ShapeDtypeStruct((r, round_up(t, TILE)), x.dtype),
         blocks=blocks,
         interpret=interpret,
@@ -248,10 +254,11 @@ def product(
 ):
     """x W + drop(z^T B) (T, m) for w (k, m) and b (r, m), or w (m, k) and b (m, r) if transposed.
 
-    With an owner, b is (G, ...).
+    With an owner, b is (G, ...). w may be a layer of a stack.
     """
     t, k = x.shape
     m = w.shape[0 if transposed else 1]
+    w, layer = whole(w)
     columns, slots = config.columns, slots_of_product(config, k, len(z), x.dtype.itemsize, masked=rate > 0)
     steps, low_steps = ceil_div(k, TILE), ceil_div(len(z), TILE)
     row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(m, columns)
@@ -273,11 +280,11 @@ def product(
         def memory():
             def tile(first, number):
                 row, column = place(number)
-                mine = _of_tile(b_ref, extra, row)
+                mine, own_w = _of_tile(b_ref, extra, row), of_layer(w_ref, extra)
 
                 def step(i, _):
                     ring.fill(
-                        first + i, *_halves(x_ref, row * ROWS, pl.ds(i * TILE, TILE), x_slots), panel(w_ref, i, column)
+                        first + i, *_halves(x_ref, row * ROWS, pl.ds(i * TILE, TILE), x_slots), panel(own_w, i, column)
                     )
 
                 def low_step(i, _):
@@ -369,7 +376,7 @@ def product(
         w,
         z,
         b,
-        _extra(rate, seed, owner),
+        scalars(rate, seed, owner=owner, layer=layer),
         out=jax.ShapeDtypeStruct((t, m), x.dtype),
         blocks=blocks,
         interpret=interpret,
@@ -490,7 +497,7 @@ def row_product(z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapte
         body,
         z,
         x,
-        _extra(rate, seed, owner),
+        scalars(rate, seed, owner=owner),
         out=jax.ShapeDtypeStruct((parts, r, k), jnp.float32),
         blocks=blocks,
         interpret=interpret,

@@ -18,12 +18,13 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pallas_kernels.dropout import drop
+from pallas_kernels.stacked import taken
 
 
 def forward(x, w, a, b, seed, *, scale: float, rate: float):
     """(y (T, m), z (r, T)) of x (T, n), w (n, m), a (n, r), b (r, m), seed () int32; all in x's dtype."""
     z = low(x, a, seed, scale=scale, rate=rate)
-    return x @ w + jnp.einsum("rt,rm->tm", z, b), z
+    return x @ taken(w) + jnp.einsum("rt,rm->tm", z, b), z
 
 
 def low(x, a, seed, *, scale: float, rate: float):
@@ -34,7 +35,7 @@ def low(x, a, seed, *, scale: float, rate: float):
 def input_gradient(dy, w, a, b, seed, *, scale: float, rate: float):
     """(dx (T, n), e (r, T)) of dy (T, m), w (n, m), a (n, r), b (r, m)."""
     e = low_gradient(dy, b, scale=scale)
-    return jnp.einsum("tm,nm->tn", dy, w) + drop(jnp.einsum("rt,nr->tn", e, a), seed, rate), e
+    return jnp.einsum("tm,nm->tn", dy, taken(w)) + drop(jnp.einsum("rt,nr->tn", e, a), seed, rate), e
 
 
 def low_gradient(dy, b, *, scale: float):

@@ -37,6 +37,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import mosaic_tpu as tpu
 from pallas_kernels.dropout import keep
 from pallas_kernels.mosaic_tpu import Config, Part, Step, dot
+from pallas_kernels.stacked import whole
 
 __all__ = [
     "Config",
@@ -69,7 +70,7 @@ def forward(x, w, a, b, seed, *, scale: float, rate: float, config: Config | Non
         up(b, 0, config, 0),
         columns=m,
         rank=r,
-        prefetch=(seed,),
+        prefetch=(seed, *layer_of(w)),
         config=config,
         bytes_read=tpu.bytes_of(w, a, b),
         interpret=interpret,
@@ -90,7 +91,7 @@ def input_gradient(
         up(*turned(a), config, rate),
         columns=n,
         rank=r,
-        prefetch=(seed,),
+        prefetch=(seed, *layer_of(w)),
         config=config,
         bytes_read=tpu.bytes_of(w, a, b),
         interpret=interpret,
@@ -188,13 +189,27 @@ def factor_gradient(z, x, seed, *, rate: float, config: Config | None = None, in
 # Their parts.
 
 
+def layer_of(w) -> tuple[jax.Array, ...]:
+    """What is to be prefetched last for w: the number of its layer (1,), if it is one of a stack."""
+    _, layer = whole(w)
+    return () if layer is None else (layer,)
+
+
+def block_of(w, shape: tuple[int, int], place) -> tuple[Any, pl.BlockSpec]:
+    """(w or its stack, a block of w (n, m) for its index map `place`, which gets (i, j, k))."""
+    array, layer = whole(w)
+    if layer is None:
+        return array, pl.BlockSpec(shape, lambda i, j, k, *_: place(i, j, k))
+    return array, pl.BlockSpec((None, *shape), lambda i, j, k, *scalars: (scalars[-1][0], *place(i, j, k)))
+
+
 def dense(w, config: Config, transposed: bool = False) -> Part:
-    """x W, or x W^T, of a tile; w (n, m) is read in its own layout."""
+    """x W, or x W^T, of a tile; w (n, m), or one of a stack, is read in its own layout."""
     if transposed:
-        spec = pl.BlockSpec((config.columns, config.inputs), lambda i, j, k, *_: (j, k))
-        return Part((w,), (spec,), lambda x, w_ref, step: dot(x, w_ref[...], (1, 1)))
-    spec = pl.BlockSpec((config.inputs, config.columns), lambda i, j, k, *_: (k, j))
-    return Part((w,), (spec,), lambda x, w_ref, step: dot(x, w_ref[...]))
+        array, spec = block_of(w, (config.columns, config.inputs), lambda i, j, k: (j, k))
+        return Part((array,), (spec,), lambda x, w_ref, step: dot(x, w_ref[...], (1, 1)))
+    array, spec = block_of(w, (config.inputs, config.columns), lambda i, j, k: (k, j))
+    return Part((array,), (spec,), lambda x, w_ref, step: dot(x, w_ref[...]))
 
 
 def turned(a) -> tuple[jax.Array, int]:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pallas_kernels.lora_matmul.reference import scaled
+from pallas_kernels.stacked import taken
 
 TILE = 128
 
@@ -34,7 +35,7 @@ def forward(x, w, a, b, scales, owner):
     of = _rows(owner, len(x))
     z = _select(lambda g: scaled(jnp.einsum("tn,nr->rt", x, a[g]), scales[g]), len(a), of)
     lifted = _select(lambda g: jnp.einsum("rt,rm->tm", z, b[g]), len(a), of[:, None])
-    return x @ w + lifted, z
+    return x @ taken(w) + lifted, z
 
 
 def input_gradient(dy, w, a, b, scales, owner):
@@ -42,7 +43,7 @@ def input_gradient(dy, w, a, b, scales, owner):
     of = _rows(owner, len(dy))
     e = _select(lambda g: scaled(jnp.einsum("tm,rm->rt", dy, b[g]), scales[g]), len(a), of)
     back = _select(lambda g: jnp.einsum("rt,nr->tn", e, a[g]), len(a), of[:, None])
-    return jnp.einsum("tm,nm->tn", dy, w) + back, e
+    return jnp.einsum("tm,nm->tn", dy, taken(w)) + back, e
 
 
 def factor_gradient(z, x, owner, *, count: int):

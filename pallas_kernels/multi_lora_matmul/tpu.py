@@ -62,7 +62,7 @@ def forward(x, w, a, b, scales, owner, *, config: Config | None = None, interpre
         up(b, 0, config, len(owner)),
         columns=m,
         rank=r,
-        prefetch=(owner, scales),
+        prefetch=(owner, scales, *lora.layer_of(w)),
         config=config,
         bytes_read=tpu.bytes_of(w, a, b),
         interpret=interpret,
@@ -83,7 +83,7 @@ def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, 
         up(*turned(a), config, len(owner)),
         columns=n,
         rank=r,
-        prefetch=(owner, scales),
+        prefetch=(owner, scales, *lora.layer_of(w)),
         config=config,
         bytes_read=tpu.bytes_of(w, a, b),
         interpret=interpret,
@@ -186,7 +186,7 @@ def _blocks(factor, axis: int, shape: tuple[int, int], tile, config: Config, til
     """(operands, specs): the factor once for each 128 rows of a row tile, with the block of their adapter."""
 
     def spec(t: int) -> pl.BlockSpec:
-        def place(i, j, k, owner, scales):
+        def place(i, j, k, owner, *_):
             return (owner[_number(i, t, config, tiles)], *(0, tile(i, j, k))[:: 1 - 2 * axis])
 
         return pl.BlockSpec((None, *shape[:: 1 - 2 * axis]), place)
@@ -198,7 +198,7 @@ def _blocks(factor, axis: int, shape: tuple[int, int], tile, config: Config, til
 def _of_adapter(refs_and_step, config: Config, tiles: int):
     """(the block, s_g) of the adapter g of the rows at hand."""
     *refs, step = refs_and_step
-    owner, scales = step.scalars
+    owner, scales = step.scalars[:2]
     t = step.first // TILE
     return refs[t][...], scales[owner[_number(step.i, t, config, tiles)]]
 

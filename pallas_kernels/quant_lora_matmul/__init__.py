@@ -20,6 +20,7 @@ from pallas_kernels import tuning
 from pallas_kernels.packed import Packed, dequantize
 from pallas_kernels.platform import Part, operation
 from pallas_kernels.quant_lora_matmul import reference
+from pallas_kernels.stacked import AnyPacked
 
 __all__ = ["quant_lora_matmul", "quant_matmul"]
 
@@ -40,7 +41,7 @@ input_gradient = operation(
 
 def quant_lora_matmul(
     x: jax.Array,
-    w: Packed,
+    w: AnyPacked,
     a: jax.Array,
     b: jax.Array,
     *,
@@ -54,7 +55,7 @@ def quant_lora_matmul(
     """x deq(W) + scale (drop(x) A) B.
 
     Args:
-      w: a packed kernel (n, m), without leading axes; it is not differentiated.
+      w: a packed kernel (n, m), or one of a stack; it is not differentiated.
       Others: as of `lora_matmul`.
 
     Returns:

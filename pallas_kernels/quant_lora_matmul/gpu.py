@@ -46,9 +46,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_gpu as gpu
 from pallas_kernels import packed
 from pallas_kernels.lora_matmul import gpu as lora
-from pallas_kernels.lora_matmul.gpu_products import mask
+from pallas_kernels.lora_matmul.gpu_products import mask, of_layer, scalars
 from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div
-from pallas_kernels.packed import Packed
+from pallas_kernels.stacked import AnyPacked, taken, whole
 
 PANELS = 3
 INPUTS = 2 * TILE  # that share a tile of codes, and columns of a tile of y
@@ -72,7 +72,7 @@ class Config(NamedTuple):
 
 
 def forward(
-    x, w: Packed, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
+    x, w: AnyPacked, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
 ):
     """(y (T, m), z (r, T)); see reference.py."""
     (t, n), (r, m) = x.shape, b.shape
@@ -85,7 +85,7 @@ def forward(
 
 
 def input_gradient(
-    dy, w: Packed, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
+    dy, w: AnyPacked, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
 ):
     """(dx (T, n), e (r, T)); see reference.py."""
     (t, m), (n, r) = dy.shape, a.shape
@@ -97,17 +97,17 @@ def input_gradient(
     return dx[:t], e[:r, :t]
 
 
-def supports_forward(x, w: Packed, a, b, seed, *, scale: float, rate: float) -> bool:
+def supports_forward(x, w: AnyPacked, a, b, seed, *, scale: float, rate: float) -> bool:
     """Whether `forward` takes arguments of these shapes."""
     return _supported(x, w, a, b)
 
 
-def supports_input_gradient(dy, w: Packed, a, b, seed, *, scale: float, rate: float) -> bool:
+def supports_input_gradient(dy, w: AnyPacked, a, b, seed, *, scale: float, rate: float) -> bool:
     """Whether `input_gradient` takes arguments of these shapes."""
     return _supported(dy, w, a, b)
 
 
-def _supported(x, w: Packed, a, b) -> bool:
+def _supported(x, w: AnyPacked, a, b) -> bool:
     n, m = w.shape[-2:]
     whole = n % INPUTS == 0 and m % TILE == 0 and w.group % TILE == 0
     return w.ndim == 2 and whole and lora.supported(x, None, a, b) and b.shape[0] in lora.RANKS
@@ -161,10 +161,12 @@ def _values(codes, low, format: str):
     return values[0]
 
 
-def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, rate=0.0, interpret=None):
+def product(x, w: AnyPacked, z, b, seed=None, *, transposed: bool, config: Config, rate=0.0, interpret=None):
     """x W + drop(z^T B) (T, m) for W (k, m) and b (r, m), or W (m, k) and b (m, r) if transposed."""
     t, k = x.shape
     m = w.shape[0 if transposed else 1]
+    floats = packed.scales(taken(w))
+    kernel, layer = whole(w)
     halves = COMPUTE if w.format == "int8" else 1  # of 64 rows of codes in a tile of them; else a nibble each
     height, rows, wide = config.rows, config.rows // COMPUTE, TILE if transposed else INPUTS
     slots, low_steps = _slots(config, len(z)), ceil_div(len(z), TILE)
@@ -187,6 +189,8 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
             return gpu.snake(tile, row_tiles, column_tiles, config.width)
 
         def memory():
+            own_codes = of_layer(codes_ref, extra)
+
             def fetch_codes(step, i, column):
                 """The i-th tile of codes of a tile of y."""
                 inputs, outputs = (column, i) if transposed else (i, column)
@@ -199,7 +203,7 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
                     for part in range(2)
                 ]
                 down = pl.ds(inputs * TILE * halves, TILE * halves)
-                codes_ring.fill(step, (codes_ref.at[down, across], lambda slot: code_slots.at[slot]), *copies)
+                codes_ring.fill(step, (own_codes.at[down, across], lambda slot: code_slots.at[slot]), *copies)
 
             def fetch(step, ref, row, columns):
                 """x's rows, in pieces of 64."""
@@ -362,16 +366,16 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
     return gpu.launch(
         body,
         x,
-        w.codes,
-        packed.scales(w),
+        kernel.codes,
+        floats,
         z,
         b,
-        {"seed": seed.reshape(1)} if rate else {},
+        scalars(rate, seed, layer=layer),
         out=jax.ShapeDtypeStruct((t, m), x.dtype),
         blocks=blocks,
         interpret=interpret,
         x_slots=gpu.swizzled(slots, height, TILE, dtype=x.dtype),
-        code_slots=plgpu.SMEM((config.code_slots, TILE * halves, wide), w.codes.dtype),
+        code_slots=plgpu.SMEM((config.code_slots, TILE * halves, wide), kernel.codes.dtype),
         scale_slots=plgpu.SMEM((config.code_slots, 2, wide), jnp.float32),
         panels=gpu.swizzled(PANELS, *panel, dtype=x.dtype),
         b_panels=gpu.swizzled(low_steps, *panel, dtype=x.dtype),

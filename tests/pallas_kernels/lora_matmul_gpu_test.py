@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import dropout
 from pallas_kernels.lora_matmul import gpu, gpu_products, shapes
+from pallas_kernels.stacked import Stacked
 from tests.pallas_kernels import mosaic
 
 SCALE = 1.5
@@ -90,6 +91,35 @@ def test_any_number_of_blocks_and_tiles(config):
     ours = mosaic.run(gpu.forward, *args, scale=SCALE, rate=0.0, config=config)
     for mine, right in zip(ours, expected("forward", given, 0.0), strict=True):
         assert mosaic.distance(mine, right) < ROUNDED
+
+
+def stacked(w, layers=3, index=1):
+    """w as a layer of a stack; the others are NaN, or all are shapes."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return Stacked(jax.ShapeDtypeStruct((layers, *w.shape), w.dtype), jax.ShapeDtypeStruct((), jnp.int32))
+    return Stacked(jnp.full((layers, *w.shape), jnp.nan, w.dtype).at[index].set(w), jnp.int32(index))
+
+
+@pytest.mark.parametrize("function", ["forward", "input_gradient"])
+def test_a_layer_is_read_in_its_stack(function):
+    given = arrays(**shapes.SMALL["even"])
+    given |= {"w": stacked(given["w"])}
+    args = [given[argument] for argument in ARGUMENTS[function]]
+    assert getattr(gpu, f"supports_{function}")(*args, **options(function, 0.0))
+    ours = mosaic.run(getattr(gpu, function), *args, **options(function, 0.0))
+    theirs = expected(function, given | {"w": given["w"].take()}, 0.0)
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mosaic.distance(mine, right) < ROUNDED
+
+
+@pytest.mark.parametrize("function", ["forward", "input_gradient"])
+def test_a_stack_compiles(optimised, capfd, function):
+    """Nothing but the kernels: no layer is copied."""
+    given = structs(8192, 4096, 1024, 16)
+    args = [stacked(given[name]) if name == "w" else given[name] for name in ARGUMENTS[function]]
+    found = mosaic.compiled(capfd, getattr(gpu, function), *args, **options(function, 0.0))
+    assert found.spills and not any(found.spills)
+    assert found.opcodes == ["custom-call"] * 2 and found.temporaries == 0
 
 
 def test_what_is_supported():
