@@ -61,6 +61,8 @@ class Stack(NamedTuple):
       () where a method has changed `block` in a way that has no parts
     init_cache: (rows, length) -> an empty cache for decoding, a pytree that `run` takes and gives back; None where the
       model does not decode
+    stacked: whether `block` takes frozen kernels as layers of the stacks that they lie in, as `models.layers.Dense`
+      does (see `pallas_kernels.stacked`)
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -70,6 +72,7 @@ class Stack(NamedTuple):
     pool: Callable[[jax.Array, Batch], jax.Array] = last_position
     parts: tuple[Callable[..., tuple[jax.Array, Cache | None]], ...] = ()
     init_cache: Callable[[int, int], Cache] | None = None
+    stacked: bool = False
 
     def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
         """The stack with `block` and each of its parts replaced by `wrap` of it."""

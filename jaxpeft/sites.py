@@ -3,7 +3,8 @@
 A site is one linear map, named by the path of its kernel: `layers/self_attn/q_proj` holds
 `layers/self_attn/q_proj/kernel`. An adapter is a Flax module called as `adapter(x, kernel, ctx) -> y` in place of
 the product `x @ kernel`; it owns its parameters in a child scope of the site, called by the adapter's `name`:
-`layers/self_attn/q_proj/lora/a`. `ctx` is the layer's context (see `jaxpeft.model`), {} outside the layers.
+`layers/self_attn/q_proj/lora/a`. `ctx` is the layer's context (see `jaxpeft.model`), {} outside the layers. One whose
+class says `stacked = True` may get a layer of a stack as its kernel (`pallas_kernels.stacked`), for products to read.
 
 Which sites are adapted is written once, in the parameters: `init` adds the child scope at every site that
 `adapter_for` chooses, and the forward pass adapts the sites that have it.
@@ -29,6 +30,7 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Model
 from jaxpeft.models.layers import Dense
+from pallas_kernels.stacked import taken
 
 AdapterFor = Callable[[str], nn.Module]
 AdaptedSegments = Callable[[tree.Params], Sequence[str]]
@@ -207,7 +209,8 @@ def _interceptor(name: str, adapter_for: AdapterFor, prefix: str, ctx: Mapping[s
             return next_function(*args, **kwargs)
         adapter = adapter_for(prefix + "/".join(module.path)).clone(parent=module, name=name)
         if ours:
-            return adapter(*args, ctx)
+            x, kernel = args
+            return adapter(x, kernel if getattr(adapter, "stacked", False) else taken(kernel), ctx)
         y = adapter(args[0], module.get_variable("params", "kernel"), ctx)
         return y + module.get_variable("params", "bias").astype(y.dtype) if module.use_bias else y
 

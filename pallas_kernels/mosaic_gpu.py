@@ -192,12 +192,19 @@ class Ring(NamedTuple):
 
 
 def multiply_steps(
-    ring: Ring, first: jax.Array, steps: int, multiply: Callable[[jax.Array, jax.Array], None], stride: int = 1
+    ring: Ring,
+    first: jax.Array,
+    steps: int,
+    multiply: Callable[[jax.Array, jax.Array], None],
+    stride: int = 1,
+    follows: bool = False,
 ) -> None:
     """multiply(i, slot) for steps first + stride i, 0 <= i < steps; one wgmma group each.
 
     One group stays in flight while the next is issued; a slot is released when its group is known to be done. The last
-    slot is not: the caller reads the accumulator, which waits, and releases it.
+    slot is not: the caller reads the accumulator, which waits, and releases it; or multiplies further steps, which do.
+
+    follows: whether the step before `first` is one of such an earlier call, and its slot is still to be released.
     """
 
     def body(i, _):
@@ -205,7 +212,7 @@ def multiply_steps(
         multiply(i, ring.slot(first + stride * i))
         plgpu.wgmma_wait(1)
 
-        @pl.when(i > 0)
+        @pl.when((i > 0) | follows)
         def release_last():
             ring.release(first + stride * (i - 1))
 

@@ -39,9 +39,9 @@ def calls(
     thin, factor = lora_matmul.sizes_of_low, lora_matmul.sizes_of_factor
     yield "lora_matmul", "forward", lora_matmul.sizes_of_both, (x, w, a, b, seed), both
     yield "lora_matmul", "input_gradient", lora_matmul.sizes_of_both, (dy, w, a, b, seed), both
-    yield "lora_matmul", "low", thin, (x, a, seed), {"rate": 0.0}
-    yield "lora_matmul", "factor_gradient", factor, (z, x, seed), both
-    yield "lora_matmul", "factor_gradient", factor, (z, dy, seed), both
+    yield "lora_matmul", "low", thin, (x, a, seed), both
+    yield "lora_matmul", "factor_gradient", factor, (z, x, seed), {"rate": 0.0}
+    yield "lora_matmul", "factor_gradient", factor, (z, dy, seed), {"rate": 0.0}
     nf4 = packed.quantize(w)
     yield "quant_lora_matmul", "forward", lora_matmul.sizes_of_both, (x, nf4, a, b, seed), both
     yield "quant_lora_matmul", "input_gradient", lora_matmul.sizes_of_both, (dy, nf4, a, b, seed), both

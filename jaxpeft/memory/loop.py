@@ -6,13 +6,15 @@ work on shrinks with the group. A step is one block on one group; layers are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxpeft.memory.programs import Programs, trace
+from pallas_kernels.packed import Packed
+from pallas_kernels.stacked import Stacked
 
 
 def num_groups(rows: int, tokens_per_row: int, tokens: int, shards: int = 1) -> int:
@@ -45,10 +47,12 @@ class Loop(NamedTuple):
     block: (layer, x, ctx) -> y.
     treedef: of (params, x, ctx).
     paths: per leaf, its path.
-    kinds: per leaf, "layer" (indexed by layer), "rows" (by group) or "shared".
+    kinds: per leaf, "layer" (indexed by layer), "rows" (by group), "shared", or "stack": as "layer", but a step's part
+      is all of it, and the block gets the kernel that it belongs to as `Stacked`, which products read without a copy.
     x: the leaf that is the stream.
     layers: the segment's.  groups: of rows.
     keyed: whether there is a PRNG key.
+    kernels: the leaves of each layer's matrices, which may be "stack" where they are frozen.
     """
 
     name: str
@@ -60,6 +64,12 @@ class Loop(NamedTuple):
     layers: range
     groups: int
     keyed: bool
+    kernels: tuple[tuple[int, ...], ...] = ()
+
+    def stacked(self, perturbed: Sequence[bool]) -> Loop:
+        """The loop with the kernels of which nothing is differentiated as stacks."""
+        frozen = {i for leaves in self.kernels if not any(perturbed[i] for i in leaves) for i in leaves}
+        return self._replace(kinds=tuple("stack" if i in frozen else kind for i, kind in enumerate(self.kinds)))
 
     @property
     def steps(self) -> jax.Array:
@@ -67,7 +77,9 @@ class Loop(NamedTuple):
 
     def at(self, leaf, kind, step):
         """A step's part of a leaf."""
-        return leaf if kind == "shared" else jax.lax.dynamic_index_in_dim(leaf, self.place(kind, step), keepdims=False)
+        if kind in ("shared", "stack"):
+            return leaf
+        return jax.lax.dynamic_index_in_dim(leaf, self.place(kind, step), keepdims=False)
 
     def place(self, kind, step):
         """Where a step's part lies: by layer, by group of rows, or one after the other."""
@@ -97,6 +109,12 @@ class Loop(NamedTuple):
         """The block, as a function of flat inputs."""
         layer, x, ctx = self.treedef.unflatten(inputs[: len(self.kinds)])
         own = dict(zip(("layer", "key"), inputs[len(self.kinds) :], strict=False))
+        kinds, *_ = self.treedef.unflatten(self.kinds)
+
+        def kernel(part, kinds):
+            return Stacked(part, own["layer"] - self.layers.start) if "stack" in jax.tree.leaves(kinds) else part
+
+        layer = jax.tree.map(kernel, layer, kinds, is_leaf=lambda part: isinstance(part, Packed))
         return self.block(layer, x, {**ctx, **own})[0]
 
     def programs(self, leaves, stream, key, perturbed) -> Programs:
@@ -117,6 +135,7 @@ def loop_over(
     keyed: bool,
     tokens: int,
     shards: int = 1,
+    stacked: bool = False,
 ) -> tuple[Loop, list[jax.Array]]:
     """The loop over a segment's layers and groups of rows, and its leaves, those of rows divided into groups.
 
@@ -129,6 +148,7 @@ def loop_over(
       keyed: whether there is a PRNG key.
       tokens: of a group, at most (but at least a row of every shard).
       shards: devices over which the rows are divided.
+      stacked: whether the block takes frozen kernels as `Stacked`.
     """
     rows = x.shape[0]
 
@@ -139,9 +159,20 @@ def loop_over(
     leaves, treedef = jax.tree.flatten((params, x, dict(ctx)))
     paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(dict(ctx))]
     kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
+    kernels = _kernels(params) if stacked else ()
     groups = num_groups(rows, x.shape[1], tokens, shards)
-    loop = Loop(segment, block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, keyed)
+    loop = Loop(segment, block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, keyed, kernels)
     return loop, [divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
+
+
+def _kernels(params) -> tuple[tuple[int, ...], ...]:
+    """The numbers of the leaves of each stack of matrices called `kernel`."""
+    found, start = [], 0
+    for path, node in jax.tree.leaves_with_path(params, is_leaf=lambda node: isinstance(node, Packed)):
+        leaves = range(start, start := start + len(jax.tree.leaves(node)))
+        if jax.tree_util.keystr(path[-1:], simple=True) == "kernel" and node.ndim == 3:
+            found.append(tuple(leaves))
+    return tuple(found)
 
 
 def _paths(nested) -> list[str]:

@@ -17,6 +17,9 @@ read is not kept. The names are those that the model gives (`jax.ad_checkpoint.c
                 et al. 2021, arXiv:2104.14129)
     offload     the array in the host's pinned memory
 
+A block gets its frozen kernels as layers of the stacks that they lie in (`pallas_kernels.stacked`): the fused products
+of GPUs and TPUs read them there, which spares a copy of each kernel in each pass.
+
 Rows don't see each other inside a block, so both loops take a few of them at a time: what a block needs besides the
 kept arrays shrinks with the group, and no product is computed twice for it.
 """
@@ -83,7 +86,9 @@ def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]
         x, ctx = stack.embed(params, batch, key)
         for segment, first, end in tree.segments(params):
             block = functools.partial(stack.block, cache=None, segment=segment)
-            x = _layers(block, plan, shards, segment, range(first, end), params[segment], x, ctx, key)
+            rest = (params[segment], x, ctx, key is not None, plan.tokens, shards, stack.stacked)
+            loop, leaves = loop_over(block, segment, range(first, end), *rest)
+            x = join(_run(loop, plan, leaves, key))
         return x, None
 
     return run
@@ -149,12 +154,6 @@ def record(name: str, segment: Any) -> None:
 # The two loops.
 
 
-def _layers(block, plan: Plan, shards: int, segment: str, layers: range, params, x, ctx, key):
-    """All layers of a segment: x (B, S, d) -> (B, S, d)."""
-    loop, leaves = loop_over(block, segment, layers, params, x, ctx, key is not None, plan.tokens, shards)
-    return join(_run(loop, plan, leaves, key))
-
-
 def _decide(loop, plan, leaves, stream, key, perturbed):
     """(traced block, {kept: action}, the backward jaxpr, inputs that it reads, kept values in its order)."""
     traced = loop.programs(leaves, stream, key, perturbed)
@@ -173,6 +172,8 @@ def _shapes(traced, stream):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _run(loop, plan, leaves, key):
+    loop = loop.stacked([False] * len(leaves))
+
     def body(stream, step):
         y = loop.function(*loop.inputs(leaves, stream, step, key))
         return loop.put(stream, y, "rows", step), None
@@ -182,6 +183,7 @@ def _run(loop, plan, leaves, key):
 
 def _forward(loop, plan, leaves, key):
     perturbed = [leaf.perturbed for leaf in leaves]
+    loop = loop.stacked(perturbed)
     leaves, key = [leaf.value for leaf in leaves], None if key is None else key.value
     stream = leaves[loop.x]
     traced, actions, *_ = _decide(loop, plan, leaves, stream, key, perturbed)
@@ -217,6 +219,7 @@ def _backward(loop, plan, saved, d_end):
     perturbed, leaves, key, kept, like = saved
     if isinstance(d_end, SymbolicZero):
         return [None] * len(leaves), None
+    loop = loop.stacked(perturbed)
     stream = jax.ShapeDtypeStruct(d_end.shape, like.dtype)
     traced, actions, closed, used, read = _decide(loop, plan, leaves, stream, key, perturbed)
     compute = jaxpr_as_fun(closed)

@@ -63,6 +63,8 @@ INITS: dict[str, Callable[..., jax.Array]] = {
 class LoRA(nn.Module):
     """The adapted product. Parameters: a (n, r), b (r, m), float32."""
 
+    stacked = True  # only products read the kernel
+
     rank: int
     scale: float
     dropout: float = 0.0

@@ -48,6 +48,8 @@ PEFT_EXTRA = ("seed",)
 class LoRAFA(nn.Module):
     """The adapted product. Parameters: a (n, r) float32 or seed () uint32, frozen; b (r, m) float32."""
 
+    stacked = True  # only products read the kernel
+
     rank: int
     scale: float
     dropout: float = 0.0

@@ -84,7 +84,7 @@ def assemble(
         layers = jax.vmap(lambda k: block_module.init(k, x, ctx)["params"])(keys[2:])
         return {**own, "layers": layers, **head_module.init(keys[1], x, table(own)).get("params", {})}
 
-    stack = Stack(embed, block, head, scan_layers, pool, (attend, feed_forward), init_cache)
+    stack = Stack(embed, block, head, scan_layers, pool, (attend, feed_forward), init_cache, stacked=True)
     return Model(init, stack, config)
 
 

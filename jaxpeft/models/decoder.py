@@ -307,7 +307,9 @@ def decoder(config: DecoderConfig) -> Model:
         }
 
     cache = functools.partial(init_cache, config)
-    return Model(init, Stack(embed, block, head, scan_layers, parts=(attend, feed_forward), init_cache=cache), config)
+    parts = (attend, feed_forward)
+    stack = Stack(embed, block, head, scan_layers, parts=parts, init_cache=cache, stacked=True)
+    return Model(init, stack, config)
 
 
 def from_hf(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:

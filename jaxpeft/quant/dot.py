@@ -11,7 +11,8 @@ A quantized array type registers its product, and, where it has one, its fused p
     @low_rank_dot.register(MyQuantized)
     def _(kernel, x, a, b, **options): ...
 
-A type with a product alone gets the two added.
+A type with a product alone gets the two added. In a memory plan's loop over layers a kernel comes as a layer of the
+stack that it lies in (`pallas_kernels.stacked`): the fused kernels read it there; for all others it is taken out.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.packed import Packed
 from pallas_kernels.quant_lora_matmul import quant_lora_matmul, quant_matmul
+from pallas_kernels.stacked import Stacked
 
 LOW = "lora_low"  # what x A is called in a memory plan
 
@@ -96,3 +98,17 @@ def _(kernel: Packed, x: jax.Array) -> jax.Array:
 @_low_rank_product.register
 def _(kernel: Packed, x, a, b, **options) -> jax.Array:
     return quant_lora_matmul(x, kernel, a, b, name=LOW, **options)
+
+
+@_product.register
+def _(kernel: Stacked, x: jax.Array) -> jax.Array:
+    return _product(kernel.take(), x)
+
+
+@_low_rank_product.register
+def _(kernel: Stacked, x, a, b, **options) -> jax.Array:
+    if isinstance(kernel.stack, Packed):
+        return quant_lora_matmul(x, kernel, a, b, name=LOW, **options)
+    if kernel.dtype == x.dtype:
+        return lora_matmul(x, kernel, a, b, name=LOW, **options)
+    return _low_rank_product(kernel.take(), x, a, b, **options)

@@ -2,16 +2,16 @@
 
     y = x W + s (drop(x) A) B           x (..., n), W (n, m), A (n, r), B (r, m)
 
-    mosaic_gpu   z = A^T drop(x)^T in one kernel, then one product that adds s z^T B to each tile     gpu.py
-    tpu          one pass over x for both                                                             tpu.py
-    else         plain JAX                                                                            reference.py
+    mosaic_gpu   z = s A^T drop(x)^T in one kernel, then one product over (x, z^T) and (W, B)     gpu.py
+    tpu          one pass over x for both                                                         tpu.py
+    else         plain JAX                                                                        reference.py
 
 For the backward pass z (r, T) is kept, and x only if A (or W) is differentiated: with A frozen (LoRA-FA) no adapter
 input is kept. z is named (`jax.ad_checkpoint.checkpoint_name`), so that a memory plan may keep it or compute it again;
 where y itself is not needed again, only z is computed. The mask of dropout is drawn from a counter in both passes and
 never stored (`pallas_kernels/dropout.py`).
 
-    e = s B dy^T        dx = dy W^T + drop(e^T A^T)        dA = drop(x)^T e^T        dB = s z dy
+    e = s B dy^T        dx = dy W^T + drop(e^T A^T)        dA = drop(x)^T e^T        dB = z dy
 
 Papers: Hu et al. 2021, "LoRA", arXiv:2106.09685; where the graph is split on a GPU: Zhu et al. 2025, "LoRAFusion",
 arXiv:2510.00206.
@@ -31,6 +31,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels import tuning
 from pallas_kernels.lora_matmul import reference
 from pallas_kernels.platform import Implementation, Part, operation
+from pallas_kernels.stacked import Stacked
 from pallas_kernels.tuning import Sizes
 
 __all__ = ["lora_matmul"]
@@ -56,7 +57,7 @@ def flops_of_factor(z, x, *rest, **static):
 
 
 def sizes_of_low(x, a, *rest):
-    """Of z = A^T x^T."""
+    """Of z = s A^T x^T."""
     del rest
     return Sizes(x.shape[0], x.shape[1], 0, a.shape[-1], x.dtype)
 
@@ -84,7 +85,7 @@ forward = operation(
     "lora_forward",
     reference.forward,
     flops=flops_of_both,
-    part=Part(outputs=(1,), function=low, args=(0, 2, 4), static=("rate",)),
+    part=Part(outputs=(1,), function=low, args=(0, -3, -1), static=("scale", "rate")),
     **tuning.kernels("pallas_kernels.lora_matmul", "forward", sizes_of_both),
 )
 input_gradient = operation(
@@ -139,7 +140,7 @@ class _Perturbed(NamedTuple):
 
 def lora_matmul(
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | Stacked,
     a: jax.Array,
     b: jax.Array,
     *,
@@ -154,7 +155,8 @@ def lora_matmul(
 
     Args:
       x: (..., n) floating point; the products are computed in its dtype with float32 sums.
-      w: (n, m); the frozen kernel. Its gradient is plain JAX, and costs only where it is asked for.
+      w: (n, m); the frozen kernel. Its gradient is plain JAX, and costs only where it is asked for. A layer of a stack
+        has none.
       a: (n, r), or what `make_a` makes it of.  b: (r, m). Cast to x's dtype; gradients come in their own.
       scale: s.
       rate: of dropout on what A reads, in [0, 1).
@@ -194,14 +196,19 @@ def _computed(options: Options, x, w, a, b, seed, y, z):
 
 
 def _keep(options, x, w, a, b, seed, y, z):
-    perturbed = _Perturbed(x.perturbed, any(leaf.perturbed for leaf in _leaves(w)), a.perturbed, b.perturbed)
+    perturbed = _Perturbed(x.perturbed, is_perturbed(w), a.perturbed, b.perturbed)
     wanted = perturbed.a or perturbed.w
-    w = jax.tree.map(lambda leaf: leaf.value, w, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
-    return y.value, (perturbed, x.value if wanted else None, w, a.value, b.value, seed.value, z.value)
+    return y.value, (perturbed, x.value if wanted else None, values(w), a.value, b.value, seed.value, z.value)
 
 
-def _leaves(w):
-    return jax.tree.leaves(w, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
+def is_perturbed(w) -> bool:
+    """Whether any of the arrays that make up w is differentiated; they are as `custom_vjp` gives them to a rule."""
+    return any(leaf.perturbed for leaf in jax.tree.leaves(w, is_leaf=lambda leaf: hasattr(leaf, "perturbed")))
+
+
+def values(w):
+    """w of its arrays' values."""
+    return jax.tree.map(lambda leaf: leaf.value, w, is_leaf=lambda leaf: hasattr(leaf, "perturbed"))
 
 
 def _pull(options: Options, saved, dy):
@@ -217,11 +224,13 @@ def _pull(options: Options, saved, dy):
         dx = dx.reshape(*lead, dx.shape[-1])
     elif perturbed.a:
         e = reference.low_gradient(dy, factors[1], scale=options.scale)
+    of_factor = functools.partial(factor_gradient, implementation=options.implementation)
     if perturbed.a:
-        rate = {"scale": 1.0, "rate": options.rate, "implementation": options.implementation}
-        da = factor_gradient(e, x, seed, **rate).T.astype(a.dtype)
+        da = of_factor(e, x, seed, rate=options.rate).T.astype(a.dtype)
     if perturbed.b:
-        db = factor_gradient(z, dy, seed, **{**options.static, "rate": 0.0}).astype(b.dtype)
+        db = of_factor(z, dy, seed, rate=0.0).astype(b.dtype)
+    if perturbed.w and isinstance(w, Stacked):
+        raise ValueError("a layer of a stack of kernels is not differentiated")
     if perturbed.w:
         dw = jnp.einsum("tn,tm->nm", x, dy).astype(w.dtype)
     return dx, dw, da, db, None, None, None

@@ -24,16 +24,17 @@ def forward(x, w, a, b, seed, *, scale: float, rate: float, config: Config | Non
     (t, n), (r, m) = x.shape, b.shape
     config = config or default_config(t, n, m, r)
     x, (a, b) = whole_rows(x), whole_ranks(a, b)
-    z = low_product(x, a, seed, transposed=True, rate=rate, config=config, interpret=interpret)
-    y = product(x, w, z, b, seed, transposed=False, scale=scale, config=config, interpret=interpret)
+    z = low_product(x, a, seed, transposed=True, scale=scale, rate=rate, config=config, interpret=interpret)
+    y = product(x, w, z, b, transposed=False, config=config, interpret=interpret)
     return y[:t], z[:r, :t]
 
 
-def low(x, a, seed, *, rate: float, config: Config | None = None, interpret: Any = None):
+def low(x, a, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None):
     """z (r, T); see reference.py."""
     t, (n, r) = len(x), a.shape
     x, a = whole_rows(x), gpu.padded(a, n, gpu.short_or_whole(r))
-    z = low_product(x, a, seed, transposed=True, rate=rate, config=config or Config(), interpret=interpret)
+    config = config or Config()
+    z = low_product(x, a, seed, transposed=True, scale=scale, rate=rate, config=config, interpret=interpret)
     return z[:r, :t]
 
 
@@ -49,12 +50,11 @@ def input_gradient(
     return dx[:t], e[:r, :t]
 
 
-def factor_gradient(z, x, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None):
-    """s z drop(x), float32 (r, k); see reference.py."""
+def factor_gradient(z, x, seed, *, rate: float, config: Config | None = None, interpret: Any = None):
+    """z drop(x), float32 (r, k); see reference.py."""
     r = len(z)
-    partial = row_product(
-        whole_low(z), whole_rows(x), seed, scale=scale, rate=rate, config=config or Config(), interpret=interpret
-    )
+    config = config or Config()
+    partial = row_product(whole_low(z), whole_rows(x), seed, rate=rate, config=config, interpret=interpret)
     return (partial[0] if len(partial) == 1 else partial.sum(0))[:r]
 
 
@@ -68,12 +68,12 @@ def supports_input_gradient(dy, w, a, b, seed, *, scale: float, rate: float) -> 
     return supported(dy, w, a, b) and b.shape[0] in RANKS
 
 
-def supports_low(x, a, seed, *, rate: float) -> bool:
+def supports_low(x, a, seed, *, scale: float, rate: float) -> bool:
     """Whether `low` takes arguments of these shapes."""
     return supported(x, None, a) and a.shape[-1] in RANKS
 
 
-def supports_factor_gradient(z, x, seed, *, scale: float, rate: float) -> bool:
+def supports_factor_gradient(z, x, seed, *, rate: float) -> bool:
     """Whether `factor_gradient` takes arguments of these shapes."""
     return supported(x, None, z) and z.shape[0] in RANKS
 

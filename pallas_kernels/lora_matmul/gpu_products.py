@@ -4,8 +4,8 @@ Three kernels; mosaic_gpu.py describes their pipeline. With drop(x) = x keep / (
 is needed and never stored, and all sums in float32:
 
     low_product     z = s F drop(x)^T            (r, T)      F = A^T (r, n), read transposed; for e, F = B and x = dy
-    product         y = x W + s drop(z^T B)      (T, m)      for dx, W and B are W^T and A^T, read transposed
-    row_product     s z drop(x)                  (r, k)
+    product         y = x W + drop(z^T B)        (T, m)      for dx, W and B are W^T and A^T, read transposed
+    row_product     z drop(x)                    (r, k)
 
 Forward is the first two, as LoRAFusion splits it: x is read twice, but from then on a tile of y costs one tile of z and
 B, whatever r is, instead of the whole of A. Nothing of size T x r but z and nothing of size T x m but y is written.
@@ -19,9 +19,13 @@ once, A once per tile (from the L2 cache).
 
 product. A tile is 128 rows by `columns`; each warpgroup has 64 rows, and its sums in registers (64 x 256 float32: half
 of all). The ring's slots hold x (128, 64) and W (64, columns); then, as more steps of the same ring, z (64, 128) and B
-(64, columns), that is, z^T in as many bytes as x. All these last steps stay in their slots during the epilogue, which
-goes through the tile by 64 columns: low-rank product, mask and scale, sum, rounding, out through shared memory by TMA.
-It is a product of its own, not a start of the accumulator, because scale and mask are of the low-rank part alone.
+(64, columns), that is, z^T in as many bytes as x. Without a mask the two are one product, over n + r inputs:
+
+    y = (x, z^T) (W; B)                          z^T is read transposed, as wgmma can read what is in shared memory
+
+that is, the last steps go into the same sums, and y is rounded and goes out through shared memory by TMA, 64 columns at
+a time. That is why z carries the scale. A mask (of dx; y's is in z) is of the low-rank part alone: then that is a
+product of its own, by 64 columns as y goes out, and its steps stay in their slots until the tile is done.
 Traffic: x once per column of tiles, W once per row of tiles, most of it from the L2 cache by the order of `snake`.
 
 row_product. A tile is all r by 128 columns, and a part of the rows: with k / 128 tiles there would not be one for each
@@ -31,7 +35,7 @@ temporaries: at most 128 BLOCKS r floats, 67 KB times r; none where k > 66 * 128
 What TMA does not take is copied: x, dy and their results where T is not a multiple of 8, z and e where it is not one of
 64, factors where r is neither a multiple of 8 up to 64 nor one of 64.
 
-Two choices that rounding sees: 1 / (1 - rate) multiplies sums, not elements; and in float32.
+Two choices that rounding sees: s / (1 - rate) multiplies sums, not elements; and in float32, before z or e is rounded.
 
 Source: Zhu et al. 2025, "LoRAFusion", arXiv:2510.00206.
 """
@@ -51,6 +55,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_gpu as gpu
 from pallas_kernels.dropout import keep
 from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div, round_up
+from pallas_kernels.stacked import whole
 
 ROWS = COMPUTE * TILE  # of x in a tile
 LOW_SLOTS, ROW_SLOTS = 12, 6  # of the rings of `low_product` and `row_product`, where they fit
@@ -78,9 +83,9 @@ def mask(values, seed, row, column, rate: float):
     return jnp.where(kept, values, jnp.zeros_like(values))
 
 
-def _extra(rate: float, seed, owner=None, scales=None) -> dict[str, jax.Array]:
+def scalars(rate: float, seed, **others) -> dict[str, jax.Array]:
     """The scalars that a kernel reads, where it needs them."""
-    found = {"seed": seed.reshape(1) if rate else None, "owner": owner, "scales": scales}
+    found = {"seed": seed.reshape(1) if rate else None, **others}
     return {name: values for name, values in found.items() if values is not None}
 
 
@@ -88,12 +93,17 @@ def _seed(extra):
     return extra["seed"][0] if "seed" in extra else None
 
 
+def of_layer(ref, extra):
+    """The kernel: the whole, or that of a layer of the stack."""
+    return ref.at[extra["layer"][0]] if "layer" in extra else ref
+
+
 def _of_tile(ref, extra, tile):
     """The factor of a tile's rows: the whole, or that of the adapter that owns the tile."""
     return ref.at[extra["owner"][tile]] if "owner" in extra else ref
 
 
-# z = A^T drop(x)^T
+# z = s A^T drop(x)^T
 
 
 def low_product(
@@ -193,7 +203,7 @@ def low_product(
         body,
         x,
         factor,
-        _extra(rate, seed, owner, scales),
+        scalars(rate, seed, owner=owner, scales=scales),
         out=jax.ShapeDtypeStruct((r, round_up(t, TILE)), x.dtype),
         blocks=blocks,
         interpret=interpret,
@@ -218,14 +228,15 @@ def _halves(x_ref, row, columns, x_slots) -> list[tuple[Any, Callable]]:
     ]
 
 
-# y = x W + s z^T B
+# y = x W + z^T B
 
 
-def slots_of_product(config: Config, k: int, r: int, itemsize: int) -> int:
-    """How many slots the ring of `product` has: those that fit, no more than steps, but all of the low-rank ones."""
+def slots_of_product(config: Config, k: int, r: int, itemsize: int, masked: bool = False) -> int:
+    """How many slots the ring of `product` has: those that fit, no more than steps; with a mask, all low-rank steps."""
     staging = itemsize * COMPUTE * 2 * TILE * TILE
     slots = gpu.slots_that_fit(config.slots, itemsize * TILE * (ROWS + config.columns), staging)
-    return max(min(slots, ceil_div(k, TILE)), ceil_div(r, TILE))
+    low_steps = ceil_div(r, TILE)
+    return max(min(slots, ceil_div(k, TILE) + low_steps), low_steps if masked else 1)
 
 
 def product(
@@ -237,19 +248,18 @@ def product(
     *,
     transposed: bool,
     config: Config,
-    scale=1.0,
     rate=0.0,
     owner=None,
-    scales=None,
     interpret=None,
 ):
-    """x W + s drop(z^T B) (T, m) for w (k, m) and b (r, m), or w (m, k) and b (m, r) if transposed.
+    """x W + drop(z^T B) (T, m) for w (k, m) and b (r, m), or w (m, k) and b (m, r) if transposed.
 
-    With an owner, b is (G, ...); with scales (G,), s is that of the rows' owner.
+    With an owner, b is (G, ...). w may be a layer of a stack.
     """
     t, k = x.shape
     m = w.shape[0 if transposed else 1]
-    columns, slots = config.columns, slots_of_product(config, k, len(z), x.dtype.itemsize)
+    w, layer = whole(w)
+    columns, slots = config.columns, slots_of_product(config, k, len(z), x.dtype.itemsize, masked=rate > 0)
     steps, low_steps = ceil_div(k, TILE), ceil_div(len(z), TILE)
     row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(m, columns)
     tiles = row_tiles * column_tiles
@@ -270,11 +280,11 @@ def product(
         def memory():
             def tile(first, number):
                 row, column = place(number)
-                mine = _of_tile(b_ref, extra, row)
+                mine, own_w = _of_tile(b_ref, extra, row), of_layer(w_ref, extra)
 
                 def step(i, _):
                     ring.fill(
-                        first + i, *_halves(x_ref, row * ROWS, pl.ds(i * TILE, TILE), x_slots), panel(w_ref, i, column)
+                        first + i, *_halves(x_ref, row * ROWS, pl.ds(i * TILE, TILE), x_slots), panel(own_w, i, column)
                     )
 
                 def low_step(i, _):
@@ -306,12 +316,31 @@ def product(
                         rhs = w_slots.at[slot]
                         plgpu.wgmma(acc, x_slots.at[slot, rows], gpu.transposed(rhs) if transposed else rhs)
 
+                    def multiply_low(i, slot):
+                        rhs = w_slots.at[slot]
+                        lhs = gpu.transposed(x_slots.at[slot, rows])
+                        plgpu.wgmma(acc, lhs, gpu.transposed(rhs) if transposed else rhs)
+
                     gpu.multiply_steps(ring, first, steps, multiply)
+                    if not rate:
+                        gpu.multiply_steps(ring, first + steps, low_steps, multiply_low, follows=True)
                     return acc[...]
 
                 y = pl.run_scoped(accumulate, plgpu.ACC((TILE, columns), jnp.float32))
-                ring.release(first + steps - 1)
-                each_low_step = functools.partial(lax.fori_loop, first + steps, first + steps + low_steps)
+                following = first + steps + low_steps
+                ring.release((first + steps if rate else following) - 1)
+                # With one chunk per tile the next tile's store is from the same staging.
+                in_flight = 1 if columns > TILE else 0
+
+                def out(i, chunk, values):
+                    target = y_ref.at[pl.ds(start, TILE), pl.ds(column * columns + chunk, TILE)]
+                    gpu.store(values, staging.at[half, i % 2], target, in_flight=in_flight)
+
+                if not rate:
+                    for i, chunk in enumerate(range(0, columns, TILE)):
+                        out(i, chunk, y[:, chunk : chunk + TILE])
+                    return following
+                each_low_step = functools.partial(lax.fori_loop, first + steps, following)
                 each_low_step(lambda i, _: ring.wait(i), None)
 
                 def low_part(chunk):
@@ -329,19 +358,11 @@ def product(
 
                     return pl.run_scoped(accumulate, plgpu.ACC((TILE, TILE), jnp.float32))
 
-                in_flight = 1 if columns > TILE else 0  # else the next tile's store is from the same staging
-                factor = scale / (1 - rate)
-                if "scales" in extra:
-                    factor = extra["scales"][extra["owner"][row]]
                 for i, chunk in enumerate(range(0, columns, TILE)):
-                    added = low_part(chunk) * factor
-                    at = column * columns + chunk
-                    if rate:
-                        added = mask(added, seed, start, at, rate)
-                    target = y_ref.at[pl.ds(start, TILE), pl.ds(at, TILE)]
-                    gpu.store(y[:, chunk : chunk + TILE] + added, staging.at[half, i % 2], target, in_flight=in_flight)
+                    added = mask(low_part(chunk) * (1 / (1 - rate)), seed, start, column * columns + chunk, rate)
+                    out(i, chunk, y[:, chunk : chunk + TILE] + added)
                 each_low_step(lambda i, _: ring.release(i), None)
-                return first + steps + low_steps
+                return following
 
             gpu.each_tile(tiles, blocks, tile)
             plgpu.wait_smem_to_gmem(0)
@@ -355,7 +376,7 @@ def product(
         w,
         z,
         b,
-        _extra(rate, seed, owner, scales),
+        scalars(rate, seed, owner=owner, layer=layer),
         out=jax.ShapeDtypeStruct((t, m), x.dtype),
         blocks=blocks,
         interpret=interpret,
@@ -366,7 +387,7 @@ def product(
     )
 
 
-# s z drop(x)
+# z drop(x)
 
 
 def parts_of_rows(rows: int, k: int, config: Config) -> int:
@@ -376,15 +397,15 @@ def parts_of_rows(rows: int, k: int, config: Config) -> int:
     return ceil_div(tiles, ceil_div(tiles, wanted))
 
 
-def row_product(z, x, seed=None, *, config: Config, scale=1.0, rate=0.0, owner=None, scales=None, interpret=None):
-    """Sums over rows: float32 (parts, r, k) of z (r, T rounded up to 64), x (T, k).
+def row_product(z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapters=0, interpret=None):
+    """Sums over rows of z drop(x): float32 (parts, r, k) of z (r, T rounded up to 64), x (T, k).
 
-    parts: sums over parts of the rows, to be added up; with an owner and scales (G,), one per adapter.
+    parts: sums over parts of the rows, to be added up; with an owner, one per adapter.
     """
     (t, k), r = x.shape, len(z)
     height, wide = round_up(r, TILE), COMPUTE * TILE
     row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(k, wide)
-    parts = parts_of_rows(t, k, config) if owner is None else len(scales)
+    parts = parts_of_rows(t, k, config) if owner is None else adapters
     per_part = ceil_div(row_tiles, parts)
     tiles = parts * column_tiles
     blocks = min(config.blocks, tiles)
@@ -461,12 +482,10 @@ def row_product(z, x, seed=None, *, config: Config, scale=1.0, rate=0.0, owner=N
                 def _():
                     ring.release(first + steps - 1)
 
-                factor = scale / (1 - rate)
-                if "scales" in extra:
-                    factor = extra["scales"][part]
                 for i in range(0, height, TILE):
                     target = out_ref.at[part, gpu.beyond(i, TILE, number), pl.ds(column, TILE)]
-                    gpu.store(total[i : i + TILE] * factor, staging.at[half], target)
+                    values = total[i : i + TILE]
+                    gpu.store(values * (1 / (1 - rate)) if rate else values, staging.at[half], target)
                 return first + steps
 
             gpu.each_tile(tiles, blocks, tile)
@@ -478,7 +497,7 @@ def row_product(z, x, seed=None, *, config: Config, scale=1.0, rate=0.0, owner=N
         body,
         z,
         x,
-        _extra(rate, seed, owner, scales),
+        scalars(rate, seed, owner=owner),
         out=jax.ShapeDtypeStruct((parts, r, k), jnp.float32),
         blocks=blocks,
         interpret=interpret,

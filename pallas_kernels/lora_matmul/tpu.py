@@ -1,9 +1,9 @@
 """LoRA's products on a TPU, one kernel each; the equations are in reference.py.
 
-    forward           z = A^T drop(x)^T    and    y = x W + s z^T B            one pass over x and W
+    forward           z = s A^T drop(x)^T  and    y = x W + z^T B              one pass over x and W
     input_gradient    e = s B dy^T         and    dx = dy W^T + drop(e^T A^T)  one pass over dy and W
     low               z alone                                                  one pass over x
-    factor_gradient   s z drop(x)          (r, k)                              one pass over x
+    factor_gradient   z drop(x)            (r, k)                              one pass over x
 
 The first two are `mosaic_tpu.low_rank_product`: the low-rank sum comes from the tiles of x that the big product reads
 anyway, stays in VMEM, and is added to each tile of y in that tile's last step, so that nothing but y and z is written.
@@ -37,6 +37,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import mosaic_tpu as tpu
 from pallas_kernels.dropout import keep
 from pallas_kernels.mosaic_tpu import Config, Part, Step, dot
+from pallas_kernels.stacked import whole
 
 __all__ = [
     "Config",
@@ -65,11 +66,11 @@ def forward(x, w, a, b, seed, *, scale: float, rate: float, config: Config | Non
     return tpu.low_rank_product(
         x,
         dense(w, config),
-        down(*turned(a), config, 1, rate),
-        up(b, 0, config, scale, 0),
+        down(*turned(a), config, scale, rate),
+        up(b, 0, config, 0),
         columns=m,
         rank=r,
-        prefetch=(seed,),
+        prefetch=(seed, *layer_of(w)),
         config=config,
         bytes_read=tpu.bytes_of(w, a, b),
         interpret=interpret,
@@ -87,10 +88,10 @@ def input_gradient(
         dy,
         dense(w, config, transposed=True),
         down(b, 0, config, scale, 0),
-        up(*turned(a), config, 1, rate),
+        up(*turned(a), config, rate),
         columns=n,
         rank=r,
-        prefetch=(seed,),
+        prefetch=(seed, *layer_of(w)),
         config=config,
         bytes_read=tpu.bytes_of(w, a, b),
         interpret=interpret,
@@ -98,12 +99,12 @@ def input_gradient(
     )
 
 
-def low(x, a, seed, *, rate: float, config: Config | None = None, interpret: Any = None):
+def low(x, a, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None):
     """z (r, T) of x (T, n), a (n, r), seed () int32."""
     (total, n), r = x.shape, a.shape[1]
     config = config or low_candidates(total, n, r, x.dtype.itemsize)[0]
     last, chunk = n // config.inputs - 1, tpu.masked_rows(config)
-    part = down(*turned(a), config, 1, rate)
+    part = down(*turned(a), config, scale, rate)
 
     def kernel(seed_ref, x_ref, a_ref, z_ref, low_ref):
         step = Step(pl.program_id(0), 0, pl.program_id(1), (seed_ref,))
@@ -141,8 +142,8 @@ def low(x, a, seed, *, rate: float, config: Config | None = None, interpret: Any
     )
 
 
-def factor_gradient(z, x, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None):
-    """s z drop(x): float32 (r, k) of z (r, T), x (T, k), seed () int32."""
+def factor_gradient(z, x, seed, *, rate: float, config: Config | None = None, interpret: Any = None):
+    """z drop(x): float32 (r, k) of z (r, T), x (T, k), seed () int32."""
     (r, total), k = z.shape, x.shape[1]
     config = config or factor_candidates(total, k, r, x.dtype.itemsize)[0]
     rows, columns = config.rows, config.columns
@@ -160,7 +161,7 @@ def factor_gradient(z, x, seed, *, scale: float, rate: float, config: Config | N
             if total % rows:
                 z_tile, x_tile = tpu.inside(z_tile, row, total, 1), tpu.inside(x_tile, row, total, 0)
             kept = dropped(x_tile, seed_ref, row, j * columns, rate)
-            out_ref[...] += scale / (1 - rate) * dot(z_tile, kept)
+            out_ref[...] += 1 / (1 - rate) * dot(z_tile, kept)
 
         tpu.for_chunks(rows, chunk, add)
 
@@ -188,13 +189,27 @@ def factor_gradient(z, x, seed, *, scale: float, rate: float, config: Config | N
 # Their parts.
 
 
+def layer_of(w) -> tuple[jax.Array, ...]:
+    """What is to be prefetched last for w: the number of its layer (1,), if it is one of a stack."""
+    _, layer = whole(w)
+    return () if layer is None else (layer,)
+
+
+def block_of(w, shape: tuple[int, int], place) -> tuple[Any, pl.BlockSpec]:
+    """(w or its stack, a block of w (n, m) for its index map `place`, which gets (i, j, k))."""
+    array, layer = whole(w)
+    if layer is None:
+        return array, pl.BlockSpec(shape, lambda i, j, k, *_: place(i, j, k))
+    return array, pl.BlockSpec((None, *shape), lambda i, j, k, *scalars: (scalars[-1][0], *place(i, j, k)))
+
+
 def dense(w, config: Config, transposed: bool = False) -> Part:
-    """x W, or x W^T, of a tile; w (n, m) is read in its own layout."""
+    """x W, or x W^T, of a tile; w (n, m), or one of a stack, is read in its own layout."""
     if transposed:
-        spec = pl.BlockSpec((config.columns, config.inputs), lambda i, j, k, *_: (j, k))
-        return Part((w,), (spec,), lambda x, w_ref, step: dot(x, w_ref[...], (1, 1)))
-    spec = pl.BlockSpec((config.inputs, config.columns), lambda i, j, k, *_: (k, j))
-    return Part((w,), (spec,), lambda x, w_ref, step: dot(x, w_ref[...]))
+        array, spec = block_of(w, (config.columns, config.inputs), lambda i, j, k: (j, k))
+        return Part((array,), (spec,), lambda x, w_ref, step: dot(x, w_ref[...], (1, 1)))
+    array, spec = block_of(w, (config.inputs, config.columns), lambda i, j, k: (k, j))
+    return Part((array,), (spec,), lambda x, w_ref, step: dot(x, w_ref[...]))
 
 
 def turned(a) -> tuple[jax.Array, int]:
@@ -219,11 +234,11 @@ def down(factor, axis: int, config: Config, scale: float, rate: float) -> Part:
     return Part((factor,), (pl.BlockSpec((r, config.inputs)[:: 1 - 2 * axis], tile),), use)
 
 
-def up(factor, axis: int, config: Config, scale: float, rate: float) -> Part:
-    """scale drop(low F) of rows of a tile; factor: F (r, columns), axis 0, or its transpose, axis 1."""
+def up(factor, axis: int, config: Config, rate: float) -> Part:
+    """drop(low F) of rows of a tile; factor: F (r, columns), axis 0, or its transpose, axis 1."""
 
     def use(low, factor_ref, step):
-        lifted = scale / (1 - rate) * dot(low, factor_ref[...], (1, axis))
+        lifted = 1 / (1 - rate) * dot(low, factor_ref[...], (1, axis))
         row, column = step.i * config.rows + step.first, step.j * config.columns
         return dropped(lifted, step.scalars[0], row, column, rate)
 
@@ -322,12 +337,12 @@ def supports_input_gradient(dy, w, a, b, seed, *, scale: float, rate: float) -> 
     return _supported((dy, w, a, b), a.shape[-1], w.shape, rate) and dy.ndim == 2
 
 
-def supports_low(x, a, seed, *, rate: float) -> bool:
+def supports_low(x, a, seed, *, scale: float, rate: float) -> bool:
     """Whether `low` takes the arguments: as `forward`."""
     return _supported((x, a), a.shape[-1], x.shape[1:], rate) and x.ndim == 2
 
 
-def supports_factor_gradient(z, x, seed, *, scale: float, rate: float) -> bool:
+def supports_factor_gradient(z, x, seed, *, rate: float) -> bool:
     """Whether `factor_gradient` takes the arguments: as `forward`."""
     return _supported((z, x), z.shape[0], x.shape[1:], rate) and x.ndim == 2
 

@@ -24,9 +24,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import lora_matmul as dense
 from pallas_kernels import tuning
+from pallas_kernels.lora_matmul.reference import scaled
 from pallas_kernels.multi_lora_matmul import reference
 from pallas_kernels.multi_lora_matmul.reference import TILE
 from pallas_kernels.platform import Implementation, operation
+from pallas_kernels.stacked import Stacked, taken
 
 __all__ = ["TILE", "multi_lora_matmul"]
 
@@ -53,7 +55,7 @@ factor_gradient = operation(
 
 def multi_lora_matmul(
     x: jax.Array,
-    w: jax.Array,
+    w: jax.Array | Stacked,
     a: jax.Array,
     b: jax.Array,
     adapter: jax.Array,
@@ -67,7 +69,7 @@ def multi_lora_matmul(
     Args:
       x: (B, S, n) floating point; the products are computed in its dtype with float32 sums. Where 128 does not divide
         S, rows are padded to it; rows shorter than 128 tokens take plain JAX, which gathers each row's factors.
-      w: (n, m); frozen.
+      w: (n, m); frozen. A layer of a stack is not differentiated.
       a: (G, n, r).  b: (G, r, m). Cast to x's dtype; gradients come in their own.
       adapter: (B,) integers of 0..G-1, in any order.
       scales: (G,) s_g, not differentiated.
@@ -97,9 +99,8 @@ def multi_lora_matmul(
 
 
 def _gathered(x, w, a, b, adapter, scales, name):
-    z = jnp.einsum("bsn,bnr->bsr", x, a.astype(x.dtype)[adapter])
-    lifted = jnp.einsum("bsr,brm->bsm", checkpoint_name(z, name), b.astype(x.dtype)[adapter])
-    return x @ w + scales.astype(x.dtype)[adapter][:, None, None] * lifted
+    z = scaled(jnp.einsum("bsn,bnr->bsr", x, a.astype(x.dtype)[adapter]), scales[adapter][:, None, None])
+    return x @ taken(w) + jnp.einsum("bsr,brm->bsm", checkpoint_name(z, name), b.astype(x.dtype)[adapter])
 
 
 @jax.tree_util.register_static
@@ -119,20 +120,22 @@ def _computed(implementation, x, w, a, b, scales, owner, y, z):
 
 
 def _keep(implementation, x, w, a, b, scales, owner, y, z):
-    perturbed = _Perturbed(x.perturbed, w.perturbed, a.perturbed, b.perturbed)
+    perturbed = _Perturbed(x.perturbed, dense.is_perturbed(w), a.perturbed, b.perturbed)
     kept = x.value if perturbed.a or perturbed.w else None
-    return y.value, (perturbed, kept, w.value, a.value, b.value, scales.value, owner.value, z.value)
+    return y.value, (perturbed, kept, dense.values(w), a.value, b.value, scales.value, owner.value, z.value)
 
 
 def _pull(implementation, saved, dy) -> tuple[Any, ...]:
     perturbed, x, w, a, b, scales, owner, z = saved
     if isinstance(dy, SymbolicZero):
         return (None,) * 8
-    run = functools.partial(factor_gradient, implementation=implementation)
+    run = functools.partial(factor_gradient, count=len(scales), implementation=implementation)
     factors = a.astype(dy.dtype), b.astype(dy.dtype)
     dx, e = input_gradient(dy, w, *factors, scales, owner, implementation=implementation)
-    da = run(e, x, jnp.ones_like(scales), owner).swapaxes(1, 2).astype(a.dtype) if perturbed.a else None
-    db = run(z, dy, scales, owner).astype(b.dtype) if perturbed.b else None
+    da = run(e, x, owner).swapaxes(1, 2).astype(a.dtype) if perturbed.a else None
+    db = run(z, dy, owner).astype(b.dtype) if perturbed.b else None
+    if perturbed.w and isinstance(w, Stacked):
+        raise ValueError("a layer of a stack of kernels is not differentiated")
     dw = (x.T @ dy).astype(w.dtype) if perturbed.w else None
     return dx if perturbed.x else None, dw, da, db, None, None, None, None
 

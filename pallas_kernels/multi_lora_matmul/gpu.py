@@ -3,8 +3,8 @@
 The kernels are those of lora_matmul/gpu.py. Their tiles are of 64 or 128 rows, and TILE = 128 rows have one owner, so a
 tile of rows has one adapter: its number is read from `owner`, and with it
 
-    low_product     the factor F_g and, for e, s_g
-    product         the factor B_g (A_g^T) and, for y, s_g
+    low_product     the factor F_g and s_g
+    product         the factor B_g (A_g^T)
     row_product     one part of the sums per adapter: those of the tiles that it owns, which need not be neighbours
 
 A block of `row_product` looks through `owner` for the tiles of its adapter; the others' rows are not read. An adapter
@@ -42,8 +42,8 @@ def forward(x, w, a, b, scales, owner, *, config: Config | None = None, interpre
     config = config or default_config(t, n, m, r)
     shared = {"owner": owner, "config": config, "interpret": interpret}
     x, (a, b) = lora.whole_rows(x), lora.whole_ranks(a, b)
-    z = lora.low_product(x, a, transposed=True, **shared)
-    return lora.product(x, w, z, b, transposed=False, scales=scales, **shared)[:t], z[:r, :t]
+    z = lora.low_product(x, a, transposed=True, scales=scales, **shared)
+    return lora.product(x, w, z, b, transposed=False, **shared)[:t], z[:r, :t]
 
 
 def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, interpret: Any = None):
@@ -56,10 +56,10 @@ def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, 
     return lora.product(dy, w, e, a, transposed=True, **shared)[:t], e[:r, :t]
 
 
-def factor_gradient(z, x, scales, owner, *, config: Config | None = None, interpret: Any = None):
-    """s_g z x over the rows of each adapter, float32 (G, r, k); see reference.py."""
+def factor_gradient(z, x, owner, *, count: int, config: Config | None = None, interpret: Any = None):
+    """z x over the rows of each adapter, float32 (G, r, k); see reference.py."""
     r = len(z)
-    shared = {"owner": owner, "scales": scales, "config": config or Config(), "interpret": interpret}
+    shared = {"owner": owner, "adapters": count, "config": config or Config(), "interpret": interpret}
     return lora.row_product(lora.whole_low(z), lora.whole_rows(x), **shared)[:, :r]
 
 
@@ -73,6 +73,6 @@ def supports_input_gradient(dy, w, a, b, scales, owner) -> bool:
     return lora.supported(dy, w, a, b) and b.shape[1] in lora.RANKS
 
 
-def supports_factor_gradient(z, x, scales, owner) -> bool:
+def supports_factor_gradient(z, x, owner, *, count: int) -> bool:
     """Whether `factor_gradient` takes arguments of these shapes."""
     return lora.supported(x, None, z) and z.shape[0] in lora.RANKS

@@ -2,13 +2,13 @@
 
 With g(t) the adapter of row t (rows come in tiles of TILE rows of one adapter: owner[t // TILE]),
 
-    z[:, t] = A_g^T x_t                     (r, T), rounded to x's dtype
-    y_t = x_t W + s_g z[:, t]^T B_g         (T, m)
+    z[:, t] = s_g A_g^T x_t                 (r, T), rounded to x's dtype
+    y_t = x_t W + z[:, t]^T B_g             (T, m)
 
     e[:, t] = s_g B_g dy_t                  (r, T), rounded
     dx_t = dy_t W^T + e[:, t]^T A_g^T       (T, n)
     dA_g = sum_t:g(t)=g x_t e[:, t]^T       (G, n, r)   as (e x)^T
-    dB_g = s_g sum_t:g(t)=g z[:, t] dy_t    (G, r, m)
+    dB_g = sum_t:g(t)=g z[:, t] dy_t        (G, r, m)
 
 A: (G, n, r), B: (G, r, m), s: (G,) float32. An adapter of a lower rank has zeros in its last columns of A and rows of
 B; their gradients are then zero too, so that they stay zero. An adapter that owns no tile has zero gradients. Tiles
@@ -18,6 +18,9 @@ of an adapter need not be neighbours.
 from __future__ import annotations
 
 import jax.numpy as jnp
+
+from pallas_kernels.lora_matmul.reference import scaled
+from pallas_kernels.stacked import taken
 
 TILE = 128
 
@@ -30,30 +33,29 @@ def _rows(owner, rows: int):
 def forward(x, w, a, b, scales, owner):
     """(y (T, m), z (r, T)) of x (T, n), w (n, m), a (G, n, r), b (G, r, m), scales (G,), owner (ceil(T / TILE),)."""
     of = _rows(owner, len(x))
-    z = _select(lambda g: jnp.einsum("tn,nr->rt", x, a[g]), len(a), of)
+    z = _select(lambda g: scaled(jnp.einsum("tn,nr->rt", x, a[g]), scales[g]), len(a), of)
     lifted = _select(lambda g: jnp.einsum("rt,rm->tm", z, b[g]), len(a), of[:, None])
-    return x @ w + scales[of][:, None].astype(x.dtype) * lifted, z
+    return x @ taken(w) + lifted, z
 
 
 def input_gradient(dy, w, a, b, scales, owner):
     """(dx (T, n), e (r, T)) of dy (T, m)."""
     of = _rows(owner, len(dy))
-    e = _select(lambda g: scales[g].astype(dy.dtype) * jnp.einsum("tm,rm->rt", dy, b[g]), len(a), of)
+    e = _select(lambda g: scaled(jnp.einsum("tm,rm->rt", dy, b[g]), scales[g]), len(a), of)
     back = _select(lambda g: jnp.einsum("rt,nr->tn", e, a[g]), len(a), of[:, None])
-    return jnp.einsum("tm,nm->tn", dy, w) + back, e
+    return jnp.einsum("tm,nm->tn", dy, taken(w)) + back, e
 
 
-def factor_gradient(z, x, scales, owner):
-    """s_g z x over the rows of each adapter: float32 (G, r, k) of z (r, T), x (T, k). For dA, scales are ones."""
+def factor_gradient(z, x, owner, *, count: int):
+    """z x over the rows of each of `count` adapters: float32 (G, r, k) of z (r, T), x (T, k)."""
     of = _rows(owner, len(x))
-    own = [jnp.where(of == g, z, jnp.zeros_like(z)) for g in range(len(scales))]
-    sums = jnp.stack([jnp.matmul(part, x, preferred_element_type=jnp.float32) for part in own])
-    return scales[:, None, None] * sums
+    own = [jnp.where(of == g, z, jnp.zeros_like(z)) for g in range(count)]
+    return jnp.stack([jnp.matmul(part, x, preferred_element_type=jnp.float32) for part in own])
 
 
-def factor_gradient_of_float32(z, x, scales, owner):
+def factor_gradient_of_float32(z, x, owner, *, count: int):
     """The same of operands that are cast first: XLA's CPU backend multiplies no bfloat16 into float32."""
-    return factor_gradient(z.astype(jnp.float32), x.astype(jnp.float32), scales, owner)
+    return factor_gradient(z.astype(jnp.float32), x.astype(jnp.float32), owner, count=count)
 
 
 def _select(function, count: int, of):

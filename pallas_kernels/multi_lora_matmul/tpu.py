@@ -1,8 +1,8 @@
 """LoRA's products for rows of different adapters on a TPU; the equations are in reference.py.
 
-    forward           z[:, t] = A_g^T x_t         and    y_t = x_t W + s_g z[:, t]^T B_g       g = owner[t // 128]
+    forward           z[:, t] = s_g A_g^T x_t     and    y_t = x_t W + z[:, t]^T B_g           g = owner[t // 128]
     input_gradient    e[:, t] = s_g B_g dy_t      and    dx_t = dy_t W^T + e[:, t]^T A_g^T
-    factor_gradient   s_g sum_t:g(t)=g z[:, t] x_t       (G, r, k)
+    factor_gradient   sum_t:g(t)=g z[:, t] x_t           (G, r, k)
 
 The first two are `mosaic_tpu.low_rank_product`. W's product has row tiles of up to 1024 rows, as if there was one
 adapter; of A and B it reads one block for each 128 rows of such a tile, the one that the owner table names. The table
@@ -58,11 +58,11 @@ def forward(x, w, a, b, scales, owner, *, config: Config | None = None, interpre
     return tpu.low_rank_product(
         x,
         lora.dense(w, config),
-        down(*turned(a), config, len(owner), scaled=False),
-        up(b, 0, config, len(owner), scaled=True),
+        down(*turned(a), config, len(owner)),
+        up(b, 0, config, len(owner)),
         columns=m,
         rank=r,
-        prefetch=(owner, scales),
+        prefetch=(owner, scales, *lora.layer_of(w)),
         config=config,
         bytes_read=tpu.bytes_of(w, a, b),
         interpret=interpret,
@@ -79,11 +79,11 @@ def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, 
     return tpu.low_rank_product(
         dy,
         lora.dense(w, config, transposed=True),
-        down(b, 0, config, len(owner), scaled=True),
-        up(*turned(a), config, len(owner), scaled=False),
+        down(b, 0, config, len(owner)),
+        up(*turned(a), config, len(owner)),
         columns=n,
         rank=r,
-        prefetch=(owner, scales),
+        prefetch=(owner, scales, *lora.layer_of(w)),
         config=config,
         bytes_read=tpu.bytes_of(w, a, b),
         interpret=interpret,
@@ -93,13 +93,13 @@ def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, 
     )
 
 
-def factor_gradient(z, x, scales, owner, *, config: Config | None = None, interpret: Any = None):
-    """s_g z x over the rows of each adapter: float32 (G, r, k) of z (r, T), x (T, k), scales (G,), owner int32."""
+def factor_gradient(z, x, owner, *, count: int, config: Config | None = None, interpret: Any = None):
+    """z x over the rows of each of `count` adapters: float32 (G, r, k) of z (r, T), x (T, k), owner int32."""
     (r, total), k = z.shape, x.shape[1]
     config = config or factor_candidates(k, r, x.dtype.itemsize)[0]
-    adapters, tiles = visits(owner, len(scales))
+    adapters, tiles = visits(owner, count)
 
-    def kernel(adapters_ref, tiles_ref, scales_ref, z_ref, x_ref, out_ref):
+    def kernel(adapters_ref, tiles_ref, z_ref, x_ref, out_ref):
         v = pl.program_id(1)
         g = adapters_ref[v]
         clears = (v == 0) | (g != adapters_ref[jnp.maximum(v - 1, 0)])
@@ -114,20 +114,20 @@ def factor_gradient(z, x, scales, owner, *, config: Config | None = None, interp
             if total % TILE:
                 z_tile = tpu.inside(z_tile, tiles_ref[v] * TILE, total, 1)
                 x_tile = tpu.inside(x_tile, tiles_ref[v] * TILE, total, 0)
-            out_ref[...] += scales_ref[g] * dot(z_tile, x_tile)
+            out_ref[...] += dot(z_tile, x_tile)
 
-    output = jax.ShapeDtypeStruct((len(scales), r, k), jnp.float32)
+    output = jax.ShapeDtypeStruct((count, r, k), jnp.float32)
     return tpu.call(
         kernel,
         (z, x),
         (
-            pl.BlockSpec((r, TILE), lambda j, v, adapters, tiles, scales: (0, tiles[v])),
-            pl.BlockSpec((TILE, config.columns), lambda j, v, adapters, tiles, scales: (tiles[v], j)),
+            pl.BlockSpec((r, TILE), lambda j, v, adapters, tiles: (0, tiles[v])),
+            pl.BlockSpec((TILE, config.columns), lambda j, v, adapters, tiles: (tiles[v], j)),
         ),
         output,
-        pl.BlockSpec((None, r, config.columns), lambda j, v, adapters, tiles, scales: (adapters[v], 0, j)),
+        pl.BlockSpec((None, r, config.columns), lambda j, v, adapters, tiles: (adapters[v], 0, j)),
         grid=(pl.cdiv(k, config.columns), len(adapters)),
-        prefetch=(adapters, tiles, scales),
+        prefetch=(adapters, tiles),
         semantics=("parallel", "arbitrary"),
         config=config,
         flops=2 * total * k * r,
@@ -155,14 +155,13 @@ def turned(a) -> tuple[jax.Array, int]:
     return (a.transpose(0, 2, 1), 0) if a.shape[2] % tpu.LANES else (a, 1)
 
 
-def down(factor, axis: int, config: Config, tiles: int, scaled: bool) -> Part:
-    """[s_g] x F_g^T of 128 rows; factor: F (G, r, inputs), axis 0, or its transpose, axis 1."""
+def down(factor, axis: int, config: Config, tiles: int) -> Part:
+    """s_g x F_g^T of 128 rows; factor: F (G, r, inputs), axis 0, or its transpose, axis 1."""
     r, last = factor.shape[1 + axis], factor.shape[2 - axis] // config.inputs - 1
 
     def use(x, *refs_and_step):
         block, scale = _of_adapter(refs_and_step, config, tiles)
-        product = dot(x, block, (1, 1 - axis))
-        return scale * product if scaled else product
+        return scale * dot(x, block, (1, 1 - axis))
 
     def tile(i, j, k):
         return tpu.first_column(j, k, last)
@@ -171,14 +170,13 @@ def down(factor, axis: int, config: Config, tiles: int, scaled: bool) -> Part:
     return Part(operands, specs, use)
 
 
-def up(factor, axis: int, config: Config, tiles: int, scaled: bool) -> Part:
-    """[s_g] low F_g of 128 rows; factor: F (G, r, columns), axis 0, or its transpose, axis 1."""
+def up(factor, axis: int, config: Config, tiles: int) -> Part:
+    """low F_g of 128 rows; factor: F (G, r, columns), axis 0, or its transpose, axis 1."""
     r = factor.shape[1 + axis]
 
     def use(low, *refs_and_step):
-        block, scale = _of_adapter(refs_and_step, config, tiles)
-        product = dot(low, block, (1, axis))
-        return scale * product if scaled else product
+        block, _ = _of_adapter(refs_and_step, config, tiles)
+        return dot(low, block, (1, axis))
 
     operands, specs = _blocks(factor, axis, (r, config.columns), lambda i, j, k: j, config, tiles)
     return Part(operands, specs, use)
@@ -188,7 +186,7 @@ def _blocks(factor, axis: int, shape: tuple[int, int], tile, config: Config, til
     """(operands, specs): the factor once for each 128 rows of a row tile, with the block of their adapter."""
 
     def spec(t: int) -> pl.BlockSpec:
-        def place(i, j, k, owner, scales):
+        def place(i, j, k, owner, *_):
             return (owner[_number(i, t, config, tiles)], *(0, tile(i, j, k))[:: 1 - 2 * axis])
 
         return pl.BlockSpec((None, *shape[:: 1 - 2 * axis]), place)
@@ -200,7 +198,7 @@ def _blocks(factor, axis: int, shape: tuple[int, int], tile, config: Config, til
 def _of_adapter(refs_and_step, config: Config, tiles: int):
     """(the block, s_g) of the adapter g of the rows at hand."""
     *refs, step = refs_and_step
-    owner, scales = step.scalars
+    owner, scales = step.scalars[:2]
     t = step.first // TILE
     return refs[t][...], scales[owner[_number(step.i, t, config, tiles)]]
 
@@ -260,7 +258,8 @@ def configs(function: str, *args) -> list[Config]:
 def supports_forward(x, w, a, b, scales, owner) -> bool:
     """Whether `forward` takes the arguments: as lora_matmul's, with a table of all tiles of 128 rows."""
     whole = all(size and size % tpu.LANES == 0 for size in w.shape)
-    return x.ndim == 2 and whole and _supported((x, w, a, b), a.shape[-1], len(x), scales, owner)
+    known = scales.dtype == jnp.float32 and x.ndim == 2 and whole
+    return known and _supported((x, w, a, b), a.shape[-1], len(x), a.shape[0], owner)
 
 
 def supports_input_gradient(dy, w, a, b, scales, owner) -> bool:
@@ -268,13 +267,13 @@ def supports_input_gradient(dy, w, a, b, scales, owner) -> bool:
     return supports_forward(dy, w, a, b, scales, owner)
 
 
-def supports_factor_gradient(z, x, scales, owner) -> bool:
+def supports_factor_gradient(z, x, owner, *, count: int) -> bool:
     """Whether `factor_gradient` takes the arguments: as `forward`."""
     whole = x.ndim == 2 and x.shape[1] and x.shape[1] % tpu.LANES == 0
-    return bool(whole) and _supported((z, x), z.shape[0], len(x), scales, owner)
+    return bool(whole) and _supported((z, x), z.shape[0], len(x), count, owner)
 
 
-def _supported(arrays, r: int, rows: int, scales, owner) -> bool:
-    tables = owner.shape == (pl.cdiv(rows, TILE),) and owner.dtype == jnp.int32 and scales.dtype == jnp.float32
-    short = sum(scales.shape) + sum(owner.shape) <= VISITS
+def _supported(arrays, r: int, rows: int, count: int, owner) -> bool:
+    tables = owner.shape == (pl.cdiv(rows, TILE),) and owner.dtype == jnp.int32
+    short = count + sum(owner.shape) <= VISITS
     return tables and short and rows > 0 and r in tpu.RANKS and tpu.is_matrix_dtype(*arrays)

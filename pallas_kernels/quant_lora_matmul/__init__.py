@@ -20,6 +20,7 @@ from pallas_kernels import tuning
 from pallas_kernels.packed import Packed, dequantize
 from pallas_kernels.platform import Part, operation
 from pallas_kernels.quant_lora_matmul import reference
+from pallas_kernels.stacked import AnyPacked
 
 __all__ = ["quant_lora_matmul", "quant_matmul"]
 
@@ -27,7 +28,7 @@ forward = operation(
     "quant_lora_forward",
     reference.forward,
     flops=dense.flops_of_both,
-    part=Part(outputs=(1,), function=dense.low, args=(0, -3, -1), static=("rate",)),
+    part=Part(outputs=(1,), function=dense.low, args=(0, -3, -1), static=("scale", "rate")),
     **tuning.kernels("pallas_kernels.quant_lora_matmul", "forward", dense.sizes_of_both),
 )
 input_gradient = operation(
@@ -40,7 +41,7 @@ input_gradient = operation(
 
 def quant_lora_matmul(
     x: jax.Array,
-    w: Packed,
+    w: AnyPacked,
     a: jax.Array,
     b: jax.Array,
     *,
@@ -54,7 +55,7 @@ def quant_lora_matmul(
     """x deq(W) + scale (drop(x) A) B.
 
     Args:
-      w: a packed kernel (n, m), without leading axes; it is not differentiated.
+      w: a packed kernel (n, m), or one of a stack; it is not differentiated.
       Others: as of `lora_matmul`.
 
     Returns:

@@ -2,7 +2,7 @@
 
 z and e have nothing to do with W: they are lora_matmul's `low_product`. What is here is
 
-    product     y = x W + s drop(z^T B)      (T, m)      for dx, W and B are W^T and A^T, read transposed
+    product     y = x W + drop(z^T B)        (T, m)      for dx, W and B are W^T and A^T, read transposed
 
 over the codes of W, which come by TMA as they lie in memory, are turned into bfloat16 in registers, and never exist in
 another form outside a streaming multiprocessor. Scales are read decoded, (n / group, m) float32.
@@ -20,7 +20,8 @@ There are 3 panels: a warpgroup that is past unpacked[q] knows that the other ha
 write panel q + 1 in its place.
 
 Two rings: x (rows, 64) per panel, and codes with their scales: 128 inputs by the tile's columns, two panels, or for W^T
-128 inputs by 64 outputs, one. z comes through x's ring at the end, as in lora_matmul; B has a place of its own.
+128 inputs by 64 outputs, one. z comes through x's ring at the end, as in lora_matmul; B has a place of its own. As
+there, z^T B goes into the same sums, unless it has a mask.
 
 By count of instructions, unpacking an element takes about 8 for int4 and int8, and 25 for nf4 (a tree of selects over
 the 16 values; there is no look-up in registers), once per tile of rows: at 128 rows more than the tensor cores take for
@@ -33,6 +34,7 @@ Traffic: as lora_matmul's, with W's share 2 to 4 times less.
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -44,9 +46,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import mosaic_gpu as gpu
 from pallas_kernels import packed
 from pallas_kernels.lora_matmul import gpu as lora
-from pallas_kernels.lora_matmul.gpu_products import mask
+from pallas_kernels.lora_matmul.gpu_products import mask, of_layer, scalars
 from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div
-from pallas_kernels.packed import Packed
+from pallas_kernels.stacked import AnyPacked, taken, whole
 
 PANELS = 3
 INPUTS = 2 * TILE  # that share a tile of codes, and columns of a tile of y
@@ -70,20 +72,20 @@ class Config(NamedTuple):
 
 
 def forward(
-    x, w: Packed, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
+    x, w: AnyPacked, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
 ):
     """(y (T, m), z (r, T)); see reference.py."""
     (t, n), (r, m) = x.shape, b.shape
     config = config or default_config(t, n, m, r)
     x, (a, b) = lora.whole_rows(x), lora.whole_ranks(a, b)
     low = lora.Config(blocks=config.blocks)
-    z = lora.low_product(x, a, seed, transposed=True, rate=rate, config=low, interpret=interpret)
-    y = product(x, w, z, b, seed, transposed=False, scale=scale, config=config, interpret=interpret)
+    z = lora.low_product(x, a, seed, transposed=True, scale=scale, rate=rate, config=low, interpret=interpret)
+    y = product(x, w, z, b, transposed=False, config=config, interpret=interpret)
     return y[:t], z[:r, :t]
 
 
 def input_gradient(
-    dy, w: Packed, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
+    dy, w: AnyPacked, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
 ):
     """(dx (T, n), e (r, T)); see reference.py."""
     (t, m), (n, r) = dy.shape, a.shape
@@ -95,17 +97,17 @@ def input_gradient(
     return dx[:t], e[:r, :t]
 
 
-def supports_forward(x, w: Packed, a, b, seed, *, scale: float, rate: float) -> bool:
+def supports_forward(x, w: AnyPacked, a, b, seed, *, scale: float, rate: float) -> bool:
     """Whether `forward` takes arguments of these shapes."""
     return _supported(x, w, a, b)
 
 
-def supports_input_gradient(dy, w: Packed, a, b, seed, *, scale: float, rate: float) -> bool:
+def supports_input_gradient(dy, w: AnyPacked, a, b, seed, *, scale: float, rate: float) -> bool:
     """Whether `input_gradient` takes arguments of these shapes."""
     return _supported(dy, w, a, b)
 
 
-def _supported(x, w: Packed, a, b) -> bool:
+def _supported(x, w: AnyPacked, a, b) -> bool:
     n, m = w.shape[-2:]
     whole = n % INPUTS == 0 and m % TILE == 0 and w.group % TILE == 0
     return w.ndim == 2 and whole and lora.supported(x, None, a, b) and b.shape[0] in lora.RANKS
@@ -159,10 +161,12 @@ def _values(codes, low, format: str):
     return values[0]
 
 
-def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, scale=1.0, rate=0.0, interpret=None):
-    """x W + s drop(z^T B) (T, m) for W (k, m) and b (r, m), or W (m, k) and b (m, r) if transposed."""
+def product(x, w: AnyPacked, z, b, seed=None, *, transposed: bool, config: Config, rate=0.0, interpret=None):
+    """x W + drop(z^T B) (T, m) for W (k, m) and b (r, m), or W (m, k) and b (m, r) if transposed."""
     t, k = x.shape
     m = w.shape[0 if transposed else 1]
+    floats = packed.scales(taken(w))
+    kernel, layer = whole(w)
     halves = COMPUTE if w.format == "int8" else 1  # of 64 rows of codes in a tile of them; else a nibble each
     height, rows, wide = config.rows, config.rows // COMPUTE, TILE if transposed else INPUTS
     slots, low_steps = _slots(config, len(z)), ceil_div(len(z), TILE)
@@ -185,6 +189,8 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
             return gpu.snake(tile, row_tiles, column_tiles, config.width)
 
         def memory():
+            own_codes = of_layer(codes_ref, extra)
+
             def fetch_codes(step, i, column):
                 """The i-th tile of codes of a tile of y."""
                 inputs, outputs = (column, i) if transposed else (i, column)
@@ -197,7 +203,7 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
                     for part in range(2)
                 ]
                 down = pl.ds(inputs * TILE * halves, TILE * halves)
-                codes_ring.fill(step, (codes_ref.at[down, across], lambda slot: code_slots.at[slot]), *copies)
+                codes_ring.fill(step, (own_codes.at[down, across], lambda slot: code_slots.at[slot]), *copies)
 
             def fetch(step, ref, row, columns):
                 """x's rows, in pieces of 64."""
@@ -252,8 +258,11 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
 
         def compute(half):
             seed = extra["seed"][0] if rate else None
-            mine = pl.ds(half * rows, rows)
             own = pl.ds(half * TILE, TILE)  # half of a panel
+
+            def pieces(slot):
+                """My rows of a slot of x, 64 at a time."""
+                return [x_slots.at[slot, pl.ds(half * rows + i, TILE)] for i in range(0, rows, TILE)]
 
             def unpack(slot, part, target):
                 """My half of a panel, from a tile of codes."""
@@ -269,7 +278,9 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
                 row, column = place(number)
                 first, first_codes, first_panel = done * (steps + low_steps), done * code_steps, done * steps
 
-                def accumulate(acc):
+                def accumulate(*sums):
+                    """64 rows each: those of z are 64 rows apart in its slots."""
+
                     def code_step(i, _):
                         codes_ring.wait(first_codes + i)
                         slot = codes_ring.slot(first_codes + i)
@@ -283,19 +294,41 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
                             ring.wait(first + step)
                             plgpu.barrier_wait(unpacked.at[number])
                             rhs = panels.at[number]
-                            lhs = x_slots.at[ring.slot(first + step), mine]
-                            plgpu.wgmma(acc, lhs, gpu.transposed(rhs) if transposed else rhs)
-                            plgpu.wgmma_wait(1)
+                            for acc, lhs in zip(sums, pieces(ring.slot(first + step)), strict=True):
+                                plgpu.wgmma(acc, lhs, gpu.transposed(rhs) if transposed else rhs)
+                            plgpu.wgmma_wait(len(sums))
 
                             @pl.when(step > 0)
                             def _(step=step):
                                 ring.release(first + step - 1)
 
-                    lax.fori_loop(0, code_steps, code_step, None)
-                    return acc[...]
+                    def low_step(i, _):
+                        ring.wait(first + steps + i)
+                        rhs = b_panels.at[i]
+                        for acc, lhs in zip(sums, pieces(ring.slot(first + steps + i)), strict=True):
+                            plgpu.wgmma(acc, gpu.transposed(lhs), gpu.transposed(rhs) if transposed else rhs)
+                        plgpu.wgmma_wait(len(sums))
+                        ring.release(first + steps + i - 1)
 
-                y = pl.run_scoped(accumulate, plgpu.ACC((rows, INPUTS), jnp.float32))
-                ring.release(first + steps - 1)
+                    lax.fori_loop(0, code_steps, code_step, None)
+                    if not rate:
+                        plgpu.barrier_wait(b_full)
+                        lax.fori_loop(0, low_steps, low_step, None)
+                    return [acc[...] for acc in sums]
+
+                sums = [plgpu.ACC((TILE, INPUTS), jnp.float32)] * (rows // TILE)
+                y = pl.run_scoped(accumulate, *sums)
+                ring.release(first + steps + (0 if rate else low_steps) - 1)
+
+                def out(down, across, values):
+                    start, at = row * height + half * rows + down * TILE, column * INPUTS + across
+                    gpu.store(values, staging.at[half], y_ref.at[pl.ds(start, TILE), pl.ds(at, TILE)])
+
+                if not rate:
+                    plgpu.barrier_arrive(b_empty)
+                    for down, across in itertools.product(range(rows // TILE), range(0, INPUTS, TILE)):
+                        out(down, across, y[down][:, across : across + TILE])
+                    return done + 1
                 each_low_step = functools.partial(lax.fori_loop, 0, low_steps)
                 each_low_step(lambda i, _: ring.wait(first + steps + i), None)
                 plgpu.barrier_wait(b_full)
@@ -304,7 +337,7 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
                     def accumulate(acc):
                         def multiply(i, _):
                             slot = ring.slot(first + steps + i)
-                            lhs = x_slots.at[slot, pl.ds(half * rows + down, TILE)]
+                            lhs = pieces(slot)[down]
                             if transposed:
                                 rhs = gpu.transposed(b_panels.at[i, pl.ds(across, TILE)])
                             else:
@@ -316,14 +349,10 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
 
                     return pl.run_scoped(accumulate, plgpu.ACC((TILE, TILE), jnp.float32))
 
-                for down in range(0, rows, TILE):
-                    for across in range(0, INPUTS, TILE):
-                        added = low_part(down, across) * (scale / (1 - rate))
-                        start, at = row * height + half * rows + down, column * INPUTS + across
-                        if rate:
-                            added = mask(added, seed, start, at, rate)
-                        target = y_ref.at[pl.ds(start, TILE), pl.ds(at, TILE)]
-                        gpu.store(y[down : down + TILE, across : across + TILE] + added, staging.at[half], target)
+                for down, across in itertools.product(range(rows // TILE), range(0, INPUTS, TILE)):
+                    start, at = row * height + half * rows + down * TILE, column * INPUTS + across
+                    added = mask(low_part(down, across) * (1 / (1 - rate)), seed, start, at, rate)
+                    out(down, across, y[down][:, across : across + TILE] + added)
                 each_low_step(lambda i, _: ring.release(first + steps + i), None)
                 plgpu.barrier_arrive(b_empty)
                 return done + 1
@@ -337,16 +366,16 @@ def product(x, w: Packed, z, b, seed=None, *, transposed: bool, config: Config, 
     return gpu.launch(
         body,
         x,
-        w.codes,
-        packed.scales(w),
+        kernel.codes,
+        floats,
         z,
         b,
-        {"seed": seed.reshape(1)} if rate else {},
+        scalars(rate, seed, layer=layer),
         out=jax.ShapeDtypeStruct((t, m), x.dtype),
         blocks=blocks,
         interpret=interpret,
         x_slots=gpu.swizzled(slots, height, TILE, dtype=x.dtype),
-        code_slots=plgpu.SMEM((config.code_slots, TILE * halves, wide), w.codes.dtype),
+        code_slots=plgpu.SMEM((config.code_slots, TILE * halves, wide), kernel.codes.dtype),
         scale_slots=plgpu.SMEM((config.code_slots, 2, wide), jnp.float32),
         panels=gpu.swizzled(PANELS, *panel, dtype=x.dtype),
         b_panels=gpu.swizzled(low_steps, *panel, dtype=x.dtype),

@@ -1,6 +1,6 @@
 """LoRA's products over a packed kernel on a TPU; the equations are in reference.py, the formats in packed.py.
 
-    forward           z = A^T drop(x)^T    and    y = x W + s z^T B
+    forward           z = s A^T drop(x)^T  and    y = x W + z^T B
     input_gradient    e = s B dy^T         and    dx = dy W^T + drop(e^T A^T)      W[i, j] = value(c[i, j]) scale[g, j]
 
 Both are `mosaic_tpu.low_rank_product` with another W: a tile of codes and its scales come to VMEM, are unpacked there
@@ -34,7 +34,8 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels import mosaic_tpu as tpu
 from pallas_kernels.lora_matmul import tpu as lora
 from pallas_kernels.mosaic_tpu import Config, Part, dot
-from pallas_kernels.packed import FORMATS, HALF, NF4, Packed, nibbles, scales
+from pallas_kernels.packed import FORMATS, HALF, NF4, nibbles, scales
+from pallas_kernels.stacked import AnyPacked, Stacked, taken
 
 __all__ = [
     "Config",
@@ -51,7 +52,7 @@ UNPACKING = 2e-12  # seconds per element: nf4, in the compiler's schedule for a 
 
 
 def forward(
-    x, w: Packed, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
+    x, w: AnyPacked, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
 ):
     """(y (T, m), z (r, T)) of x (T, n), w (n, m) packed, a (n, r), b (r, m), seed () int32; x, a, b of one dtype."""
     (total, n), (r, m) = x.shape, b.shape
@@ -60,12 +61,12 @@ def forward(
         x,
         w,
         config,
-        down=lora.down(*lora.turned(a), config, 1, rate),
-        up=lora.up(b, 0, config, scale, 0),
+        down=lora.down(*lora.turned(a), config, scale, rate),
+        up=lora.up(b, 0, config, 0),
         transposed=False,
         columns=m,
         rank=r,
-        prefetch=(seed,),
+        prefetch=(seed, *lora.layer_of(w)),
         bytes_read=tpu.bytes_of(a, b),
         interpret=interpret,
         name=f"{w.format}_lora_forward",
@@ -73,7 +74,7 @@ def forward(
 
 
 def input_gradient(
-    dy, w: Packed, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
+    dy, w: AnyPacked, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
 ):
     """(dx (T, n), e (r, T)) of dy (T, m), w (n, m) packed, a (n, r), b (r, m), seed () int32."""
     (total, m), (n, r) = dy.shape, a.shape
@@ -83,26 +84,27 @@ def input_gradient(
         w,
         config,
         down=lora.down(b, 0, config, scale, 0),
-        up=lora.up(*lora.turned(a), config, 1, rate),
+        up=lora.up(*lora.turned(a), config, rate),
         transposed=True,
         columns=n,
         rank=r,
-        prefetch=(seed,),
+        prefetch=(seed, *lora.layer_of(w)),
         bytes_read=tpu.bytes_of(a, b),
         interpret=interpret,
         name=f"{w.format}_lora_input_gradient",
     )
 
 
-def _product(x, w: Packed, config: Config, *, transposed: bool, bytes_read: int, **options):
-    floats = scales(w)
+def _product(x, w: AnyPacked, config: Config, *, transposed: bool, bytes_read: int, **options):
+    floats = scales(taken(w))
+    codes = Stacked(w.stack.codes, w.index) if isinstance(w, Stacked) else w.codes
     rows, lanes = _tile(config, transposed)
     return tpu.low_rank_product(
         x,
-        packed(w.codes, floats, w.format, w.group, config, transposed),
+        packed(codes, floats, w.format, w.group, config, transposed),
         scratch=[pltpu.VMEM((rows, lanes), x.dtype)],
         config=config,
-        bytes_read=bytes_read + tpu.bytes_of(w.codes, floats),
+        bytes_read=bytes_read + tpu.bytes_of(codes, floats),
         **options,
     )
 
@@ -111,7 +113,7 @@ def _product(x, w: Packed, config: Config, *, transposed: bool, bytes_read: int,
 
 
 def packed(codes, floats, format: str, group: int, config: Config, transposed: bool) -> Part:
-    """x W, or x W^T, of a tile; codes and floats (n / group, m) as in `Packed`."""
+    """x W, or x W^T, of a tile; codes (or one of a stack of them) and floats (n / group, m) as in `Packed`."""
     rows, lanes = _tile(config, transposed)
     groups = len(floats)
     of_scales = _rows_of_scales(rows, groups, group)
@@ -139,11 +141,12 @@ def packed(codes, floats, format: str, group: int, config: Config, transposed: b
     def use(x, codes_ref, scales_ref, tile_ref, step):
         return dot(x, tile_ref[...], (1, 1) if transposed else (1, 0))
 
+    array, spec = lora.block_of(codes, (rows if format == "int8" else rows // 2, lanes), place)
     specs = (
-        pl.BlockSpec((rows if format == "int8" else rows // 2, lanes), place),
+        spec,
         pl.BlockSpec((of_scales, lanes), (lambda *at: (0, place(*at)[1])) if whole else place),
     )
-    return Part((codes, floats), specs, use, prepare)
+    return Part((array, floats), specs, use, prepare)
 
 
 def values(codes_ref, first, format: str) -> list[jax.Array]:
@@ -207,7 +210,7 @@ def default_config(
     return candidates(rows, n, m, r, itemsize, format, group, transposed)[0]
 
 
-def configs(function: str, x, w: Packed, a, *rest) -> list[Config]:
+def configs(function: str, x, w: AnyPacked, a, *rest) -> list[Config]:
     """The candidates of a call function(x, w, a, ..), the default first."""
     del rest
     transposed = function == "input_gradient"
@@ -215,7 +218,7 @@ def configs(function: str, x, w: Packed, a, *rest) -> list[Config]:
     return candidates(x.shape[0], n, m, a.shape[1], x.dtype.itemsize, w.format, w.group, transposed)
 
 
-def supports_forward(x, w: Packed, a, b, seed, *, scale: float, rate: float) -> bool:
+def supports_forward(x, w: AnyPacked, a, b, seed, *, scale: float, rate: float) -> bool:
     """Whether `forward` takes the arguments: as lora_matmul's, with groups of a multiple of 64 inputs."""
     if w.ndim != 2 or w.format not in FORMATS or w.group % HALF:
         return False
@@ -223,6 +226,6 @@ def supports_forward(x, w: Packed, a, b, seed, *, scale: float, rate: float) -> 
     return lora.supports_forward(x, dense, a, b, seed, scale=scale, rate=rate)
 
 
-def supports_input_gradient(dy, w: Packed, a, b, seed, *, scale: float, rate: float) -> bool:
+def supports_input_gradient(dy, w: AnyPacked, a, b, seed, *, scale: float, rate: float) -> bool:
     """Whether `input_gradient` takes the arguments: as `forward`."""
     return supports_forward(dy, w, a, b, seed, scale=scale, rate=rate)

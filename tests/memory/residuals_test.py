@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,11 +15,14 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory import loop, residuals
 from jaxpeft.memory.flops import count_flops
 from jaxpeft.memory.plan import INPUT, Plan, parse
+from jaxpeft.models import layers
+from pallas_kernels import packed as quantized
+from pallas_kernels.stacked import Stacked
 from tests import contract_test, tiny
 from tests.residuals import bytes_per_token, saved
 
@@ -120,6 +124,43 @@ def test_methods_that_change_the_stack(page, name):
     batch = {**packed(), "adapter": np.array([0, 2, 1, 2], np.int32)} if name == "many_lora" else packed()
     remat = residuals.remat(made[0], "matmuls,tokens=32")
     same(gradients(remat, *made[1:], batch), gradients(*made, batch))
+
+
+@pytest.mark.parametrize("name", ["lora", "last:1", "int8"])
+def test_a_block_reads_frozen_kernels_in_their_stacks(monkeypatch, name):
+    """In both loops, and in the primal; to the bit what it computes with slices of them."""
+    model, trainable, frozen = start(METHODS["lora" if name == "int8" else name])
+    model = residuals.remat(model, "matmuls,tokens=32")
+    if name == "int8":
+        quantize = jax.vmap(functools.partial(quantized.quantize, format="int8"))
+        frozen = {path: quantize(x) if path.endswith("_proj/kernel") else x for path, x in frozen.items()}
+    seen, dense = [], layers.Dense.linear
+
+    def linear(self, x, kernel):
+        seen.append(isinstance(kernel, Stacked))
+        return dense(self, x, kernel)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layers.Dense, "linear", linear)
+        ours = gradients(model, trainable, frozen, packed())
+        value = jax.jit(loss(model, frozen, packed()))(trainable)
+    assert any(seen) and np.isclose(value, ours[0], rtol=1e-6)
+    monkeypatch.setattr(loop.Loop, "stacked", lambda self, perturbed: self)
+    jax.tree.map(np.testing.assert_array_equal, ours, gradients(model, trainable, frozen, packed()))
+
+
+def test_an_adapter_that_reads_the_kernel_gets_its_values():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x, kernel, ctx):
+            gain = self.param("gain", nn.initializers.ones, (kernel.shape[1],))
+            return x @ (kernel * (gain / jnp.linalg.norm(kernel, axis=0)))
+
+    base, params = tiny.model()
+    model = sites.attach(base, "normed", lambda site: Normed(), lambda params: ["layers/mlp/up_proj"])
+    params = model.init(jax.random.key(0), params)
+    planned = residuals.remat(model, "matmuls")
+    np.testing.assert_allclose(planned.apply(params, packed()), model.apply(params, packed()), rtol=1e-4, atol=1e-4)
 
 
 def test_a_group_has_dropout_of_its_own():

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import dropout
 from pallas_kernels.lora_matmul import gpu, gpu_products, shapes
+from pallas_kernels.stacked import Stacked
 from tests.pallas_kernels import mosaic
 
 SCALE = 1.5
@@ -41,18 +42,18 @@ def expected(function, given, rate):
     """The same in float64."""
     x, dy, w, a, b, z = (np.asarray(given[name], np.float64) for name in ("x", "dy", "w", "a", "b", "z"))
     keep = np.asarray(dropout.mask(given["seed"], x.shape, rate)) / (1 - rate) if rate else 1
-    low = a.T @ (x * keep).T
+    low = SCALE * a.T @ (x * keep).T
     e = SCALE * b @ dy.T
     return {
-        "forward": (x @ w + SCALE * low.T @ b, low),
+        "forward": (x @ w + low.T @ b, low),
         "low": low,
         "input_gradient": (dy @ w.T + (e.T @ a.T) * keep, e),
-        "factor_gradient": SCALE * z @ (x * keep),
+        "factor_gradient": z @ (x * keep),
     }[function]
 
 
 def options(function, rate):
-    return {"rate": rate} if function == "low" else {"rate": rate, "scale": SCALE}
+    return {"rate": rate} if function == "factor_gradient" else {"rate": rate, "scale": SCALE}
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def options(function, rate):
 def test_a_kernel_is_right(name, function, rate):
     given = arrays(**shapes.SMALL[name])
     args = [given[argument] for argument in ARGUMENTS[function]]
-    assert function == "low" or getattr(gpu, f"supports_{function}")(*args, **options(function, rate))
+    assert getattr(gpu, f"supports_{function}")(*args, **options(function, rate))
     ours = mosaic.run(getattr(gpu, function), *args, **options(function, rate))
     theirs = expected(function, given, rate)
     for mine, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
@@ -92,13 +93,41 @@ def test_any_number_of_blocks_and_tiles(config):
         assert mosaic.distance(mine, right) < ROUNDED
 
 
+def stacked(w, layers=3, index=1):
+    """w as a layer of a stack; the others are NaN, or all are shapes."""
+    if isinstance(w, jax.ShapeDtypeStruct):
+        return Stacked(jax.ShapeDtypeStruct((layers, *w.shape), w.dtype), jax.ShapeDtypeStruct((), jnp.int32))
+    return Stacked(jnp.full((layers, *w.shape), jnp.nan, w.dtype).at[index].set(w), jnp.int32(index))
+
+
+@pytest.mark.parametrize("function", ["forward", "input_gradient"])
+def test_a_layer_is_read_in_its_stack(function):
+    given = arrays(**shapes.SMALL["even"])
+    given |= {"w": stacked(given["w"])}
+    args = [given[argument] for argument in ARGUMENTS[function]]
+    assert getattr(gpu, f"supports_{function}")(*args, **options(function, 0.0))
+    ours = mosaic.run(getattr(gpu, function), *args, **options(function, 0.0))
+    theirs = expected(function, given | {"w": given["w"].take()}, 0.0)
+    for mine, right in zip(ours, theirs, strict=True):
+        assert mosaic.distance(mine, right) < ROUNDED
+
+
+@pytest.mark.parametrize("function", ["forward", "input_gradient"])
+def test_a_stack_compiles(optimised, capfd, function):
+    """Nothing but the kernels: no layer is copied."""
+    given = structs(8192, 4096, 1024, 16)
+    args = [stacked(given[name]) if name == "w" else given[name] for name in ARGUMENTS[function]]
+    found = mosaic.compiled(capfd, getattr(gpu, function), *args, **options(function, 0.0))
+    assert found.spills and not any(found.spills)
+    assert found.opcodes == ["custom-call"] * 2 and found.temporaries == 0
+
+
 def test_what_is_supported():
     def supported(dtype=jnp.bfloat16, r=16, n=256, m=128):
         given = structs(200, n, m, r, dtype)
-        static = {"scale": SCALE, "rate": 0.1}
         found = [
-            getattr(gpu, f"supports_{name}")(*(given[argument] for argument in ARGUMENTS[name]), **static)
-            for name in ("forward", "input_gradient", "factor_gradient")
+            getattr(gpu, f"supports_{name}")(*(given[argument] for argument in arguments), **options(name, 0.1))
+            for name, arguments in ARGUMENTS.items()
         ]
         assert len(set(found)) == 1
         return found[0]
@@ -106,7 +135,7 @@ def test_what_is_supported():
     assert supported() and supported(jnp.float16) and supported(r=4) and supported(r=256)
     assert not supported(jnp.float32) and not supported(r=2) and not supported(r=257)
     given = structs(200, 250, 128, 16)
-    assert not gpu.supports_factor_gradient(given["z"], given["x"], given["seed"], scale=1.0, rate=0.0)
+    assert not gpu.supports_factor_gradient(given["z"], given["x"], given["seed"], rate=0.0)
     for maps in shapes.MODELS.values():
         for _, n, m in maps:
             config = gpu.default_config(8192, n, m, 16)

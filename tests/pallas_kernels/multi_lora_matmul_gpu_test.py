@@ -13,7 +13,7 @@ ROUNDED, SUMMED = 4e-3, 1e-5  # as in lora_matmul_gpu_test.py
 ARGUMENTS = {
     "forward": ("x", "w", "a", "b", "scales", "owner"),
     "input_gradient": ("dy", "w", "a", "b", "scales", "owner"),
-    "factor_gradient": ("z", "x", "scales", "owner"),
+    "factor_gradient": ("z", "x", "owner"),
 }
 
 
@@ -33,15 +33,19 @@ def arrays(owner, *shape):
     return found | {"owner": jnp.asarray(owner, jnp.int32)}
 
 
+def options(function, given):
+    return {"count": len(given["scales"])} if function == "factor_gradient" else {}
+
+
 def expected(function, given):
     """The same in float64."""
     x, dy, w, a, b, z, s = (np.asarray(given[name], np.float64) for name in ("x", "dy", "w", "a", "b", "z", "scales"))
     of = np.repeat(np.asarray(given["owner"]), TILE)[: len(x)]
     if function == "factor_gradient":
-        return np.stack([s[g] * (z * (of == g)) @ x for g in range(len(s))])
+        return np.stack([(z * (of == g)) @ x for g in range(len(s))])
     if function == "forward":
-        low = np.einsum("tn,tnr->rt", x, a[of])
-        return x @ w + s[of][:, None] * np.einsum("rt,trm->tm", low, b[of]), low
+        low = s[of] * np.einsum("tn,tnr->rt", x, a[of])
+        return x @ w + np.einsum("rt,trm->tm", low, b[of]), low
     e = s[of] * np.einsum("tm,trm->rt", dy, b[of])
     return dy @ w.T + np.einsum("rt,tnr->tn", e, a[of]), e
 
@@ -57,8 +61,9 @@ def expected(function, given):
 def test_a_kernel_is_right(function, owner, shape):
     given = arrays(owner, *shape)
     args = [given[argument] for argument in ARGUMENTS[function]]
-    assert getattr(gpu, f"supports_{function}")(*args)
-    ours, theirs = mosaic.run(getattr(gpu, function), *args), expected(function, given)
+    static = options(function, given)
+    assert getattr(gpu, f"supports_{function}")(*args, **static)
+    ours, theirs = mosaic.run(getattr(gpu, function), *args, **static), expected(function, given)
     for mine, right in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
         assert mosaic.distance(mine, right) < (SUMMED if function == "factor_gradient" else ROUNDED)
     if function == "factor_gradient":
@@ -69,7 +74,8 @@ def test_what_is_supported():
     for dtype, supported in ((jnp.bfloat16, True), (jnp.float32, False)):
         given = structs(2, 200, 128, 128, 16, dtype)
         for function, names in ARGUMENTS.items():
-            assert getattr(gpu, f"supports_{function}")(*(given[name] for name in names)) == supported
+            found = getattr(gpu, f"supports_{function}")(*(given[name] for name in names), **options(function, given))
+            assert found == supported
 
 
 @pytest.mark.parametrize(
@@ -84,6 +90,7 @@ def test_what_is_supported():
 def test_a_kernel_compiles(optimised, capfd, function, shape):
     """Without spills, other operations or memory."""
     given = structs(*shape)
-    found = mosaic.compiled(capfd, getattr(gpu, function), *(given[name] for name in ARGUMENTS[function]))
+    args = [given[name] for name in ARGUMENTS[function]]
+    found = mosaic.compiled(capfd, getattr(gpu, function), *args, **options(function, given))
     assert found.spills and not any(found.spills)
     assert set(found.opcodes) == {"custom-call"} and found.temporaries == 0

@@ -8,6 +8,7 @@ import pytest
 from pallas_kernels import dropout, packed
 from pallas_kernels.lora_matmul import shapes
 from pallas_kernels.quant_lora_matmul import gpu
+from pallas_kernels.stacked import Stacked
 from tests.pallas_kernels import mosaic
 
 SCALE = 1.5
@@ -41,8 +42,8 @@ def expected(function, given, rate):
     w = np.asarray(packed.dequantize(given["w"], jnp.bfloat16), np.float64)
     keep = np.asarray(dropout.mask(given["seed"], x.shape, rate)) / (1 - rate) if rate else 1
     if function == "forward":
-        low = a.T @ (x * keep).T
-        return x @ w + SCALE * low.T @ b, low
+        low = SCALE * a.T @ (x * keep).T
+        return x @ w + low.T @ b, low
     e = SCALE * b @ dy.T
     return dy @ w.T + (e.T @ a.T) * keep, e
 
@@ -65,6 +66,32 @@ def test_a_kernel_is_right(function, format, group, shape, rate, config):
     ours = mosaic.run(getattr(gpu, function), *args, **static, config=config)
     for mine, right in zip(ours, expected(function, given, rate), strict=True):
         assert mine.dtype == jnp.bfloat16 and mosaic.distance(mine, right) < ROUNDED
+
+
+def stacked(w, index=1):
+    """w as a layer of a stack of three."""
+    whole = jax.tree.map(lambda x: jnp.zeros((3, *x.shape), x.dtype).at[index].set(x), w)
+    return Stacked(whole, jnp.int32(index))
+
+
+@pytest.mark.parametrize(("function", "format"), [("forward", "nf4"), ("input_gradient", "int8")])
+def test_a_layer_is_read_in_its_stack(function, format):
+    given, static = arrays(136, 128, 128, 16, format, 64), {"scale": SCALE, "rate": 0.0}
+    args = [stacked(given[name]) if name == "w" else given[name] for name in ARGUMENTS[function]]
+    assert getattr(gpu, f"supports_{function}")(*args, **static)
+    ours = mosaic.run(getattr(gpu, function), *args, **static)
+    for mine, right in zip(ours, expected(function, given, 0.0), strict=True):
+        assert mosaic.distance(mine, right) < ROUNDED
+
+
+def test_the_codes_of_a_stack_are_not_copied(optimised, capfd):
+    """Of memory there is that for the scales of the layer."""
+    n, m = 4096, 4096
+    given = structs(2048, n, m, 16, "int4", 128)
+    args = [jax.eval_shape(stacked, given[name]) if name == "w" else given[name] for name in ARGUMENTS["forward"]]
+    found = mosaic.compiled(capfd, gpu.forward, *args, scale=SCALE, rate=0.0)
+    assert found.spills and not any(found.spills)
+    assert found.opcodes.count("custom-call") == 2 and found.temporaries <= 4 * n * m // 128 * 1.01
 
 
 def test_what_is_supported():

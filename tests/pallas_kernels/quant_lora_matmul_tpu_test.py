@@ -46,9 +46,9 @@ def test_the_numbers(format, group, shape, tiles, dtype, rate):
     y, z = tpu.forward(x, w, a, b, seed, config=configs[0], **options)
     dx, e = tpu.input_gradient(dy, w, a, b, seed, config=configs[1], **options)
     x, dy, a, b, kernel = (np.asarray(array, np.float64) for array in (x, dy, a, b, dequantize(w, dtype)))
-    low, back = (x * mask @ a).T, SCALE * b @ dy.T
+    low, back = SCALE * (x * mask @ a).T, SCALE * b @ dy.T
     assert relative(z, low) < BOUNDS[dtype]
-    assert relative(y, x @ kernel + SCALE * low.T @ b) < BOUNDS[dtype]
+    assert relative(y, x @ kernel + low.T @ b) < BOUNDS[dtype]
     assert relative(e, back) < BOUNDS[dtype]
     assert relative(dx, dy @ kernel.T + mask * (back.T @ a.T)) < BOUNDS[dtype]
 
