@@ -100,13 +100,26 @@ class Programs:
         return self.work(given)[0] - self.work(self.names)[0]
 
 
+def name_of(eqn: Any) -> str | None:
+    """The name that an equation gives to its one result (`jax.ad_checkpoint.checkpoint_name`), None if it gives none.
+
+    JAX has two forms of it, either with one input and one output: a primitive of its own and, under `jax_remat3`, an
+    object of one of two classes, applied by the primitive that applies all such objects.
+    """
+    if eqn.primitive.name == "name":
+        return eqn.params["name"]
+    # Known by their classes' names: importable only from JAX's internals, and other classes have parameters "name" too.
+    applied = eqn.params["_prim"] if eqn.primitive.name == "call_hi_primitive" else None
+    return applied.params["name"] if type(applied).__name__ in ("CheckpointName", "CheckpointNameFwd") else None
+
+
 def _named(jaxpr) -> dict[Kept, int]:
     """(name, occurrence) -> index of its equation."""
     found: dict[Kept, int] = {}
     count: dict[str, int] = {}
     for i, eqn in enumerate(jaxpr.eqns):
-        if eqn.primitive.name == "name" and eqn.params["name"] != INPUT:
-            name = eqn.params["name"]
+        name = name_of(eqn)
+        if name not in (None, INPUT):
             found[name, count.setdefault(name, 0)] = i
             count[name] += 1
     return found

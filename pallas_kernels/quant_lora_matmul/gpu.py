@@ -50,6 +50,7 @@ from pallas_kernels.lora_matmul.gpu_products import mask, of_layer, scalars
 from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div
 from pallas_kernels.stacked import AnyPacked, taken, whole
 
+UNPACKED = 256  # rows from which on W is unpacked before the product
 PANELS = 3
 INPUTS = 2 * TILE  # that share a tile of codes, and columns of a tile of y
 
@@ -76,6 +77,9 @@ def forward(
 ):
     """(y (T, m), z (r, T)); see reference.py."""
     (t, n), (r, m) = x.shape, b.shape
+    if config is None and t >= UNPACKED:
+        w = packed.dequantize(taken(w), x.dtype)
+        return lora.forward(x, w, a, b, seed, scale=scale, rate=rate, interpret=interpret)
     config = config or default_config(t, n, m, r)
     x, (a, b) = lora.whole_rows(x), lora.whole_ranks(a, b)
     low = lora.Config(blocks=config.blocks)
@@ -89,6 +93,9 @@ def input_gradient(
 ):
     """(dx (T, n), e (r, T)); see reference.py."""
     (t, m), (n, r) = dy.shape, a.shape
+    if config is None and t >= UNPACKED:
+        w = packed.dequantize(taken(w), dy.dtype)
+        return lora.input_gradient(dy, w, a, b, seed, scale=scale, rate=rate, interpret=interpret)
     config = config or default_config(t, m, n, r)
     dy, (a, b) = lora.whole_rows(dy), lora.whole_ranks(a, b)
     low = lora.Config(blocks=config.blocks)

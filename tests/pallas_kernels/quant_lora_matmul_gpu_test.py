@@ -89,7 +89,7 @@ def test_the_codes_of_a_stack_are_not_copied(optimised, capfd):
     n, m = 4096, 4096
     given = structs(2048, n, m, 16, "int4", 128)
     args = [jax.eval_shape(stacked, given[name]) if name == "w" else given[name] for name in ARGUMENTS["forward"]]
-    found = mosaic.compiled(capfd, gpu.forward, *args, scale=SCALE, rate=0.0)
+    found = mosaic.compiled(capfd, gpu.forward, *args, scale=SCALE, rate=0.0, config=gpu.Config())
     assert found.spills and not any(found.spills)
     assert found.opcodes.count("custom-call") == 2 and found.temporaries <= 4 * n * m // 128 * 1.01
 
@@ -123,7 +123,7 @@ def test_a_kernel_compiles(optimised, capfd, function, format, shape, rate):
     """Without spills; the only memory is for the scales, where they are coded."""
     given = structs(*shape, format, 64 if format == "nf4" else 128)
     args = [given[name] for name in ARGUMENTS[function]]
-    found = mosaic.compiled(capfd, getattr(gpu, function), *args, scale=SCALE, rate=rate)
+    found = mosaic.compiled(capfd, getattr(gpu, function), *args, scale=SCALE, rate=rate, config=gpu.Config())
     assert found.spills and not any(found.spills)
     assert found.opcodes.count("custom-call") == 2
     decoded = 4 * shape[1] * shape[2] // 64 if format == "nf4" else 0
