@@ -80,17 +80,21 @@ def interpreter(**options: Any) -> Any:
     return InterpretGPUParams(**options)
 
 
-def launch(body: Callable[..., None], *args: Any, out: Any, blocks: int, interpret: Any = None, **scratch: Any) -> Any:
+def launch(
+    body: Callable[..., None], *args: Any, name: str, out: Any, blocks: int, interpret: Any = None, **scratch: Any
+) -> Any:
     """Runs body(*args, *out, **scratch) as references, in `blocks` blocks of COMPUTE + 1 warpgroups.
 
     Args:
       body: the kernel.
       *args: arrays, or dictionaries of them.
+      name: of the kernel, in profiles.
       out: ShapeDtypeStruct, or a tuple of them.
       blocks: size of the grid.
       interpret: None for the device, or `interpreter(...)`.
       **scratch: shared memory and barriers of a block.
     """
+    body.__name__ = name
     return plgpu.kernel(
         body,
         out_type=out,

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from pallas_kernels import mosaic_gpu as gpu
-from pallas_kernels.lora_matmul.gpu_products import ROWS, Config, low_product, product, row_product, slots_of_product
+from pallas_kernels.lora_matmul.gpu_products import ROWS, Config, low_product, product, row_product
 from pallas_kernels.mosaic_gpu import ALIGNMENT, TILE, ceil_div, round_up
 
 RANKS = range(4, 257)

@@ -378,6 +378,7 @@ def product(x, w: AnyPacked, z, b, seed=None, *, transposed: bool, config: Confi
         z,
         b,
         scalars(rate, seed, layer=layer),
+        name="quant_lora_product_transposed" if transposed else "quant_lora_product",
         out=jax.ShapeDtypeStruct((t, m), x.dtype),
         blocks=blocks,
         interpret=interpret,
