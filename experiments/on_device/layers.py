@@ -5,6 +5,9 @@ LoRA in plain JAX; (ours) lora_matmul; (nf4) quant_lora_matmul, (nf4 xla) in pla
 adapters in bfloat16, without dropout. `forward` is y, `both` adds dx (for LoRA dA and dB too). Functions take turns;
 figures are seconds of a call, one for each round (pallas_kernels/timing.py).
 
+`multi` rows are eight adapters in one batch: (ours) one adapter for all rows, (multi) multi_lora_matmul, (multi xla) in
+plain JAX, (ragged_dot) sorted by adapter, all ranks padded, as SkyRL's JAX backend does it.
+
 `tune` rows time the candidates of every kernel of a map and give the fastest, an entry of the tables that
 pallas_kernels/tuning.py reads. `ceiling` is what the card can do in the same run: a product of 8192^3 in bfloat16 on
 random numbers, by JAX and by PyTorch, and a copy.
@@ -37,6 +40,8 @@ def keys(toy: bool) -> Iterator[Row]:
     for rows, rank in itertools.product(TUNED_ROWS, RANKS):
         for shape in SHAPES["llama3-8b"]:
             yield {"kind": "tune", "model": "llama3-8b", "map": shape.name, "rank": rank, "rows": rows}
+    for name in ("q_o", "gate_up"):
+        yield {"kind": "multi", "model": "llama3-8b", "map": name, "rank": 16, "rows": 8192}
     for model, rows, rank in itertools.product(MODELS, ROWS, RANKS):
         for shape in SHAPES[model]:
             yield {"kind": "layer", "model": model, "map": shape.name, "rank": rank, "rows": rows}
@@ -44,12 +49,12 @@ def keys(toy: bool) -> Iterator[Row]:
 
 def ahead(key: Row) -> int:
     """So many prepare at one time; what they hold in memory must fit."""
-    return 3 if key.get("rows", 0) > 16384 else 12 if key["kind"] == "layer" else 14 if key["kind"] == "tune" else 1
+    return 3 if key.get("rows", 0) > 16384 else 1 if key["kind"] == "ceiling" else 14
 
 
 def prepare(key: Row, toy: bool, device: str) -> Prepared:
     """Compiles what a key times."""
-    return Prepared({"ceiling": _ceiling, "tune": _tune, "layer": _layer}[key["kind"]](key, toy))
+    return Prepared({"ceiling": _ceiling, "tune": _tune, "layer": _layer, "multi": _multi}[key["kind"]](key, toy))
 
 
 def _shape(key: Row) -> Any:
@@ -158,6 +163,23 @@ def _layer(key: Row, toy: bool) -> Callable[[], Row]:
             "seconds": {of: _short(timing.paired(group, rounds, inner).seconds) for of, group in groups.items()},
             **({"failed_functions": failed} if failed else {}),
         }
+
+    return measure
+
+
+def _multi(key: Row, toy: bool) -> Callable[[], Row]:
+    import jax.numpy as jnp
+
+    from pallas_kernels import timing
+    from pallas_kernels.multi_lora_matmul import bench
+
+    groups = bench.functions(_shape(key), key["rank"], key["rows"], jnp.bfloat16)
+    for group in groups.values():
+        for function in group.values():
+            timing.wait(function())
+
+    def measure() -> Row:
+        return {"seconds": {of: _short(timing.paired(group, ROUNDS, INNER).seconds) for of, group in groups.items()}}
 
     return measure
 

@@ -27,7 +27,6 @@ def keys(toy: bool) -> Iterator[Row]:
     """In the order of their worth."""
     if toy:
         yield {"geometry": "toy", "rows": 2, "length": 64, "method": "lora", "save": "matmuls"}
-        yield {"geometry": "toy", "rows": 2, "length": 64, "method": "meft", "save": "everything"}
         return
     for plans in (("matmuls", "everything"), *EVERY[1:]):
         for geometry, (method, own) in itertools.product(("llama3.1-8b", "llama3.2-1b"), METHODS.items()):

@@ -4,7 +4,7 @@
 
 For each linear map of a model, in one process on the attached device: (frozen) x W alone; (xla) LoRA in plain JAX;
 (ours) the kernels. `forward` is y; `both` adds the backward pass: dx for the frozen product, dx, dA and dB for LoRA.
-Speed has not been measured on a GPU or TPU yet.
+What was measured: docs/device.md.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ Eight adapters of ranks r, r/2, r/4, r/8 and again, padded with zeros to r; each
 a shuffled order: (multi) multi_lora_matmul; (multi xla) the same in plain JAX; (ragged_dot) grouped products over rows
 sorted by adapter, as SkyRL's JAX backend trains many adapters. All against (ours) lora_matmul on the same rows with the
 first adapter, of rank r. `forward` is y; `both` adds dx, dA and dB. Which row has which adapter is an argument of the
-compiled functions: sorting and putting back are in the time. Speed has not been measured on a GPU or TPU yet.
+compiled functions: sorting and putting back are in the time. What was measured: docs/device.md.
 
 Source of the last form: https://github.com/NovaSky-AI/SkyRL, `skyrl/tx/layers/lora.py`.
 """

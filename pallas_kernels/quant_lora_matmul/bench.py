@@ -4,7 +4,7 @@
 
 For each linear map of a model, in one process on the attached device: (ours) lora_matmul's kernels over a kernel in
 bfloat16; (nf4, int4, int8) quant_lora_matmul's over a packed one; (nf4 xla) the same in plain JAX, which unpacks the
-kernel into device memory. `both` adds the backward pass. Speed has not been measured on a GPU or TPU yet.
+kernel into device memory. `both` adds the backward pass. What was measured: docs/device.md.
 """
 
 from __future__ import annotations

@@ -1,0 +1,297 @@
+"""Tables from the figures alone: DIR/report.md of every device, and the section of the README between its two marks.
+
+Ratios are of functions that took turns, or of steps of one machine; absolute times stand beside the device's name.
+Where a step has no figures the text says so.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.memory.common import table
+from experiments.on_device.record import RESULTS, ROOT, Record, Row
+from experiments.on_device.worker import STEPS
+
+GIB = 2**30
+NOT_YET = "not measured yet"
+BEGIN, END = "<!-- drawn by python -m experiments.on_device --draw -->", "<!-- end of what is drawn -->"
+
+
+def main(folder: Path | None) -> int:
+    """Draws the reports of the folders and, of the project's own results, the README's section."""
+    folders = [folder] if folder is not None else devices()
+    for each in folders:
+        (each / "report.md").write_text(report(each))
+    if folder is None:
+        readme = ROOT / "README.md"
+        readme.write_text(with_section(readme.read_text(), section(folders)))
+    print(f"{len(folders)} reports drawn", file=sys.stderr)
+    return 0
+
+
+def devices() -> list[Path]:
+    """Folders of the project's own figures."""
+    return sorted({file.parent for step in STEPS for file in RESULTS.glob(f"*/{step}.json")})
+
+
+def with_section(readme: str, text: str) -> str:
+    """The README with this between its marks."""
+    before, _, rest = readme.partition(BEGIN)
+    return f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
+
+
+def records(folder: Path) -> dict[str, Record]:
+    """Of all steps."""
+    return {step: Record(folder, step) for step in STEPS}
+
+
+def good(record: Record) -> list[Row]:
+    """Its rows that were measured."""
+    return [row for row in record.rows if "failed" not in row]
+
+
+def where(found: dict[str, Record]) -> str:
+    """The device, its driver, and versions."""
+    header = next((record.header for record in found.values() if record.header), {})
+    versions = header.get("versions", {})
+    names = [f"{label} {versions[name]}" for name, label in _LABELS.items() if name in versions]
+    driver = f"driver {header['driver'].split(',')[0]}" if header.get("driver") else None
+    return ", ".join(filter(None, [header.get("device", "unknown device"), driver, *names]))
+
+
+_LABELS = {"jax": "JAX", "torch": "PyTorch", "peft": "peft", "transformers": "transformers"}
+
+
+# Sentences: what the README says.
+
+
+def section(folders: Sequence[Path]) -> str:
+    """The README's text."""
+    if not folders:
+        return f"Speed and peak memory on a device: {NOT_YET}.\n"
+    return "\n".join(_of_device(records(folder), folder) for folder in folders)
+
+
+def _of_device(found: dict[str, Record], folder: Path) -> str:
+    lines = [
+        f"- **Right**: {_right(good(found['kernels']))}",
+        f"- **A layer**: {_layer(good(found['layers']))}",
+        f"- **The plan**: {_plan(good(found['plans']))}",
+        f"- **What fits**: {_fit(good(found['fits']))}",
+        "- **A step** of Llama-3.1-8B's geometry, LoRA on all linear maps beside peft with transformers:",
+    ]
+    link = f"[all figures]({folder.relative_to(ROOT)}/report.md)" if folder.is_relative_to(ROOT) else ""
+    steps = _steps_table([row for row in good(found["steps"]) if row["key"]["geometry"] == "llama3.1-8b"], brief=True)
+    return f"{where(found)} ({link}):\n\n" + "\n".join(lines) + f"\n\n{steps or NOT_YET}\n"
+
+
+def _right(rows: list[Row]) -> str:
+    if not rows:
+        return NOT_YET
+    worst = max(row["worst"] for row in rows)
+    return (
+        f"{sum(row['right'] for row in rows)} of {len(rows)} groups of the kernels' cases, in both directions, against "
+        f"float64 and into poisoned memory; the largest relative error is {worst:.1e}."
+    )
+
+
+def _layer(rows: list[Row]) -> str:
+    rows = [row for row in rows if row["key"]["kind"] == "layer"]
+    chosen = [row for row in rows if _is(row, model="llama3-8b", rank=16, rows=8192)]
+    if not chosen:
+        return NOT_YET
+    low, high = _range(chosen, "ours", "frozen", "both")
+    first, last = _range(chosen, "ours", "frozen", "forward")
+    less, more = _range(chosen, "peft", "ours", "both")
+    return (
+        f"Llama-3-8B's maps at rank 16 and 8,192 tokens take {first:.2f} to {last:.2f} times the frozen products' time "
+        f"forward, {low:.2f} to {high:.2f} with the backward pass; peft's layer takes {less:.2f} to {more:.2f} times "
+        "as long as ours."
+    )
+
+
+def _range(rows: Iterable[Row], name: str, to: str, of: str) -> tuple[float, float]:
+    ratios = [ratio(row["seconds"][of], name, to) for row in rows if {name, to} <= set(row["seconds"].get(of, {}))]
+    return (min(ratios), max(ratios)) if ratios else (float("nan"), float("nan"))
+
+
+def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
+    """The median of the ratios within the rounds."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
+
+
+def _plan(rows: list[Row]) -> str:
+    rows = [row for row in rows if row.get("measured") and row.get("predicted")]
+    if not rows:
+        return NOT_YET
+    off = [row["measured"] / row["predicted"] - 1 for row in rows]
+    return (
+        f"the peaks of {len(rows)} steps (full, LoRA, LoRA-FA and MEFT under their plans) were {min(off):+.1%} to "
+        f"{max(off):+.1%} off what was predicted."
+    )
+
+
+def _fit(rows: list[Row]) -> str:
+    if not rows:
+        return NOT_YET
+    once, twice = sum(row["once"]["runs"] for row in rows), sum(not row["twice"]["runs"] for row in rows)
+    return (
+        f"{once} of the {len(rows)} largest batches and longest sequences that `jaxpeft plan --largest` named ran; "
+        f"twice that failed in {twice}."
+    )
+
+
+# Tables.
+
+
+def report(folder: Path) -> str:
+    """All tables of a device."""
+    found = records(folder)
+    parts = [
+        ("Are the kernels right?", _right_table(good(found["kernels"]))),
+        ("How fast is a layer?", _layers_table(good(found["layers"]))),
+        ("Eight adapters in one batch", _multi_table(good(found["layers"]))),
+        ("Predicted and measured peak", _plans_table(good(found["plans"]))),
+        ("A step beside peft with transformers", _steps_table(good(found["steps"]))),
+        ("Where a step of ours spends its time", _traces(good(found["steps"]), good(found["layers"]))),
+        ("What fits", _fits_table(good(found["fits"]))),
+    ]
+    failed = [(step, row) for step, record in found.items() for row in record.rows if "failed" in row]
+    if failed:
+        body = [[step, _words(row["key"]), row["failed"].replace("|", "/")[:160]] for step, row in failed]
+        parts.append(("What failed", table(["step", "row", "why"], body)))
+    commits = sorted({row.get("commit", "") for record in found.values() for row in record.rows} - {""})
+    text = f"# {where(found)}\n\nDrawn from the data beside this file by `python -m experiments.on_device --draw`; "
+    sections = (f"## {head}\n\n{body or NOT_YET}\n" for head, body in parts)
+    return text + f"commits {', '.join(commits)}.\n\n" + "\n".join(sections)
+
+
+def _words(key: Row) -> str:
+    return " ".join(str(value) for value in key.values())
+
+
+def _is(row: Row, **wanted: Any) -> bool:
+    return all(row["key"].get(name) == value for name, value in wanted.items())
+
+
+def _right_table(rows: list[Row]) -> str:
+    if not rows:
+        return ""
+    body = []
+    for row in rows:
+        for case, found in row["cases"].items():
+            errors = ", ".join(f"{name} {error:.1e}" for name, error in found["errors"].items())
+            body.append([row["key"]["op"], row["key"]["shape"], case, errors, f"{found['poisoned']:.0%}"])
+    return table(["operation", "shape", "case", "relative errors", "outputs in poisoned memory"], body)
+
+
+def _layers_table(rows: list[Row]) -> str:
+    layers = [row for row in rows if row["key"]["kind"] == "layer"]
+    ceilings = [row for row in rows if row["key"]["kind"] == "ceiling"]
+    text = ""
+    for row in ceilings:
+        rates = ", ".join(f"{name} {rate / 1e12:.0f} TFLOP/s" for name, rate in row["flops"].items())
+        text += f"Ceilings: {rates} (8192 cubed, bfloat16), copies {row['bandwidth'] / 1e12:.2f} TB/s.\n\n"
+    if not layers:
+        return text
+    names = ("ours", "xla", "nf4", "nf4 xla", "peft")
+    body = []
+    for row in sorted(layers, key=lambda row: [str(row["key"][name]) for name in ("model", "map")]):
+        for of, seconds in row["seconds"].items():
+            key = row["key"]
+            cells = [f"{ratio(seconds, name, 'frozen'):.3f}" if name in seconds else "" for name in names]
+            frozen = f"{1e3 * statistics.median(seconds['frozen']):.3f}"
+            body.append([f"{key['model']} {key['map']}", key["rank"], key["rows"], of, frozen, *cells])
+    return text + table(["map", "rank", "rows", "pass", "frozen, ms", *(f"{name}/frozen" for name in names)], body)
+
+
+def _multi_table(rows: list[Row]) -> str:
+    names = ("multi", "multi xla", "ragged_dot")
+    body = [
+        [
+            row["key"]["map"],
+            row["key"]["rank"],
+            row["key"]["rows"],
+            of,
+            *(f"{ratio(s, name, 'ours'):.2f}" for name in names),
+        ]
+        for row in rows
+        if row["key"]["kind"] == "multi"
+        for of, s in row["seconds"].items()
+    ]
+    note = "Over the time of one adapter for all rows; what XLA makes of ragged_dot on a GPU is masked products.\n\n"
+    return note + table(["map", "rank", "rows", "pass", *names], body) if body else ""
+
+
+def _plans_table(rows: list[Row]) -> str:
+    body = []
+    for row in rows:
+        key, predicted, measured = row["key"], row.get("predicted"), row.get("measured")
+        off = f"{measured / predicted - 1:+.2%}" if measured and predicted else "does not fit"
+        cells = ["" if size is None else f"{size / GIB:.2f}" for size in (predicted, measured)]
+        body.append([key["geometry"], f"{key['rows']} x {key['length']}", key["method"], key["save"], *cells, off])
+    header = ["geometry", "batch", "method", "plan", "predicted, GiB", "measured, GiB", "off by"]
+    return table(header, body) if body else ""
+
+
+def rate(row: Row) -> float:
+    """Tokens per second."""
+    return row["key"]["rows"] * row["key"]["length"] / statistics.median(row["seconds"])
+
+
+def _steps_table(rows: list[Row], brief: bool = False) -> str:
+    """Rates over that of peft's fastest of the same geometry, batch and rank, and of its frugalest."""
+    rows = [row for row in rows if row["key"]["side"] != "trace"]
+    body = []
+    for row in sorted(
+        rows, key=lambda row: [str(row["key"][n]) for n in ("geometry", "rank", "rows", "side")] + [rate(row)]
+    ):
+        key = row["key"]
+        same = {name: key[name] for name in ("geometry", "rows", "length", "rank")}
+        peers = [r for r in rows if _is(r, side="peft", **same)]
+        if brief and (key["rank"] != 16 or key.get("products") == "xla" or not peers):
+            continue
+        fastest = max(map(rate, peers), default=None)
+        frugal = min(peers, key=lambda r: r.get("peak") or float("inf"), default=None)
+        how = [key["save"], key.get("products") or key.get("mode"), key.get("adapters"), key.get("attention")]
+        own = [f"{rate(row):,.0f}", "" if row.get("peak") is None else f"{row['peak'] / GIB:.1f}"]
+        over = [f"{rate(row) / other:.2f}" if other else "" for other in (fastest, frugal and rate(frugal))]
+        size = f"{key['rows']} x {key['length']}"
+        words = [key["side"], key["base"], ", ".join(filter(None, how))]
+        body.append([size, *words, *own, *over] if brief else [key["geometry"], key["rank"], size, *words, *own, *over])
+    header = ["batch", "side", "base", "how", "tokens/s", "peak, GiB", "over peft's fastest", "over peft's smallest"]
+    return table(header if brief else ["geometry", "rank", *header], body) if body else ""
+
+
+def _traces(rows: list[Row], layers: list[Row]) -> str:
+    ceiling = max((max(row["flops"].values()) for row in layers if row["key"]["kind"] == "ceiling"), default=None)
+    text = ""
+    for row in [row for row in rows if row["key"]["side"] == "trace"]:
+        total = sum(row["kinds"].values())
+        key = {name: value for name, value in row["key"].items() if name != "side"}
+        text += f"{_words(key)}: {total:.3f} s of kernels"
+        if ceiling:
+            text += f"; its matrix products at this card's ceiling {row['flops'] / ceiling:.3f} s"
+        kinds = [[kind, f"{1e3 * seconds:.1f}", f"{seconds / total:.1%}"] for kind, seconds in row["kinds"].items()]
+        text += "\n\n" + table(["kind", "ms", "share"], kinds) + "\n"
+        top = [[name, f"{1e3 * seconds:.2f}", calls] for name, seconds, calls in row["top"][:12]]
+        text += table(["kernel", "ms", "calls"], top) + "\n"
+    return text.rstrip("\n")
+
+
+def _fits_table(rows: list[Row]) -> str:
+    body = []
+    for row in rows:
+        key, named = row["key"], row["named"]
+        tries = [
+            f"runs, {found['measured'] / GIB:.2f} GiB" if found["runs"] else "does not fit"
+            for found in (row["once"], row["twice"])
+        ]
+        what = "largest batch" if key["extent"] == "rows" else "longest sequence"
+        size = f"{named['rows']} x {named['length']}"
+        body.append([key["geometry"], key["method"], key["save"], what, size, *tries])
+    return table(["geometry", "method", "plan", "what", "named", "tried", "twice that"], body) if body else ""
