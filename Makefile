@@ -17,8 +17,8 @@ NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/
   $(wildcard tests/pallas_kernels)
 # Once more under the flag with which JAX will make another thing of `checkpoint_name`: what finds names on the trace,
 # plans over the names of one family of models, and reversible layers, which have them in branches. Other families and
-# methods, types, dropout and sharding meet names in the same place. Not before JAX 0.12: 0.10 has the flag or not, but no
-# vmap of names under it, without which no model is initialised.
+# methods, types, dropout and sharding meet names in the same place. Not before JAX 0.12: under
+# the flag 0.10.2 has no vmap of names, without which no model is initialised.
 REMAT3_TESTS = tests/memory/programs_test.py tests/memory/residuals_test.py \
   tests/memory/reversible_test.py::test_the_backward_pass_computes_each_layer_again_once \
   tests/memory/reversible_test.py::test_evaluating_once_or_twice_is_the_same

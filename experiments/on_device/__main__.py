@@ -2,6 +2,7 @@
 
     python -m experiments.on_device                                  # on the device, from a source tree
     python -m experiments.on_device --minutes 9 --only layers,steps  # some steps; goes on where the last run ended
+    python -m experiments.on_device --name h100                      # beforehand, anywhere: what `fits` is to try
     python -m experiments.on_device --draw                           # tables, and the README's section, from the data
 
 Steps, in the order of their worth; each has its share of the time, writes its rows the moment they are there, and
@@ -35,7 +36,7 @@ from typing import Any
 from experiments.on_device import process
 from experiments.on_device.record import RESULTS, Record, Row, commit, today
 from experiments.on_device.worker import STEPS, module
-from jaxpeft.memory.kinds import GPU_FRACTION
+from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS
 
 # Of the time that is left when a step begins, beside the shares of those after it.
 SHARES = {"kernels": 3.0, "layers": 6.0, "plans": 4.0, "steps": 8.0, "fits": 4.0}
@@ -56,7 +57,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from experiments.on_device import report
 
             return report.main(args.out)
-        return _measure(args)
+        return _name(args) if args.name else _measure(args)
     except ValueError as error:
         print(f"experiments.on_device: {error}", file=sys.stderr)
         return 2
@@ -74,6 +75,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--again", action="store_true", help="measure what has been measured, too")
     parser.add_argument("--match", default="", help="only rows whose key, as JSON, this regular expression is found in")
     parser.add_argument("--commit", help="of the source tree, where git is not there to say")
+    parser.add_argument("--name", metavar="TARGET", help="only find the largest that fits a target; needs no device")
     parser.add_argument("--draw", action="store_true", help="draw tables from the data; measure nothing")
     args = parser.parse_args(arguments)
     args.steps = [step.strip() for step in args.only.split(",") if step.strip()]
@@ -98,7 +100,7 @@ def _measure(args: argparse.Namespace) -> int:
     except RuntimeError as error:
         raise ValueError(f"JAX shows no device: {error}") from None
     toy = header["platform"] == "cpu"
-    folder = args.out or RESULTS / re.sub(r"[^a-z0-9]+", "-", header["device"].lower()).strip("-")
+    folder = args.out or _folder(header["device"])
     if toy and args.out is None:
         raise ValueError("this is a CPU, where sizes are toys and figures of nothing: name a folder with --out")
     say = lambda text: print(text, file=sys.stderr, flush=True)
@@ -128,15 +130,18 @@ def _step(step: str, record: Record, header: Row, toy: bool, deadline: float, st
     every = [key for key in every if not _wants(key) & set(header["missing"])]
     done = lambda key: not args.again and _done(record.find({"key": key}))
     left = [key for key in every if not done(key)]
+    named = {json.dumps(key): (record.find({"key": key}) or {}).get("named") for key in left}
+    tasks = [{**key, "named": named[json.dumps(key)]} if named[json.dumps(key)] else key for key in left]
     environment = dict(SHARED)
     if step in ("layers", "steps") and (record.file.parent / "tuned.json").exists():
         environment["PALLAS_KERNELS_TUNED"] = str((record.file.parent / "tuned.json").resolve())
     room = int(0.9 * (header["bytes_limit"] or 4 << 30)) if step in ("kernels", "plans") else None
     say(f"{step}: {len(every) - len(left)} rows are there, {len(left)} to go")
     log = lambda key, text: _log(text)
-    for key, row in process.rows(
-        step, left, toy, header["device"], environment, deadline, own.PATIENCE, own.ahead, room, log
+    for task, row in process.rows(
+        step, tasks, toy, header["device"], environment, deadline, own.PATIENCE, own.ahead, room, log
     ):
+        key = {name: value for name, value in task.items() if name != "named"}
         words = " ".join(str(value) for value in key.values())
         if row.get("late"):
             say(f"{step}: {words}: no time left")
@@ -156,8 +161,8 @@ def _wants(key: Row) -> set[str]:
 
 
 def _done(row: Row | None) -> bool:
-    """Whether a row has been measured."""
-    return row is not None and "failed" not in row
+    """Whether a row has been measured, and not only named."""
+    return row is not None and "failed" not in row and set(row) - {"key", "target", "named"} != set()
 
 
 def _short(row: Row) -> str:
@@ -170,6 +175,30 @@ def _log(text: str) -> None:
     if os.environ.get("ON_DEVICE_LOG"):
         with open(os.environ["ON_DEVICE_LOG"], "a") as out:
             out.write(text[-6000:] + "\n----\n")
+
+
+def _name(args: argparse.Namespace) -> int:
+    """Finds what `fits` is to try on a target of `jaxpeft plan`, which takes its compiler minutes and no device."""
+    import jax
+
+    from experiments.on_device import fits
+    from jaxpeft.memory import targets
+
+    jax.config.update("jax_platforms", "cpu")
+    target = targets.target(args.name)
+    device = TARGETS[target.kind].names[0]
+    record = Record(args.out or _folder(device), "fits")
+    record.header = record.header or {"device": device}
+    for key in fits.keys(False):
+        if re.search(args.match, json.dumps(key)) and record.find({"key": key}) is None:
+            named = fits.largest(key, key["extent"], target)
+            record.add({"key": key, "target": target.name, "named": named})
+            print(f"fits: {' '.join(key.values())}: {named}", file=sys.stderr, flush=True)
+    return 0
+
+
+def _folder(device: str) -> Path:
+    return RESULTS / re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _write_tiles(table: dict[str, Any], folder: Path, figures: bool) -> None:

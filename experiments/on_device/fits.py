@@ -1,6 +1,6 @@
 """Step 5: what fits. The largest batch and the longest sequence that `jaxpeft plan --largest` names, tried.
 
-What it names must run; twice that must fail for want of memory. A try is two steps from random numbers, in a process of
+What it names must run; twice that must fail for want of memory. A try is a step from random numbers, in a process of
 its own that may take as much of the memory as `jaxpeft train` lets JAX take.
 """
 
@@ -15,7 +15,7 @@ from experiments.on_device.record import Prepared, Row
 
 PATIENCE = 280.0
 START = {"llama3.1-8b": (4, 2048), "llama3.2-1b": (8, 2048), "toy": (2, 64)}
-CASES = (("llama3.1-8b", "lora", "blocks"), ("llama3.1-8b", "lora", "matmuls"), ("llama3.2-1b", "full", "matmuls"))
+CASES = (("llama3.1-8b", "lora", "matmuls"), ("llama3.1-8b", "lora", "blocks"), ("llama3.2-1b", "full", "matmuls"))
 
 
 def keys(toy: bool) -> Iterator[Row]:
@@ -31,14 +31,20 @@ def ahead(key: Row) -> int:
 
 
 def prepare(key: Row, toy: bool, device: str) -> Prepared:
-    """Finds the largest; measuring tries it, and twice that. A key {"attempt": sizes} is one such try."""
+    """Finds the largest, unless it was "named" before; measuring tries it, and twice that.
+
+    A key {"attempt": sizes} is one such try.
+    """
     if "attempt" in key:
-        return plans.compiled(plans.step_of(key["attempt"]))
+        return plans.compiled(plans.step_of(key["attempt"]), times=1)
     import jax
 
     jax.config.update("jax_platforms", "cpu")
-    target, own = plans.target_of(device), {name: value for name, value in key.items() if name != "extent"}
-    if toy or target is None:
+    target = plans.target_of(device)
+    own = {name: value for name, value in key.items() if name not in ("extent", "named")}
+    if "named" in key:
+        named, searched = key["named"], {"target": target.name if target else None}
+    elif toy or target is None:
         rows, length = START[key["geometry"]]
         named, searched = {"rows": rows, "length": length}, {}
     else:
@@ -56,6 +62,7 @@ def largest(key: Row, extent: str, target: Any) -> Row:
     """{"rows", "length"} of the largest that fits: rows of START's length, or the length of one row."""
     from jaxpeft.memory import planner, search
 
+    key = {name: value for name, value in key.items() if name != "extent"}
     length = START[key["geometry"]][1]
     sizes = lambda n: {"rows": n, "length": length} if extent == "rows" else {"rows": 1, "length": n}
     total = lambda n: planner.row(plans.step_of({**key, **sizes(n)}), target)["bytes"]["total"]

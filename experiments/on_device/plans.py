@@ -82,8 +82,8 @@ def prepare(key: Row, toy: bool, device: str) -> Prepared:
     return Prepared(lambda: {**predicted, **run.measure()}, predicted.get("predicted", 0) + BESIDES)
 
 
-def compiled(step: Any) -> Prepared:
-    """A step, compiled for the attached device; measuring runs it twice and reads the allocator's peak."""
+def compiled(step: Any, times: int = 2) -> Prepared:
+    """A step, compiled for the attached device; measuring runs it so often and reads the allocator's peak."""
     import jax
 
     executable = jax.jit(step.function, donate_argnums=0).lower(step.state, step.batch).compile()
@@ -97,7 +97,8 @@ def compiled(step: Any) -> Prepared:
 
         state, batch = filled(step.state), filled(step.batch)
         before = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
-        state, _ = executable(state, batch)
+        for _ in range(times - 1):
+            state, _ = executable(state, batch)
         try:
             peak = targets.measured_peak(executable, state, batch)
         except InputError:  # a CPU counts nothing

@@ -109,7 +109,7 @@ def name_of(eqn: Any) -> str | None:
     if eqn.primitive.name == "name":
         return eqn.params["name"]
     # Known by their classes' names: importable only from JAX's internals, and other classes have parameters "name" too.
-    applied = eqn.params["_prim"] if eqn.primitive.name == "call_hi_primitive" else None
+    applied: Any = eqn.params["_prim"] if eqn.primitive.name == "call_hi_primitive" else None
     return applied.params["name"] if type(applied).__name__ in ("CheckpointName", "CheckpointNameFwd") else None
 
 

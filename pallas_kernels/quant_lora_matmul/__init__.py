@@ -3,8 +3,8 @@
     y = x deq(W) + s (drop(x) A) B
 
 A TPU's kernels unpack W tile by tile in VMEM, in both directions. Elsewhere W is unpacked whole before the product, in
-both passes again (on a GPU, for few rows, in the product's kernel); none is kept for the backward pass. W has no gradient.
-Everything else (z, dropout, what is kept) is lora_matmul's.
+both passes again (on a GPU, for few rows, in the product's kernel); none is kept for the backward pass. W has no
+gradient. Everything else (z, dropout, what is kept) is lora_matmul's.
 
 Source: Dettmers et al. 2023, "QLoRA", arXiv:2305.14314.
 """

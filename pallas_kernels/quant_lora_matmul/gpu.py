@@ -5,9 +5,9 @@ z and e have nothing to do with W: they are lora_matmul's `low_product`. What is
     product     y = x W + drop(z^T B)        (T, m)      for dx, W and B are W^T and A^T, read transposed
 
 over the codes of W, which come by TMA as they lie in memory, are turned into bfloat16 in registers, and never exist in
-another form outside a streaming multiprocessor. Scales are read decoded, (n / group, m) float32. It is for few rows: each
-tile of rows unpacks all of W, so from UNPACKED rows on (or without a `config` that asks for the kernel) W is unpacked to
-memory, and the products are lora_matmul's.
+another form outside a streaming multiprocessor. Scales are read decoded, (n / group, m) float32. It is for few rows:
+each tile of rows unpacks all of W, so from UNPACKED rows on, unless a `config` asks for the kernel, W is unpacked to
+memory and the products are lora_matmul's.
 
 A tile is `rows` (128 or 256) by 128; each warpgroup has half of the rows, so both multiply by the same W. A panel is
 the W of 64 steps of the sum in bfloat16: (64, 128), or (128, 64) for W^T. Each warpgroup unpacks one half of it,
@@ -27,8 +27,8 @@ there, z^T B goes into the same sums, unless it has a mask.
 
 By count of instructions, unpacking an element takes about 8 for int4 and int8, and 25 for nf4 (a tree of selects over
 the 16 values; there is no look-up in registers), once per tile of rows: at 128 rows more than the tensor cores take for
-nf4 (five times as much on an H100), at 256 half of that, but then sums and codes together exceed the registers, and about
-50 of them are spilled.
+nf4 (five times as much on an H100), at 256 half of that, but then sums and codes together exceed the registers, and
+about 50 of them are spilled.
 
 Traffic: as lora_matmul's, with W's share 2 to 4 times less.
 """
