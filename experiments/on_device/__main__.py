@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.on_device import process
-from experiments.on_device.record import RESULTS, Record, Row, commit, today
+from experiments.on_device.record import RESULTS, Record, Row, commit, now
 from experiments.on_device.worker import STEPS, module
 from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS
 
@@ -110,7 +110,7 @@ def _measure(args: argparse.Namespace) -> int:
     records = {step: Record(folder, step) for step in STEPS}
     for step in args.steps:
         records[step].begin(header)
-    stamp = {"commit": args.commit or commit(), "date": today()}
+    stamp = {"commit": args.commit or commit(), "run": now()}
     bad = 0
     for i, step in enumerate(args.steps):
         share = SHARES[step] / sum(SHARES[later] for later in args.steps[i:])

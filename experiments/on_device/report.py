@@ -51,7 +51,7 @@ def records(folder: Path) -> dict[str, Record]:
 
 def good(record: Record) -> list[Row]:
     """Its rows that were measured."""
-    return [row for row in record.rows if "failed" not in row]
+    return [row for row in record.rows if "failed" not in row and "run" in row]
 
 
 def where(found: dict[str, Record]) -> str:
@@ -246,27 +246,42 @@ def rate(row: Row) -> float:
 
 
 def _steps_table(rows: list[Row], brief: bool = False) -> str:
-    """Rates over that of peft's fastest of the same geometry, batch and rank, and of its frugalest."""
-    rows = [row for row in rows if row["key"]["side"] != "trace"]
+    """Rates over that of peft's fastest of the same geometry, batch and rank, and of its smallest."""
+    rows = _as_ours(rows)
     body = []
-    for row in sorted(
-        rows, key=lambda row: [str(row["key"][n]) for n in ("geometry", "rank", "rows", "side")] + [rate(row)]
-    ):
+    order = ("geometry", "rank", "rows", "side")
+    for row in sorted(rows, key=lambda row: [*(str(row["key"][name]) for name in order), rate(row)]):
         key = row["key"]
         same = {name: key[name] for name in ("geometry", "rows", "length", "rank")}
-        peers = [r for r in rows if _is(r, side="peft", **same)]
+        peers = [other for other in rows if _is(other, side="peft", **same)]
         if brief and (key["rank"] != 16 or key.get("products") == "xla" or not peers):
             continue
-        fastest = max(map(rate, peers), default=None)
-        frugal = min(peers, key=lambda r: r.get("peak") or float("inf"), default=None)
         how = [key["save"], key.get("products") or key.get("mode"), key.get("adapters"), key.get("attention")]
         own = [f"{rate(row):,.0f}", "" if row.get("peak") is None else f"{row['peak'] / GIB:.1f}"]
-        over = [f"{rate(row) / other:.2f}" if other else "" for other in (fastest, frugal and rate(frugal))]
-        size = f"{key['rows']} x {key['length']}"
-        words = [key["side"], key["base"], ", ".join(filter(None, how))]
-        body.append([size, *words, *own, *over] if brief else [key["geometry"], key["rank"], size, *words, *own, *over])
+        over = ["", ""]
+        if peers:
+            over = [_over(row, max(peers, key=rate)), _over(row, min(peers, key=lambda r: r.get("peak") or 2**60))]
+        words = [f"{key['rows']} x {key['length']}", key["side"], key["base"], ", ".join(filter(None, how))]
+        body.append([*([] if brief else [key["geometry"], key["rank"]]), *words, *own, *over])
     header = ["batch", "side", "base", "how", "tokens/s", "peak, GiB", "over peft's fastest", "over peft's smallest"]
-    return table(header if brief else ["geometry", "rank", *header], body) if body else ""
+    note = "\n~: measured in two runs of the command, perhaps on two cards of one kind.\n"
+    text = table(header if brief else ["geometry", "rank", *header], body) if body else ""
+    return text + (note if "~" in text else "")
+
+
+def _as_ours(rows: list[Row]) -> list[Row]:
+    """The steps, those that were traced among them where they were not timed apart."""
+    found = [row for row in rows if row["key"]["side"] != "trace"]
+    for row in rows:
+        key = {**row["key"], "side": "ours"}
+        if row["key"]["side"] == "trace" and not any(other["key"] == key for other in found):
+            found.append({**row, "key": key})
+    return found
+
+
+def _over(row: Row, peer: Row) -> str:
+    """How often as fast, with a mark where the two were not measured in one run."""
+    return f"{rate(row) / rate(peer):.2f}" + ("" if row.get("run") == peer.get("run") else " ~")
 
 
 def _traces(rows: list[Row], layers: list[Row]) -> str:

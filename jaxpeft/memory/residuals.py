@@ -45,7 +45,6 @@ from jaxpeft.memory.loop import Static, join, loop_over
 from jaxpeft.memory.plan import INPUT, Plan, action_of, parse
 from jaxpeft.memory.programs import Kept, Programs, decide
 from jaxpeft.model import Batch, Model, Stack, scan_layers
-from pallas_kernels.uninitialised import uninitialised
 
 
 def default_plan(model: Model) -> Plan:
@@ -276,7 +275,7 @@ def _empty(shape, action: str, steps: int):
     """Where all steps' values are written; None for what is offloaded."""
     if action == "offload":
         return None
-    return jax.tree.map(lambda x: uninitialised((steps, *x.shape), x.dtype), _stored(shape, action))
+    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), _stored(shape, action))
 
 
 @functools.cache
