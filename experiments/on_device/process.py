@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -35,7 +36,8 @@ class Worker:
             env={**os.environ, **environment},
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
         self.say(json.dumps({"step": step, "key": key, "toy": toy, "device": device}))
 
     def _read(self) -> None:
@@ -46,11 +48,9 @@ class Worker:
 
     def say(self, line: str) -> None:
         """Writes a line to its stdin; one that has ended does not read it."""
-        try:
+        with contextlib.suppress(OSError):
             self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
-        except OSError:
-            pass
 
     def hear(self, seconds: float) -> str | None:
         """Its next line; None if it has ended without one. Raises TimeoutError."""
@@ -63,6 +63,10 @@ class Worker:
         """Ends it, and gives the last of what it wrote to stderr."""
         self.process.kill()
         self.process.wait()
+        self._reader.join(10)
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()
         self.log.seek(0)
         text = self.log.read()
         self.log.close()

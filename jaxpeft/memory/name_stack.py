@@ -10,8 +10,8 @@ import re
 SCOPE = re.compile(r"(?:^|/)(save|read|grad):([^\"]*?)(?=/(?:[a-z_0-9]+(?:\(|$)|save:|read:|$)|$)")
 # Tokens of a name stack that say how something is computed, not whose it is.
 HOW = re.compile(
-    r"while|body|cond|grad|branch_\d+_fun|closed_call|core_call|checkpoint|rematted_computation|remat\d?|pjit|scan"
-    r"|custom_[jv][vj]p(_call)?(_jaxpr)?|shard_map|.*\.(linear|__call__)"
+    r"while|body|cond|grad|branch_\d+_fun|closed_call|core_call|eval_jaxpr|checkpoint|rematted_computation|remat\d?"
+    r"|pjit|scan|custom_[jv][vj]p(_call)?(_jaxpr)?|shard_map|.*\.(linear|__call__)"
 )
 _WRAPPED = re.compile(r"(?:jvp|transpose|vmap|checkpoint|remat)\((.*)\)")
 
