@@ -7,7 +7,7 @@ from experiments.memory import common
 
 
 def test_the_kernels_cost_no_memory():
-    """The committed figures: a document drawn from them, the docstring's numbers, kernels hardly ever above plain JAX."""
+    """The committed figures: a document drawn from them, the docstring's numbers, kernels no more than plain JAX."""
     rows = memory.collect(common.Figures(memory.NAME), ["h200", "v5p"])
     assert memory.document(rows) == (common.RESULTS / f"{memory.NAME}.md").read_text()
     figures = {(row["target"], row["base"], row["products"]): row["temporaries"] / common.GIB for row in rows}
