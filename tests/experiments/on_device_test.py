@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +124,27 @@ def test_a_row_that_fails_leaves_the_others(monkeypatch):
     found = process.rows("kernels", wave, True, "cpu", {}, math.inf, 200.0, right.ahead)
     first, second = (row for _, row in found)
     assert first == {"failed": "KeyError: 'no such'"} and second["right"]
+
+
+BARE = """
+import sys
+for name in ("grain", "tyro", "tensorboardX", "matplotlib", "transformers"):
+    sys.modules[name] = None  # an import of it fails
+import jax, optax
+import jaxpeft as jp
+from experiments.on_device import fits, layers, plans, right, steps
+from jaxpeft.memory import planner, targets
+from pallas_kernels import attention, lora_matmul, multi_lora_matmul, quant_lora_matmul, tune
+step = plans.step_of({"geometry": "toy", "rows": 1, "length": 8, "method": "lora", "save": "matmuls"})
+jax.make_jaxpr(step.function)(step.state, step.batch)
+assert callable(targets.measured_peak) and plans.target_of("NVIDIA H100 80GB HBM3").name == "h100"
+"""
+
+
+def test_kernels_planner_and_step_import_only_what_they_use():
+    subprocess.run(
+        [sys.executable, "-c", BARE], check=True, cwd=record.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}
+    )
 
 
 def test_what_was_not_written_is_an_error():
