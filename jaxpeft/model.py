@@ -49,6 +49,26 @@ def first_position(x: jax.Array, batch: Batch) -> jax.Array:
     return x[:, 0]
 
 
+def reads_stacks(block: Callable[..., Any], like: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """The function, marked as one that takes a layer's frozen kernels where they lie (`pallas_kernels.stacked`).
+
+    It may do nothing with its layer's parameters but hand them on to modules whose products read them, as
+    `models.layers.Dense` does. A function around a block is not marked, and gets plain arrays, unless it marks itself.
+
+    Args:
+      block: to be marked.
+      like: marks `block` only if this one is marked.
+    """
+    if like is None or takes_stacks(like):
+        block.reads_stacks = True  # type: ignore[attr-defined]
+    return block
+
+
+def takes_stacks(block: Callable[..., Any]) -> bool:
+    """Whether `reads_stacks` has marked a block."""
+    return getattr(block, "reads_stacks", False)
+
+
 class Stack(NamedTuple):
     """A model as the functions that methods see.
 
@@ -61,8 +81,6 @@ class Stack(NamedTuple):
       () where a method has changed `block` in a way that has no parts
     init_cache: (rows, length) -> an empty cache for decoding, a pytree that `run` takes and gives back; None where the
       model does not decode
-    stacked: whether `block` takes frozen kernels as layers of the stacks that they lie in, as `models.layers.Dense`
-      does (see `pallas_kernels.stacked`)
     """
 
     embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
@@ -72,7 +90,6 @@ class Stack(NamedTuple):
     pool: Callable[[jax.Array, Batch], jax.Array] = last_position
     parts: tuple[Callable[..., tuple[jax.Array, Cache | None]], ...] = ()
     init_cache: Callable[[int, int], Cache] | None = None
-    stacked: bool = False
 
     def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
         """The stack with `block` and each of its parts replaced by `wrap` of it."""

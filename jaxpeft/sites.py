@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.model import Model
+from jaxpeft.model import Model, reads_stacks
 from jaxpeft.models.layers import Dense
 from pallas_kernels.stacked import taken
 
@@ -131,7 +131,7 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
             with adapted(f"{segment}/", ctx):
                 return function(layer, x, ctx, cache, segment)
 
-        return call
+        return reads_stacks(call, like=function)
 
     def head(params, x):
         with adapted("", {}):
@@ -184,7 +184,7 @@ def wrap(model: Model, name: str, adapter: nn.Module, modules: Sequence[str], se
             with nn.intercept_methods(intercept):
                 return function(*args, **named)
 
-        return call
+        return reads_stacks(call, like=function)
 
     return model._replace(init=init, stack=model.stack.map_layers(layer))
 

@@ -24,17 +24,20 @@ in the arguments, or a device that JAX does not show. docs/device.md says how to
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import json
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.on_device import process
-from experiments.on_device.record import RESULTS, Record, Row, commit, now
+from experiments.on_device.record import RESULTS, Record, Row, commit, measured, missing, now
 from experiments.on_device.worker import STEPS, module
 from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS
 
@@ -52,13 +55,17 @@ SHARED = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; see above for the exit status."""
     args = _parse(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that workers are ended
     try:
         if args.draw:
             from experiments.on_device import report
 
             return report.main(args.out)
         return _name(args) if args.name else _measure(args)
-    except ValueError as error:
+    except KeyboardInterrupt:
+        print("experiments.on_device: interrupted; what was measured is kept", file=sys.stderr)
+        return 130
+    except (ValueError, OSError) as error:
         print(f"experiments.on_device: {error}", file=sys.stderr)
         return 2
 
@@ -106,10 +113,15 @@ def _measure(args: argparse.Namespace) -> int:
     say = lambda text: print(text, file=sys.stderr, flush=True)
     say(f"{header['device']}, driver {header['driver']}, JAX {header['versions'].get('jax')}, figures to {folder}")
     if header["missing"]:
-        say(f"not installed: {', '.join(header['missing'])}; rows that need them are left out")
-    records = {step: Record(folder, step) for step in STEPS}
-    for step in args.steps:
-        records[step].begin(header)
+        say(f"not installed: {', '.join(header['missing'])}; what needs them, if anything, is left out")
+    with _alone(folder):
+        return _steps(args, folder, header, toy, end, say)
+
+
+def _steps(args: argparse.Namespace, folder: Path, header: Row, toy: bool, end: float, say: Any) -> int:
+    records = {step: Record(folder, step) for step in args.steps}
+    for record in records.values():
+        record.begin(header)
     stamp = {"commit": args.commit or commit(), "run": now()}
     bad = 0
     for i, step in enumerate(args.steps):
@@ -146,10 +158,15 @@ def _step(step: str, record: Record, header: Row, toy: bool, deadline: float, st
         if row.get("late"):
             say(f"{step}: {words}: no time left")
             continue
-        record.add({"key": key, **row, **stamp})
+        before = record.find({"key": key}) or {}
+        names = {name: before[name] for name in ("target", "named", "named_at") if name in before}
+        record.add({"key": key, **names, **row, **stamp})
         say(f"{step}: {words}: {_short(row)}")
         if step == "layers" and row.get("entries"):
             _write_tiles(own.table(record.rows, header["device"]), record.file.parent, header["figures"])
+    if not every:
+        say(f"{step}: no row matches {args.match!r}")
+        return 1
     if bad := len(every) - sum(_done(record.find({"key": key})) for key in every):
         say(f"{step}: {bad} rows failed or are left")
     return bad
@@ -161,8 +178,10 @@ def _wants(key: Row) -> set[str]:
 
 
 def _done(row: Row | None) -> bool:
-    """Whether a row has been measured, and not only named."""
-    return row is not None and "failed" not in row and set(row) - {"key", "target", "named"} != set()
+    """Whether a row has been measured, found right, and lacks no peer that is here now."""
+    if row is None or not measured(row) or row.get("right") is False:
+        return False
+    return not row.get("without") or bool(missing(row["without"]))
 
 
 def _short(row: Row) -> str:
@@ -186,15 +205,37 @@ def _name(args: argparse.Namespace) -> int:
 
     jax.config.update("jax_platforms", "cpu")
     target = targets.target(args.name)
+    if target.platform == "cpu" or target.chips > 1:
+        raise ValueError(f"--name {args.name}: one GPU or TPU is tried; name its kind, such as h100 or v5e")
     device = TARGETS[target.kind].names[0]
     record = Record(args.out or _folder(device), "fits")
-    record.header = record.header or {"device": device}
+    record.begin(record.header or {"device": device})
+    if record.header["device"] not in TARGETS[target.kind].names:
+        raise ValueError(f"{record.file}: figures of a {record.header['device']}, not of {target.name}")
     for key in fits.keys(False):
-        if re.search(args.match, json.dumps(key)) and record.find({"key": key}) is None:
+        if re.search(args.match, json.dumps(key)) and (args.again or record.find({"key": key}) is None):
             named = fits.largest(key, key["extent"], target)
-            record.add({"key": key, "target": target.name, "named": named})
+            record.add({"key": key, "target": target.name, "named": named, "named_at": args.commit or commit()})
             print(f"fits: {' '.join(key.values())}: {named}", file=sys.stderr, flush=True)
     return 0
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """While no other run is at a folder's figures.
+
+    Raises:
+      ValueError: if one is.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise ValueError(f"{folder}: another run is measuring into it; wait for it, or use another --out") from None
+    finally:
+        os.close(handle)
 
 
 def _folder(device: str) -> Path:

@@ -162,6 +162,7 @@ def _layer(key: Row, toy: bool) -> Callable[[], Row]:
             "m": shape.m,
             "seconds": {of: _short(timing.paired(group, rounds, inner).seconds) for of, group in groups.items()},
             **({"failed_functions": failed} if failed else {}),
+            **({} if theirs else {"without": ["torch", "peft"]}),
         }
 
     return measure

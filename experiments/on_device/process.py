@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from typing import Any
 from experiments.on_device.record import ROOT
 
 Key = dict[str, Any]
+_NESTED = "ON_DEVICE_WORKER"  # set in the environment of workers
 
 
 class Worker:
@@ -25,7 +27,7 @@ class Worker:
 
     def __init__(self, step: str, key: Any, toy: bool, device: str, environment: Mapping[str, str]):
         self.key, self.log = key, tempfile.TemporaryFile("w+")  # noqa: SIM115
-        self.need = 0
+        self.need, self.status = 0, 0
         self.process = subprocess.Popen(
             [sys.executable, "-m", "experiments.on_device.worker"],
             stdin=subprocess.PIPE,
@@ -33,7 +35,8 @@ class Worker:
             stderr=self.log,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **environment},
+            env={**os.environ, **environment, _NESTED: "1"},
+            start_new_session=_NESTED not in os.environ,  # a worker's own workers end with it
         )
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
@@ -60,9 +63,15 @@ class Worker:
             raise TimeoutError from None
 
     def end(self) -> str:
-        """Ends it, and gives the last of what it wrote to stderr."""
-        self.process.kill()
-        self.process.wait()
+        """Ends it, and whatever it has started, and gives what it wrote to stderr; "" if it was ended before."""
+        if self.log.closed:
+            return ""
+        if _NESTED in os.environ:
+            self.process.kill()
+        else:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+        self.status = self.process.wait()
         self._reader.join(10)
         for pipe in (self.process.stdin, self.process.stdout):
             with contextlib.suppress(OSError):
@@ -80,14 +89,16 @@ def ask(step: str, key: Any, environment: Mapping[str, str], seconds: float, toy
       RuntimeError: with the reason, if it finds nothing.
     """
     worker, until = Worker(step, key, toy, "", environment), time.monotonic() + seconds
-    said = _hear(worker, until)
-    if said is not None and said.startswith("ready"):
-        worker.say("go")
+    try:
         said = _hear(worker, until)
-    if said is not None and said.startswith("row "):
+        if said is not None and said.startswith("ready"):
+            worker.say("go")
+            said = _hear(worker, until)
+        if said is not None and said.startswith("row "):
+            return json.loads(said[4:])
+        raise RuntimeError(_failure(worker, said, until + 1, lambda key, text: None)["failed"])
+    finally:
         worker.end()
-        return json.loads(said[4:])
-    raise RuntimeError(_failure(worker, said, until + 1, lambda key, text: None)["failed"])
 
 
 def rows(
@@ -125,9 +136,8 @@ def rows(
         while not alone and len(wave) < len(left) and len(wave) < min(map(ahead, (*wave, left[len(wave)]))):
             wave.append(left[len(wave)])
         left = left[len(wave) :]
-        for worker, said in _wave(
-            [Worker(step, key, toy, device, environment) for key in wave], deadline, patience, room
-        ):
+        workers = [Worker(step, key, toy, device, environment) for key in wave]
+        for worker, said in _wave(workers, deadline, patience, room):
             if said is not None and said.startswith("row "):
                 log(worker.key, worker.end())
                 yield worker.key, json.loads(said[4:])
@@ -145,7 +155,17 @@ _NO_MEMORY = re.compile("RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)
 def _wave(
     workers: Sequence[Worker], deadline: float, patience: float, room: int | None
 ) -> Iterator[tuple[Worker, str | None]]:
-    """(worker, its last line) of rows that prepare at one time."""
+    """(worker, its last line) of rows that prepare at one time; whatever happens, none of them is left."""
+    try:
+        yield from _measured(workers, deadline, patience, room)
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+def _measured(
+    workers: Sequence[Worker], deadline: float, patience: float, room: int | None
+) -> Iterator[tuple[Worker, str | None]]:
     until = min(deadline, time.monotonic() + patience)
     waiting = []
     for worker in workers:
@@ -180,4 +200,5 @@ def _failure(worker: Worker, said: str | None, deadline: float, log: Callable[[K
         return {"late": True} if time.monotonic() >= deadline else {"failed": "took too long"}
     if said is not None and said.startswith("failed "):
         return {"failed": json.loads(said[7:])}
-    return {"failed": f"ended: {(text.strip().splitlines() or ['no message'])[-1][:300]}"}
+    last = (text.strip().splitlines() or ["no message"])[-1]
+    return {"failed": f"ended with status {worker.status}: {last[:300]}"}

@@ -20,7 +20,7 @@ DRIVER = ["nvidia-smi", "--query-gpu=driver_version,name,memory.total", "--forma
 
 # What the library needs for the steps here, and what it needs only elsewhere: said where it is missing.
 NEEDED = ("jax", "jaxlib", "flax", "optax", "numpy", "chex")
-ELSEWHERE = ("orbax.checkpoint", "grain", "tyro", "tensorboardX", "rich", "matplotlib", "safetensors", "tokenizers")
+ELSEWHERE = ("orbax.checkpoint", "grain", "tyro", "tensorboardX", "matplotlib", "safetensors", "tokenizers")
 PEERS = ("torch", "peft", "transformers", "bitsandbytes", "flash_attn")
 _DISTRIBUTION = {"orbax.checkpoint": "orbax-checkpoint"}
 
@@ -58,8 +58,8 @@ class Record:
             return
         try:
             written = json.loads(self.file.read_text())
-            self.rows = [dict(row) for row in written.pop("rows")]
-            self.header = dict(written)
+            self.rows = [{**row, "key": dict(row["key"])} for row in written.pop("rows")]
+            self.header = {**written, "device": str(written["device"])}
         except (ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise ValueError(f"{self.file}: is not a file of figures: {error!r}; move it away") from None
 
@@ -73,15 +73,22 @@ class Record:
         if before != header["device"]:
             raise ValueError(f"{self.file}: figures of a {before}, this is a {header['device']}; use another --out")
         self.header = dict(header)
+        self.write()
 
     def find(self, key: Mapping[str, Any]) -> Row | None:
         """The row with these values."""
         return next((row for row in self.rows if all(row.get(name) == value for name, value in key.items())), None)
 
     def add(self, row: Row) -> None:
-        """Adds a row, in place of one with the same key, and writes the file."""
-        key = row["key"]
-        self.rows = [*(other for other in self.rows if other["key"] != key), row]
+        """Adds a row, in place of one with the same key, and writes the file.
+
+        A failure takes nothing away: figures that are there stay, with the reason beside them, and so do names.
+        """
+        before = self.find({"key": row["key"]})
+        if before is not None and "failed" in row:
+            again = "failed_again" if measured(before) else "failed"
+            row = {**before, again: row["failed"]}
+        self.rows = [*(other for other in self.rows if other["key"] != row["key"]), row]
         self.write()
 
     def write(self) -> None:
@@ -92,6 +99,11 @@ class Record:
         part = self.file.with_name(f"{self.file.name}.part")
         part.write_text("{\n" + head + ',\n "rows": [\n' + lines + "\n ]\n}\n")
         os.replace(part, self.file)
+
+
+def measured(row: Row) -> bool:
+    """Whether a row has figures: it was run, and did not fail."""
+    return "run" in row and "failed" not in row
 
 
 def missing(names: Iterable[str]) -> list[str]:

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from experiments.memory.common import table
-from experiments.on_device.record import RESULTS, ROOT, Record, Row
-from experiments.on_device.worker import STEPS
+from experiments.on_device.record import RESULTS, ROOT, Record, Row, measured
+from experiments.on_device.worker import STEPS, module
 
 GIB = 2**30
 NOT_YET = "not measured yet"
@@ -23,6 +23,8 @@ BEGIN, END = "<!-- drawn by python -m experiments.on_device --draw -->", "<!-- e
 
 def main(folder: Path | None) -> int:
     """Draws the reports of the folders and, of the project's own results, the README's section."""
+    if folder is not None and not folder.is_dir():
+        raise ValueError(f"--out {folder}: there is no such folder")
     folders = [folder] if folder is not None else devices()
     for each in folders:
         (each / "report.md").write_text(report(each))
@@ -39,7 +41,13 @@ def devices() -> list[Path]:
 
 
 def with_section(readme: str, text: str) -> str:
-    """The README with this between its marks."""
+    """The README with this between its marks.
+
+    Raises:
+      ValueError: if it does not have both, once.
+    """
+    if (readme.count(BEGIN), readme.count(END)) != (1, 1) or readme.index(BEGIN) > readme.index(END):
+        raise ValueError(f"README.md: the marks {BEGIN!r} and {END!r} must be there, once, in this order")
     before, _, rest = readme.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
 
@@ -51,7 +59,7 @@ def records(folder: Path) -> dict[str, Record]:
 
 def good(record: Record) -> list[Row]:
     """Its rows that were measured."""
-    return [row for row in record.rows if "failed" not in row and "run" in row]
+    return [row for row in record.rows if measured(row)]
 
 
 def where(found: dict[str, Record]) -> str:
@@ -78,6 +86,7 @@ def section(folders: Sequence[Path]) -> str:
 
 def _of_device(found: dict[str, Record], folder: Path) -> str:
     lines = [
+        f"- **Measured so far**: {_so_far(found)}",
         f"- **Right**: {_right(good(found['kernels']))}",
         f"- **A layer**: {_layer(good(found['layers']))}",
         f"- **The plan**: {_plan(good(found['plans']))}",
@@ -89,13 +98,27 @@ def _of_device(found: dict[str, Record], folder: Path) -> str:
     return f"{where(found)} ({link}):\n\n" + "\n".join(lines) + f"\n\n{steps or NOT_YET}\n"
 
 
+def _so_far(found: dict[str, Record]) -> str:
+    """How much of the command's rows the figures are, and of which state of the code."""
+    if not _commits(found):
+        return NOT_YET
+    counts = [f"{step} {len(good(record))} of {len(list(module(step).keys(False)))}" for step, record in found.items()]
+    return f"rows of {', '.join(counts)}, at commits {', '.join(_commits(found))}; each row in the files has its own."
+
+
+def _commits(found: dict[str, Record]) -> list[str]:
+    """In the order of their runs."""
+    rows = [row for record in found.values() for row in good(record)]
+    return list(dict.fromkeys(row["commit"] for row in sorted(rows, key=lambda row: row["run"])))
+
+
 def _right(rows: list[Row]) -> str:
     if not rows:
         return NOT_YET
     worst = max(row["worst"] for row in rows)
     return (
         f"{sum(row['right'] for row in rows)} of {len(rows)} groups of the kernels' cases, in both directions, against "
-        f"float64 and into poisoned memory; the largest relative error is {worst:.1e}."
+        f"float64, most of it into poisoned memory; the largest relative error is {worst:.1e}."
     )
 
 
@@ -115,12 +138,14 @@ def _layer(rows: list[Row]) -> str:
 
 
 def _range(rows: Iterable[Row], name: str, to: str, of: str) -> tuple[float, float]:
-    ratios = [ratio(row["seconds"][of], name, to) for row in rows if {name, to} <= set(row["seconds"].get(of, {}))]
+    ratios = [found for row in rows if (found := ratio(row["seconds"].get(of, {}), name, to)) is not None]
     return (min(ratios), max(ratios)) if ratios else (float("nan"), float("nan"))
 
 
-def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float:
-    """The median of the ratios within the rounds."""
+def ratio(seconds: dict[str, list[float]], name: str, to: str) -> float | None:
+    """The median of the ratios within the rounds; None where one of the two failed."""
+    if name not in seconds or to not in seconds:
+        return None
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True))
 
 
@@ -130,10 +155,11 @@ def _plan(rows: list[Row]) -> str:
         return NOT_YET
     more = [(row["measured"] - row["predicted"]) / 2**20 for row in rows]
     large = [row["measured"] / row["predicted"] - 1 for row in rows if row["predicted"] >= 10 * GIB]
+    share = f", {min(large):.1%} to {max(large):.1%} for those above 10 GiB" if large else ""
     return (
         f"the peaks of {len(rows)} steps (full, LoRA, LoRA-FA and MEFT under their plans) were {min(more):,.0f} to "
-        f"{max(more):,.0f} MiB above what was predicted, {min(large):.1%} to {max(large):.1%} for those above 10 GiB "
-        "(the allocator leaves up to 128 MiB of a large piece unused)."
+        f"{max(more):,.0f} MiB above what was predicted{share} (the allocator leaves up to 128 MiB of a large piece "
+        "unused)."
     )
 
 
@@ -166,10 +192,17 @@ def report(folder: Path) -> str:
     if failed:
         body = [[step, _words(row["key"]), row["failed"].replace("|", "/")[:160]] for step, row in failed]
         parts.append(("What failed", table(["step", "row", "why"], body)))
-    commits = sorted({row.get("commit", "") for record in found.values() for row in record.rows} - {""})
+    toy = any(record.header.get("figures") is False for record in found.values())
+    commits = _commits(found) or [NOT_YET]
     text = f"# {where(found)}\n\nDrawn from the data beside this file by `python -m experiments.on_device --draw`; "
+    text += f"commits {', '.join(commits)}.\n\n"
     sections = (f"## {head}\n\n{body or NOT_YET}\n" for head, body in parts)
-    return text + f"commits {', '.join(commits)}.\n\n" + "\n".join(sections)
+    text += "Toy sizes on a CPU: these are figures of nothing.\n\n" if toy else ""
+    return text + "\n".join(sections)
+
+
+def _digits(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _words(key: Row) -> str:
@@ -205,8 +238,8 @@ def _layers_table(rows: list[Row]) -> str:
     for row in sorted(layers, key=lambda row: [str(row["key"][name]) for name in ("model", "map")]):
         for of, seconds in row["seconds"].items():
             key = row["key"]
-            cells = [f"{ratio(seconds, name, 'frozen'):.3f}" if name in seconds else "" for name in names]
-            frozen = f"{1e3 * statistics.median(seconds['frozen']):.3f}"
+            cells = [_digits(ratio(seconds, name, "frozen"), 3) for name in names]
+            frozen = f"{1e3 * statistics.median(seconds['frozen']):.3f}" if "frozen" in seconds else ""
             body.append([f"{key['model']} {key['map']}", key["rank"], key["rows"], of, frozen, *cells])
     return text + table(["map", "rank", "rows", "pass", "frozen, ms", *(f"{name}/frozen" for name in names)], body)
 
@@ -219,7 +252,7 @@ def _multi_table(rows: list[Row]) -> str:
             row["key"]["rank"],
             row["key"]["rows"],
             of,
-            *(f"{ratio(s, name, 'ours'):.2f}" for name in names),
+            *(_digits(ratio(s, name, "ours"), 2) for name in names),
         ]
         for row in rows
         if row["key"]["kind"] == "multi"
@@ -232,9 +265,10 @@ def _multi_table(rows: list[Row]) -> str:
 def _plans_table(rows: list[Row]) -> str:
     body = []
     for row in rows:
-        key, predicted, measured = row["key"], row.get("predicted"), row.get("measured")
-        off = f"{measured / predicted - 1:+.2%}" if measured and predicted else "does not fit"
-        cells = ["" if size is None else f"{size / GIB:.2f}" for size in (predicted, measured)]
+        key, predicted, peak = row["key"], row.get("predicted"), row.get("measured")
+        off = f"{peak / predicted - 1:+.2%}" if peak and predicted else ""
+        off = off if row.get("fits", True) else "does not fit"
+        cells = ["" if size is None else f"{size / GIB:.2f}" for size in (predicted, peak)]
         body.append([key["geometry"], f"{key['rows']} x {key['length']}", key["method"], key["save"], *cells, off])
     header = ["geometry", "batch", "method", "plan", "predicted, GiB", "measured, GiB", "off by"]
     return table(header, body) if body else ""

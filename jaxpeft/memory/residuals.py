@@ -44,7 +44,7 @@ from jaxpeft.memory.compressed import compress, decompress
 from jaxpeft.memory.loop import Static, join, loop_over
 from jaxpeft.memory.plan import INPUT, Plan, action_of, parse
 from jaxpeft.memory.programs import Kept, Programs, decide
-from jaxpeft.model import Batch, Model, Stack, scan_layers
+from jaxpeft.model import Batch, Model, Stack, scan_layers, takes_stacks
 
 
 def default_plan(model: Model) -> Plan:
@@ -86,7 +86,7 @@ def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]
         x, ctx = stack.embed(params, batch, key)
         for segment, first, end in tree.segments(params):
             block = functools.partial(stack.block, cache=None, segment=segment)
-            rest = (params[segment], x, ctx, key is not None, plan.tokens, shards, stack.stacked)
+            rest = (params[segment], x, ctx, key is not None, plan.tokens, shards, takes_stacks(stack.block))
             loop, leaves = loop_over(block, segment, range(first, end), *rest)
             x = join(_run(loop, plan, leaves, key))
         return x, None

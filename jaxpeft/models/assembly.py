@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import tree
-from jaxpeft.model import Batch, Model, Stack, first_position, scan_layers
+from jaxpeft.model import Batch, Model, Stack, first_position, reads_stacks, scan_layers
 
 
 def assemble(
@@ -84,7 +84,7 @@ def assemble(
         layers = jax.vmap(lambda k: block_module.init(k, x, ctx)["params"])(keys[2:])
         return {**own, "layers": layers, **head_module.init(keys[1], x, table(own)).get("params", {})}
 
-    stack = Stack(embed, block, head, scan_layers, pool, (attend, feed_forward), init_cache, stacked=True)
+    stack = Stack(embed, reads_stacks(block), head, scan_layers, pool, (attend, feed_forward), init_cache)
     return Model(init, stack, config)
 
 

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Model, Stack, scan_layers
+from jaxpeft.model import Batch, Model, Stack, reads_stacks, scan_layers
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import num_labels
 from jaxpeft.models.layers import Attention, Dense, GatedMLP, RMSNorm, rotary_tables
@@ -308,7 +308,7 @@ def decoder(config: DecoderConfig) -> Model:
 
     cache = functools.partial(init_cache, config)
     parts = (attend, feed_forward)
-    stack = Stack(embed, block, head, scan_layers, parts=parts, init_cache=cache, stacked=True)
+    stack = Stack(embed, reads_stacks(block), head, scan_layers, parts=parts, init_cache=cache)
     return Model(init, stack, config)
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -87,12 +88,14 @@ def test_the_readme_says_what_the_figures_say():
 
 def test_without_figures_it_says_so(tmp_path):
     assert "not measured yet" in report.section([])
-    assert report.section([tmp_path]).count("not measured yet") == 5
-    assert report.report(tmp_path).count("not measured yet") == 7
+    assert report.section([tmp_path]).count("not measured yet") == 6
+    assert report.report(tmp_path).count("not measured yet") == 8
 
 
 def test_mistakes(tmp_path, capsys):
     assert command.main(["--out", str(tmp_path), "--draw"]) == 0
+    assert command.main(["--draw", "--out", str(tmp_path / "none")]) == 2
+    assert "there is no such folder" in capsys.readouterr().err
     for words, said in (
         (["--only", "kernel"], "'kernel' is no step; known: kernels, layers, plans, steps, fits"),
         (["--minutes", "0"], "must be above 0"),
@@ -116,6 +119,54 @@ def test_figures_of_two_devices_are_kept_apart(tmp_path):
     assert again.rows == [{"key": {"a": 1}, "x": 2}] and again.header == {"device": "NVIDIA H100"}
     with pytest.raises(ValueError, match=r"figures of a NVIDIA H100, this is a cpu"):
         again.begin({"device": "cpu"})
+
+
+def test_a_failure_takes_no_figure_away(tmp_path):
+    found = Record(tmp_path, "fits")
+    found.begin({"device": "NVIDIA H100"})
+    key = {"a": 1}
+    found.add({"key": key, "named": {"rows": 2}})
+    found.add({"key": key, "failed": "out of memory", "run": "now"})
+    assert found.rows == [{"key": key, "named": {"rows": 2}, "failed": "out of memory"}]
+    found.add({"key": key, "named": {"rows": 2}, "runs": True, "run": "now"})
+    found.add({"key": key, "failed": "again", "run": "later"})
+    assert found.rows == [{"key": key, "named": {"rows": 2}, "runs": True, "run": "now", "failed_again": "again"}]
+
+
+def test_one_run_at_a_time(tmp_path):
+    with (
+        command._alone(tmp_path),
+        pytest.raises(ValueError, match="another run is measuring"),
+        command._alone(tmp_path),
+    ):
+        pass
+
+
+def test_a_size_is_named_for_one_device(tmp_path, capsys):
+    for target in ("cpu", "v5p:2x2x1"):
+        assert command.main(["--name", target, "--out", str(tmp_path)]) == 2
+        assert "one GPU or TPU is tried" in capsys.readouterr().err
+    Record(tmp_path, "fits").begin({"device": "TPU v5"})
+    assert command.main(["--name", "h100", "--out", str(tmp_path)]) == 2
+    assert "figures of a TPU v5, not of h100" in capsys.readouterr().err
+
+
+def test_a_worker_ends_with_what_it_started():
+    """A worker that has a worker of its own, ended before either is done."""
+    key = {"geometry": "toy", "method": "lora", "save": "matmuls", "extent": "rows"}
+    worker = process.Worker("fits", key, True, "cpu", {"JAX_PLATFORMS": "cpu"})
+    assert worker.hear(200).startswith("ready")
+    worker.say("go")
+    group = ["pgrep", "--runstates", "D,R,S", "-g", str(worker.process.pid)]  # not those that nobody has waited for
+    running = lambda: len(subprocess.run(group, capture_output=True, text=True).stdout.split())
+    until = time.monotonic() + 60
+    while running() < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    assert running() >= 2
+    worker.end()
+    while running() and time.monotonic() < until + 10:
+        time.sleep(0.1)
+    assert not running()
 
 
 def test_a_row_that_fails_leaves_the_others(monkeypatch):

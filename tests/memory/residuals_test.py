@@ -439,3 +439,19 @@ def test_a_model_that_runs_its_layers_itself_is_refused(page):
     with pytest.raises(InputError, match="--save matmuls: this model runs its layers in its own way"):
         residuals.remat(model)
     assert residuals.remat(model, "everything") is model
+
+
+def test_a_block_that_a_method_has_changed_gets_plain_arrays():
+    """A function around a block that computes with its layer's parameters: the same under every plan."""
+    base, params = tiny.model()
+
+    def scaled(function):
+        def call(layer, *args, **named):
+            return function(jax.tree.map(lambda leaf: 2 * leaf - jnp.mean(leaf), layer), *args, **named)
+
+        return call
+
+    model = base._replace(stack=base.stack.map_layers(scaled))
+    of = lambda model: jax.jit(lambda params: jp.completion_loss(model, params, packed())[0])(params)
+    assert np.allclose(of(model), of(residuals.remat(model, "matmuls")), rtol=1e-6)
+    assert not np.allclose(of(model), of(base), rtol=1e-3)
