@@ -179,7 +179,15 @@ def values(packed: Packed) -> jax.Array:
     if packed.format == "int8":
         return packed.codes.astype(jnp.float32)
     codes = unpack(packed.codes)
-    return jnp.asarray(NF4, jnp.float32)[codes] if packed.format == "nf4" else (codes - 8).astype(jnp.float32)
+    return _nf4(codes) if packed.format == "nf4" else (codes - 8).astype(jnp.float32)
+
+
+def _nf4(codes: jax.Array, bit: int = 3, first: int = 0) -> jax.Array:
+    """NF4[first + codes mod 2^(bit + 1)], float32, by a tree of selects: XLA fuses no look-up with what reads it."""
+    if bit < 0:
+        return jnp.float32(NF4[first])
+    upper = (codes >> bit) & 1 == 1
+    return jnp.where(upper, _nf4(codes, bit - 1, first + (1 << bit)), _nf4(codes, bit - 1, first))
 
 
 def scales(packed: Packed) -> jax.Array:

@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels import lora_matmul, timing, tuning
+from pallas_kernels import lora_matmul, packed, timing, tuning
 from pallas_kernels.lora_matmul import bench
 from pallas_kernels.lora_matmul.shapes import MODELS, Shape
 from pallas_kernels.tuning import Sizes
@@ -42,6 +42,9 @@ def calls(
     yield "lora_matmul", "low", thin, (x, a, seed), both
     yield "lora_matmul", "factor_gradient", factor, (z, x, seed), {"rate": 0.0}
     yield "lora_matmul", "factor_gradient", factor, (z, dy, seed), {"rate": 0.0}
+    nf4 = packed.quantize(w)
+    yield "quant_lora_matmul", "forward", lora_matmul.sizes_of_both, (x, nf4, a, b, seed), both
+    yield "quant_lora_matmul", "input_gradient", lora_matmul.sizes_of_both, (dy, nf4, a, b, seed), both
 
 
 def candidates(

@@ -45,7 +45,8 @@ from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS
 SHARES = {"kernels": 3.0, "layers": 6.0, "plans": 4.0, "steps": 8.0, "fits": 4.0}
 # A process takes memory as it needs it, and at most as much as jaxpeft lets JAX take.
 SHARED = {
-    "XLA_PYTHON_CLIENT_MEM_FRACTION": str(GPU_FRACTION),
+    "XLA_CLIENT_MEM_FRACTION": str(GPU_FRACTION),
+    "XLA_PYTHON_CLIENT_MEM_FRACTION": "",  # the old name; JAX refuses both at a time
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
     "PYTHONUNBUFFERED": "1",
     "TF_CPP_MIN_LOG_LEVEL": "2",

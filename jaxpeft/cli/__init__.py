@@ -98,7 +98,8 @@ def _without_accelerator() -> bool:
 def _main(argv: list[str]) -> int:
     if _without_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_FRACTION))  # what plans count on
+    if not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the old name; JAX refuses both at a time
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", str(GPU_FRACTION))  # what plans count on
     if not argv or argv[0] in ("-h", "--help"):
         width = max(map(len, COMMANDS)) + 2
         lines = [f"  {name:{width}}{summary}" for name, (_, summary) in COMMANDS.items()]

@@ -6,7 +6,7 @@ the largest program that it accepts, to the MiB (the rest of the chip's memory i
 GPU: dense bf16 rates from NVIDIA's data sheets; everything else as the CUDA driver reports it on such a device
 (OpenXLA's xla/backends/gpu/target_config/specs; deviceQuery for the RTX 4090). A run can use less of the memory than
 the device has: CUDA's context, its libraries and graphs live outside the allocator. So JAX is given GPU_FRACTION of it
-(`XLA_PYTHON_CLIENT_MEM_FRACTION`, 0.75 unless set, which the `jaxpeft` command sets to this), and that is what a plan
+(`XLA_CLIENT_MEM_FRACTION`, 0.75 unless set, which the `jaxpeft` command sets to this), and that is what a plan
 may fill.
 """
 

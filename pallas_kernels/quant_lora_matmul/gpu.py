@@ -45,6 +45,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import lora_matmul as dense  # with its tiles, where a table has them
 from pallas_kernels import mosaic_gpu as gpu
 from pallas_kernels import packed
 from pallas_kernels.lora_matmul import gpu as lora
@@ -80,8 +81,7 @@ def forward(
     """(y (T, m), z (r, T)); see reference.py."""
     (t, n), (r, m) = x.shape, b.shape
     if config is None and t >= UNPACKED:
-        w = packed.dequantize(taken(w), x.dtype)
-        return lora.forward(x, w, a, b, seed, scale=scale, rate=rate, interpret=interpret)
+        return dense.forward(x, packed.dequantize(taken(w), x.dtype), a, b, seed, scale=scale, rate=rate)
     config = config or default_config(t, n, m, r)
     x, (a, b) = lora.whole_rows(x), lora.whole_ranks(a, b)
     low = lora.Config(blocks=config.blocks)
@@ -96,8 +96,7 @@ def input_gradient(
     """(dx (T, n), e (r, T)); see reference.py."""
     (t, m), (n, r) = dy.shape, a.shape
     if config is None and t >= UNPACKED:
-        w = packed.dequantize(taken(w), dy.dtype)
-        return lora.input_gradient(dy, w, a, b, seed, scale=scale, rate=rate, interpret=interpret)
+        return dense.input_gradient(dy, packed.dequantize(taken(w), dy.dtype), a, b, seed, scale=scale, rate=rate)
     config = config or default_config(t, m, n, r)
     dy, (a, b) = lora.whole_rows(dy), lora.whole_ranks(a, b)
     low = lora.Config(blocks=config.blocks)
@@ -142,7 +141,9 @@ def candidates(rows: int, n: int, m: int, r: int) -> list[Config]:
 
 
 def configs(function: str, *args) -> list[Config]:
-    """The candidates of a call function(*args), the default first."""
+    """The candidates of a call function(*args), the default first; none where W is unpacked before the product."""
+    if args[0].shape[0] >= UNPACKED:
+        return []
     n, m = args[1].shape if function == "forward" else args[1].shape[::-1]
     return candidates(args[0].shape[0], n, m, args[2].shape[-1])
 

@@ -129,3 +129,18 @@ def test_a_kernel_compiles(optimised, capfd, function, format, shape, rate):
     decoded = 4 * shape[1] * shape[2] // 64 if format == "nf4" else 0
     assert len(found.opcodes) > 2 if decoded else len(found.opcodes) == 2
     assert found.temporaries <= decoded * 1.01
+
+
+@pytest.mark.parametrize("function", ["forward", "input_gradient"])
+def test_many_rows_take_an_unpacked_kernel(optimised, capfd, function):
+    """The dense products, without spills; of memory there is one unpacked kernel, and its scales."""
+    n, m = 4096, 1024
+    given = structs(gpu.UNPACKED, n, m, 16, "nf4", 64)
+    args, static = [given[name] for name in ARGUMENTS[function]], {"scale": SCALE, "rate": 0.0}
+    assert gpu.configs(function, *args) == []
+    found = mosaic.compiled(capfd, getattr(gpu, function), *args, **static)
+    assert found.spills and not any(found.spills) and found.opcodes.count("custom-call") == 2
+    assert 2 * n * m <= found.temporaries <= 2 * n * m + 4 * n * m // 64 * 1.1
+    fewer = structs(gpu.UNPACKED - 8, n, m, 16, "nf4", 64)
+    found = mosaic.compiled(capfd, getattr(gpu, function), *[fewer[name] for name in ARGUMENTS[function]], **static)
+    assert found.temporaries < n * m // 8
