@@ -105,14 +105,17 @@ def test_without_a_device_that_has_kernels(tmp_path, capsys):
 
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 def test_every_call_of_the_tuner_has_candidates(platform):
-    """Of the file that the attached device's platform would have; the first is the rule's own choice."""
+    """Of the file that the attached device's platform would have; the first is the rule's own choice.
+
+    Few rows: for many, a GPU's packed kernels are unpacked before the product, and there is no choice.
+    """
     import importlib
 
     shape = tune.MODELS["llama3-1b"][1]
-    for package, function, sizes, args, static in tune.calls(shape, 16, 256, jnp.bfloat16):
+    for package, function, sizes, args, static in tune.calls(shape, 16, 128, jnp.bfloat16):
         file = importlib.import_module(f"pallas_kernels.{package}.{platform}")
         assert getattr(file, f"supports_{function}")(*args, **static), function
         configs = file.configs(function, *args)
         assert configs and len(set(configs)) == len(configs)
         assert all(isinstance(config, file.Config) for config in configs)
-        assert sizes(*args).rows == 256
+        assert sizes(*args).rows == 128
