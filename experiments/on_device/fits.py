@@ -14,6 +14,8 @@ from experiments.on_device import plans, process
 from experiments.on_device.record import Prepared, Row
 
 PATIENCE = 280.0
+# JAX's allocator in one piece, as in `jaxpeft train`: one that grows by regions has no room for 58 GiB beside 16.
+ALONE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "true"}
 START = {"llama3.1-8b": (4, 2048), "llama3.2-1b": (8, 2048), "toy": (2, 64)}
 CASES = (("llama3.1-8b", "lora", "matmuls"), ("llama3.1-8b", "lora", "blocks"), ("llama3.2-1b", "full", "matmuls"))
 
@@ -78,7 +80,7 @@ def largest(key: Row, extent: str, target: Any) -> Row:
 def attempt(key: Row) -> Row:
     """{"runs": whether the step of these sizes runs, "measured": its peak, or "why" not}."""
     try:
-        found = process.ask("fits", {"attempt": key}, {}, PATIENCE / 2)
+        found = process.ask("fits", {"attempt": key}, ALONE, PATIENCE / 2)
     except RuntimeError as error:
         if not re.search("RESOURCE_EXHAUSTED|out of memory", str(error), re.IGNORECASE):
             raise
