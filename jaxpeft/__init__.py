@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from jaxpeft.errors import InputError
     from jaxpeft.hf import load_pretrained, save_pretrained
-    from jaxpeft.memory.residuals import remat
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.full import full
     from jaxpeft.methods.lora import lora
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Model, Stack, from_linen, from_nnx
     from jaxpeft.peft import export_adapter, import_adapter
+    from jaxpeft.remat.residuals import remat
     from jaxpeft.train.loss import classification_loss, completion_loss
     from jaxpeft.train.state import TrainState, init_state
     from jaxpeft.train.step import make_train_step
@@ -50,7 +50,7 @@ _MODULE_OF = {
     "lst": "methods.lst",
     "make_train_step": "train.step",
     "meft": "methods.meft",
-    "remat": "memory.residuals",
+    "remat": "remat.residuals",
     "save_pretrained": "hf",
     "setup": "method",
     "sherl": "methods.sherl",

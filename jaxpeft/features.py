@@ -17,8 +17,8 @@ import jax.numpy as jnp
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory.loop import num_groups
 from jaxpeft.model import Batch, Cache, Model, Stack
+from jaxpeft.remat.loop import num_groups
 
 
 class Features(NamedTuple):

@@ -29,8 +29,8 @@ import numpy as np
 import jaxpeft as jp
 from experiments.memory import common
 from jaxpeft import assets
-from jaxpeft.memory import residuals
-from jaxpeft.memory.flops import count_flops
+from jaxpeft.remat import residuals
+from jaxpeft.remat.flops import count_flops
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
 from jaxpeft.train.task import TASKS
 

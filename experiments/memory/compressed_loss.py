@@ -36,7 +36,7 @@ import tyro
 import jaxpeft as jp
 from jaxpeft.data import eval_batches, load_examples, make_batches
 from jaxpeft.hf import load_tokenizer
-from jaxpeft.memory import residuals
+from jaxpeft.remat import residuals
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

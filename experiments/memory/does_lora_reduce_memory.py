@@ -32,9 +32,9 @@ import jaxpeft as jp
 from experiments.memory import common
 from experiments.memory.common import GIB
 from jaxpeft.memory.bars import COLORS
-from jaxpeft.memory.planner import CATEGORIES
 from jaxpeft.memory.targets import target
 from jaxpeft.method import Method
+from jaxpeft.train.memory import CATEGORIES
 
 NAME = "does_lora_reduce_memory"
 GEOMETRY, BATCH, RANK, TARGET = "llama3.1-8b", 1, 16, "h200"

@@ -116,8 +116,8 @@ def _ours(key: Row, toy: bool) -> Callable[[], Row]:
 
     import jaxpeft as jp
     from jaxpeft import tree
-    from jaxpeft.memory.flops import count_flops
     from jaxpeft.models import family
+    from jaxpeft.remat.flops import count_flops
     from pallas_kernels import packed, platform
 
     config = config_of(key["geometry"])

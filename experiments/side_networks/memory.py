@@ -37,6 +37,7 @@ from experiments.memory import common
 from experiments.memory.common import GIB
 from jaxpeft.memory import planner, targets
 from jaxpeft.models import geometries
+from jaxpeft.train.memory import CATEGORIES
 
 NAME = "side_networks"
 RANK = 16
@@ -151,7 +152,7 @@ def document(rows: list[common.Row]) -> str:
     """The verdicts, and every step by owner."""
     jax = ", ".join(sorted({row["jax"] for row in rows}))
     head = f"# Networks beside a frozen backbone\n\nTrain steps, bfloat16, Adam; GiB; JAX {jax}.\n"
-    owners = (*planner.CATEGORIES, "total")
+    owners = (*CATEGORIES, "total")
     body = [
         [
             f"{row['target']}, {row['geometry']}, {row['method']}, `{row['save']}`",

@@ -58,8 +58,8 @@ def run(args: Plan) -> dict[str, Any]:
 
     from jaxpeft import assets
     from jaxpeft.memory import planner, search, targets
-    from jaxpeft.memory.plan import parse
     from jaxpeft.models import geometries
+    from jaxpeft.remat.plan import parse
 
     devices = targets.targets(args.target)
     plans = [None] if args.save is None else [parse(text) for text in args.save.split(";")]
@@ -149,7 +149,7 @@ def show(document: dict[str, Any]) -> None:
     import rich.table
 
     from jaxpeft.memory.bars import unit_of
-    from jaxpeft.memory.planner import CATEGORIES
+    from jaxpeft.train.memory import CATEGORIES
 
     rows = document["rows"]
     unit, size = unit_of(rows)

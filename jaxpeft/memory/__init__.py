@@ -1,1 +1,1 @@
-"""What a training step needs, before it runs: targets, residuals, plans and profiles."""
+"""What a step needs on a device that need not be here: targets, plans that fit, profiles; on the training side."""

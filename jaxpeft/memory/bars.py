@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.memory.planner import CATEGORIES
+from jaxpeft.train.memory import CATEGORIES
 
 # Arguments cold, what the step adds warm.
 COLORS = dict(zip(CATEGORIES, ("#4c6a92", "#6fa3c7", "#a9c7de", "#f2cf66", "#e07b39", "#b9b3a9"), strict=True))

@@ -12,7 +12,7 @@ the compiler sets aside. FLOPs are those of matrix products (see `flops`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,22 +21,21 @@ import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import residuals, targets
-from jaxpeft.memory.flops import count_flops
-from jaxpeft.memory.plan import Plan, parse
-from jaxpeft.memory.residuals import Segment
-from jaxpeft.memory.targets import Memory, Target
+from jaxpeft.memory import targets
+from jaxpeft.memory.targets import Target
 from jaxpeft.method import Method, as_master
 from jaxpeft.model import Model
 from jaxpeft.models import family
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.train.loss import completion_loss
+from jaxpeft.remat import residuals
+from jaxpeft.remat.flops import count_flops
+from jaxpeft.remat.plan import Plan, parse
+from jaxpeft.remat.residuals import Segment
+from jaxpeft.train.memory import account, activation_bytes, kept_bytes
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import make_train_step
 from jaxpeft.train.task import TASKS, Task, check_head, config_for
-
-CATEGORIES = ("weights", "adapters", "optimizer", "gradients", "activations", "workspace")
 
 
 class Step(NamedTuple):
@@ -141,80 +140,6 @@ def cost(step: Step) -> Cost:
         again += count_flops(jax.make_jaxpr(step.model.head)(params, tokens))
     activations = activation_bytes(segments, step.model, step.state, step.batch, step.accumulate, step.task.loss)
     return Cost(flops, again, activations, kept_bytes(segments, "host"), segments)
-
-
-def activation_bytes(
-    segments: Mapping[str, Segment],
-    model: Model,
-    state: TrainState,
-    batch: Mapping[str, Any],
-    accumulate: int = 1,
-    loss: Callable[..., Any] = completion_loss,
-) -> int:
-    """Bytes that a step keeps on the device for its backward pass.
-
-    Args:
-      segments: what its trace recorded; {} under plain autodiff.
-      model: that it trains.
-      state, batch: of arrays or shapes.
-      accumulate: micro-batches, of which one is kept at a time.
-      loss: that the step minimises.
-    """
-    if segments:
-        return kept_bytes(segments)
-    part = {name: jax.ShapeDtypeStruct((x.shape[0] // accumulate, *x.shape[1:]), x.dtype) for name, x in batch.items()}
-    return _autodiff_bytes(model, state, part, loss)
-
-
-def kept_bytes(segments: Mapping[str, Segment], where: str = "device") -> int:
-    """Bytes of all activations that layers keep on the device, or in the host's memory."""
-    return sum(sum(segment.kept_bytes()[where].values()) for segment in segments.values())
-
-
-def _autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any], loss: Callable[..., Any]) -> int:
-    """Bytes that plain autodiff keeps, counted on the vjp's closure without the parameters."""
-
-    def pull(trainable, frozen, batch):
-        value = lambda trainable: loss(model, tree.combine(trainable, frozen), batch)[0]
-        return jax.vjp(value, trainable)[1]
-
-    kept = jax.tree.leaves(jax.eval_shape(pull, state.trainable, state.frozen, batch))
-    given = [(x.shape, x.dtype) for x in jax.tree.leaves((state.trainable, state.frozen, batch))]
-    total = 0
-    for x in kept:
-        if (x.shape, x.dtype) in given:
-            given.remove((x.shape, x.dtype))
-        else:
-            total += tree.num_bytes(x)
-    return total
-
-
-def account(memory: Memory, state: TrainState, base: Iterable[str], activations: int) -> dict[str, int]:
-    """Bytes of one step by owner: CATEGORIES, then arguments, temporaries and total.
-
-    Args:
-      memory: what the compiler says.
-      state: of the shapes that it was compiled for.
-      base: the base model's paths.
-      activations: bytes kept for the backward pass.
-    """
-    known = set(base)
-    leaves = {**state.frozen, **state.trainable}
-    weights = tree.num_bytes({path: leaf for path, leaf in leaves.items() if tree.canonical(path) in known})
-    gradients = min(tree.num_bytes(state.trainable), memory.temporaries)
-    # A compiler may keep less than autodiff asks for, where fusing lets it compute an array twice.
-    activations = min(activations, memory.temporaries - gradients)
-    return {
-        "weights": weights,
-        "adapters": tree.num_bytes(leaves) - weights,
-        "optimizer": tree.num_bytes(state.opt_state),
-        "gradients": gradients,
-        "activations": activations,
-        "workspace": memory.temporaries - gradients - activations,
-        "arguments": memory.arguments,
-        "temporaries": memory.temporaries,
-        "total": memory.total,
-    }
 
 
 def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory.plan import INPUT, Plan
 from jaxpeft.memory.planner import Step, cost, row
-from jaxpeft.memory.programs import matmuls
-from jaxpeft.memory.residuals import Segment
 from jaxpeft.memory.targets import Target
+from jaxpeft.remat.plan import INPUT, Plan
+from jaxpeft.remat.programs import matmuls
+from jaxpeft.remat.residuals import Segment
 
 
 class Option(NamedTuple):

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
-from jaxpeft.memory import planner, targets
+from jaxpeft import tree
+from jaxpeft.executable import Memory, analysed
 from jaxpeft.model import Batch, Model
+from jaxpeft.remat.residuals import Segment
 from jaxpeft.train.compiled import Program
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.state import TrainState
+
+CATEGORIES = ("weights", "adapters", "optimizer", "gradients", "activations", "workspace")
 
 
 def step_memory(
@@ -23,7 +27,7 @@ def step_memory(
     accumulate: int = 1,
     loss: Callable[..., Any] = completion_loss,
 ) -> dict[str, int]:
-    """Bytes of one step by owner, and their total (see `jaxpeft.memory.planner.account`).
+    """Bytes of one step by owner, and their total (see `jaxpeft.memory.account`).
 
     Args:
       program: of a train step.
@@ -34,7 +38,81 @@ def step_memory(
       accumulate: micro-batches of the step.
       loss: that it minimises.
     """
-    activations = planner.activation_bytes(program.segments, model, state, batch, accumulate, loss)
-    memory = targets.analysed(jax.default_backend(), program.executable.memory_analysis())
-    owners = planner.account(memory, state, base, activations)
-    return {name: owners[name] for name in (*planner.CATEGORIES, "total")}
+    activations = activation_bytes(program.segments, model, state, batch, accumulate, loss)
+    memory = analysed(jax.default_backend(), program.executable.memory_analysis())
+    owners = account(memory, state, base, activations)
+    return {name: owners[name] for name in (*CATEGORIES, "total")}
+
+
+def activation_bytes(
+    segments: Mapping[str, Segment],
+    model: Model,
+    state: TrainState,
+    batch: Mapping[str, Any],
+    accumulate: int = 1,
+    loss: Callable[..., Any] = completion_loss,
+) -> int:
+    """Bytes that a step keeps on the device for its backward pass.
+
+    Args:
+      segments: what its trace recorded; {} under plain autodiff.
+      model: that it trains.
+      state, batch: of arrays or shapes.
+      accumulate: micro-batches, of which one is kept at a time.
+      loss: that the step minimises.
+    """
+    if segments:
+        return kept_bytes(segments)
+    part = {name: jax.ShapeDtypeStruct((x.shape[0] // accumulate, *x.shape[1:]), x.dtype) for name, x in batch.items()}
+    return _autodiff_bytes(model, state, part, loss)
+
+
+def kept_bytes(segments: Mapping[str, Segment], where: str = "device") -> int:
+    """Bytes of all activations that layers keep on the device, or in the host's memory."""
+    return sum(sum(segment.kept_bytes()[where].values()) for segment in segments.values())
+
+
+def _autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any], loss: Callable[..., Any]) -> int:
+    """Bytes that plain autodiff keeps, counted on the vjp's closure without the parameters."""
+
+    def pull(trainable, frozen, batch):
+        value = lambda trainable: loss(model, tree.combine(trainable, frozen), batch)[0]
+        return jax.vjp(value, trainable)[1]
+
+    kept = jax.tree.leaves(jax.eval_shape(pull, state.trainable, state.frozen, batch))
+    given = [(x.shape, x.dtype) for x in jax.tree.leaves((state.trainable, state.frozen, batch))]
+    total = 0
+    for x in kept:
+        if (x.shape, x.dtype) in given:
+            given.remove((x.shape, x.dtype))
+        else:
+            total += tree.num_bytes(x)
+    return total
+
+
+def account(memory: Memory, state: TrainState, base: Iterable[str], activations: int) -> dict[str, int]:
+    """Bytes of one step by owner: CATEGORIES, then arguments, temporaries and total.
+
+    Args:
+      memory: what the compiler says.
+      state: of the shapes that it was compiled for.
+      base: the base model's paths.
+      activations: bytes kept for the backward pass.
+    """
+    known = set(base)
+    leaves = {**state.frozen, **state.trainable}
+    weights = tree.num_bytes({path: leaf for path, leaf in leaves.items() if tree.canonical(path) in known})
+    gradients = min(tree.num_bytes(state.trainable), memory.temporaries)
+    # A compiler may keep less than autodiff asks for, where fusing lets it compute an array twice.
+    activations = min(activations, memory.temporaries - gradients)
+    return {
+        "weights": weights,
+        "adapters": tree.num_bytes(leaves) - weights,
+        "optimizer": tree.num_bytes(state.opt_state),
+        "gradients": gradients,
+        "activations": activations,
+        "workspace": memory.temporaries - gradients - activations,
+        "arguments": memory.arguments,
+        "temporaries": memory.temporaries,
+        "total": memory.total,
+    }

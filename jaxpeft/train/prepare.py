@@ -16,12 +16,12 @@ import optax
 
 from jaxpeft import checkpoint, hf, tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import residuals
-from jaxpeft.memory.plan import parse
 from jaxpeft.method import Method, module, setup
 from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.peft import adapter_labels, import_adapter
+from jaxpeft.remat import residuals
+from jaxpeft.remat.plan import parse
 from jaxpeft.train import config
 from jaxpeft.train.optimizer import make_optimizer, make_schedule
 from jaxpeft.train.state import TrainState, init_state

@@ -12,6 +12,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.compilation_cache import compilation_cache
 
+from jaxpeft import executable
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
 from jaxpeft.memory.kinds import TARGETS
@@ -334,7 +335,7 @@ def test_the_buffer_assignment_says_what_the_executable_says():
         return chain(y) + jax.device_put(kept, jax.memory.Space.Device), x + 1
 
     compiled = targets.compile(target, function, x, x, donate_argnums=0)
-    analysed = targets.analysed(target.platform, compiled.executable.memory_analysis(), None)
+    analysed = executable.analysed(target.platform, compiled.executable.memory_analysis(), None)
     assert compiled.memory[:3] == analysed[:3] and compiled.memory.host == analysed.host == 2 * 16384**2
     assert abs(compiled.memory.temporaries - analysed.temporaries) <= ALIGNMENT
 

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxpeft.memory import targets
-from jaxpeft.memory.flops import count_flops
+from jaxpeft.remat.flops import count_flops
 from pallas_kernels.platform import Implementation, operation
 
 NAMES = {"cpu": "sine", "v5p": "tanh", "h200": "exponential"}  # what each platform's implementation is in StableHLO

@@ -13,8 +13,8 @@ from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory.flops import equation_flops
-from jaxpeft.memory.plan import INPUT, Plan, action_of
+from jaxpeft.remat.flops import equation_flops
+from jaxpeft.remat.plan import INPUT, Plan, action_of
 from pallas_kernels.platform import part_of
 
 Kept = tuple[str, int]  # a name, and which of the activations with that name

@@ -14,10 +14,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import residuals, reversible, targets
-from jaxpeft.memory.flops import count_flops
-from jaxpeft.memory.reversible import Coupling
-from jaxpeft.memory.streams import Fixed, Float, pack, unpack
+from jaxpeft.memory import targets
+from jaxpeft.remat import residuals, reversible
+from jaxpeft.remat.flops import count_flops
+from jaxpeft.remat.reversible import Coupling
+from jaxpeft.remat.streams import Fixed, Float, pack, unpack
 
 B, S, D = 4, 40, 32
 EIGHTH, ONE = Fraction(1, 8), Fraction(1)

@@ -17,10 +17,10 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import loop, residuals
-from jaxpeft.memory.flops import count_flops
-from jaxpeft.memory.plan import INPUT, Plan, parse
 from jaxpeft.models import layers
+from jaxpeft.remat import loop, residuals
+from jaxpeft.remat.flops import count_flops
+from jaxpeft.remat.plan import INPUT, Plan, parse
 from pallas_kernels import packed as quantized
 from pallas_kernels.stacked import Stacked
 from tests import contract_test, tiny
@@ -198,7 +198,7 @@ def test_a_train_step_with_accumulation():
 
 SHARDED = """
 import jax, numpy as np
-from jaxpeft.memory import residuals
+from jaxpeft.remat import residuals
 from tests import contract_test
 from tests.memory import residuals_test as here
 page = contract_test.page.__wrapped__()

@@ -40,11 +40,11 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory.compressed import compress, decompress
-from jaxpeft.memory.loop import Static, join, loop_over
-from jaxpeft.memory.plan import INPUT, Plan, action_of, parse
-from jaxpeft.memory.programs import Kept, Programs, decide
 from jaxpeft.model import Batch, Model, Stack, scan_layers, takes_stacks
+from jaxpeft.remat.compressed import compress, decompress
+from jaxpeft.remat.loop import Static, join, loop_over
+from jaxpeft.remat.plan import INPUT, Plan, action_of, parse
+from jaxpeft.remat.programs import Kept, Programs, decide
 
 
 def default_plan(model: Model) -> Plan:

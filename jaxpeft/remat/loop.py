@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpeft.memory.programs import Programs, trace
+from jaxpeft.remat.programs import Programs, trace
 from pallas_kernels.packed import Packed
 from pallas_kernels.stacked import Stacked
 
