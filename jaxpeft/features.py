@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Cache, Model, Stack
+from jaxpeft.model import Batch, Cache, Context, Model, Stack
 from jaxpeft.remat.loop import num_groups
 
 
@@ -27,14 +27,14 @@ class Features(NamedTuple):
     embedded: h_0 (B, S, d).
     kept: (K, B, S, d), the outputs of the chosen layers in order.
     last: h_L (B, S, d).
-    ctx: the context without a layer's own entries.
+    ctx: the context, of no layer.
     cache: the backbone's, after the pass; None without.
     """
 
     embedded: jax.Array
     kept: jax.Array
     last: jax.Array
-    ctx: dict[str, Any]
+    ctx: Context
     cache: Cache | None
 
 
@@ -67,7 +67,7 @@ def frozen_pass(
         def body(carry, per_layer, segment=segment):
             x, kept = carry
             layer, index, past = per_layer
-            x, past = jax.lax.stop_gradient(stack.block(layer, x, {**ctx, "layer": index}, past, segment))
+            x, past = jax.lax.stop_gradient(stack.block(layer, x, ctx.at(index), past, segment))
             # Every layer writes where the next chosen one will; what comes after the last is written nowhere.
             with jax.named_scope("save:features"):
                 kept = kept.at[jnp.searchsorted(slots, index)].set(x, mode="drop")

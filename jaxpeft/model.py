@@ -8,15 +8,8 @@ Methods change a stack by replacing its functions: adapters wrap `block`, prompt
 network replaces `run`, a memory plan (`jaxpeft.remat.residuals`) too. As `run` takes the stack that it runs, these
 changes compose in any order. A Flax module of any other shape is a stack with no layers (`from_linen`, `from_nnx`).
 
-What all layers of one forward pass share travels in the context `ctx`, a dict of arrays (and so a pytree that a
-`custom_vjp` can take as an argument):
-
-    positions (B, S) int32                              as in the batch
-    segment_ids (B, S) int32                            as in the batch; absent: each row is one segment
-    layer () int32                                      set by `run`
-    key                                                 PRNG key of this layer; absent without dropout
-    shared                                              a dict of what all rows share (window sizes); absent if nothing
-    ...                                                 what `embed` adds, with leading axis B (rotary tables)
+What a layer is told beside its parameters and the stream travels in a `Context`, a pytree, which says of everything
+whether it has rows: a loop that takes a few rows at a time divides those and nothing else.
 """
 
 from __future__ import annotations
@@ -69,6 +62,35 @@ def takes_stacks(block: Callable[..., Any]) -> bool:
     return getattr(block, "reads_stacks", False)
 
 
+class Context(NamedTuple):
+    """What one forward pass tells its layers; `embed` makes it, methods add to it.
+
+    rows: {name: pytree of arrays with leading axis B}: what belongs to the rows of the batch. Of the models:
+      positions (B, S) int32; segment_ids (B, S) int32, absent where each row is one segment; rotary tables.
+    shared: {name: pytree of arrays}: what all rows share, of any shape: window sizes. It may be differentiated.
+    layer: () int32, this layer's number; None outside the layers.
+    key: PRNG key of this layer; None without dropout.
+    """
+
+    rows: dict[str, Any] = {}  # noqa: RUF012 - never changed in place
+    shared: dict[str, Any] = {}  # noqa: RUF012
+    layer: Any = None
+    key: Any = None
+
+    def at(self, layer: Any, key: jax.Array | None = None) -> Context:
+        """The context of a layer; `key` is that of the forward pass, of which layer i gets `fold_in(key, i)`."""
+        return self._replace(layer=layer, key=None if key is None else jax.random.fold_in(key, layer))
+
+    def add(self, rows: Mapping[str, Any] | None = None, shared: Mapping[str, Any] | None = None) -> Context:
+        """With more entries."""
+        return self._replace(rows={**self.rows, **(rows or {})}, shared={**self.shared, **(shared or {})})
+
+    @property
+    def rngs(self) -> dict[str, jax.Array]:
+        """For `apply` of a Flax module."""
+        return {} if self.key is None else {"dropout": self.key}
+
+
 class Stack(NamedTuple):
     """A model as the functions that methods see.
 
@@ -83,7 +105,7 @@ class Stack(NamedTuple):
       model does not decode
     """
 
-    embed: Callable[..., tuple[jax.Array, dict[str, Any]]]
+    embed: Callable[..., tuple[jax.Array, Context]]
     block: Callable[..., tuple[jax.Array, Cache | None]]
     head: Callable[[tree.Params, jax.Array], jax.Array]
     run: Callable[..., tuple[jax.Array, Cache | None]]
@@ -151,10 +173,7 @@ def scan_layers(
 
         def body(x, per_layer, segment=segment):
             layer, index, past = per_layer
-            own = {**ctx, "layer": index}
-            if key is not None:
-                own["key"] = jax.random.fold_in(key, index)
-            return stack.block(layer, x, own, past, segment)
+            return stack.block(layer, x, ctx.at(index, key), past, segment)
 
         part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
         x, part = jax.lax.scan(body, x, (params[segment], jnp.arange(first, end), part))
@@ -168,7 +187,7 @@ def _opaque(apply: Callable[..., Any]) -> Stack:
     """A model without visible layers: everything happens in `embed`."""
 
     def embed(params, batch, key):
-        return apply(params, batch, key), {}
+        return apply(params, batch, key), Context()
 
     def block(layer, x, ctx, cache, segment):
         raise NotImplementedError("this model shows no layers; methods on the stack need one of jaxpeft.models")

@@ -3,7 +3,7 @@
 A site is one linear map, named by the path of its kernel: `layers/self_attn/q_proj` holds
 `layers/self_attn/q_proj/kernel`. An adapter is a Flax module called as `adapter(x, kernel, ctx) -> y` in place of
 the product `x @ kernel`; it owns its parameters in a child scope of the site, called by the adapter's `name`:
-`layers/self_attn/q_proj/lora/a`. `ctx` is the layer's context (see `jaxpeft.model`), {} outside the layers. One whose
+`layers/self_attn/q_proj/lora/a`. `ctx` is the layer's `jaxpeft.model.Context`. One whose
 class says `stacked = True` may get a layer of a stack as its kernel (`pallas_kernels.stacked`), for products to read.
 
 Which sites are adapted is written once, in the parameters: `init` adds the child scope at every site that
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.model import Model, reads_stacks
+from jaxpeft.model import Context, Model, reads_stacks
 from jaxpeft.models.layers import Dense
 from pallas_kernels.stacked import taken
 
@@ -95,7 +95,7 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
       model: any model; a site's linear map is a `jaxpeft.models.layers.Dense` or a `flax.linen.Dense`.
       name: the adapter's scope at its site, e.g. "lora".
       adapter_for: site -> Flax module, called as `module(x (..., n), kernel (n, m), ctx) -> y (..., m)`; `init` calls
-        it with ctx = {}.
+        it with an empty context.
       choose: params -> sites that get an adapter at init.
 
     Returns:
@@ -123,7 +123,7 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
         return nn.intercept_methods(_interceptor(name, adapter_for, prefix, ctx))
 
     def embed(params, batch, key):
-        with adapted("", {}):
+        with adapted("", Context()):
             return model.stack.embed(params, batch, key)
 
     def layer(function):
@@ -134,7 +134,7 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
         return reads_stacks(call, like=function)
 
     def head(params, x):
-        with adapted("", {}):
+        with adapted("", Context()):
             return model.stack.head(params, x)
 
     return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed, head=head))
@@ -192,7 +192,7 @@ def wrap(model: Model, name: str, adapter: nn.Module, modules: Sequence[str], se
 @functools.partial(jax.jit, static_argnums=(0, 1))  # sites of one shape share one compilation
 def _init(adapter: nn.Module, stacked: bool, key: jax.Array, kernel: Any) -> tree.Params:
     def one(key, kernel):
-        return adapter.init(key, jnp.zeros((1, kernel.shape[0])), kernel, {}).get("params", {})
+        return adapter.init(key, jnp.zeros((1, kernel.shape[0])), kernel, Context()).get("params", {})
 
     if not stacked:
         return one(key, kernel)
@@ -200,7 +200,7 @@ def _init(adapter: nn.Module, stacked: bool, key: jax.Array, kernel: Any) -> tre
     return jax.vmap(one)(jax.random.split(key, layers), kernel)
 
 
-def _interceptor(name: str, adapter_for: AdapterFor, prefix: str, ctx: Mapping[str, Any]):
+def _interceptor(name: str, adapter_for: AdapterFor, prefix: str, ctx: Context):
     def intercept(next_function, args, kwargs, context):
         module = context.module
         ours = isinstance(module, Dense) and context.method_name == "linear"

@@ -32,7 +32,7 @@ def states(stack, params, batch):
         found = [x]
         for i in range(len(jax.tree.leaves(params["layers"])[0])):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-            found.append(stack.block(layer, found[-1], {**ctx, "layer": i}, None, "layers")[0])
+            found.append(stack.block(layer, found[-1], ctx.at(i), None, "layers")[0])
         return found, ctx
 
     return every(params)

@@ -75,7 +75,7 @@ def test_meft_rebuilds_what_it_does_not_keep(page):
         x1 = x2 = x
         for i in range(3):
             layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-            x1 = x1 + model.stack.block(layer, x2, {**ctx, "layer": i}, None, "layers")[0]
+            x1 = x1 + model.stack.block(layer, x2, ctx.at(i), None, "layers")[0]
             x2 = x2 + jax.nn.gelu(x1 @ layer["meft"]["down"]) @ layer["meft"]["up"]
         return jnp.sum(jnp.sin(model.head(params, (x1 + x2) / 2)))
 

@@ -144,7 +144,7 @@ def unrolled(stack, params, batch, key=None, cache=None):
     for segment, first, end in tree.segments(params):
         for i in range(first, end):
             layer = jax.tree.map(lambda leaf, i=i, first=first: leaf[i - first], params[segment])
-            x, _ = stack.block(layer, x, {**ctx, "layer": i}, None, segment)
+            x, _ = stack.block(layer, x, ctx.at(i), None, segment)
     return x, cache
 
 

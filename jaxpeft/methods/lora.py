@@ -29,6 +29,7 @@ import optax
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
+from jaxpeft.model import Context
 from jaxpeft.quant import low_rank_dot
 
 SUMMARY = "a trainable low-rank product beside each frozen kernel"
@@ -71,7 +72,7 @@ class LoRA(nn.Module):
     init_a: str = "kaiming"
 
     @nn.compact
-    def __call__(self, x: jax.Array, kernel: Any, ctx: Mapping[str, Any]) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
         n, m = kernel.shape
         a = self.param("a", INITS[self.init_a], (n, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, m))

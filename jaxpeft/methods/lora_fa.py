@@ -33,6 +33,7 @@ from jaxpeft import sites
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Objective, Spec
 from jaxpeft.methods import lora as _lora
+from jaxpeft.model import Context
 from jaxpeft.quant import dot, low_rank_dot
 
 SUMMARY = "LoRA with A frozen: no adapter input is kept for the backward pass"
@@ -57,7 +58,7 @@ class LoRAFA(nn.Module):
     store_a: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, kernel: Any, ctx: Mapping[str, Any]) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
         n, m = kernel.shape
         make_a: Any = None
         if self.store_a:

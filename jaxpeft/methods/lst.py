@@ -153,19 +153,17 @@ def _climb(stack: Stack, small: Model, params: tree.Params, batch: Batch, key, c
     own = params["lst"]
     chosen = check_layers("lst", layers, count_layers("lst", params))
     found = frozen_pass(stack, params, batch, chosen, cache and cache["base"])
-    ctx = dict(found.ctx)
-    if "rotary" in ctx:  # narrower heads turn with the frequencies of the channels that they kept
-        step = 2 * ctx["rotary"]["cos"].shape[-1] // small.config.head_dim
-        ctx["rotary"] = jax.tree.map(lambda table: table[..., ::step], ctx["rotary"])
+    ctx = found.ctx
+    if "rotary" in ctx.rows:  # narrower heads turn with the frequencies of the channels that they kept
+        rotary = ctx.rows["rotary"]
+        step = 2 * rotary["cos"].shape[-1] // small.config.head_dim
+        ctx = ctx.add(rows={"rotary": jax.tree.map(lambda table: table[..., ::step], rotary)})
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def rung(g, per_rung):
         leaves, h, index, past = per_rung
-        own = {**ctx, "layer": index}
-        if key is not None:
-            own["key"] = jax.random.fold_in(key, index)
         g = _mix(leaves["alpha"], g, linear(h, leaves["down"]))
-        return small.stack.block(leaves["block"], g, own, past, "layers")
+        return small.stack.block(leaves["block"], g, ctx.at(index, key), past, "layers")
 
     g = linear(found.embedded, own["first"])
     g, side = jax.lax.scan(rung, g, (own["rungs"], found.kept, jnp.asarray(chosen, jnp.int32), cache and cache["side"]))

@@ -243,8 +243,7 @@ class _Run:
 
         def adapter(layer, x, ctx, cache):
             assert self.alone is not None
-            rngs = {"dropout": ctx["key"]} if "key" in ctx else {}
-            return self.alone.apply({"params": layer["meft"]}, x, rngs=rngs), cache
+            return self.alone.apply({"params": layer["meft"]}, x, rngs=ctx.rngs), cache
 
         if self.variant == 3:
             return tuple(of(part) for part in stack.parts)
@@ -309,7 +308,7 @@ def _decode(coupling: Coupling, halves, params, numbers, pair, ctx, cache):
 
     def body(carry, per_layer):
         (pair, valid), (layer, index, past) = carry, per_layer
-        own: dict[str, Any] = {**ctx, "layer": index}
+        own = ctx.at(index)
         caches: list[Any] = []
 
         def with_cache(half):

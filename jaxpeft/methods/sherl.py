@@ -128,8 +128,6 @@ def _run(stack: Stack, params: tree.Params, batch: Batch, key, cache, boundary: 
 
 def _late(stack: Stack, params: tree.Params, x: jax.Array, ctx, cache, boundary: int):
     """The layers that gradients pass through: (x, their caches)."""
-    rows = {name: value for name, value in ctx.items() if name != "shared"}
-    shared = {name: value for name, value in ctx.items() if name == "shared"}
     parts = []
     for segment, first, end in tree.segments(params):
         if first < boundary:
@@ -139,11 +137,11 @@ def _late(stack: Stack, params: tree.Params, x: jax.Array, ctx, cache, boundary:
             layer, index, past = per_layer
 
             def block(x, rows):
-                return stack.block(layer, x, {**rows, **shared, "layer": index}, past, segment)
+                return stack.block(layer, x, ctx.at(index)._replace(rows=rows), past, segment)
 
             if past is not None:
-                return block(x, rows)
-            return features.by_rows(lambda *args: block(*args)[0], x, rows, axes=(0, 0), tokens=2048), None
+                return block(x, ctx.rows)
+            return features.by_rows(lambda *args: block(*args)[0], x, ctx.rows, axes=(0, 0), tokens=2048), None
 
         part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
         frozen = jax.lax.stop_gradient(params[segment])

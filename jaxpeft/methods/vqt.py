@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from jaxpeft import features, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
-from jaxpeft.model import Batch, Model, Stack
+from jaxpeft.model import Batch, Context, Model, Stack
 
 SUMMARY = "trained queries that ask every layer of a frozen encoder, and a linear classifier of the answers"
 KIND = "input"
@@ -120,13 +120,13 @@ def _run(stack: Stack, params: tree.Params, batch: Batch, key=None, cache=None):
 
         def body(x, per_layer, segment=segment):
             layer, index, asked = per_layer
-            x, keys = jax.lax.stop_gradient(stack.block(layer, x, {**ctx, "layer": index}, {}, segment))
+            x, keys = jax.lax.stop_gradient(stack.block(layer, x, ctx.at(index), {}, segment))
             asked = asked.astype(x.dtype)
 
             @functools.partial(jax.checkpoint, prevent_cse=False)
             def ask(asked):
                 asked = jnp.broadcast_to(asked, (rows, *asked.shape))
-                own = {"layer": index, "segment_ids": jnp.ones(asked.shape[:2], jnp.int32)}
+                own = Context({"segment_ids": jnp.ones(asked.shape[:2], jnp.int32)}, layer=index)
                 return stack.block(layer, asked, own, {**keys, "segment_ids": seen}, segment)[0]
 
             return x, ask(asked)

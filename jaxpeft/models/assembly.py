@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import tree
-from jaxpeft.model import Batch, Model, Stack, first_position, reads_stacks, scan_layers
+from jaxpeft.model import Batch, Context, Model, Stack, first_position, reads_stacks, scan_layers
 
 
 def assemble(
@@ -46,12 +46,11 @@ def assemble(
         batch = dict(batch)
         if "tokens" in batch and batch.get("positions") is None:
             batch["positions"] = positions_of(batch["tokens"])
-        ctx = {name: batch[name] for name in ("positions", "segment_ids") if batch.get(name) is not None}
-        return embedder.apply({"params": params}, batch), ctx
+        rows = {name: batch[name] for name in ("positions", "segment_ids") if batch.get(name) is not None}
+        return embedder.apply({"params": params}, batch), Context(rows)
 
     def apply(layer, *args, ctx, method=None):
-        rngs = {"dropout": ctx["key"]} if "key" in ctx else {}
-        return block_module.apply({"params": layer}, *args, rngs=rngs, method=method)
+        return block_module.apply({"params": layer}, *args, rngs=ctx.rngs, method=method)
 
     def block(layer, x, ctx, cache=None, segment="layers"):
         del segment
@@ -80,7 +79,7 @@ def assemble(
         keys = jax.random.split(key, config.num_hidden_layers + 2)
         own = dict(embedder.init(keys[0], {**example})["params"])
         x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
-        ctx = {"layer": jnp.zeros((), jnp.int32)}
+        ctx = Context(layer=jnp.zeros((), jnp.int32))
         layers = jax.vmap(lambda k: block_module.init(k, x, ctx)["params"])(keys[2:])
         return {**own, "layers": layers, **head_module.init(keys[1], x, table(own)).get("params", {})}
 

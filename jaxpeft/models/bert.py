@@ -25,7 +25,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Model
+from jaxpeft.model import Batch, Context, Model
 from jaxpeft.models import fields
 from jaxpeft.models.assembly import TEXT, assemble
 from jaxpeft.models.labels import num_labels
@@ -173,7 +173,7 @@ class Block(nn.Module):
         self.mlp = MLP(c.intermediate_size, c.hidden_act, param_dtype=c.dtype)
         self.output_norm = LayerNorm(c.layer_norm_eps, c.dtype)
 
-    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
+    def __call__(self, x: jax.Array, ctx: Context, cache: Mapping[str, jax.Array] | None = None):
         x, cache = self.attend(checkpoint_name(x, "block_input"), ctx, cache)
         return self.feed_forward(x), cache
 

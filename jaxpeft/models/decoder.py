@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Model, Stack, reads_stacks, scan_layers
+from jaxpeft.model import Batch, Context, Model, Stack, reads_stacks, scan_layers
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import num_labels
 from jaxpeft.models.layers import Attention, Dense, GatedMLP, RMSNorm, rotary_tables
@@ -211,7 +211,7 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.rms_norm_eps, c.dtype)
         self.mlp = GatedMLP(c.intermediate_size, c.mlp_bias, c.dtype)
 
-    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
+    def __call__(self, x: jax.Array, ctx: Context, cache: Mapping[str, jax.Array] | None = None):
         x, cache = self.attend(checkpoint_name(x, "block_input"), ctx, cache)
         return self.feed_forward(x), cache
 
@@ -260,16 +260,15 @@ def decoder(config: DecoderConfig) -> Model:
         positions = batch.get("positions")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        ctx = {"positions": positions, "rotary": rotary_tables(positions, jnp.asarray(freqs), factor)}
+        rows = {"positions": positions, "rotary": rotary_tables(positions, jnp.asarray(freqs), factor)}
         if batch.get("segment_ids") is not None:
-            ctx["segment_ids"] = batch["segment_ids"]
-        if config.windows is not None and config.window is None:
-            ctx["shared"] = {"window": jnp.asarray(config.windows, jnp.int32)}
+            rows["segment_ids"] = batch["segment_ids"]
+        mixed = config.windows is not None and config.window is None
+        ctx = Context(rows, {"window": jnp.asarray(config.windows, jnp.int32)} if mixed else {})
         return embed_module.apply({"params": params["embed_tokens"]}, tokens), ctx
 
     def apply(layer, *args, ctx, method=None):
-        rngs = {"dropout": ctx["key"]} if "key" in ctx else {}
-        return block_module.apply({"params": layer}, *args, rngs=rngs, method=method)
+        return block_module.apply({"params": layer}, *args, rngs=ctx.rngs, method=method)
 
     def block(layer, x, ctx, cache=None, segment="layers"):
         del segment
@@ -296,8 +295,7 @@ def decoder(config: DecoderConfig) -> Model:
         keys = jax.random.split(key, config.num_hidden_layers + 2)
         x = jnp.zeros((1, 1, config.hidden_size), config.dtype)
         ones = jnp.ones((1, 1), jnp.int32)
-        ctx: dict[str, Any] = {"layer": jnp.zeros((), jnp.int32)}
-        ctx["rotary"] = rotary_tables(ones, jnp.asarray(freqs), factor)
+        ctx = Context({"rotary": rotary_tables(ones, jnp.asarray(freqs), factor)}, layer=jnp.zeros((), jnp.int32))
         table = embed_module.init(keys[0], ones)["params"]
         embedding = table["embedding"]
         return {

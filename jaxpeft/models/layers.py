@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpeft.model import Context
 from jaxpeft.quant import dot
 from pallas_kernels import attention as attention_op
 from pallas_kernels.rms_norm import rms_norm
@@ -99,7 +100,7 @@ def rotate(x: jax.Array, tables: Mapping[str, jax.Array]) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Self-attention with grouped queries; rotary positions where ctx has a "rotary".
+    """Self-attention with grouped queries; rotary positions where the context's rows have a "rotary".
 
     `cache` holds other keys and values of this layer, in one of these forms:
       {"k", "v"} (B, P, N, D): a prefix that every query sees; it is only read.
@@ -115,13 +116,13 @@ class Attention(nn.Module):
     use_bias: bool = False
     use_out_bias: bool = False
     norm_epsilon: float | None = None  # RMSNorm on each head of q and k (Qwen3)
-    window: int | None = None  # of every layer; windows that differ by layer are in ctx
+    window: int | None = None  # of every layer; windows that differ by layer are what all rows share
     param_dtype: Any = jnp.float32
     causal: bool = True  # otherwise every token sees all of its segment
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None
+        self, x: jax.Array, ctx: Context, cache: Mapping[str, jax.Array] | None = None
     ) -> tuple[jax.Array, Mapping[str, jax.Array] | None]:
         b, s, d = x.shape
 
@@ -135,12 +136,12 @@ class Attention(nn.Module):
         if self.norm_epsilon is not None:
             q = RMSNorm(self.norm_epsilon, self.param_dtype, name="q_norm")(q)
             k = RMSNorm(self.norm_epsilon, self.param_dtype, name="k_norm")(k)
-        if "rotary" in ctx:
-            q = checkpoint_name(rotate(q, ctx["rotary"]), "q_rotary")
-            k = checkpoint_name(rotate(k, ctx["rotary"]), "k_rotary")
+        if "rotary" in ctx.rows:
+            q = checkpoint_name(rotate(q, ctx.rows["rotary"]), "q_rotary")
+            k = checkpoint_name(rotate(k, ctx.rows["rotary"]), "k_rotary")
 
-        segments = ctx.get("segment_ids")
-        window = ctx["shared"]["window"][ctx["layer"]] if "shared" in ctx else None
+        segments = ctx.rows.get("segment_ids")
+        window = ctx.shared["window"][ctx.layer] if "window" in ctx.shared else None
         where = attention_op.Where(None, None, segments, segments, window)
         if cache == {}:
             cache = {"k": k, "v": v, "segment_ids": jnp.ones((b, s), jnp.int32) if segments is None else segments}
@@ -245,7 +246,7 @@ class Embed(nn.Module):
 class PreNormBlock(nn.Module):
     """One layer of four modules that a family sets up: x += self_attn(attention_norm(x)); x += mlp(mlp_norm(x))."""
 
-    def __call__(self, x: jax.Array, ctx: Mapping[str, Any], cache: Mapping[str, jax.Array] | None = None):
+    def __call__(self, x: jax.Array, ctx: Context, cache: Mapping[str, jax.Array] | None = None):
         x, cache = self.attend(checkpoint_name(x, "block_input"), ctx, cache)
         return self.feed_forward(x), cache
 

@@ -6,12 +6,14 @@ work on shrinks with the group. A step is one block on one group; layers are the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.model import Context
 from jaxpeft.remat.programs import Programs, trace
 from pallas_kernels.packed import Packed
 from pallas_kernels.stacked import Stacked
@@ -108,14 +110,14 @@ class Loop(NamedTuple):
     def function(self, *inputs):
         """The block, as a function of flat inputs."""
         layer, x, ctx = self.treedef.unflatten(inputs[: len(self.kinds)])
-        own = dict(zip(("layer", "key"), inputs[len(self.kinds) :], strict=False))
+        own = Context(ctx.rows, ctx.shared, *inputs[len(self.kinds) :])
         kinds, *_ = self.treedef.unflatten(self.kinds)
 
         def kernel(part, kinds):
-            return Stacked(part, own["layer"] - self.layers.start) if "stack" in jax.tree.leaves(kinds) else part
+            return Stacked(part, own.layer - self.layers.start) if "stack" in jax.tree.leaves(kinds) else part
 
         layer = jax.tree.map(kernel, layer, kinds, is_leaf=lambda part: isinstance(part, Packed))
-        return self.block(layer, x, {**ctx, **own})[0]
+        return self.block(layer, x, own)[0]
 
     def programs(self, leaves, stream, key, perturbed) -> Programs:
         """The traced block."""
@@ -131,7 +133,7 @@ def loop_over(
     layers: range,
     params: Any,
     x: jax.Array,
-    ctx: Mapping[str, Any],
+    ctx: Context,
     keyed: bool,
     tokens: int,
     shards: int = 1,
@@ -151,13 +153,11 @@ def loop_over(
       stacked: whether the block takes frozen kernels as `Stacked`.
     """
     rows = x.shape[0]
-
-    def kind(path, leaf):
-        return "shared" if path[0].key == "shared" or jnp.shape(leaf)[:1] != (rows,) else "rows"
-
-    of_ctx = jax.tree_util.tree_map_with_path(kind, dict(ctx))
-    leaves, treedef = jax.tree.flatten((params, x, dict(ctx)))
-    paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(dict(ctx))]
+    ctx = Context(ctx.rows, ctx.shared)
+    chex.assert_tree_shape_prefix(ctx.rows, (rows,))
+    of_ctx = Context(*(jax.tree.map(lambda _, kind=kind: kind, getattr(ctx, kind)) for kind in ("rows", "shared")))
+    leaves, treedef = jax.tree.flatten((params, x, ctx))
+    paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(ctx)]
     kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
     kernels = _kernels(params) if stacked else ()
     groups = num_groups(rows, x.shape[1], tokens, shards)

@@ -21,7 +21,7 @@ derivative.)
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -34,6 +34,7 @@ from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
+from jaxpeft.model import Context
 from jaxpeft.remat.flops import count_flops
 from jaxpeft.remat.loop import Loop, Static, divide, join, loop_over
 from jaxpeft.remat.plan import Plan
@@ -41,7 +42,7 @@ from jaxpeft.remat.programs import decide, trace
 from jaxpeft.remat.residuals import record
 from jaxpeft.remat.streams import Fixed, Float
 
-Function = Callable[[tree.Params, jax.Array, Mapping[str, Any]], jax.Array]  # (layer, x, ctx) -> y
+Function = Callable[[tree.Params, jax.Array, Context], jax.Array]  # (layer, x, ctx) -> y
 
 
 class Coupling(NamedTuple):
@@ -73,7 +74,7 @@ def run(
     layers: range,
     params: tree.Params,
     pair: tuple[jax.Array, jax.Array],
-    ctx: Mapping[str, Any],
+    ctx: Context,
     key: jax.Array | None = None,
     tokens: int = Plan().tokens,
     shards: int = 1,
@@ -125,7 +126,7 @@ def _half(function: Function, loop: Loop, leaves, dtype, key, perturbed, twice: 
     """Traces F (part 0) or G (part 1)."""
 
     def block(layer, x, ctx):
-        own = {**ctx, "key": jax.random.fold_in(ctx["key"], part)} if "key" in ctx else ctx
+        own = ctx if ctx.key is None else ctx._replace(key=jax.random.fold_in(ctx.key, part))
         return function(layer, x, own), None
 
     loop = loop._replace(block=block)

@@ -46,7 +46,7 @@ def by_hand(params, batch, variant, lam, beta, readout):
     for i in range(LAYERS):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
         plain = jax.tree.map(lambda leaf, i=i: leaf[i], own)
-        attend = lambda x, plain=plain, i=i: base.stack.parts[0](plain, x, {**ctx, "layer": i}, None, "layers")[0]
+        attend = lambda x, plain=plain, i=i: base.stack.parts[0](plain, x, ctx.at(i), None, "layers")[0]
 
         def feed_forward(x, plain=plain, layer=layer):
             wide = x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)

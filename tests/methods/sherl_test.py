@@ -49,7 +49,7 @@ def test_computes_its_equations(kind, late):
     x = by_hand(wide, [np.asarray(f, np.float64) for f in h[1 : early + 1]]).astype(np.float32)
     for i in range(early, early + late):
         layer = jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"])
-        x, _ = base.stack.block(layer, x, {**ctx, "layer": i}, None, "layers")
+        x, _ = base.stack.block(layer, x, ctx.at(i), None, "layers")
     np.testing.assert_allclose(jax.jit(model.hidden)(own, batch), x, rtol=1e-4, atol=1e-4)
 
 
@@ -62,7 +62,7 @@ def plain_gradients(base, params, trainable):
         x = sherl.aggregate(params["sherl"], jnp.stack(h[1:-1]))
         x = x + jnp.tanh(params["sherl"]["gate"] / 0.1) * h[-2]
         layer = jax.tree.map(lambda leaf: leaf[-1], whole["layers"])
-        return stack.block(layer, x, {**ctx, "layer": len(h) - 2}, None, "layers")[0], None
+        return stack.block(layer, x, ctx.at(len(h) - 2), None, "layers")[0], None
 
     plain = base._replace(stack=base.stack._replace(run=run))
     return jax.jit(jax.grad(lambda t: jp.completion_loss(plain, tree.combine(t, params), BATCH)[0]))(trainable)

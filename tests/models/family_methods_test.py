@@ -29,7 +29,7 @@ def test_parts_make_up_the_block(case, tmp_path):
     params = tree.combine(trainable, frozen)
     x, ctx = model.stack.embed(params, inputs(case)[1], None)
     layer = jax.tree.map(lambda leaf: leaf[1], params["layers"])
-    ctx = {**ctx, "layer": jnp.int32(1)}
+    ctx = ctx.at(jnp.int32(1))
 
     def in_parts(layer, x):
         for part in model.stack.parts:

@@ -125,7 +125,7 @@ def test_embedding_and_each_layer_equal_transformers(case, tmp_path):
 
         def layer(x, inputs):
             weights, index = inputs
-            y, _ = model.stack.block(weights, x, {**ctx, "layer": index}, None, "layers")
+            y, _ = model.stack.block(weights, x, ctx.at(index), None, "layers")
             return y, y
 
         _, outputs = jax.lax.scan(layer, x, (params["layers"], jnp.arange(model.config.num_hidden_layers)))

@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
+from jaxpeft.model import Context
 from jaxpeft.remat import residuals, reversible
 from jaxpeft.remat.flops import count_flops
 from jaxpeft.remat.reversible import Coupling
@@ -29,7 +30,7 @@ def f(layer, x, ctx):
     h = checkpoint_name(x @ layer["w"].astype(x.dtype), "up")
     size = jnp.mean(jnp.square(h.astype(jnp.float32)), -1, keepdims=True)
     h = jax.nn.gelu((h * jax.lax.rsqrt(size + 1e-5)).astype(x.dtype))
-    h = h + ctx["shift"] if "shift" in ctx else h
+    h = h + ctx.rows["shift"] if "shift" in ctx.rows else h
     return x / 2 + h @ layer["v"].astype(x.dtype)
 
 
@@ -55,7 +56,7 @@ def gradients(of, params, x, ctx=None, tokens=80):
     layers = range(len(jax.tree.leaves(params)[0]))
 
     def loss(params, x):
-        y1, y2 = reversible.run(of, "layers", layers, params, (x, x), ctx or {}, tokens=tokens)
+        y1, y2 = reversible.run(of, "layers", layers, params, (x, x), Context(ctx or {}), tokens=tokens)
         return jnp.mean(jnp.sin(y1) + y2 * y2)
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(params, x)
