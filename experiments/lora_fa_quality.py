@@ -52,12 +52,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
 import jaxpeft as jp
 from jaxpeft.data import Example, eval_batches, load_examples, make_batches
 from jaxpeft.hf import load_tokenizer
-from jaxpeft.train.optimizer import make_optimizer, make_schedule
+from jaxpeft.train.optimizer import make_direction, make_schedule
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 RESULTS = REPOSITORY / "experiments/results/lora_fa_quality"
@@ -184,7 +185,7 @@ def runner(
 
     @jax.jit
     def train(lr, trainable, frozen, batches):
-        optimizer = make_optimizer(lambda count: lr * schedule(count))
+        optimizer = optax.chain(make_direction(), optax.scale_by_learning_rate(lambda count: lr * schedule(count)))
         step = jp.make_train_step(model, method, optimizer)
         state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(0))
         state, metrics = jax.lax.scan(step, state, batches)

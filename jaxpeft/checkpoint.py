@@ -233,6 +233,8 @@ def _changing(state: TrainState) -> dict[str, Any]:
     """What a step changes, and the key."""
     fields = state._asdict()
     del fields["frozen"]
+    if not state.moved:
+        del fields["moved"]
     return fields
 
 

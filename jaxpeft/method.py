@@ -1,27 +1,47 @@
-"""The contract: a method is six pure functions, the identity by default, and `chain` composes them.
+"""The contract: a method is a handful of pure functions, each the identity by default, and `chain` composes them.
 
-    slot       signature                                    used by
-    prepare    params -> params                             quantization, SVD initialisations, cutting the stack
-    forward    Model -> Model                               adapters, prompts, ReFT, reversible stacks, side networks
-    trainable  path -> bool                                 every method: the one source of what trains
-    gradient   Objective -> Objective                       zeroth-order, layer sampling, coresets, preconditioning
-    update     optax transform -> optax transform           GaLore, LISA, SpIEL, learning-rate groups
-    merge      params -> params                             everything that folds back into the base
+    slot      signature                                     used by
+    prepare   (params, view) -> params                      quantization, SVD and data-driven starts, cutting the stack
+    forward   (Model, view) -> Model                        adapters, prompts, ReFT, reversible stacks, side networks
+    roles     (path -> Role) -> (path -> Role)              every method: the one source of what trains, and what moves
+    loss      (loss, view) -> loss                          auxiliary losses, distillation from the frozen base
+    gradient  (Objective, view) -> Objective                zeroth-order, layer sampling, coresets, preconditioning
+    update    (optax transform, view) -> optax transform    moments that restart, learning-rate groups
+    move      (leaves, moment) -> leaves                    projections, sampled layers, index sets, weights
+    merge     params -> params                              everything that folds back into the base
 
-`trainable` differentiates structurally: `tree.split` makes two flat dicts of the parameters and the loss is
-differentiated with respect to the first only. State between steps lives in one place, the optimizer state: a method
-that needs some adds an optax transform in `update`, and its `gradient` slot reads it from the `opt_state` that it is
-handed (`optax.tree_utils.tree_get(opt_state, "field")`). Leaves that change between steps without being
-differentiated (indices, masks, sampled layers) are a `jaxpeft.train.state.Mutable` in that state; the step lays them
-over the frozen leaves. What a `gradient` slot has to say to `update` it puts into `aux`, which every update receives
-as the extra argument `aux`. docs/contract.md writes ten methods of the literature in these slots.
+Every leaf has one role:
+
+    frozen    never differentiated, never changed
+    trained   differentiated structurally: it is in the dict with respect to which the loss is differentiated, and no
+              other leaf is. Its master has the role's dtype; the models cast it where they use it
+    moved     changed by `move` and never differentiated; it keeps its own dtype, and lies in the state once
+
+A step is: loss and gradients of the trained leaves (`gradient`), gradients to directions (`update`), then
+
+    leaf <- leaf - rate (direction + decay leaf)
+
+and at last `move`, which sees the trained leaves as they are now, the moved ones, and a `Moment`. Rate, schedule and
+decay are the step's: a method that starts its moments anew, or ignores them, does not touch them. (With an optax
+optimizer of one's own, rate and all, the step adds its updates instead.) Gradients have the names and shapes of the
+trained leaves, so neighbours in a chain need not know one another.
+
+`view` says what the whole chain does: the base, every leaf's role and shape, batches to calibrate on. State between
+steps is in three places: trained leaves, moved leaves, and the optimizer's state, where `update` may add its own
+(`optax.tree_utils.tree_get(opt_state, "field")` finds it again). What `gradient` has to say to `update` and `move` it
+puts into `aux`.
+
+In a chain, `prepare` acts in order and `merge` in reverse; of several adapters at one site the last of the chain is
+nearest to the kernel. A method that only changes how others train (a *modifier*: MeZO, LISA) says in `alone` what
+trains where nothing else in the chain does. A method file says what it promises in its `ABOUT` (jaxpeft/about.py);
+docs/contract.md tells the slots by the shipped methods.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -30,8 +50,34 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft import tree
+from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
-from jaxpeft.model import Model
+from jaxpeft.model import Batch, Model
+
+
+class Role(NamedTuple):
+    """What a leaf is to a step: one of FROZEN, MOVED, and TRAINED or another `trained(dtype)`.
+
+    name: "frozen", "trained" or "moved".
+    dtype: of a trained leaf's master; None leaves it as it is.
+    """
+
+    name: str
+    dtype: Any = None
+
+
+def trained(dtype: Any = jnp.float32) -> Role:
+    """A leaf that is differentiated, with a master of this dtype."""
+    return Role("trained", dtype)
+
+
+FROZEN, TRAINED, MOVED = Role("frozen"), trained(), Role("moved")
+Roles = Callable[[str], Role]
+
+
+def trains(predicate: Callable[[str], bool], role: Role = TRAINED) -> Callable[[Roles], Roles]:
+    """The `roles` slot of a method that gives one role to the paths of which `predicate` is true."""
+    return lambda others: lambda path: role if predicate(path) else others(path)
 
 
 class Spec(NamedTuple):
@@ -41,13 +87,48 @@ class Spec(NamedTuple):
     config: dict[str, Any]
 
 
+class View(NamedTuple):
+    """What every slot is told of the whole chain.
+
+    base: the model before any method.
+    specs: of the chain's members, in order.
+    role: path -> Role, of the whole chain.
+    shapes: {path: ShapeDtypeStruct}; of the base in `prepare` and `forward`, then of all of the adapted model's leaves.
+    batches: a function that gives some batches of the training data, for starts that are calculated from it; None when
+      planning, and where there is no data.
+    rate: whether the step has a learning rate; otherwise the optimizer has its own.
+    """
+
+    base: Model
+    specs: tuple[Spec, ...]
+    role: Roles
+    shapes: Mapping[str, Any]
+    batches: Callable[[], Iterable[Batch]] | None = None
+    rate: bool = False
+
+    def of(self, *names: str) -> tree.Flat:
+        """The shapes of the leaves with one of these roles."""
+        return {path: leaf for path, leaf in self.shapes.items() if self.role(path).name in names}
+
+    @property
+    def trained(self) -> tree.Flat:
+        """The shapes of the trained leaves."""
+        return self.of("trained")
+
+    @property
+    def moved(self) -> tree.Flat:
+        """The shapes of the moved leaves."""
+        return self.of("moved")
+
+
 class Objective(NamedTuple):
     """What a step minimises.
 
-    value: (trainable, frozen, batch, key) -> (loss, aux) of a batch of any size
-    value_and_grad: (trainable, frozen, batch, key, opt_state) -> ((loss, aux), gradients) of a step's batch; the
-      micro-batches of gradient accumulation are inside. Gradients are like `trainable`, or whatever the method's own
-      `update` takes in their place.
+    value: (trainable, rest, batch, key) -> (loss, aux) of a batch of any size
+    value_and_grad: (trainable, rest, batch, key, opt_state) -> ((loss, aux), gradients) of a step's batch; the
+      micro-batches of gradient accumulation are inside. Gradients are like `trainable`, which may be any part of the
+      leaves as long as `rest` holds the others.
+    backward: whether there is a backward pass; what is planned and reported asks it.
 
     `key` is a PRNG key, always given. `aux` is a dict of arrays: "weight" is what the loss is a mean over, scalars
     become metrics.
@@ -55,36 +136,107 @@ class Objective(NamedTuple):
 
     value: Callable[..., tuple[jax.Array, dict[str, Any]]]
     value_and_grad: Callable[..., tuple[tuple[jax.Array, dict[str, Any]], tree.Flat]]
+    backward: bool = True
 
 
-def _identity(x):
+class Leaves(NamedTuple):
+    """The leaves that a step changes.
+
+    trained, moved: {path: leaf}.
+    """
+
+    trained: tree.Flat
+    moved: tree.Flat
+
+
+class Moment(NamedTuple):
+    """A step, as `move` sees it.
+
+    step: () int32, steps done before this one.
+    key: the step's PRNG key, which `gradient` was given too.
+    rate: () float32, the learning rate; None where the optimizer has its own.
+    decay: the weight decay, a number.
+    aux: what `gradient` said.
+    frozen: {path: leaf}.
+    view: of the chain.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    rate: jax.Array | None
+    decay: float
+    aux: dict[str, Any]
+    frozen: tree.Flat
+    view: View
+
+
+def unchanged(x, *_):
+    """A slot that does nothing."""
     return x
 
 
-def _nothing(path: str) -> bool:
-    del path
-    return False
-
-
 class Method(NamedTuple):
-    """One way to fine-tune. See the module's docstring for the slots."""
+    """One way to fine-tune. See the module's docstring for the slots.
 
-    prepare: Callable[[tree.Params], tree.Params] = _identity
-    forward: Callable[[Model], Model] = _identity
-    trainable: Callable[[str], bool] = _nothing
-    gradient: Callable[[Objective], Objective] = _identity
-    update: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _identity
-    merge: Callable[[tree.Params], tree.Params] = _identity
+    alone: for a modifier: the roles where no other method of a chain gives any; None for all others.
+    """
+
+    prepare: Callable[[tree.Params, View], tree.Params] = unchanged
+    forward: Callable[[Model, View], Model] = unchanged
+    roles: Callable[[Roles], Roles] = unchanged
+    loss: Callable[[Callable[..., Any], View], Callable[..., Any]] = unchanged
+    gradient: Callable[[Objective, View], Objective] = unchanged
+    update: Callable[[optax.GradientTransformation, View], optax.GradientTransformation] = unchanged
+    move: Callable[[Leaves, Moment], Leaves] = unchanged
+    merge: Callable[[tree.Params], tree.Params] = unchanged
     specs: tuple[Spec, ...] = ()
+    alone: Roles | None = None
+
+    def role(self, path: str) -> Role:
+        """A leaf's role."""
+        return self.roles(self.alone or _frozen)(path)
+
+    def trainable(self, path: str) -> bool:
+        """Whether a leaf is differentiated."""
+        return self.role(path).name == "trained"
+
+    def changes(self, path: str) -> bool:
+        """Whether a leaf is not frozen."""
+        return self.role(path) != FROZEN
+
+    @property
+    def name(self) -> str:
+        """The members' names: "quantize+lora"."""
+        return "+".join(spec.name for spec in self.specs) or "method"
+
+
+def _frozen(path: str) -> Role:
+    del path
+    return FROZEN
 
 
 def chain(*methods: Method) -> Method:
-    """Applies methods in order; `merge` unwinds them in reverse order; a path trains if any of them says so."""
+    """Applies methods in order; `merge` unwinds them in reverse order.
+
+    Roles are given in order, too: of two methods that claim a path the later one is right. What a modifier trains
+    `alone` counts only where all that give roles are modifiers.
+
+    Raises:
+      InputError: if one method is in it twice.
+    """
+    specs = sum((method.specs for method in methods), ())
+    names = [spec.name for spec in specs if spec.name != "full"]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InputError(f"{'+'.join(spec.name for spec in specs)}: {twice[0]} is in the chain twice")
 
     def in_order(slot: str):
-        def apply(x):
-            for method in methods:
-                x = getattr(method, slot)(x)
+        active = [getattr(method, slot) for method in methods if getattr(method, slot) is not unchanged]
+        if not active:
+            return Method._field_defaults[slot]
+
+        def apply(x, *rest):
+            for function in active:
+                x = function(x, *rest)
             return x
 
         return apply
@@ -94,18 +246,33 @@ def chain(*methods: Method) -> Method:
             params = method.merge(params)
         return params
 
+    claims = [method for method in methods if method.roles is not unchanged and method.alone is None]
+    alone = [method.alone for method in methods if method.alone is not None]
+    slots = ("prepare", "forward", "roles", "loss", "gradient", "update", "move")
     return Method(
-        prepare=in_order("prepare"),
-        forward=in_order("forward"),
-        trainable=lambda path: any(method.trainable(path) for method in methods),
-        gradient=in_order("gradient"),
-        update=in_order("update"),
+        **{slot: in_order(slot) for slot in slots},
         merge=merge,
-        specs=sum((method.specs for method in methods), ()),
+        specs=specs,
+        alone=alone[0] if alone and not claims else None,
     )
 
 
-def setup(method: Method, base: Model, params: Mapping[str, Any], key: jax.Array) -> tuple[Model, tree.Flat, tree.Flat]:
+def settled(method: Method) -> Method:
+    """The method with what it trains alone as its own claim, so that what is chained to it comes on top."""
+    if method.alone is None:
+        return method
+    alone, roles = method.alone, method.roles
+    own = lambda path, others: role if (role := alone(path)) != FROZEN else others(path)
+    return method._replace(roles=lambda others: roles(lambda path: own(path, others)), alone=None)
+
+
+def setup(
+    method: Method,
+    base: Model,
+    params: Mapping[str, Any],
+    key: jax.Array,
+    batches: Callable[[], Iterable[Batch]] | None = None,
+) -> tuple[Model, tree.Flat, tree.Flat]:
     """Puts a method on a model.
 
     Args:
@@ -113,26 +280,41 @@ def setup(method: Method, base: Model, params: Mapping[str, Any], key: jax.Array
       base: the pretrained model.
       params: its parameters (nested dict); adapter leaves that are already there are kept.
       key: PRNG key for the parameters that the method adds.
+      batches: gives some batches of the training data, for a method that starts from them.
 
     Returns:
-      (model, trainable, frozen): the adapted model; flat dicts. Floating trainable leaves are float32 (the models
-      cast them to the compute dtype where they are used); frozen leaves keep their dtype.
+      (model, trainable, rest): the adapted model; flat dicts. Trainable leaves have their masters' dtype (float32
+      unless the method says otherwise; the models cast them to the compute dtype where they are used); the rest, frozen
+      leaves and moved ones, keep their dtype.
 
     Raises:
       InputError: if nothing would train.
     """
-    model = method.forward(base)
-    params = model.init(key, method.prepare(dict(params)))
-    trainable, frozen = tree.split(params, method.trainable)
-    if not trainable:
-        names = ", ".join(spec.name for spec in method.specs) or "method"
-        raise InputError(f"{names}: no parameter is trainable; the model has {', '.join(sorted(frozen)[:6])}, ...")
-    return model, {path: as_master(leaf) for path, leaf in trainable.items()}, frozen
+    view = View(base, method.specs, method.role, shapes_of(params), batches)
+    model = method.forward(base, view)._replace(base=base)
+    params = model.init(key, method.prepare(dict(params), view))
+    flat = tree.flatten(params)
+    if not any(method.changes(path) for path in flat):
+        raise InputError(f"{method.name}: no parameter is trainable; the model has {', '.join(sorted(flat)[:6])}, ...")
+    trainable = {path: as_master(leaf, method.role(path)) for path, leaf in flat.items() if method.trainable(path)}
+    return model, trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
 
 
-def as_master(leaf: jax.Array) -> jax.Array:
-    """A trainable leaf in float32, on which small updates are not rounded away."""
-    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def view_of(model: Model, method: Method, leaves: Mapping[str, Any], rate: bool = False) -> View:
+    """The view of an adapted model's slots; `leaves` are all of its leaves, or their shapes."""
+    return View(model.base or model, method.specs, method.role, shapes_of(leaves), rate=rate)
+
+
+def shapes_of(params: Mapping[str, Any]) -> tree.Flat:
+    """{path: leaf of shapes} of nested or flat parameters."""
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return {path: jax.tree.map(shape, leaf) for path, leaf in tree.flatten(params).items()}
+
+
+def as_master(leaf: jax.Array, role: Role = TRAINED) -> jax.Array:
+    """A trained leaf in its master's dtype: in float32 small updates are not rounded away."""
+    floating = role.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return leaf.astype(role.dtype) if floating else leaf
 
 
 # Methods by name: one file each in jaxpeft/methods, with a public factory of the file's name.
@@ -153,6 +335,11 @@ def module(name: str) -> ModuleType:
     if name not in names():
         raise InputError(f"unknown method {name!r}; nearest: {tree.nearest(name, names())} (see `jaxpeft methods`)")
     return importlib.import_module(f"jaxpeft.methods.{name}")
+
+
+def about(name: str) -> About:
+    """What a method's file says of it, checked."""
+    return check(name, module(name))
 
 
 def from_specs(specs: tuple[Spec, ...]) -> Method:

@@ -125,11 +125,13 @@ class Model(NamedTuple):
       `init(key, {})` is a freshly initialised model; given pretrained parameters an adapted model adds its adapters.
     stack: the functions that compute it.
     config: the family's frozen configuration, or None.
+    base: of an adapted model, the model before any method.
     """
 
     init: Callable[[jax.Array, tree.Params], tree.Params]
     stack: Stack
     config: Any = None
+    base: Model | None = None
 
     def hidden(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """The stream after the last layer, (B, S, d); `head` turns it, or a part of it, into logits.

@@ -1,13 +1,18 @@
 """Adapters at linear sites.
 
 A site is one linear map, named by the path of its kernel: `layers/self_attn/q_proj` holds
-`layers/self_attn/q_proj/kernel`. An adapter is a Flax module called as `adapter(x, kernel, ctx) -> y` in place of
-the product `x @ kernel`; it owns its parameters in a child scope of the site, called by the adapter's `name`:
-`layers/self_attn/q_proj/lora/a`. `ctx` is the layer's `jaxpeft.model.Context`. One whose
-class says `stacked = True` may get a layer of a stack as its kernel (`pallas_kernels.stacked`), for products to read.
+`layers/self_attn/q_proj/kernel`. An adapter is a Flax module called as `adapter(inner, x, site, ctx) -> y` in place of
+the product `x @ kernel`: `inner(x)` is that product, or the next adapter, so that several at one site compose; `site`
+holds the kernel and the bias, which is added outside. It owns its parameters, if it has any, in a child scope of the
+site, called by the adapter's `name`: `layers/self_attn/q_proj/lora/a`. `ctx` is the layer's `jaxpeft.model.Context`.
+One whose class says `stacked = True` may get a layer of a stack as its kernel (`pallas_kernels.stacked`), for products
+to read.
 
 Which sites are adapted is written once, in the parameters: `init` adds the child scope at every site that
 `adapter_for` chooses, and the forward pass adapts the sites that have it.
+
+Of several adapters the first of a chain is outermost, the last nearest to the product; as `merge` unwinds a chain from
+its end, what is nearest to the kernel is folded into it first.
 
 A Linen interceptor does the forward part. It is entered inside the stack's functions, because a backward pass that
 traces them again (`custom_vjp`, `jax.checkpoint`) would otherwise run the model without its adapters. Adapters use
@@ -16,11 +21,13 @@ traces them again (`custom_vjp`, `jax.checkpoint`) would otherwise run the model
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import re
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -30,6 +37,7 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context, Model, reads_stacks
 from jaxpeft.models.layers import Dense
+from jaxpeft.quant import dot, low_rank_dot
 from pallas_kernels.stacked import taken
 
 AdapterFor = Callable[[str], nn.Module]
@@ -88,19 +96,64 @@ def first_match(patterns: Mapping[str, Any], site: str, default: Any) -> Any:
     return default
 
 
-def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[tree.Params], list[str]]) -> Model:
+class Site(NamedTuple):
+    """Where an adapter acts.
+
+    path: "layers/self_attn/q_proj"; "" when the adapter is initialised.
+    kernel: (n, m), of any type that `jaxpeft.quant` knows.
+    bias: (m,), added to what the outermost adapter gives; None where the site has none.
+    plain: whether `inner` is the site's own product, and not another adapter.
+    """
+
+    path: str
+    kernel: Any
+    bias: jax.Array | None
+    plain: bool
+
+    def low_rank(
+        self, inner: Callable[[jax.Array], jax.Array], x: jax.Array, a: jax.Array, b: jax.Array, **options: Any
+    ) -> jax.Array:
+        """inner(x) + scale (drop(x) A) B, fused with the product where nothing lies between; see `low_rank_dot`."""
+        return low_rank_dot(x, self.kernel if self.plain else inner, a, b, **options)
+
+
+class _Entry(NamedTuple):
+    """An adapter that is in force while a function of the stack runs."""
+
+    name: str
+    adapter_for: AdapterFor
+    prefix: str
+    ctx: Context
+    chosen: frozenset[str] | None  # sites of one without parameters
+
+    def at(self, module: nn.Module) -> bool:
+        if self.chosen is not None:
+            return self.prefix + "/".join(module.path) in self.chosen
+        return module.has_variable("params", self.name)
+
+
+_entries: contextvars.ContextVar[tuple[_Entry, ...]] = contextvars.ContextVar("entries", default=())
+
+
+def attach(
+    model: Model,
+    name: str,
+    adapter_for: AdapterFor,
+    choose: Callable[[tree.Params], list[str]],
+    parameters: bool = True,
+) -> Model:
     """The model with adapters at the sites that `choose(params)` names.
 
     Args:
       model: any model; a site's linear map is a `jaxpeft.models.layers.Dense` or a `flax.linen.Dense`.
       name: the adapter's scope at its site, e.g. "lora".
-      adapter_for: site -> Flax module, called as `module(x (..., n), kernel (n, m), ctx) -> y (..., m)`; `init` calls
-        it with an empty context.
+      adapter_for: path of a site -> Flax module, called as `module(inner, x (..., n), site, ctx) -> y (..., m)`; `init`
+        calls it with an empty context.
       choose: params -> sites that get an adapter at init.
+      parameters: False for adapters that have none; they act at the sites that `choose` finds in each layer.
 
     Returns:
       A model whose `init` adds the adapters' parameters (axis 0 is the layer, where the site's kernel has that axis).
-      It raises InputError where a site has another adapter already: the product can be replaced once.
     """
 
     def init(key, params):
@@ -108,35 +161,41 @@ def attach(model: Model, name: str, adapter_for: AdapterFor, choose: Callable[[t
         flat = tree.flatten(params)
         for site in choose(params):
             below = [path.removeprefix(f"{site}/") for path in flat if path.startswith(f"{site}/")]
-            scopes = {path.split("/")[0] for path in below if "/" in path}
-            if name in scopes:
+            if any(path.startswith(f"{name}/") for path in below):
                 continue
-            if scopes:
-                raise InputError(f"{name}: {site} already has the adapter {min(scopes)!r}; give them different targets")
-            kernel = flat[f"{site}/kernel"]
+            kernel, bias = flat[f"{site}/kernel"], flat.get(f"{site}/bias")
             site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))
-            fresh = _init(adapter_for(site), len(kernel.shape) == 3, site_key, kernel)
+            fresh = (_init_layers if kernel.ndim == 3 else _init)(adapter_for(site), site_key, kernel, bias)
             flat.update({f"{site}/{name}/{leaf}": value for leaf, value in tree.flatten(fresh).items()})
         return tree.unflatten(flat)
 
-    def adapted(prefix, ctx):
-        return nn.intercept_methods(_interceptor(name, adapter_for, prefix, ctx))
+    @contextlib.contextmanager
+    def adapted(prefix, ctx, params):
+        chosen = None if parameters else frozenset(_chosen(choose, params))
+        entries = (*_entries.get(), _Entry(name, adapter_for, prefix, ctx, chosen))
+        token = _entries.set(entries)
+        try:
+            with nn.intercept_methods(_interceptor(entries)):
+                yield
+        finally:
+            _entries.reset(token)
 
     def embed(params, batch, key):
-        with adapted("", Context()):
+        with adapted("", Context(), params):
             return model.stack.embed(params, batch, key)
 
     def layer(function):
         def call(layer, x, ctx, cache, segment):
-            with adapted(f"{segment}/", ctx):
+            with adapted(f"{segment}/", ctx, {segment: layer}):
                 return function(layer, x, ctx, cache, segment)
 
         return reads_stacks(call, like=function)
 
     def head(params, x):
-        with adapted("", Context()):
+        with adapted("", Context(), params):
             return model.stack.head(params, x)
 
+    init = init if parameters else model.init
     return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed, head=head))
 
 
@@ -189,29 +248,55 @@ def wrap(model: Model, name: str, adapter: nn.Module, modules: Sequence[str], se
     return model._replace(init=init, stack=model.stack.map_layers(layer))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))  # sites of one shape share one compilation
-def _init(adapter: nn.Module, stacked: bool, key: jax.Array, kernel: Any) -> tree.Params:
-    def one(key, kernel):
-        return adapter.init(key, jnp.zeros((1, kernel.shape[0])), kernel, Context()).get("params", {})
-
-    if not stacked:
-        return one(key, kernel)
-    layers = jax.tree.leaves(kernel)[0].shape[0]
-    return jax.vmap(one)(jax.random.split(key, layers), kernel)
+def _chosen(choose: Callable[[tree.Params], list[str]], params: tree.Params) -> list[str]:
+    """The sites that an adapter without parameters has in a layer, or outside of them; none is no mistake here."""
+    try:
+        return choose(params)
+    except InputError:
+        return []
 
 
-def _interceptor(name: str, adapter_for: AdapterFor, prefix: str, ctx: Context):
+@functools.partial(jax.jit, static_argnums=0)  # sites of one shape share one compilation
+def _init(adapter: nn.Module, key: jax.Array, kernel: Any, bias: jax.Array | None) -> tree.Params:
+    inner, site = functools.partial(_product, kernel), Site("", kernel, bias, True)
+    return adapter.init(key, inner, jnp.zeros((1, kernel.shape[0])), site, Context()).get("params", {})
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _init_layers(adapter: nn.Module, key: jax.Array, kernel: Any, bias: jax.Array | None) -> tree.Params:
+    return jax.vmap(functools.partial(_init, adapter))(jax.random.split(key, kernel.shape[0]), kernel, bias)
+
+
+def _product(kernel: Any, x: jax.Array) -> jax.Array:
+    return dot(x, kernel)
+
+
+def _interceptor(entries: tuple[_Entry, ...]):
+    """Of the adapters in force, those of this module, one around the other; the last to be entered is the nearest.
+
+    The interceptor that was entered last runs first, and knows all entries: it does the work of them all.
+    """
+
     def intercept(next_function, args, kwargs, context):
         module = context.module
         ours = isinstance(module, Dense) and context.method_name == "linear"
         linen = isinstance(module, nn.Dense) and context.method_name == "__call__"
-        if not (ours or linen) or not module.has_variable("params", name):
+        own = [entry for entry in entries if entry.at(module)] if ours or linen else []
+        if not own:
             return next_function(*args, **kwargs)
-        adapter = adapter_for(prefix + "/".join(module.path)).clone(parent=module, name=name)
-        if ours:
-            x, kernel = args
-            return adapter(x, kernel if getattr(adapter, "stacked", False) else taken(kernel), ctx)
-        y = adapter(args[0], module.get_variable("params", "kernel"), ctx)
-        return y + module.get_variable("params", "bias").astype(y.dtype) if module.use_bias else y
+        x, kernel = args if ours else (args[0], module.get_variable("params", "kernel"))
+        bias = module.get_variable("params", "bias") if module.use_bias else None
+        y: Callable[[jax.Array], jax.Array] = functools.partial(_product, kernel)
+        for depth, entry in enumerate(own):
+            path = entry.prefix + "/".join(module.path)
+            adapter = entry.adapter_for(path).clone(parent=module, name=entry.name)
+            taken_here = kernel if getattr(adapter, "stacked", False) else taken(kernel)
+            y = functools.partial(_adapted, adapter, y, Site(path, taken_here, bias, depth == 0), entry.ctx)
+        out = y(x)
+        return out + bias.astype(out.dtype) if linen and bias is not None else out
 
     return intercept
+
+
+def _adapted(adapter: nn.Module, inner: Callable[..., Any], site: Site, ctx: Context, x: jax.Array) -> jax.Array:
+    return adapter(inner, x, site, ctx)

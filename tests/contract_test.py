@@ -14,7 +14,6 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.train.state import mutable
 from tests import residuals, tiny
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "contract.md"
@@ -33,7 +32,7 @@ def page():
 def start(method, optimizer=None):
     base, params = tiny.model()
     model, trainable, frozen = jp.setup(method, base, params, jax.random.key(0))
-    state = jp.init_state(method, optimizer or optax.adam(1e-2), trainable, frozen, jax.random.key(1))
+    state = jp.init_state(method, optimizer or optax.adam(1e-2), trainable, frozen, jax.random.key(1), model)
     return model, state
 
 
@@ -50,16 +49,6 @@ def train(method, steps=5, batch=BATCH, optimizer=None):
         for before, after in zip(jax.tree.leaves(leaf), jax.tree.leaves(state.frozen[path]), strict=True):
             assert np.asarray(before).tobytes() == np.asarray(after).tobytes(), path
     return model, first, state, losses
-
-
-def test_prefix(page):
-    """Trains 2 L p d_kv numbers; every query sees the prefix, and it composes with an adapter at the sites."""
-    model, first, last, losses = train(page["prefix"](5))
-    assert tree.size(first.trainable) == 2 * 3 * 5 * (2 * 8)
-    assert losses[-1] < losses[0]
-    logits = [np.asarray(model.apply(state.params, BATCH)) for state in (first, last)]
-    assert (np.abs(logits[0] - logits[1]).max(axis=-1) > 0).all()
-    assert train(jp.chain(page["prefix"](5), jp.lora(2)), steps=2)[3][-1] < losses[0]
 
 
 def test_meft_rebuilds_what_it_does_not_keep(page):
@@ -120,80 +109,30 @@ def test_lst_differentiates_nothing_of_the_backbone(page):
     assert not [shape for shape in shapes if shape[-1:] == (56,)]  # nothing of the MLP
 
 
-def test_qlora(page):
-    """Integer kernels are never differentiated; the adapted model is near the base; merging gives plain kernels."""
-    method = page["qlora"](4)
-    model, first, last, losses = train(method)
-    assert losses[-1] < losses[0]
-    kernel = first.frozen["layers/mlp/up_proj/kernel"]
-    assert isinstance(kernel, page["Int8"]) and kernel.q.dtype == jnp.int8
-    base, params = tiny.model()
-    exact = base.apply(params, BATCH)
-    assert 0 < np.abs(model.apply(first.params, BATCH) - exact).max() < 0.1 * np.abs(exact).max()
-    merged = method.merge(last.params)
-    assert tree.flatten(merged).keys() == tree.flatten(params).keys()
-    np.testing.assert_allclose(base.apply(merged, BATCH), model.apply(last.params, BATCH), rtol=1e-3, atol=1e-3)
-
-
-def test_mezo_has_no_backward_pass(page):
-    """The estimate is the directional derivative times the direction; nothing is kept for a backward pass."""
-    method = page["mezo"]("norms")
-    model, state = start(method)
-    objective = method.gradient(
-        jp.Objective(
-            lambda t, f, batch, key: jp.completion_loss(model, tree.combine(t, f), batch, key),
-            lambda *_: pytest.fail("MeZO must not differentiate"),
-        )
-    )
-    key = jax.random.key(5)
-    _, estimate = jax.jit(objective.value_and_grad)(state.trainable, state.frozen, BATCH, key, state.opt_state)
-    z = optax.tree_utils.tree_random_like(key, state.trainable)
-    exact = jax.grad(lambda t: jp.completion_loss(model, tree.combine(t, state.frozen), BATCH)[0])(state.trainable)
-    slope = optax.tree_utils.tree_vdot(exact, z)
-    for path, g in estimate.items():
-        np.testing.assert_allclose(g, slope * z[path], rtol=0.05, atol=1e-3 * np.abs(slope * z[path]).max())
-
-
-def test_lisa_trains_the_sampled_layers_only(page):
-    """Two of three layers move, moments are for two layers, and they start anew at a switch."""
-    method = page["lisa"](count=2, every=3, layers=3)
-    _, first, last, _ = train(method, steps=2)
-    active = set(np.asarray(optax.tree_utils.tree_get(last.opt_state, "active")).tolist())
-    assert len(active) == 2
-    path = "layers/mlp/up_proj/kernel"
-    moved = {i for i in range(3) if np.any(first.trainable[path][i] != last.trainable[path][i])}
-    assert moved == active
-    moments = optax.tree_utils.tree_get(last.opt_state, "mu")
-    assert moments[path].shape[0] == 2 and np.any(moments[path] != 0)
-    _, _, switched, _ = train(method, steps=3)
-    assert not np.any(optax.tree_utils.tree_get(switched.opt_state, "mu")[path])
-
-
-def test_galore_moments_are_low_rank(page):
-    """Moments of (L, r, m); the change of every kernel has rank r."""
-    method = page["galore"](rank=2, every=10)
-    _, first, last, losses = train(method, steps=3)
-    assert losses[-1] < losses[0]
-    path = "layers/mlp/up_proj/kernel"
-    assert optax.tree_utils.tree_get(last.opt_state, "mu")[path].shape == (3, 2, 56)
-    change = np.asarray(last.trainable[path] - first.trainable[path])
-    for singular in np.linalg.svd(change, compute_uv=False):
-        assert singular[1] > 1e-4 and singular[2] < 1e-4 * singular[0]
-
-
 def test_spiel_moves_its_indices(page):
     """Indices change between steps, never repeat, and values that move start at 0; the step reads the new ones."""
-    _, params = tiny.model()
-    method = page["spiel"](count=6, every=2, drop=3, model=tree.flatten(params))
-    model, first, last, _ = train(method, steps=2)
-    before, after = mutable(first.opt_state), mutable(last.opt_state)
+    model, first, last, _ = train(page["spiel"](count=6, every=2, drop=3), steps=2)
     path = "layers/mlp/up_proj/spiel/places"
-    changed = np.asarray(before[path] != after[path])
+    changed = np.asarray(first.moved[path] != last.moved[path])
     assert (changed.sum(-1) >= 1).all() and (changed.sum(-1) <= 3).all()
     np.testing.assert_array_equal(np.asarray(last.trainable[path.replace("places", "delta")])[changed], 0)
-    for leaf in after.values():
+    for leaf in last.moved.values():
         assert all(len(set(row)) == len(row) for row in np.asarray(leaf).tolist())
-    assert not np.allclose(model.apply(last.params, BATCH), model.apply(jp.combine(last.trainable, last.frozen), BATCH))
+    ones = jax.tree.map(jnp.ones_like, last.trainable)
+    new, old = (jp.combine(ones, {**last.frozen, **moved}) for moved in (last.moved, first.moved))
+    assert not np.allclose(model.apply(new, BATCH), model.apply(old, BATCH))
+
+
+def test_distillation_holds_the_model_near_the_base(page):
+    """The term is zero at the base, and its weight keeps the adapted model nearer to it."""
+    apart = []
+    for weight in (0.0, 10.0):
+        model, first, last, _ = train(jp.chain(jp.lora(2), page["near_the_base"](weight)), steps=5)
+        base, params = tiny.model()
+        apart.append(float(np.abs(model.apply(last.params, BATCH) - base.apply(params, BATCH)).mean()))
+    assert apart[1] < 0.7 * apart[0]
+    step = jax.jit(jp.make_train_step(model, jp.chain(jp.lora(2), page["near_the_base"](1.0)), optax.adam(1e-2)))
+    np.testing.assert_allclose(step(first, BATCH)[1]["apart"], 0, atol=1e-5)
 
 
 def test_colm_learns_from_the_chosen_rows(page):

@@ -59,7 +59,7 @@ from experiments.memory import common
 from jaxpeft import assets, data, tree
 from jaxpeft.hf import load_tokenizer
 from jaxpeft.train.compiled import Compiled
-from jaxpeft.train.optimizer import make_optimizer, make_schedule
+from jaxpeft.train.optimizer import make_direction, make_schedule
 from jaxpeft.train.task import TASKS
 
 NAME = "meft_quality"
@@ -142,7 +142,10 @@ class Runner:
         self.steps = math.ceil(DATA[task].epochs * len(self.train) / BATCH)
         self.task = TASKS["classify"]
         self.method = self.task.method(METHODS[name][0]())
-        self.unit = make_optimizer(make_schedule("linear", 1.0, self.steps, max(self.steps * 6 // 100, 1)), 0.0, 1.0)
+        self.unit = optax.chain(
+            make_direction(),
+            optax.scale_by_learning_rate(make_schedule("linear", 1.0, self.steps, max(self.steps * 6 // 100, 1))),
+        )
         model, *_ = self.setup(0)
         step = jp.make_train_step(model, self.method, self.optimizer(1.0), self.task.loss)
         self.step, self.eval_step = Compiled(step, donate=True), Compiled(self.task.eval_step(model))

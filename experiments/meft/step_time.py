@@ -25,13 +25,14 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 import jaxpeft as jp
 from experiments.memory import common
 from jaxpeft import assets
 from jaxpeft.remat import residuals
 from jaxpeft.remat.flops import count_flops
-from jaxpeft.train.optimizer import make_optimizer, make_schedule
+from jaxpeft.train.optimizer import make_direction, make_schedule
 from jaxpeft.train.task import TASKS
 
 NAME = "meft_step_time"
@@ -63,7 +64,7 @@ def step_of(model: str, form: str):
     method = task.method(factory())
     adapted, trainable, frozen = jp.setup(method, base, params, jax.random.key(0))
     adapted = residuals.remat(adapted, save)
-    optimizer = make_optimizer(make_schedule("constant", 1e-4, 1000, 1))
+    optimizer = optax.chain(make_direction(), optax.scale_by_learning_rate(make_schedule("constant", 1e-4, 1000, 1)))
     state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(1))
     rng = np.random.default_rng(0)
     batch = {

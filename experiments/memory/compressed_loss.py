@@ -31,13 +31,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tyro
 
 import jaxpeft as jp
 from jaxpeft.data import eval_batches, load_examples, make_batches
 from jaxpeft.hf import load_tokenizer
+from jaxpeft.method import view_of
 from jaxpeft.remat import residuals
-from jaxpeft.train.optimizer import make_optimizer, make_schedule
+from jaxpeft.train.optimizer import make_direction, make_schedule
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 PLANS = ("matmuls", "compressed")
@@ -75,11 +77,14 @@ def run_all(args: Settings) -> dict[str, list[dict]]:
         file = args.data_root / f"instruct/e2e_nlg.{part}.jsonl"
         examples[part], _ = load_examples(file, tokenizer, args.seq_len, too_long="drop")
     method = jp.lora(8, alpha=16)
-    optimizer = make_optimizer(make_schedule("linear", args.lr, args.steps, warmup=args.steps // 10))
+    optimizer = optax.chain(
+        make_direction(),
+        optax.scale_by_learning_rate(make_schedule("linear", args.lr, args.steps, warmup=args.steps // 10)),
+    )
     held_out = [batch for batch, _ in eval_batches(examples["test"], 8, args.seq_len, pack=True)][:8]
     found: dict[str, list[dict]] = {}
     for plan in PLANS:
-        model = residuals.remat(method.forward(base), plan)
+        model = residuals.remat(method.forward(base, view_of(base, method, {})), plan)
 
         @jax.jit
         def train(state, batches, model=model):

@@ -40,6 +40,7 @@ from experiments.memory.common import GIB
 from jaxpeft import tree
 from jaxpeft.memory import profile, targets
 from jaxpeft.memory.attribution import Owner, Owners
+from jaxpeft.method import view_of
 from jaxpeft.models import family, geometries
 from jaxpeft.remat import residuals
 from jaxpeft.train.loss import completion_loss
@@ -87,7 +88,7 @@ def measure(key: common.Row) -> dict[str, Any]:
     config = {**geometries.load(key["geometry"]), "num_hidden_layers": key["layers"]}
     method = METHODS[key["method"]](rank=key["rank"])
     base = family(config).from_hf(config, dtype)
-    model = residuals.remat(method.forward(base), key["save"])
+    model = residuals.remat(method.forward(base, view_of(base, method, {})), key["save"])
     params = jax.eval_shape(lambda k: model.init(k, {}), jax.random.key(0))
     params = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, dtype if jnp.issubdtype(x.dtype, jnp.floating) else x.dtype), params

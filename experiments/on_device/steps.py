@@ -116,6 +116,7 @@ def _ours(key: Row, toy: bool) -> Callable[[], Row]:
 
     import jaxpeft as jp
     from jaxpeft import tree
+    from jaxpeft.method import view_of
     from jaxpeft.models import family
     from jaxpeft.remat.flops import count_flops
     from pallas_kernels import packed, platform
@@ -142,7 +143,7 @@ def _ours(key: Row, toy: bool) -> Callable[[], Row]:
         return jp.init_state(method, optimizer, trainable, frozen, jax.random.key(2))
 
     like = {p: jax.eval_shape(pack, s) if key["base"] == "nf4" and p in kernels else s for p, s in shapes.items()}
-    adapted = jp.remat(method.forward(base), key["save"])
+    adapted = jp.remat(method.forward(base, view_of(base, method, {})), key["save"])
     function = jp.make_train_step(adapted, method, optimizer)
     abstract = jax.eval_shape(lambda params: _abstract_state(method, base, params, optimizer), tree.unflatten(like))
     flops = count_flops(jax.make_jaxpr(lambda *args: function(*args))(abstract, batch))

@@ -23,7 +23,7 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
 from jaxpeft.memory.targets import Target
-from jaxpeft.method import Method, as_master
+from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
 from jaxpeft.models import family
 from jaxpeft.models.labels import SCOPE
@@ -32,9 +32,9 @@ from jaxpeft.remat.flops import count_flops
 from jaxpeft.remat.plan import Plan, parse
 from jaxpeft.remat.residuals import Segment
 from jaxpeft.train.memory import account, activation_bytes, kept_bytes
-from jaxpeft.train.optimizer import make_optimizer, make_schedule
+from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
-from jaxpeft.train.step import make_train_step
+from jaxpeft.train.step import make_train_step, objective_of
 from jaxpeft.train.task import TASKS, Task, check_head, config_for
 
 
@@ -45,6 +45,7 @@ class Step(NamedTuple):
     state: TrainState of ShapeDtypeStructs.  batch: {name: ShapeDtypeStruct}.
     base: the base model's paths, without a classifier's.  model: under its memory plan.  plan: that plan.
     accumulate: micro-batches.  task: what it is for.  rows, length: of a batch; the length in tokens.
+    backward: whether there is a backward pass.
     """
 
     function: Callable[..., Any]
@@ -57,6 +58,7 @@ class Step(NamedTuple):
     task: Task
     rows: int
     length: int
+    backward: bool
 
 
 def make_step(
@@ -92,23 +94,33 @@ def make_step(
     own, config = TASKS[task], config_for(task, config, num_labels)
     base, method = family(config).from_hf(config, dtype), own.method(method)
     check_head(task, config["model_type"], base, seq_len)
-    model = method.forward(base)
-    plan = residuals.default_plan(model) if save is None else parse(save)
-    model = residuals.remat(model, plan, shards)
     key = jax.eval_shape(lambda: jax.random.key(0))
     of_base = jax.eval_shape(lambda key: base.init(key, {}), key)
-    params = jax.eval_shape(lambda key, params: model.init(key, method.prepare(params)), key, of_base)
-    trainable, frozen = tree.split(params, method.trainable)
-    if not trainable:
-        raise InputError(f"{', '.join(spec.name for spec in method.specs)}: no parameter is trainable")
-    trainable = jax.eval_shape(lambda leaves: {path: as_master(leaf) for path, leaf in leaves.items()}, trainable)
-    optimizer = make_optimizer(make_schedule("cosine", 2e-4, 1000, 10))
-    state = jax.eval_shape(functools.partial(init_state, method, optimizer), trainable, frozen, key)
+    model, trainable, rest = _set_up(method, base, key, of_base)
+    plan = residuals.default_plan(model) if save is None else parse(save)
+    model = residuals.remat(model, plan, shards)
+    optimizer = make_direction(defaults(method.specs).direction or "adam")
+    state = jax.eval_shape(functools.partial(init_state, method, optimizer, model=model), trainable, rest, key)
     batch = own.shapes(base.config, batch_size, seq_len, packed)
-    function = make_train_step(model, method, optimizer, own.loss, accumulate)
+    schedule = make_schedule("cosine", 2e-4, 1000, 10)
+    function = make_train_step(model, method, optimizer, own.loss, accumulate, rate=schedule)
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
-    return Step(function, state, batch, paths, model, plan, accumulate, own, batch_size, length)
+    backward = objective_of(model, method, state.leaves, own.loss).backward
+    return Step(function, state, batch, paths, model, plan, accumulate, own, batch_size, length, backward)
+
+
+def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, tree.Flat, tree.Flat]:
+    """`setup` on shapes."""
+    found: list[Model] = []
+
+    def shapes(key, params):
+        model, trainable, rest = setup(method, base, params, key)
+        found.append(model)
+        return trainable, rest
+
+    trainable, rest = jax.eval_shape(shapes, key, params)
+    return found[0], trainable, rest
 
 
 class Cost(NamedTuple):
@@ -132,6 +144,8 @@ def cost(step: Step) -> Cost:
     with residuals.recorded() as segments:
         # A function of its own, which JAX has not traced before.
         flops = count_flops(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
+    if not step.backward:
+        return Cost(flops, 0.0, 0, 0, {})
     again = step.accumulate * sum(segment.recompute_flops() for segment in segments.values())
     if step.task.head_again:
         params = jax.eval_shape(lambda state: state.params, step.state)
@@ -160,7 +174,7 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
         "save": str(step.plan),
         "batch_size": step.rows,
         "seq_len": step.length,
-        "bytes": account(compiled.memory, step.state, step.base, traced.activations // target.chips),
+        "bytes": account(compiled.memory, step.state, step.base, traced.activations // target.chips, step.backward),
         "host_bytes": compiled.memory.host,
         "device_bytes": target.usable_bytes,
         "fits": compiled.fits,

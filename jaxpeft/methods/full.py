@@ -12,15 +12,9 @@ from __future__ import annotations
 import re
 
 from jaxpeft import tree
+from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec
-
-SUMMARY = "all parameters, or those of a path pattern (biases, norms, head, last:K layers)"
-KIND = "parameters"
-SAVES = "nothing; a pattern saves the gradients, optimizer state and weight-gradient inputs of what it leaves out"
-REFERENCE = "bias-only: Ben Zaken et al. 2022, arXiv:2106.10199"
-EXAMPLE: dict = {}
-STARTS_AT_BASE = True
+from jaxpeft.method import Method, Spec, trains
 
 WHICH = {
     "all": r"",
@@ -57,7 +51,7 @@ def full(which: str = "all") -> Method:
         pattern = re.compile(WHICH.get(which, which))
     except re.error as error:
         raise InputError(f"which {which!r}: not a regular expression ({error})") from None
-    return Method(trainable=lambda path: pattern.search(path) is not None, specs=spec)
+    return Method(roles=trains(lambda path: pattern.search(path) is not None), specs=spec)
 
 
 def _last_layers(which: str, spec: tuple[Spec, ...]) -> Method:
@@ -65,7 +59,7 @@ def _last_layers(which: str, spec: tuple[Spec, ...]) -> Method:
     if not count.isdecimal() or int(count) < 1:
         raise InputError(f"which {which!r}: write last:K with a whole number K of at least 1")
 
-    def prepare(params):
+    def prepare(params, view):
         layers = tree.segments(params)[-1][2]
         if int(count) > layers:
             raise InputError(f"which {which!r}: the model has {layers} layers")
@@ -75,4 +69,15 @@ def _last_layers(which: str, spec: tuple[Spec, ...]) -> Method:
         # The cut gives the last segment a first layer above 0; with K = L there is no cut and `layers` is all of it.
         return re.match(r"layers(_[1-9]\d*_\d+)?/", path) is not None
 
-    return Method(prepare=prepare, trainable=trainable, merge=tree.join_layers, specs=spec)
+    return Method(prepare=prepare, roles=trains(trainable), merge=tree.join_layers, specs=spec)
+
+
+ABOUT = About(
+    summary="all parameters, or those of a path pattern (biases, norms, head, last:K layers)",
+    level="parameters",
+    trains="the parameters that it names",
+    keeps="nothing; a pattern saves the gradients, optimizer state and weight-gradient inputs of what it leaves out",
+    reference="bias-only: Ben Zaken et al. 2022, arXiv:2106.10199",
+    example={},
+    promises=Promises(site_bytes=saved_bytes),
+)

@@ -27,17 +27,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft import sites, tree
+from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec
+from jaxpeft.method import Method, Spec, trains, unchanged
 from jaxpeft.model import Context
-from jaxpeft.quant import low_rank_dot
 
-SUMMARY = "a trainable low-rank product beside each frozen kernel"
-KIND = "site"
-SAVES = "gradients and optimizer state of all but r(n+m) numbers per kernel; no activations"
-REFERENCE = "Hu et al. 2021, arXiv:2106.09685"
-EXAMPLE = {"rank": 4, "alpha": 8.0}
-STARTS_AT_BASE = True
 PEFT_SCOPE = "lora"
 PEFT_EXTRA = ()
 
@@ -72,14 +66,14 @@ class LoRA(nn.Module):
     init_a: str = "kaiming"
 
     @nn.compact
-    def __call__(self, x: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
-        n, m = kernel.shape
+    def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
+        n, m = site.kernel.shape
         a = self.param("a", INITS[self.init_a], (n, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
         rate, seed = 0.0, None
         if self.dropout and self.has_rng("dropout"):
             rate, seed = self.dropout, jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
-        return low_rank_dot(x, kernel, a, b, scale=self.scale, rate=rate, seed=seed)
+        return site.low_rank(inner, x, a, b, scale=self.scale, rate=rate, seed=seed)
 
 
 def drop(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
@@ -180,23 +174,23 @@ def lora(
 
     choose = chosen_sites("lora", targets, rank_of)
 
-    def prepare(params):
+    def prepare(params, view):
         flat = tree.flatten(params)
         for site in choose(params):
             flat.update(_pissa(site, flat, rank_of(site), scale(site)))
         return tree.unflatten(flat)
 
-    def update(optimizer):
+    def update(optimizer, view):
         def of_b(leaves):
             return {path: path.endswith("/lora/b") for path in leaves}
 
         return optax.chain(optimizer, optax.masked(optax.scale(lr_ratio), of_b))
 
     return Method(
-        prepare=prepare if init == "pissa" else lambda params: params,
-        forward=lambda model: sites.attach(model, "lora", adapter, choose),
-        trainable=lambda path: path.endswith(("/lora/a", "/lora/b")),
-        update=update if lr_ratio != 1 else lambda optimizer: optimizer,
+        prepare=prepare if init == "pissa" else unchanged,
+        forward=lambda model, view: sites.attach(model, "lora", adapter, choose),
+        roles=trains(lambda path: path.endswith(("/lora/a", "/lora/b"))),
+        update=update if lr_ratio != 1 else unchanged,
         merge=lambda params: fold(params, "lora", scale, lambda leaves, n: (leaves["a"], leaves["b"])),
         specs=(Spec("lora", config),),
     )
@@ -277,3 +271,14 @@ def peft_scale(config: Mapping[str, Any], site: str) -> float:
 def changes_kernels(config: Mapping[str, Any]) -> bool:
     """Whether the kernels beside the adapters are not those of the base that the exported adapter is for."""
     return config["init"] == "pissa"
+
+
+ABOUT = About(
+    summary="a trainable low-rank product beside each frozen kernel",
+    level="site",
+    trains="A and B, r(n+m) numbers per kernel",
+    keeps="gradients and optimizer state of all but r(n+m) numbers per kernel; no activations",
+    reference="Hu et al. 2021, arXiv:2106.09685",
+    example={"rank": 4, "alpha": 8.0},
+    promises=Promises(site_bytes=saved_bytes),
+)

@@ -21,7 +21,7 @@ before the optimizer's clipping, where PEFT clips first. Dropout is on x A, wher
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -30,18 +30,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sites
+from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Objective, Spec
+from jaxpeft.method import Method, Objective, Spec, trains, unchanged
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Context
-from jaxpeft.quant import dot, low_rank_dot
 
-SUMMARY = "LoRA with A frozen: no adapter input is kept for the backward pass"
-KIND = "site"
-SAVES = "as LoRA, and the activations that only A's gradient needs: n per token and kernel"
-REFERENCE = "Zhang et al. 2023, arXiv:2308.03303"
-EXAMPLE = {"rank": 4, "alpha": 8.0}
-STARTS_AT_BASE = True
 PEFT_SCOPE = "lora_fa"
 PEFT_EXTRA = ("seed",)
 
@@ -58,8 +52,8 @@ class LoRAFA(nn.Module):
     store_a: bool = True
 
     @nn.compact
-    def __call__(self, x: jax.Array, kernel: Any, ctx: Context) -> jax.Array:
-        n, m = kernel.shape
+    def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
+        n, m = site.kernel.shape
         make_a: Any = None
         if self.store_a:
             a = self.param("a", _lora.INITS[self.init_a], (n, self.rank))
@@ -70,8 +64,8 @@ class LoRAFA(nn.Module):
         if self.dropout and self.has_rng("dropout"):
             low = x @ (make_a(a) if make_a else a).astype(x.dtype)
             low = checkpoint_name(_lora.drop(low, self.dropout, self.make_rng("dropout")), "lora_low")
-            return dot(x, kernel) + self.scale * (low @ b.astype(x.dtype))
-        return low_rank_dot(x, kernel, a, b, scale=self.scale, make_a=make_a)
+            return inner(x) + self.scale * (low @ b.astype(x.dtype))
+        return site.low_rank(inner, x, a, b, scale=self.scale, make_a=make_a)
 
 
 class Regenerate(NamedTuple):
@@ -137,7 +131,7 @@ def lora_fa(
 
     choose = _lora.chosen_sites("lora_fa", targets, lambda site: rank)
 
-    def gradient(objective: Objective) -> Objective:
+    def gradient(objective: Objective, view) -> Objective:
         def value_and_grad(trainable, frozen, batch, key, opt_state):
             value, grads = objective.value_and_grad(trainable, frozen, batch, key, opt_state)
             own = {path: g for path, g in grads.items() if path.endswith("/lora_fa/b")}
@@ -151,9 +145,9 @@ def lora_fa(
         return objective._replace(value_and_grad=value_and_grad)
 
     return Method(
-        forward=lambda model: sites.attach(model, "lora_fa", adapter, choose),
-        trainable=lambda path: path.endswith("/lora_fa/b"),
-        gradient=gradient if projected else lambda objective: objective,
+        forward=lambda model, view: sites.attach(model, "lora_fa", adapter, choose),
+        roles=trains(lambda path: path.endswith("/lora_fa/b")),
+        gradient=gradient if projected else unchanged,
         merge=lambda params: _lora.fold(
             params, "lora_fa", lambda site: scale, lambda leaves, n: peft_factors(config, leaves, n)
         ),
@@ -213,3 +207,14 @@ def changes_kernels(config: Mapping[str, Any]) -> bool:
     """Whether the kernels beside the adapters are not those of the base that the exported adapter is for."""
     del config
     return False
+
+
+ABOUT = About(
+    summary="LoRA with A frozen: no adapter input is kept for the backward pass",
+    level="site",
+    trains="B, r m numbers per kernel",
+    keeps="as LoRA, and the activations that only A's gradient needs: n per token and kernel",
+    reference="Zhang et al. 2023, arXiv:2308.03303",
+    example={"rank": 4, "alpha": 8.0},
+    promises=Promises(site_bytes=saved_bytes),
+)

@@ -39,20 +39,13 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import tree
+from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.features import check_layers, check_settings, count_layers, divided, frozen_pass, linear, no_merge, width
-from jaxpeft.method import Method, Spec
+from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Model, Stack
 from jaxpeft.models.layers import RMSNorm
 from jaxpeft.train.loss import completion_loss
-
-SUMMARY = "a small transformer beside the frozen one, reading each of its layers"
-KIND = "stack"
-SAVES = "the backbone's backward pass, and all activations but d (1 + 1 / reduction) numbers per token and layer"
-REFERENCE = "Sung et al. 2022, arXiv:2206.06522"
-EXAMPLE = {"reduction": 4}
-STARTS_AT_BASE = False
-MERGES = False
 
 TEMPERATURE = 0.1
 INITS = ("magnitude", "fisher", "random")
@@ -108,7 +101,7 @@ def lst(
         raise InputError("lst: information should be what jaxpeft.methods.lst.fisher_information returns")
     config = {"reduction": reduction, "init": init, "layers": layers, "merge_last": merge_last}
 
-    def forward(model):
+    def forward(model, view):
         small = narrowed(model, reduction, layers)
 
         def start(key, params):
@@ -134,7 +127,7 @@ def lst(
 
     return Method(
         forward=forward,
-        trainable=lambda path: path.startswith("lst/"),
+        roles=trains(lambda path: path.startswith("lst/")),
         merge=no_merge("lst"),
         specs=(Spec("lst", config),),
     )
@@ -338,3 +331,14 @@ def fisher_information(
 
     found = [squared(batch) for batch in batches]
     return tree.unflatten(jax.tree.map(lambda *x: sum(x) / len(x), *found))
+
+
+ABOUT = About(
+    summary="a small transformer beside the frozen one, reading each of its layers",
+    level="stack",
+    trains="the side network",
+    keeps="the backbone's backward pass, and all activations but d (1 + 1 / reduction) numbers per token and layer",
+    reference="Sung et al. 2022, arXiv:2206.06522",
+    example={"reduction": 4},
+    promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False),
+)

@@ -36,8 +36,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sites, tree
+from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec
+from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import drop
 from jaxpeft.model import Batch, Model, Stack, scan_layers
 from jaxpeft.models.layers import ACTIVATIONS
@@ -45,14 +46,6 @@ from jaxpeft.remat import residuals, reversible
 from jaxpeft.remat.plan import Plan
 from jaxpeft.remat.reversible import Coupling
 from jaxpeft.remat.streams import Fixed, Float
-
-SUMMARY = "reversible layers: activations are rebuilt in the backward pass, bit for bit"
-KIND = "stack"
-SAVES = "the activations of all layers but a few bits per element; gradients and state of all but the adapters"
-REFERENCE = "Liao et al. 2023, arXiv:2306.00477"
-EXAMPLE = {"width": 8}
-STARTS_AT_BASE = False
-MERGES = False
 
 # variant: (lam, beta) in the published script; the nearest powers of two are the default of exact streams.
 PUBLISHED = {1: ("1/10", "1"), 2: ("1", "1/10"), 3: ("1/10", "1/10")}
@@ -166,13 +159,13 @@ def meft(
     base = Coupling(_absent, _absent, *factors, variant != 3, Fixed(bits) if exact else Float(), every, twice)
     reversible.check("meft", base)
 
-    def prepare(params):
+    def prepare(params, view):
         count = tree.segments(params)[-1][2]
         if layers is not None and layers > count:
             raise InputError(f"meft: layers {layers}: the model has {count}")
         return params if layers in (None, count) else tree.cut_layers(params, layers)
 
-    def forward(model: Model) -> Model:
+    def forward(model: Model, view) -> Model:
         if variant == 3 and len(model.stack.parts) != 2:
             raise InputError("meft: variant 3 needs layers of an attention and an MLP part, which this model lacks")
         if model.stack.run is not scan_layers:
@@ -191,7 +184,7 @@ def meft(
     def merge(params):
         raise InputError("meft: has no merged form, as the streams of its model are two; serve it with its adapter")
 
-    return Method(prepare, forward, lambda path: "/meft/" in path, merge=merge, specs=spec)
+    return Method(prepare, forward, trains(lambda path: "/meft/" in path), merge=merge, specs=spec)
 
 
 def _fraction(name: str, value: Any, default: str) -> Fraction:
@@ -325,3 +318,14 @@ def _decode(coupling: Coupling, halves, params, numbers, pair, ctx, cache):
 
     last, cache = jax.lax.scan(body, reversible.encoded(coupling, pair), (params, numbers, cache))
     return reversible.decoded(coupling, *last), cache
+
+
+ABOUT = About(
+    summary="reversible layers: activations are rebuilt in the backward pass, bit for bit",
+    level="stack",
+    trains="the adapters",
+    keeps="the activations of all layers but a few bits per element; gradients and state of all but the adapters",
+    reference="Liao et al. 2023, arXiv:2306.00477",
+    example={"width": 8},
+    promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False),
+)

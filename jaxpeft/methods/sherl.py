@@ -29,18 +29,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import features, tree
+from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec
+from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import drop
 from jaxpeft.model import Batch, Stack
-
-SUMMARY = "early layers' outputs without repetition, as the input of the last layers"
-KIND = "stack"
-SAVES = "the early layers' backward pass, and all their activations but d numbers per token and layer"
-REFERENCE = "Diao et al. 2024, arXiv:2407.07523"
-EXAMPLE = {"reduction": 4}
-STARTS_AT_BASE = False
-MERGES = False
 
 TEMPERATURE = 0.1
 EPSILON = 1e-6  # of the weights' sum, and of a vector's length
@@ -81,7 +74,7 @@ def sherl(reduction: int = 2, late: int = 1, layers: Sequence[int] | None = None
     def chosen(params):
         return features.check_layers("sherl", layers, boundary(params))
 
-    def forward(model):
+    def forward(model, view):
         d = features.width("sherl", model)
         k = features.divided("sherl", "hidden size", d, reduction)
 
@@ -105,9 +98,9 @@ def sherl(reduction: int = 2, late: int = 1, layers: Sequence[int] | None = None
         return model._replace(init=init, stack=model.stack._replace(run=run))
 
     return Method(
-        prepare=lambda params: tree.cut_layers(params, boundary(params)),
+        prepare=lambda params, view: tree.cut_layers(params, boundary(params)),
         forward=forward,
-        trainable=lambda path: path.startswith("sherl/"),
+        roles=trains(lambda path: path.startswith("sherl/")),
         merge=features.no_merge("sherl"),
         specs=(Spec("sherl", config),),
     )
@@ -162,3 +155,14 @@ def aggregate(own: tree.Params, f: jax.Array) -> jax.Array:
     weights = weights / (weights.sum(0) + EPSILON)
     guide = jnp.einsum("ibs,ibsk->bsk", weights.astype(t.dtype), shallow) + deep
     return features.layer_norm(features.linear(jax.nn.relu(guide), own["out"]), **own["out_norm"])
+
+
+ABOUT = About(
+    summary="early layers' outputs without repetition, as the input of the last layers",
+    level="stack",
+    trains="the guide and its gate",
+    keeps="the early layers' backward pass, and all their activations but d numbers per token and layer",
+    reference="Diao et al. 2024, arXiv:2407.07523",
+    example={"reduction": 4},
+    promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False),
+)

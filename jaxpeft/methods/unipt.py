@@ -30,16 +30,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import features, tree
-from jaxpeft.method import Method, Spec
+from jaxpeft.about import About, Promises
+from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Stack
-
-SUMMARY = "tokens of all layers gathered around the last layer's, beside the frozen model"
-KIND = "stack"
-SAVES = "the backbone's backward pass, and all activations but d numbers per token and layer"
-REFERENCE = "Diao et al. 2024, arXiv:2308.14316"
-EXAMPLE = {"reduction": 4}
-STARTS_AT_BASE = False
-MERGES = False
 
 EPSILON = 1e-6  # of a row's sum
 
@@ -66,7 +59,7 @@ def unipt(reduction: int = 2, layers: Sequence[int] | None = None, residual: boo
     features.check_settings("unipt", reduction, layers)
     config = {"reduction": reduction, "layers": layers, "residual": residual}
 
-    def forward(model):
+    def forward(model, view):
         d = features.width("unipt", model)
         k = features.divided("unipt", "hidden size", d, reduction)
         causal = features.decodes(model)
@@ -101,7 +94,7 @@ def unipt(reduction: int = 2, layers: Sequence[int] | None = None, residual: boo
 
     return Method(
         forward=forward,
-        trainable=lambda path: path.startswith("unipt/"),
+        roles=trains(lambda path: path.startswith("unipt/")),
         merge=features.no_merge("unipt"),
         specs=(Spec("unipt", config),),
     )
@@ -160,3 +153,14 @@ def gather(own: tree.Params, t: jax.Array, mine: jax.Array, seen: jax.Array) -> 
     gathered = jnp.einsum("nbs,nbsk->bsk", jax.nn.softmax(logits, axis=0).astype(t.dtype), m)
     u = anchor + features.layer_norm(features.linear(gathered, own["gather"]), **own["gather_norm"])
     return features.linear(jax.nn.relu(u), own["up"])
+
+
+ABOUT = About(
+    summary="tokens of all layers gathered around the last layer's, beside the frozen model",
+    level="stack",
+    trains="projections and the gathering of tokens",
+    keeps="the backbone's backward pass, and all activations but d numbers per token and layer",
+    reference="Diao et al. 2024, arXiv:2308.14316",
+    example={"reduction": 4},
+    promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False),
+)

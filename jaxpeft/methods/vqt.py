@@ -29,18 +29,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import features, tree
+from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec
+from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Context, Model, Stack
-
-SUMMARY = "trained queries that ask every layer of a frozen encoder, and a linear classifier of the answers"
-KIND = "input"
-SAVES = "the backbone's backward pass, and all activations but keys and values"
-REFERENCE = "Tu et al. 2023, arXiv:2212.03220"
-EXAMPLE = {"queries": 2}
-STARTS_AT_BASE = False
-MERGES = False
-CLASSIFIES = True  # for encoders with a classifier of rows, and no other model
 
 
 def layer_bytes(config: Any, itemsize: int, **_) -> int:
@@ -65,7 +57,7 @@ def vqt(queries: int = 5, normalize: bool = True) -> Method:
     if queries < 1:
         raise InputError(f"vqt: queries {queries} must be at least 1")
 
-    def forward(model):
+    def forward(model, view):
         d = features.width("vqt", model)
         _check(model)
         answers = model.config.num_hidden_layers * queries
@@ -97,7 +89,7 @@ def vqt(queries: int = 5, normalize: bool = True) -> Method:
 
     return Method(
         forward=forward,
-        trainable=lambda path: path.startswith("vqt/"),
+        roles=trains(lambda path: path.startswith("vqt/")),
         merge=features.no_merge("vqt"),
         specs=(Spec("vqt", config),),
     )
@@ -136,3 +128,14 @@ def _run(stack: Stack, params: tree.Params, batch: Batch, key=None, cache=None):
         answers.append(z)
     z = jnp.concatenate(answers).swapaxes(0, 1).reshape(rows, -1, x.shape[-1])
     return jnp.concatenate([x, z], axis=1), cache
+
+
+ABOUT = About(
+    summary="trained queries that ask every layer of a frozen encoder, and a linear classifier of the answers",
+    level="input",
+    trains="q d numbers per layer, and the classifier",
+    keeps="the backbone's backward pass, and all activations but keys and values",
+    reference="Tu et al. 2023, arXiv:2212.03220",
+    example={"queries": 2},
+    promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False, classifies=True),
+)

@@ -51,12 +51,13 @@ def _low_rank_product(kernel: Any, x, a, b, *, scale, rate, seed, make_a) -> jax
     if isinstance(kernel, jax.Array):
         options = {"scale": scale, "rate": rate, "seed": seed, "make_a": make_a, "name": LOW}
         return lora_matmul(x, kernel.astype(x.dtype), a, b, **options)
+    inner = kernel if callable(kernel) else functools.partial(dot, kernel=kernel)
     if make_a is not None:
         low = jax.checkpoint(lambda x, a: x @ make_a(a).astype(x.dtype))(x, a)
     else:
         rows = drop(x.reshape(-1, x.shape[-1]), seed, rate).reshape(x.shape) if rate else x
         low = rows @ a.astype(x.dtype)
-    return dot(x, kernel) + scale * (checkpoint_name(low, LOW) @ b.astype(x.dtype))
+    return inner(x) + scale * (checkpoint_name(low, LOW) @ b.astype(x.dtype))
 
 
 def low_rank_dot(
@@ -74,7 +75,7 @@ def low_rank_dot(
 
     Args:
       x: (..., n).
-      kernel: W (n, m) of any registered type.
+      kernel: W (n, m) of any registered type, or a function of x in place of the product.
       a: A (n, r), or what `make_a` makes it of.
       b: B (r, m).
       scale: s.

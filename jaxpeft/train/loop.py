@@ -30,7 +30,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxpeft import files, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
@@ -114,10 +113,10 @@ class _Run:
     def __init__(self, args: Any, job: Job, checkpoints: Checkpoints, signals: Signals):
         self.args, self.job, self.checkpoints, self.signals = args, job, checkpoints, signals
         self.out = Path(args.out)
-        step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate)
+        rate = {"rate": job.schedule, "weight_decay": job.weight_decay}
+        step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **rate)
         self.step = Compiled(step, donate=True)
         self.eval_step = Compiled(job.task.eval_step(job.model))
-        self.rates = np.asarray(jax.vmap(job.schedule)(np.arange(args.steps)))
         self.state: TrainState = job.state
         # What a checkpoint's meta holds beside the data position.
         self.done, self.tokens, self.loss = 0, 0, float("nan")
@@ -207,7 +206,7 @@ class _Run:
                 "step": pending.step,
                 "split": "train",
                 "loss": self.loss,
-                "lr": float(self.rates[pending.step - 1]),
+                "lr": metrics.pop("lr"),
                 "tokens": self.tokens,
                 self.job.task.counts: metrics.pop("weight"),
                 **metrics,
@@ -307,9 +306,10 @@ class _Run:
             overlap=(self.before["overlap"], answers.overlap),
             scores={name: (self.before["scores"].get(name), x) for name, x in self.scores.items() if name != "loss"},
             sample=_sample(job, self.before["texts"], answers.texts),
-            trainable_parameters=tree.size(state.trainable),
-            frozen_parameters=tree.size(state.frozen),
-            memory=memory.step_memory(program, job.model, state, batch, job.base, self.args.accumulate, job.task.loss),
+            **_counts(job, state),
+            memory=memory.step_memory(
+                program, job.model, job.method, state, batch, job.base, self.args.accumulate, job.task.loss
+            ),
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,
@@ -323,7 +323,7 @@ class _Run:
 def export(out: Path, job: Job, state: TrainState) -> None:
     """Writes the result: an adapter, or a whole checkpoint where leaves of the base trained."""
     params, labels = state.params, job.data.labels
-    if any(tree.canonical(path) in job.base for path in state.trainable):
+    if any(tree.canonical(path) in job.base for path in (*state.trainable, *state.moved)):
         from jaxpeft.hf import save_pretrained
 
         # It may be there already, from a process that was killed between this and the report.
@@ -337,6 +337,13 @@ def export(out: Path, job: Job, state: TrainState) -> None:
 
         target, config = out / "adapter", job.model.config
         export_adapter(target, params, job.method, config, job.source.model, replace=True, labels=labels)
+
+
+def _counts(job: Job, state: TrainState) -> dict[str, int]:
+    """Numbers that training changes, and all others: frozen ones, and what a method moves beside the model's own."""
+    changed = {path: leaf for path, leaf in state.moved.items() if tree.canonical(path) in job.base}
+    numbers = tree.size(state.trainable) + tree.size(changed)
+    return {"trainable_parameters": numbers, "frozen_parameters": tree.size(state.leaves) - numbers}
 
 
 def ranges(lines: Iterable[Iterable[int]]) -> str:

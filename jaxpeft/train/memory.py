@@ -9,11 +9,13 @@ import jax
 
 from jaxpeft import tree
 from jaxpeft.executable import Memory, analysed
+from jaxpeft.method import Method
 from jaxpeft.model import Batch, Model
 from jaxpeft.remat.residuals import Segment
 from jaxpeft.train.compiled import Program
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.state import TrainState
+from jaxpeft.train.step import objective_of
 
 CATEGORIES = ("weights", "adapters", "optimizer", "gradients", "activations", "workspace")
 
@@ -21,6 +23,7 @@ CATEGORIES = ("weights", "adapters", "optimizer", "gradients", "activations", "w
 def step_memory(
     program: Program,
     model: Model,
+    method: Method,
     state: TrainState,
     batch: Batch,
     base: Iterable[str],
@@ -32,15 +35,17 @@ def step_memory(
     Args:
       program: of a train step.
       model: that the step trains.
+      method: by which.
       state: of the shapes that it was compiled for.
       batch: likewise.
       base: the base model's paths.
       accumulate: micro-batches of the step.
       loss: that it minimises.
     """
-    activations = activation_bytes(program.segments, model, state, batch, accumulate, loss)
+    backward = objective_of(model, method, state.leaves, loss, accumulate).backward
+    activations = activation_bytes(program.segments, model, state, batch, accumulate, loss) if backward else 0
     memory = analysed(jax.default_backend(), program.executable.memory_analysis())
-    owners = account(memory, state, base, activations)
+    owners = account(memory, state, base, activations, backward)
     return {name: owners[name] for name in (*CATEGORIES, "total")}
 
 
@@ -75,12 +80,13 @@ def kept_bytes(segments: Mapping[str, Segment], where: str = "device") -> int:
 def _autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any], loss: Callable[..., Any]) -> int:
     """Bytes that plain autodiff keeps, counted on the vjp's closure without the parameters."""
 
-    def pull(trainable, frozen, batch):
-        value = lambda trainable: loss(model, tree.combine(trainable, frozen), batch)[0]
+    def pull(trainable, rest, batch):
+        value = lambda trainable: loss(model, tree.combine(trainable, rest), batch)[0]
         return jax.vjp(value, trainable)[1]
 
-    kept = jax.tree.leaves(jax.eval_shape(pull, state.trainable, state.frozen, batch))
-    given = [(x.shape, x.dtype) for x in jax.tree.leaves((state.trainable, state.frozen, batch))]
+    rest = {**state.frozen, **state.moved}
+    kept = jax.tree.leaves(jax.eval_shape(pull, state.trainable, rest, batch))
+    given = [(x.shape, x.dtype) for x in jax.tree.leaves((state.trainable, rest, batch))]
     total = 0
     for x in kept:
         if (x.shape, x.dtype) in given:
@@ -90,7 +96,9 @@ def _autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any], l
     return total
 
 
-def account(memory: Memory, state: TrainState, base: Iterable[str], activations: int) -> dict[str, int]:
+def account(
+    memory: Memory, state: TrainState, base: Iterable[str], activations: int, backward: bool = True
+) -> dict[str, int]:
     """Bytes of one step by owner: CATEGORIES, then arguments, temporaries and total.
 
     Args:
@@ -98,11 +106,12 @@ def account(memory: Memory, state: TrainState, base: Iterable[str], activations:
       state: of the shapes that it was compiled for.
       base: the base model's paths.
       activations: bytes kept for the backward pass.
+      backward: whether there is one; otherwise there are no gradients.
     """
     known = set(base)
-    leaves = {**state.frozen, **state.trainable}
+    leaves = state.leaves
     weights = tree.num_bytes({path: leaf for path, leaf in leaves.items() if tree.canonical(path) in known})
-    gradients = min(tree.num_bytes(state.trainable), memory.temporaries)
+    gradients = min(tree.num_bytes(state.trainable), memory.temporaries) if backward else 0
     # A compiler may keep less than autodiff asks for, where fusing lets it compute an array twice.
     activations = min(activations, memory.temporaries - gradients)
     return {

@@ -1,17 +1,19 @@
-"""The optimizer of a run: AdamW behind a clip by global norm; its learning rate is a function of the step alone."""
+"""The optimizer of a run, in two parts: a direction, and a rate that is a function of the step alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import optax
 
 from jaxpeft import tree
+from jaxpeft.about import Defaults
+from jaxpeft.method import Spec, about
 
 Schedule = Literal["constant", "linear", "cosine"]
+Direction = Literal["adam", "sgd"]
 
 
 def make_schedule(kind: Schedule, lr: float, steps: int, warmup: int = 0) -> optax.Schedule:
@@ -39,24 +41,33 @@ def make_schedule(kind: Schedule, lr: float, steps: int, warmup: int = 0) -> opt
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_optimizer(
-    schedule: optax.Schedule | float, weight_decay: float = 0.0, clip: float | None = 1.0
-) -> optax.GradientTransformation:
-    """AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) over a flat trainable dict.
+def make_direction(kind: Direction = "adam", clip: float | None = 1.0) -> optax.GradientTransformation:
+    """Gradients -> the direction that a step goes against; the step itself knows the rate and the decay.
 
     Args:
-      schedule: learning rate.
-      weight_decay: decoupled, times the learning rate; only on the leaves that `decays` names.
+      kind: "adam" (with decoupled decay AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101), or "sgd", the gradient.
       clip: the largest global norm of the gradients; None leaves them as they are.
     """
-    adamw = optax.adamw(schedule, weight_decay=weight_decay, mask=_decay_mask)
-    return adamw if clip is None else optax.chain(optax.clip_by_global_norm(clip), adamw)
+    own = optax.scale_by_adam() if kind == "adam" else optax.identity()
+    return own if clip is None else optax.chain(optax.clip_by_global_norm(clip), own)
+
+
+def defaults(specs: Sequence[Spec]) -> Defaults:
+    """What the members of a chain say of a run's defaults: of each figure, the first one that has an opinion.
+
+    A rate for the company of another member comes before any other.
+    """
+    members = [about(spec.name).defaults for spec in specs]
+    names = [spec.name for spec in specs]
+    beside = [member.lr_with[name] for member in members for name in names if name in member.lr_with]
+    first = lambda values, otherwise: next((value for value in values if value is not None), otherwise)
+    return Defaults(
+        lr=first([*beside, *(member.lr for member in members)], None),
+        weight_decay=first([member.weight_decay for member in members], 0.0),
+        direction=first([member.direction for member in members], "adam"),
+    )
 
 
 def decays(path: str, leaf: Any) -> bool:
     """Whether weight decay acts on a leaf: on matrices, not on biases, scales of norms and other vectors."""
     return jnp.ndim(leaf) - tree.stacked(path) >= 2
-
-
-def _decay_mask(leaves: Mapping[str, jax.Array]) -> dict[str, bool]:
-    return {path: decays(path, leaf) for path, leaf in leaves.items()}

@@ -23,7 +23,7 @@ from jaxpeft.peft import adapter_labels, import_adapter
 from jaxpeft.remat import residuals
 from jaxpeft.remat.plan import parse
 from jaxpeft.train import config
-from jaxpeft.train.optimizer import make_optimizer, make_schedule
+from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.task import TASKS, Data, Source, Task, check_head
 
@@ -43,6 +43,7 @@ class Job(NamedTuple):
     method: Method
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
+    weight_decay: float
     tokenizer: Any
     state: TrainState
     own: tree.Flat
@@ -85,12 +86,12 @@ def prepare(args: Any) -> Job:
         "data": data.train.get_state()["identity"],
         "eval_data": data.validation().get_state()["identity"] if data.validation else None,
     }
-    model, trainable, frozen = setup(method, base, tree.unflatten({**flat, **added}), init_key)
+    model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, data.batches)
     plan = residuals.default_plan(model) if args.save is None else parse(args.save)
     model = residuals.remat(model, plan)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
-    optimizer = make_optimizer(schedule, args.weight_decay, args.clip)
-    state = init_state(method, optimizer, trainable, frozen, run_key)
+    optimizer = make_direction(defaults(method.specs).direction or "adam", args.clip)
+    state = init_state(method, optimizer, trainable, rest, run_key, model)
     if plan.actions:
         _check_names(task, model, state, args.batch_size // args.accumulate, args.seq_len)
     return Job(
@@ -101,9 +102,10 @@ def prepare(args: Any) -> Job:
         method=method,
         optimizer=optimizer,
         schedule=schedule,
+        weight_decay=args.weight_decay,
         tokenizer=tokenizer,
         state=state,
-        own=checkpoint.not_in_base(frozen, flat),
+        own=checkpoint.not_in_base(state.frozen, flat),
         base=jax.eval_shape(lambda: own_of_base),
         document=config.describe(args, method.specs, content, data.labels),
     )
@@ -111,9 +113,9 @@ def prepare(args: Any) -> Job:
 
 def _check_names(task: Task, model: Model, state: TrainState, rows: int, length: int) -> None:
     """Traces the loss, which refuses a plan that names an unknown activation."""
-    value = lambda trainable, frozen, batch: task.loss(model, tree.combine(trainable, frozen), batch)[0]
+    value = lambda trainable, rest, batch: task.loss(model, tree.combine(trainable, rest), batch)[0]
     batch = task.shapes(model.config, rows, length)
-    jax.eval_shape(jax.grad(value), state.trainable, state.frozen, batch)
+    jax.eval_shape(jax.grad(value), state.trainable, {**state.frozen, **state.moved}, batch)
 
 
 def sources(args: Any) -> Source:

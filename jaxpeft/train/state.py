@@ -9,29 +9,19 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft import tree
-from jaxpeft.method import Method
-
-
-class Mutable(NamedTuple):
-    """Leaves that a method changes between steps without differentiating them: indices, masks, sampled layers.
-
-    They live in the optimizer state, where the method's `update` changes them, and lie over the frozen leaves wherever
-    the model is computed.
-
-    leaves: {path: leaf}.
-    """
-
-    leaves: tree.Flat
+from jaxpeft.method import MOVED, Method, view_of
+from jaxpeft.model import Model
 
 
 class TrainState(NamedTuple):
     """Everything that a step reads and writes: a pytree, so it shards, donates and checkpoints as one.
 
     step: () int32, steps done.
-    trainable: {path: leaf}, float32 masters.
+    trainable: {path: leaf}, masters of what is differentiated.
     frozen: {path: leaf}, never differentiated, never changed.
-    opt_state: the optimizer's state, the one place for state between steps.
+    opt_state: the optimizer's state.
     key: PRNG key of the run; step i uses `fold_in(key, i)`.
+    moved: {path: leaf}, changed by the method between steps, never differentiated.
     params: nested parameters as the model computes with them now.
     """
 
@@ -40,31 +30,42 @@ class TrainState(NamedTuple):
     frozen: tree.Flat
     opt_state: Any
     key: jax.Array
+    moved: tree.Flat = {}  # noqa: RUF012 - never changed in place
+
+    @property
+    def leaves(self) -> tree.Flat:
+        """All leaves, flat."""
+        return {**self.frozen, **self.moved, **self.trainable}
 
     @property
     def params(self) -> tree.Params:
-        """Everything, nested, with the method's changes between steps."""
-        return tree.combine(self.trainable, {**self.frozen, **mutable(self.opt_state)})
-
-
-def mutable(opt_state: Any) -> tree.Flat:
-    """The leaves of every `Mutable` in an optimizer state."""
-    found = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, Mutable))
-    return {path: leaf for node in found if isinstance(node, Mutable) for path, leaf in node.leaves.items()}
+        """All leaves, nested."""
+        return tree.combine(self.trainable, {**self.frozen, **self.moved})
 
 
 def init_state(
     method: Method,
     optimizer: optax.GradientTransformation,
     trainable: tree.Flat,
-    frozen: tree.Flat,
+    rest: tree.Flat,
     key: jax.Array,
+    model: Model | None = None,
 ) -> TrainState:
     """The state before the first step; `make_train_step` must be given the same method and optimizer.
 
     It may be donated: no buffer is in it twice, and types are strong, as a step returns them.
+
+    Args:
+      method: of the run.
+      optimizer: an optax transform over the flat trainable dict.
+      trainable, rest: from `setup`.
+      key: PRNG key of the run.
+      model: the adapted model, for a method whose `update` slot asks the view for the base.
     """
-    opt_state = method.update(optimizer).init(trainable)
+    moved = {path: leaf for path, leaf in rest.items() if method.role(path) == MOVED}
+    frozen = {path: leaf for path, leaf in rest.items() if path not in moved}
+    view = view_of(model or Model(None, None), method, {**rest, **trainable})  # type: ignore[arg-type]
+    opt_state = method.update(optimizer, view).init(trainable)
     seen: set[int] = set()
 
     def own(leaf):
@@ -75,4 +76,4 @@ def init_state(
         seen.add(id(leaf))
         return leaf
 
-    return jax.tree.map(own, TrainState(jnp.zeros((), jnp.int32), trainable, frozen, opt_state, key))
+    return jax.tree.map(own, TrainState(jnp.zeros((), jnp.int32), trainable, frozen, opt_state, key, moved))

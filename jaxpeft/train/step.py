@@ -2,6 +2,11 @@
 
     state, metrics = step(state, batch)
 
+    (loss, aux), gradients = objective.value_and_grad(...)         the method's `loss` and `gradient` slots
+    directions             = optimizer.update(gradients, ...)      its `update` slot
+    leaf                  <- leaf - rate(step) (direction + decay leaf)
+    trained, moved         = move(trained, moved)                  its `move` slot
+
 It assumes nothing about devices: batch and state may be sharded in any way, and `jax.jit(step, donate_argnums=0)`
 reuses the state's buffers.
 """
@@ -11,15 +16,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxpeft import tree
-from jaxpeft.method import Method, Objective
+from jaxpeft.method import Leaves, Method, Moment, Objective, view_of
 from jaxpeft.model import Batch, Model
 from jaxpeft.train.loss import completion_loss
-from jaxpeft.train.state import TrainState, mutable
+from jaxpeft.train.optimizer import decays
+from jaxpeft.train.state import TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -30,65 +37,104 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     loss: Callable[..., Any] = completion_loss,
     accumulate: int = 1,
+    rate: optax.Schedule | float | None = None,
+    weight_decay: float = 0.0,
 ) -> Step:
     """The step of a method.
 
     Args:
       model: the adapted model, from `setup`.
-      method: the method; its `gradient` and `update` slots act here.
-      optimizer: an optax transform over the flat trainable dict.
+      method: the method.
+      optimizer: an optax transform over the flat trainable dict. With a `rate`, it gives directions
+        (`optax.scale_by_adam()`, see `make_direction`); without, updates: an optax optimizer of your own, rate and all.
       loss: (model, params, batch, key) -> (loss, aux), aux["weight"] being what the loss is a mean over.
       accumulate: micro-batches per step; the batch's leading axis is divided by it. The result is that of the whole
         batch: losses and gradients are averaged by weight.
+      rate: learning rate, a number or a function of the steps done.
+      weight_decay: decoupled, times the rate, on the leaves that `decays` names; needs a rate.
 
     Returns:
       A pure step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss, grad_norm (of the trainable
-      leaves, after the method's gradient slot, before clipping) and the scalars of aux.
+      leaves, after the method's gradient slot, before clipping), lr where there is a rate, and the scalars of aux.
 
     Raises:
-      ValueError: when traced with a batch that `accumulate` does not divide.
+      ValueError: for a weight decay without a rate. When traced: for a batch that `accumulate` does not divide.
+      AssertionError: when traced, for a batch whose arrays differ in their rows, or gradients of other shapes than the
+        trained leaves.
     """
-    objective = method.gradient(_objective(model, loss, accumulate))
-    update = optax.with_extra_args_support(method.update(optimizer)).update
+    if weight_decay and rate is None:
+        raise ValueError("weight_decay needs a rate: an optimizer of your own has its own decay")
+    schedule = rate if callable(rate) or rate is None else optax.constant_schedule(rate)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        rows = jax.tree.leaves(batch)[0].shape[:1]
+        chex.assert_tree_shape_prefix(dict(batch), rows)
+        view = view_of(model, method, state.leaves, rate is not None)
+        objective = objective_of(model, method, state.leaves, loss, accumulate, rate is not None)
+        update = optax.with_extra_args_support(method.update(optimizer, view)).update
+
         key = jax.random.fold_in(state.key, state.step)
-        frozen = {**state.frozen, **mutable(state.opt_state)}
-        (value, aux), grads = objective.value_and_grad(state.trainable, frozen, batch, key, state.opt_state)
-        updates, opt_state = update(grads, state.opt_state, state.trainable, aux=aux)
+        rest = {**state.frozen, **state.moved}
+        (value, aux), grads = objective.value_and_grad(state.trainable, rest, batch, key, state.opt_state)
+        chex.assert_trees_all_equal_shapes(grads, state.trainable)
         metrics = {name: x for name, x in aux.items() if jnp.ndim(x) == 0}
-        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads)}
-        new = state._replace(
-            step=state.step + 1,
-            trainable=optax.apply_updates(state.trainable, updates),
-            opt_state=opt_state,
-        )
+        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads) if grads else jnp.zeros(())}
+        updates, opt_state = update(grads, state.opt_state, state.trainable, aux=aux)
+        if schedule is None:
+            now, trainable = None, optax.apply_updates(state.trainable, updates)
+        else:
+            now = metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
+            trainable = {
+                path: _stepped(leaf, updates[path], now, weight_decay if decays(path, leaf) else 0.0)
+                for path, leaf in state.trainable.items()
+            }
+        moment = Moment(state.step, key, now, weight_decay, aux, state.frozen, view)
+        leaves = method.move(Leaves(trainable, state.moved), moment)
+        new = state._replace(step=state.step + 1, trainable=leaves.trained, moved=leaves.moved, opt_state=opt_state)
         return new, metrics
 
     return step
 
 
-def _objective(model: Model, loss: Callable[..., Any], accumulate: int) -> Objective:
+def _stepped(leaf: jax.Array, direction: jax.Array, rate: jax.Array, decay: float) -> jax.Array:
+    wide = leaf.astype(jnp.float32)
+    return (wide - rate * (direction + decay * wide if decay else direction)).astype(leaf.dtype)
+
+
+def objective_of(
+    model: Model,
+    method: Method,
+    leaves: tree.Flat,
+    loss: Callable[..., Any] = completion_loss,
+    accumulate: int = 1,
+    rate: bool = False,
+) -> Objective:
+    """What a step of a method minimises; `leaves` are all of the model's, or their shapes."""
+    view = view_of(model, method, leaves, rate)
+    return method.gradient(make_objective(model, method.loss(loss, view), accumulate), view)
+
+
+def make_objective(model: Model, loss: Callable[..., Any], accumulate: int = 1) -> Objective:
     """The loss of any batch, and its value and gradient micro-batch by micro-batch."""
 
-    def value(trainable, frozen, batch, key):
-        return loss(model, tree.combine(trainable, frozen), batch, key)
+    def value(trainable, rest, batch, key):
+        return loss(model, tree.combine(trainable, rest), batch, key)
 
-    def value_and_grad(trainable, frozen, batch, key, opt_state):
+    def value_and_grad(trainable, rest, batch, key, opt_state):
         del opt_state
         function = jax.value_and_grad(value, has_aux=True)
 
         def part(batch, key):
-            (mean, aux), grads = function(trainable, frozen, batch, key)
+            (mean, aux), grads = function(trainable, rest, batch, key)
             return (mean, grads), aux
 
-        (mean, grads), aux = _mean(part, batch, key, accumulate)
+        (mean, grads), aux = mean_over(part, batch, key, accumulate)
         return (mean, aux), grads
 
     return Objective(value, value_and_grad)
 
 
-def _mean(function: Callable[..., Any], batch: Batch, key: jax.Array, parts: int) -> tuple[Any, dict[str, Any]]:
+def mean_over(function: Callable[..., Any], batch: Batch, key: jax.Array, parts: int) -> tuple[Any, dict[str, Any]]:
     """function(part, key) -> (tree, aux) averaged by aux["weight"] over the parts of the batch; weights add up."""
     if parts == 1:
         return function(batch, key)

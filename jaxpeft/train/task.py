@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -44,6 +44,15 @@ class Data(NamedTuple):
     asked: list[evaluate.Question]
     labels: tuple[str, ...]
     reports: dict[str, data.Report]
+
+    def batches(self, count: int = 8) -> Iterator[dict[str, Any]]:
+        """The first batches of the training data, for a method that calibrates on some; the position stays."""
+        place = self.train.get_state()
+        try:
+            for _ in range(count):
+                yield next(self.train)[0]
+        finally:
+            self.train.set_state(place)
 
 
 class Task(NamedTuple):
@@ -121,7 +130,7 @@ def _read_rows(args: Any, source: Source, tokenizer: Any, order: Any) -> Data:
 
 def _with_classifier(method: Method) -> Method:
     classifier = full(f"^{SCOPE}")
-    return method if classifier.specs[0] in method.specs else contract.chain(method, classifier)
+    return method if classifier.specs[0] in method.specs else contract.chain(contract.settled(method), classifier)
 
 
 def _row_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:

@@ -316,4 +316,4 @@ def test_more_layers_than_there_are():
     with pytest.raises(InputError, match="runs the layers in its own way"):
         jp.setup(jp.chain(jp.meft(), jp.meft()), base, params, KEY)
     with pytest.raises(InputError, match="use --save everything"):
-        residuals.remat(jp.meft().forward(base), "matmuls")
+        residuals.remat(jp.setup(jp.meft(), base, params, jax.random.key(0))[0], "matmuls")

@@ -152,9 +152,9 @@ def test_a_block_reads_frozen_kernels_in_their_stacks(monkeypatch, name):
 def test_an_adapter_that_reads_the_kernel_gets_its_values():
     class Normed(nn.Module):
         @nn.compact
-        def __call__(self, x, kernel, ctx):
-            gain = self.param("gain", nn.initializers.ones, (kernel.shape[1],))
-            return x @ (kernel * (gain / jnp.linalg.norm(kernel, axis=0)))
+        def __call__(self, inner, x, site, ctx):
+            gain = self.param("gain", nn.initializers.ones, (site.kernel.shape[1],))
+            return x @ (site.kernel * (gain / jnp.linalg.norm(site.kernel, axis=0)))
 
     base, params = tiny.model()
     model = sites.attach(base, "normed", lambda site: Normed(), lambda params: ["layers/mlp/up_proj"])
