@@ -9,12 +9,9 @@ Besides the factory a file has
     layer_bytes(config, itemsize, ...)  bytes per token that it keeps for one more layer, where it runs them in its way
     MERGES = False                      where it has no merged form
     CLASSIFIES = True                   where it is for encoders that classify rows alone
+    changes_kernels(config)             whether the kernels beside its adapters are not the base's own
 
 and, where Hugging Face PEFT knows the method,
 
-    PEFT_SCOPE                          the scope of its leaves at a site
-    PEFT_EXTRA                          leaves that the factors don't hold (seeds), kept in jaxpeft.json
-    peft_factors, peft_leaves           its leaves as A (..., n, r), B (..., r, m) for the original base, and back
-    peft_config, peft_scale             fields of adapter_config.json; the factor of A B at a site
-    changes_kernels                     whether its kernels are not the base's own
+    PEFT                                its form: tensors and adapter_config.json, both ways (see `jaxpeft.peft.form`)
 """
