@@ -217,7 +217,11 @@ def per_site(
             made = to_tensors(config, own, base.modules[places[site, start]])
             arrays = {leaf: np.asarray(made[leaf], np.float32) for leaf in tensors if leaf in made}
             rank = max((_size(tensors[leaf], x, "r") for leaf, x in arrays.items()), default=0)
-            rows = [arrays] if start is None else [dict(zip(arrays, row)) for row in zip(*arrays.values())]
+            rows = (
+                [arrays]
+                if start is None
+                else [dict(zip(arrays, row, strict=True)) for row in zip(*arrays.values(), strict=True)]
+            )
             for row, whole in enumerate(rows):
                 if one := _trimmed(whole, tensors):
                     parts[places[site, None if start is None else start + row]] = Part(path, rank, one)
@@ -323,9 +327,8 @@ def _parse(found: Tensors, tensors: Mapping[str, Tensor], base: Base) -> dict[st
                 f"nearest: {tree.nearest(name, base.modules)}"
             )
         adapters.add(matched["adapter"])
-        leaf = _leaf(
-            key, array, {leaf: tensor for leaf, tensor in tensors.items() if tensor.suffix == suffix}, name, base
-        )
+        candidates = {leaf: tensor for leaf, tensor in tensors.items() if tensor.suffix == suffix}
+        leaf = _leaf(key, array, candidates, name, base.modules[name])
         parts.setdefault(name, {})[leaf] = _from_peft(array, tensors[leaf])
         if rank := _size(tensors[leaf], parts[name][leaf], "r"):
             ranks.setdefault(name, {})[matched["stem"]] = rank
