@@ -274,7 +274,6 @@ PEFT = form.lora_pairs(
     fields=lambda config: {"lora_dropout": config["dropout"], "use_rslora": config["rslora"]},
     to_tensors=_pair,
     from_tensors=_leaves,
-    when={},
 )
 
 

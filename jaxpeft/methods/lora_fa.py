@@ -201,4 +201,5 @@ PEFT = form.lora_pairs(
     to_tensors=lambda config, leaves, module: dict(zip("ab", factors(config, leaves, module.n), strict=True)),
     from_tensors=_leaves,
     extra=("seed",),
+    when=None,
 )

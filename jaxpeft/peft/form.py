@@ -42,6 +42,7 @@ Config = Mapping[str, Any]  # of a `Spec`: the factory's arguments
 Tensors = Mapping[str, np.ndarray]
 Leaves = dict[str, Any]
 Fill = float | Callable[[np.ndarray], np.ndarray]
+ALWAYS: Mapping[str, Any] = {}  # for `when`
 ToTensors = Callable[[Config, Mapping[str, Any], Module], Mapping[str, Any]]
 FromTensors = Callable[[Config, Leaves, Mapping[str, Any]], Leaves]
 
@@ -103,7 +104,7 @@ class Form(NamedTuple):
     check: refuses values of the fields that `read` knows.
     fields: the fields of adapter_config.json that are read, or that do not say what the adapter computes.
     when: the values that fields must have for this method to be the one that is read, among those of its type; the
-      method with most of them is taken. None: never read without our jaxpeft.json.
+      method with most of them is taken. ALWAYS: any values; None: it is not read without our jaxpeft.json.
     facts: the facts that `restore` needs.
     """
 
@@ -180,7 +181,7 @@ def per_site(
     from_tensors: FromTensors = lambda config, leaves, extra: leaves,
     fill: Mapping[str, Fill] | None = None,
     extra: Sequence[str] = (),
-    when: Mapping[str, Any] | None = None,
+    when: Mapping[str, Any] | None = ALWAYS,
     check: Callable[[Fields], None] = _nothing,
 ) -> Form:
     """The form of adapters at linear sites, whose layers are modules of PEFT's.
@@ -442,7 +443,7 @@ def lora_pairs(
     from_tensors: FromTensors = lambda config, leaves, extra: leaves,
     fill: Mapping[str, Fill] | None = None,
     extra: Sequence[str] = (),
-    when: Mapping[str, Any] | None = None,
+    when: Mapping[str, Any] | None = ALWAYS,
 ) -> Form:
     """The form of x A B: leaves `a` (n, r), `b` (r, m) at a site, and perhaps more; peft_type LORA.
 
@@ -595,7 +596,7 @@ def vectors(
     arguments: Callable[[list[str], list[str]], dict[str, Any]],
     outputs: str = "out",
     inputs: str = "in",
-    when: Mapping[str, Any] | None = None,
+    when: Mapping[str, Any] | None = ALWAYS,
 ) -> Form:
     """The form of one vector at a site, over its outputs or over its inputs, as PEFT's IA3 has them.
 
@@ -659,7 +660,7 @@ def per_model(
     to_config: Callable[[Config, Tensors, Base], dict[str, Any]],
     from_config: Callable[[Fields, Tensors, Base], dict[str, Any]],
     fields: Iterable[str] = (),
-    when: Mapping[str, Any] | None = None,
+    when: Mapping[str, Any] | None = ALWAYS,
     check: Callable[[Fields], None] = _nothing,
 ) -> Form:
     """The form of a method whose tensors are of the whole model (prompts, prefixes).
