@@ -20,8 +20,9 @@ as the extra argument `aux`. docs/contract.md writes ten methods of the literatu
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -34,11 +35,42 @@ from jaxpeft.errors import InputError
 from jaxpeft.model import Model
 
 
-class Spec(NamedTuple):
-    """What a factory was called with: enough to make the method again, and to write its adapter_config.json."""
+class Spec(NamedTuple("Spec", [("name", str), ("config", dict[str, Any])])):
+    """What a factory was called with: enough to make the method again, and to write its adapter_config.json.
 
-    name: str
-    config: dict[str, Any]
+    `config` is the arguments in JSON's own types, so that a Spec is equal after a round trip through a file: tuples
+    become lists, numpy's scalars numbers.
+
+    Raises:
+      InputError: for an argument that JSON cannot hold.
+    """
+
+    __slots__ = ()
+
+    def __new__(cls, name: str, config: Mapping[str, Any]) -> Spec:
+        return super().__new__(cls, name, {key: _as_json(f"{name}: {key}", x) for key, x in config.items()})
+
+
+def _as_json(where: str, value: Any) -> Any:
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str(value)
+    if hasattr(value, "dtype") and hasattr(value, "item") and value.ndim == 0:
+        return _as_json(where, value.item())
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return float(value)
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {str(key): _as_json(f"{where}: {key}", item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [_as_json(where, item) for item in value]
+    what = "a mapping whose keys are no text" if isinstance(value, Mapping) else repr(value)
+    raise InputError(
+        f"{where}: JSON cannot hold {what}; a method's arguments are text, finite numbers, true, false, null, and lists "
+        "and mappings of these"
+    )
 
 
 class Objective(NamedTuple):
@@ -79,7 +111,13 @@ class Method(NamedTuple):
 
 
 def chain(*methods: Method) -> Method:
-    """Applies methods in order; `merge` unwinds them in reverse order; a path trains if any of them says so."""
+    """Applies methods in order; `merge` unwinds them in reverse order; a path trains if any of them says so.
+
+    Raises:
+      InputError: for one method twice, whose leaves would be one set for both, unless its file says `TWICE = True`.
+    """
+    specs = [spec for method in methods for spec in method.specs]
+    check_once([spec.name for spec in specs])
 
     def in_order(slot: str):
         def apply(x):
@@ -101,8 +139,17 @@ def chain(*methods: Method) -> Method:
         gradient=in_order("gradient"),
         update=in_order("update"),
         merge=merge,
-        specs=sum((method.specs for method in methods), ()),
+        specs=tuple(specs),
     )
+
+
+def check_once(chained: Sequence[str]) -> None:
+    """Raises InputError for a name that stands twice in a chain and whose file does not say `TWICE = True`."""
+    for name in dict.fromkeys(chained):
+        if chained.count(name) > 1 and not (name in names() and getattr(module(name), "TWICE", False)):
+            raise InputError(
+                f"{'+'.join(chained)}: {name} stands twice; to give different targets or names is not possible yet"
+            )
 
 
 def setup(method: Method, base: Model, params: Mapping[str, Any], key: jax.Array) -> tuple[Model, tree.Flat, tree.Flat]:
@@ -155,7 +202,7 @@ def module(name: str) -> ModuleType:
     return importlib.import_module(f"jaxpeft.methods.{name}")
 
 
-def from_specs(specs: tuple[Spec, ...]) -> Method:
-    """Makes a method again from what `Method.specs` recorded."""
-    made = [getattr(module(spec.name), spec.name)(**spec.config) for spec in specs]
+def from_specs(specs: Iterable[Spec | Sequence[Any]]) -> Method:
+    """Makes a method again from what `Method.specs` recorded; [name, config] pairs, as JSON has them, do as well."""
+    made = [getattr(module(name), name)(**config) for name, config in specs]
     return made[0] if len(made) == 1 else chain(*made)

@@ -8,6 +8,7 @@ Besides the factory a file has
     saved_bytes(inputs, outputs, ...)   bytes per token and kernel that it keeps for the backward pass, or
     layer_bytes(config, itemsize, ...)  bytes per token that it keeps for one more layer, where it runs them in its way
     MERGES = False                      where it has no merged form
+    TWICE = True                        where a chain may hold it twice, as it has no leaves of its own
     CLASSIFIES = True                   where it is for encoders that classify rows alone
 
 and, where Hugging Face PEFT knows the method,

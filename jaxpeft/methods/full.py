@@ -21,6 +21,7 @@ SAVES = "nothing; a pattern saves the gradients, optimizer state and weight-grad
 REFERENCE = "bias-only: Ben Zaken et al. 2022, arXiv:2106.10199"
 EXAMPLE: dict = {}
 STARTS_AT_BASE = True
+TWICE = True  # each names leaves of the base, and what either names trains
 
 WHICH = {
     "all": r"",
