@@ -34,7 +34,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     >>> did_you_mean("lorra", ["lora", "lora_fa", "full"])
     '; did you mean lora or lora_fa?'
     """
-    known = sorted(known)
+    known = sorted(set(known))
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if near:
         return f"; did you mean {' or '.join(near)}?"

@@ -68,8 +68,8 @@ def _as_json(where: str, value: Any) -> Any:
         return [_as_json(where, item) for item in value]
     what = "a mapping whose keys are no text" if isinstance(value, Mapping) else repr(value)
     raise InputError(
-        f"{where}: JSON cannot hold {what}; a method's arguments are text, finite numbers, true, false, null, and lists "
-        "and mappings of these"
+        f"{where}: JSON cannot hold {what}; a method's arguments are text, finite numbers, true, false, null, "
+        "and lists and mappings of these"
     )
 
 

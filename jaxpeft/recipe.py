@@ -66,9 +66,9 @@ def several(text: str, options: Options = (), **common: Any) -> list[tuple[str, 
     return made
 
 
-def spell(specs: Iterable[Spec]) -> str:
+def spell(specs: Iterable[Spec], plus: str = "+") -> str:
     """The names of a method's specs as `parse` reads them: meft+lora."""
-    return "+".join(spec.name for spec in specs)
+    return plus.join(spec.name for spec in specs)
 
 
 def members(text: str) -> list[str]:

@@ -47,4 +47,9 @@ def show(document: dict[str, Any]) -> None:
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in document["methods"]:
         table.add_row(row["name"], row["kind"], row["summary"], row["saves"], row["reference"])
-    rich.console.Console(markup=False, highlight=False).print(table)
+    console = rich.console.Console(markup=False, highlight=False)
+    console.print(table)
+    console.print(
+        "Several in a chain, applied in order: --method meft+lora --method-options meft.width=16 lora.rank=4",
+        soft_wrap=True,
+    )

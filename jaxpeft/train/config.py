@@ -77,6 +77,14 @@ def check_new(out: Path) -> None:
         )
 
 
+def check_arguments(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """`check_same` of what the arguments alone say, before anything is read; new["method"] is [] if they name none."""
+    before, now = old.get("arguments", {}), new["arguments"]
+    as_before = all(_meaning(name, before.get(name)) == _meaning(name, now[name]) for name in _OF_METHOD)
+    method = old.get("method") if as_before or not new["method"] else new["method"]
+    check_same(out, old, {**old, "arguments": now, "method": method})
+
+
 def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises InputError with every field in which a run is to be continued otherwise than it began (old -> new).
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import files, tree
+from jaxpeft import files, recipe, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
@@ -85,9 +85,7 @@ def train(args: Run) -> dict[str, Any]:
         old = config.read(out)
         method = asked_method(args)
         asked = config.describe(args, method.specs if method else (), {})
-        config.check_same(
-            out, old, {**old, "arguments": asked["arguments"], "method": asked["method"] or old["method"]}
-        )
+        config.check_arguments(out, old, asked)
         if (out / config.REPORT).exists():
             _say(f"{out}: the run is finished; this is its report")
             return config.read(out, config.REPORT)
@@ -305,7 +303,7 @@ class _Run:
         best = self.checkpoints.best()
         report = build_report(
             out=self.out,
-            method=" + ".join(spec.name for spec in job.method.specs),
+            method=recipe.spell(job.method.specs, " + "),
             steps=self.done,
             tokens=self.tokens,
             seconds=time.monotonic() - started,

@@ -117,7 +117,7 @@ class Run:
     """Validation examples to answer before and after the run, for the overlap score."""
 
     def __post_init__(self):
-        for name, value in as_fields(vars(self)).items():
+        for name, value in _in_type(vars(self)).items():
             object.__setattr__(self, name, value)
 
     def settled(self) -> "Run":
@@ -231,7 +231,7 @@ def fresh_directory(parent: Path) -> Path:
     return parent / f"run-{number}"
 
 
-def as_fields(values: Mapping[str, Any]) -> dict[str, Any]:
+def _in_type(values: Mapping[str, Any]) -> dict[str, Any]:
     """What of a run's values is not yet in its field's type: paths, sequences, options as a mapping."""
     from jaxpeft.files import to_yaml
 

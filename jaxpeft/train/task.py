@@ -80,8 +80,8 @@ def _read_texts(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
 
     del order
     assert args.seq_len is not None
-    read = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
-    layout = {"pack": args.pack, "buckets": args.buckets}
+    read: dict[str, Any] = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
+    layout: dict[str, Any] = {"pack": args.pack, "buckets": args.buckets}
     examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
     train = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, **layout)
     if not source.validation:
@@ -111,8 +111,8 @@ def _read_rows(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
     from jaxpeft import data
 
     assert args.seq_len is not None
-    read = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
-    layout = {"buckets": args.buckets, "collate": data.collate_rows}
+    read: dict[str, Any] = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
+    layout: dict[str, Any] = {"buckets": args.buckets, "collate": data.collate_rows}
     rows, labels, report = data.load_rows(source.train, tokenizer, args.seq_len, order=order, **read)
     train = data.make_batches(rows, args.batch_size, args.seq_len, args.seed, **layout)
     if not source.validation:
