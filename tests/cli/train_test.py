@@ -32,7 +32,8 @@ def test_run_hands_the_loop_a_run_with_an_output_folder(seen, capsys):
 
 
 CHAINS = {
-    "nested": "method: meft+lora\nmethod_options: {meft: {width: 16, lam: 1/8}, lora: {rank: 4, rank_pattern: {v: 2, q: 1}}}",
+    "nested": "method: meft+lora\nmethod_options:\n"
+    "  meft: {width: 16, lam: 1/8}\n  lora: {rank: 4, rank_pattern: {v: 2, q: 1}}",
     "flat": "method: meft+lora\nmethod-options: {meft.width: 16, lam: 1/8, lora.rank: 4, rank_pattern: {v: 2, q: 1}}",
     "list": "method: meft+lora\nmethod_options: [width=16, lam=1/8, lora.rank=4, 'rank_pattern={v: 2, q: 1}']",
 }
