@@ -10,6 +10,7 @@ that takes them.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -189,17 +190,15 @@ def _nobody_takes(name: str, chains: Sequence[Sequence[str]]) -> str:
     """One line for an option that no member takes: what they take, those nearest to it first of all."""
     what = ", ".join("+".join(chain) for chain in chains)
     asked = list(dict.fromkeys(member for chain in chains for member in chain))
+    near = difflib.get_close_matches(name, {option for member in asked for option in _takes(member)})
+    alone = len(asked) == 1
+    spelt = {option: [option if alone else f"{m}.{option}" for m in asked if option in _takes(m)] for option in near}
     line = f"method {what} takes no {name}"
-    if len(asked) == 1:
-        known = _takes(asked[0])
-        near = did_you_mean(name, known)
-        line += f"; it takes {', '.join(known)}" + (near if "did you mean" in near else "")
-    else:
-        # Nearness is the option's, not its method's.
-        near = did_you_mean(name, {option for member in asked for option in _takes(member)})
-        wanted = near.removeprefix("; did you mean ").rstrip("?").split(" or ") if "did you mean" in near else None
-        spelt = [f"{m}.{o}" for m in asked for o in _takes(m) if wanted is None or o in wanted]
-        line += f"; did you mean {' or '.join(spelt)}?" if wanted else f"; known: {', '.join(spelt)}"
+    if alone or not near:
+        every = [option if alone else f"{member}.{option}" for member in asked for option in _takes(member)]
+        line += f"; it takes {', '.join(every)}" if alone else f"; known: {', '.join(every)}"
+    if near:
+        line += f"; did you mean {' or '.join(words for option in near for words in spelt[option])}?"
     others = [other for other in contract.names() if other not in asked and name in _takes(other)]
     return line + (f" ({', '.join(others)} {'takes' if len(others) == 1 else 'take'} it)" if others else "")
 
