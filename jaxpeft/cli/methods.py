@@ -67,4 +67,9 @@ def show(document: dict[str, Any]) -> None:
             form[0] or "own",
             form[1],
         )
-    rich.console.Console(markup=False, highlight=False).print(table)
+    console = rich.console.Console(markup=False, highlight=False)
+    console.print(table)
+    console.print(
+        "Several in a chain, applied in order: --method meft+lora --method-options meft.width=16 lora.rank=4",
+        soft_wrap=True,
+    )
