@@ -32,6 +32,7 @@ import optax
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Model
+from jaxpeft.quant import is_packed
 
 
 class Spec(NamedTuple):
@@ -57,8 +58,14 @@ class Objective(NamedTuple):
     value_and_grad: Callable[..., tuple[tuple[jax.Array, dict[str, Any]], tree.Flat]]
 
 
-def _identity(x):
+def identity(x):
+    """x."""
     return x
+
+
+def _no_conversions(params: tree.Params) -> dict[str, Callable[[jax.Array], Any]]:
+    del params
+    return {}
 
 
 def _nothing(path: str) -> bool:
@@ -67,19 +74,30 @@ def _nothing(path: str) -> bool:
 
 
 class Method(NamedTuple):
-    """One way to fine-tune. See the module's docstring for the slots."""
+    """One way to fine-tune. See the module's docstring for the slots.
 
-    prepare: Callable[[tree.Params], tree.Params] = _identity
-    forward: Callable[[Model], Model] = _identity
+    `convert` says which leaves `prepare` stores otherwise, each of them alone, so that a checkpoint is converted as it
+    is read (`jaxpeft.hf.load_pretrained`) and never lies in memory as it was: params -> {path: array -> leaf}. It is
+    given shapes, and refuses what it cannot convert; each function takes the leaf, or one layer (n, m) of it, and the
+    leaf is the layers stacked. `prepare` does the same to what comes to it as it was, and leaves the rest.
+    """
+
+    prepare: Callable[[tree.Params], tree.Params] = identity
+    forward: Callable[[Model], Model] = identity
     trainable: Callable[[str], bool] = _nothing
-    gradient: Callable[[Objective], Objective] = _identity
-    update: Callable[[optax.GradientTransformation], optax.GradientTransformation] = _identity
-    merge: Callable[[tree.Params], tree.Params] = _identity
+    gradient: Callable[[Objective], Objective] = identity
+    update: Callable[[optax.GradientTransformation], optax.GradientTransformation] = identity
+    merge: Callable[[tree.Params], tree.Params] = identity
     specs: tuple[Spec, ...] = ()
+    convert: Callable[[tree.Params], Mapping[str, Callable[[jax.Array], Any]]] = _no_conversions
 
 
 def chain(*methods: Method) -> Method:
-    """Applies methods in order; `merge` unwinds them in reverse order; a path trains if any of them says so."""
+    """Applies methods in order; `merge` unwinds them in reverse order; a path trains if any of them says so.
+
+    Leaves are converted while they are read only before the first method that prepares something else, which may need
+    them as they were (PiSSA): from there on conversions are part of `prepare`.
+    """
 
     def in_order(slot: str):
         def apply(x):
@@ -94,14 +112,24 @@ def chain(*methods: Method) -> Method:
             params = method.merge(params)
         return params
 
+    def convert(params):
+        found: dict[str, Callable[[jax.Array], Any]] = {}
+        for method in methods:
+            if method.convert is _no_conversions and method.prepare is not identity:
+                break
+            found = {**method.convert(params), **found}
+        return found
+
+    prepares = any(method.prepare is not identity for method in methods)
     return Method(
-        prepare=in_order("prepare"),
+        prepare=in_order("prepare") if prepares else identity,
         forward=in_order("forward"),
         trainable=lambda path: any(method.trainable(path) for method in methods),
         gradient=in_order("gradient"),
         update=in_order("update"),
         merge=merge,
         specs=sum((method.specs for method in methods), ()),
+        convert=convert if any(method.convert is not _no_conversions for method in methods) else _no_conversions,
     )
 
 
@@ -119,7 +147,7 @@ def setup(method: Method, base: Model, params: Mapping[str, Any], key: jax.Array
       cast them to the compute dtype where they are used); frozen leaves keep their dtype.
 
     Raises:
-      InputError: if nothing would train.
+      InputError: if nothing would train, or a packed kernel would.
     """
     model = method.forward(base)
     params = model.init(key, method.prepare(dict(params)))
@@ -127,12 +155,21 @@ def setup(method: Method, base: Model, params: Mapping[str, Any], key: jax.Array
     if not trainable:
         names = ", ".join(spec.name for spec in method.specs) or "method"
         raise InputError(f"{names}: no parameter is trainable; the model has {', '.join(sorted(frozen)[:6])}, ...")
-    return model, {path: as_master(leaf) for path, leaf in trainable.items()}, frozen
+    return model, masters(trainable), frozen
 
 
-def as_master(leaf: jax.Array) -> jax.Array:
-    """A trainable leaf in float32, on which small updates are not rounded away."""
-    return leaf.astype(jnp.float32) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf
+def masters(trainable: Mapping[str, Any]) -> tree.Flat:
+    """Trainable leaves, floating ones in float32, on which small updates are not rounded away.
+
+    Raises:
+      InputError: for a packed kernel.
+    """
+    if packed := [path for path, leaf in trainable.items() if is_packed(leaf)]:
+        raise InputError(
+            f"quantize: {packed[0]} trains; give quantize targets that leave it out, or train another part"
+        )
+    floating = lambda leaf: jnp.issubdtype(leaf.dtype, jnp.floating)
+    return {path: leaf.astype(jnp.float32) if floating(leaf) else leaf for path, leaf in trainable.items()}
 
 
 # Methods by name: one file each in jaxpeft/methods, with a public factory of the file's name.

@@ -23,7 +23,7 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
 from jaxpeft.memory.targets import Target
-from jaxpeft.method import Method, as_master
+from jaxpeft.method import Method, masters
 from jaxpeft.model import Model
 from jaxpeft.models import family
 from jaxpeft.models.labels import SCOPE
@@ -101,7 +101,7 @@ def make_step(
     trainable, frozen = tree.split(params, method.trainable)
     if not trainable:
         raise InputError(f"{', '.join(spec.name for spec in method.specs)}: no parameter is trainable")
-    trainable = jax.eval_shape(lambda leaves: {path: as_master(leaf) for path, leaf in leaves.items()}, trainable)
+    trainable = jax.eval_shape(masters, trainable)
     optimizer = make_optimizer(make_schedule("cosine", 2e-4, 1000, 10))
     state = jax.eval_shape(functools.partial(init_state, method, optimizer), trainable, frozen, key)
     batch = own.shapes(base.config, batch_size, seq_len, packed)
