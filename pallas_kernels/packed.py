@@ -42,6 +42,7 @@ import numpy as np
 FORMATS = ("nf4", "int4", "int8")
 HALF = 64  # rows of bytes of a tile
 BLOCK = 256  # scales that share a block_scale
+FLOAT32 = jnp.dtype("float32")
 
 NF4 = (
     -1.0,
@@ -85,7 +86,7 @@ class Packed:
     mean: jax.Array | None = None
     format: str = "nf4"
     group: int = 64
-    dtype: Any = jnp.dtype("float32")
+    dtype: Any = FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
