@@ -217,7 +217,8 @@ def _converted(like: Any, tensors: Iterable[tuple[Place, tuple[Path, str]]], con
         part = jax.tree.map(np.asarray, part)
         if stacks is None:
             stacks = jax.tree.map(lambda x: _aligned((like.shape[0], *x.shape), x.dtype), part)
-        jax.tree.map(lambda stack, x, layer=place.layer: np.copyto(stack[layer], x), stacks, part)
+        for stack, x in zip(jax.tree.leaves(stacks), jax.tree.leaves(part), strict=True):
+            stack[place.layer] = x
     return jax.device_put(stacks)
 
 
