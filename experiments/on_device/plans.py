@@ -5,7 +5,7 @@ Measured is the allocator's peak in a process of its own, whose arguments are th
 random numbers; `compiled_here` is what the same compiler says when it has the device at hand and may try kernels.
 
 Llama-3.2-1B's geometry at 8 x 2048 tokens, Llama-3.1-8B's at 4 x 2048, rank 16, bfloat16, by full, lora, lora_fa and
-meft under each plan. A step that is predicted not to fit is not run.
+meft under each plan, by the others under `matmuls`. A step that is predicted not to fit is not run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,13 @@ from experiments.on_device.record import Prepared, Row
 PATIENCE = 300.0
 SIZES = {"llama3.1-8b": (4, 2048), "llama3.2-1b": (8, 2048), "toy": (2, 64)}
 EVERY = ("matmuls", "blocks", "offload", "compressed")
-METHODS = {"lora": EVERY, "full": EVERY, "lora_fa": EVERY, "meft": ("everything",)}
+METHODS = {
+    **dict.fromkeys(("lora", "full", "lora_fa"), EVERY),
+    "meft": ("everything",),
+    "quantize+lora": ("matmuls", "blocks"),
+    **dict.fromkeys(("dora", "lisa", "galore", "mezo", "mezo+lora", "prefix", "quantize+dora"), ("matmuls",)),
+}
+RANKED = ("lora", "lora_fa", "dora")  # get rank 16
 BESIDES = 2 << 30  # bytes that a process takes beside its step, at most
 
 
@@ -58,10 +64,11 @@ def config_of(geometry: str) -> dict[str, Any]:
 
 def step_of(key: Row) -> Any:
     """The planner's step for a key."""
-    import jaxpeft as jp
+    from jaxpeft import recipe
     from jaxpeft.memory import planner
 
-    method = getattr(jp, key["method"])(**({"rank": 16} if key["method"].startswith("lora") else {}))
+    ranks = {f"{name}.rank": 16 for name in key["method"].split("+") if name in RANKED}
+    method = recipe.parse(key["method"], ranks)
     sizes = key["rows"], key["length"]
     return planner.make_step(config_of(key["geometry"]), method, *sizes, key["save"], packed=False)
 
