@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
+    from jaxpeft.methods.mezo import mezo
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vqt import vqt
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "lst": "methods.lst",
     "make_train_step": "train.step",
     "meft": "methods.meft",
+    "mezo": "methods.mezo",
     "remat": "remat.residuals",
     "save_pretrained": "hf",
     "setup": "method",
