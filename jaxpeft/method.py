@@ -133,8 +133,8 @@ class Objective(NamedTuple):
       all that the chain has done to the model, and inside its `loss` slots; it may use what a step calculates.
     backward: whether there is a backward pass; what is planned and reported asks it.
 
-    `key` is a PRNG key, always given to `value_and_grad`. `aux` is a dict of arrays: "weight" is what the loss is a mean over, scalars
-    become metrics.
+    `key` is a PRNG key, always given to `value_and_grad`. `aux` is a dict of arrays: "weight" is what the loss is a
+    mean over, scalars become metrics.
     """
 
     value: Callable[..., tuple[jax.Array, dict[str, Any]]]

@@ -3,11 +3,11 @@
     h = hash(i + k0),   bits = hash(h ^ k1),   z = sqrt(2) erfinv(u),  u in (-1, 1) from the upper 23 bits
 
 i is the element's number in its leaf, or in its layer's part of one; k0, k1, k2 come from a draw's three words, the
-leaf's path, and the layer. Everything is elementwise in int32 and float32, so that a compiler makes it where it is used.
-`Noisy` is a table, W + eps z, of which rows and products are made without the whole.
+leaf's path, and the layer (k2 is for stochastic rounding). All of it is elementwise, in int32 and float32, so that a
+compiler makes it where it is used. `Noisy` is a table, W + eps z, whose rows and products are made without the whole.
 
-The hash is that of dropout's masks (`pallas_kernels.dropout`): a bijection of 32 bits, so two elements of a leaf share no
-bits below 2^32 elements.
+The hash is that of dropout's masks (`pallas_kernels.dropout`): a bijection of 32 bits, so the elements of a leaf, or of
+a layer's part, all have bits of their own.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ def numbers(shape: tuple[int, ...]) -> jax.Array:
     return total
 
 
+@jax.jit  # traced once per shape
 def normal(keys: jax.Array, index: jax.Array) -> jax.Array:
     """z float32 of the elements `index` int32; keys (3, ...) of a shape that broadcasts with it."""
     bits = hashed(hashed(index + keys[0]) ^ keys[1])
@@ -107,7 +108,7 @@ class Noisy:
         return perturbed(jnp.take(self.table, ids, axis=0), self.keys, self.eps, index)
 
     def product(self, x: jax.Array, axis: int) -> jax.Array:
-        """x times the table, or the transposed one: sums over its axis `axis`, and makes a part of the other at once."""
+        """x times the table (axis 0), or the transposed one (1): the axis is summed over, the other made in blocks."""
         count, inner = self.shape[1 - axis], self.shape[axis]
         size = min(max(BLOCK // inner, 1), count)
 

@@ -54,8 +54,8 @@ def mezo(which: str = "all", eps: float = 1e-3, rounding: str = "stochastic") ->
       The method, a modifier.
 
     Raises:
-      InputError: for an eps that is not above 0, an unknown rounding, or what `full` refuses. When a step is traced: for
-        weights that are quantized, or a step without a learning rate of its own.
+      InputError: for an eps that is not above 0, an unknown rounding, or what `full` refuses. When a step is traced:
+        for weights that are quantized, or a step without a learning rate of its own.
     """
     if not (eps > 0 and math.isfinite(eps)):
         raise InputError(f"mezo: eps {eps} must be above 0")
@@ -203,6 +203,6 @@ ABOUT = About(
     keeps="all that a forward pass does not need: activations, gradients, optimizer state, float32 masters",
     reference="Malladi et al. 2023, arXiv:2305.17333",
     example={},
-    promises=Promises(backward=False, state=state),
+    promises=Promises(backward=False, state=state, falls=0.05, lr=1e-3),
     defaults=Defaults(lr=1e-6, lr_with={"lora": 5e-5, "prefix": 1e-2}, direction="sgd"),
 )
