@@ -39,8 +39,8 @@ def of_leaf(words: jax.Array, path: str, layer: jax.Array | int | None = None) -
     own = hashed(words ^ jnp.int32(code - 2**32 if code >= 2**31 else code))
     if layer is None:
         return own
-    layer = jnp.asarray(layer, jnp.int32)
-    return hashed(own.reshape(3, *[1] * layer.ndim) + 1 + layer)
+    number = jnp.asarray(layer, jnp.int32)
+    return hashed(own.reshape(3, *[1] * number.ndim) + 1 + number)
 
 
 def numbers(shape: tuple[int, ...]) -> jax.Array:
