@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
+    from jaxpeft.methods.mezo import mezo
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
@@ -55,6 +56,7 @@ _MODULE_OF = {
     "make_train_step": "train.step",
     "meft": "methods.meft",
     "quantize": "methods.quantize",
+    "mezo": "methods.mezo",
     "remat": "remat.residuals",
     "run": "train.run",
     "save_pretrained": "hf",

@@ -119,18 +119,23 @@ class View(NamedTuple):
 class Objective(NamedTuple):
     """What a step minimises.
 
-    value: (trainable, rest, batch, key) -> (loss, aux) of a batch of any size
+    value: (trainable, rest, batch, key) -> (loss, aux) of a batch of any size; a key of None is deterministic
     value_and_grad: (trainable, rest, batch, key, opt_state) -> ((loss, aux), gradients) of a step's batch; the
       micro-batches of gradient accumulation are inside. Gradients are like `trainable`, which may be any part of the
       leaves as long as `rest` holds the others.
+    parts: micro-batches of a step.
+    on: (change of a Model) -> the objective on the changed model, before any `gradient` slot. The change comes around
+      all that the chain has done to the model, and inside its `loss` slots; it may use what a step calculates.
     backward: whether there is a backward pass; what is planned and reported asks it.
 
-    `key` is a PRNG key, always given. `aux` is a dict of arrays: "weight" is what the loss is a mean over, scalars
-    become metrics.
+    `key` is a PRNG key, always given to `value_and_grad`. `aux` is a dict of arrays: "weight" is what the loss is a
+    mean over, scalars become metrics.
     """
 
     value: Callable[..., tuple[jax.Array, dict[str, Any]]]
     value_and_grad: Callable[..., tuple[tuple[jax.Array, dict[str, Any]], tree.Flat]]
+    parts: int
+    on: Callable[[Callable[[Model], Model]], Objective]
     backward: bool = True
 
 

@@ -65,6 +65,17 @@ def takes_stacks(block: Callable[..., Any]) -> bool:
     return getattr(block, "reads_stacks", False)
 
 
+def through_blocks(run: Callable[..., Any]) -> Callable[..., Any]:
+    """The `run` of a stack, marked as one that reads layers' parameters in no other way than through `block`."""
+    run.through_blocks = True  # type: ignore[attr-defined]
+    return run
+
+
+def runs_through_blocks(run: Callable[..., Any]) -> bool:
+    """Whether `through_blocks` has marked a `run`: what changes parameters may do so inside the block."""
+    return getattr(run, "through_blocks", False)
+
+
 class Context(NamedTuple):
     """What one forward pass tells its layers; `embed` makes it, methods add to it.
 
@@ -156,6 +167,7 @@ class Model(NamedTuple):
         return self.head(params, self.stack.pool(self.hidden(params, batch, key), batch))
 
 
+@through_blocks
 def scan_layers(
     stack: Stack,
     params: tree.Params,

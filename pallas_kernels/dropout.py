@@ -16,7 +16,8 @@ import jax.numpy as jnp
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - 2**32
 
 
-def _hash(h: jax.Array) -> jax.Array:
+def hashed(h: jax.Array) -> jax.Array:
+    """int32 -> int32, a bijection that mixes all bits."""
     h = (h ^ jax.lax.shift_right_logical(h, jnp.int32(16))) * jnp.int32(_FIRST)
     h = (h ^ jax.lax.shift_right_logical(h, jnp.int32(15))) * jnp.int32(_SECOND)
     return h ^ jax.lax.shift_right_logical(h, jnp.int32(16))
@@ -34,7 +35,7 @@ def keep(seed: jax.Array, rows: jax.Array, columns: jax.Array, rate: float) -> j
     Returns:
       bool of the broadcast shape.
     """
-    bits = _hash(_hash(rows + seed) ^ columns)
+    bits = hashed(hashed(rows + seed) ^ columns)
     threshold = min(round(rate * 2**31), 2**31 - 1)
     return jax.lax.shift_right_logical(bits, jnp.int32(1)) >= jnp.int32(threshold)
 

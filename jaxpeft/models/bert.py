@@ -29,7 +29,7 @@ from jaxpeft.model import Batch, Context, Model
 from jaxpeft.models import fields
 from jaxpeft.models.assembly import TEXT, assemble
 from jaxpeft.models.labels import num_labels
-from jaxpeft.models.layers import ACTIVATIONS, MLP, Attention, Dense, Embed, LayerNorm
+from jaxpeft.models.layers import ACTIVATIONS, MLP, Attention, Dense, Embed, LayerNorm, unembed
 from jaxpeft.models.names import Names, dense, norm, table
 
 MODEL_TYPES = {"bert": "BertForSequenceClassification"}
@@ -198,7 +198,7 @@ class MaskedLMHead(nn.Module):
         x = Dense(c.hidden_size, True, c.dtype, name="dense")(x)
         x = LayerNorm(c.layer_norm_eps, c.dtype, name="norm")(ACTIVATIONS[c.hidden_act](x))
         bias = self.param("bias", nn.initializers.zeros, (c.vocab_size,), c.dtype)
-        return checkpoint_name(x @ embedding.astype(x.dtype).T + bias.astype(x.dtype), "lm_head")
+        return checkpoint_name(unembed(embedding, x) + bias.astype(x.dtype), "lm_head")
 
 
 class Classifier(nn.Module):

@@ -25,7 +25,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, Stack, reads_stacks, scan_layers
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import num_labels
-from jaxpeft.models.layers import Attention, Dense, GatedMLP, RMSNorm, rotary_tables
+from jaxpeft.models.layers import Attention, Dense, GatedMLP, RMSNorm, lookup, rotary_tables, unembed
 
 # config.json's model_type -> the architecture that classifies rows.
 MODEL_TYPES = {
@@ -187,7 +187,7 @@ class Embed(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         c = self.config
         table = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), c.dtype)
-        return checkpoint_name(jnp.take(table, tokens, axis=0).astype(c.dtype), "embed_tokens")
+        return checkpoint_name(lookup(table, tokens).astype(c.dtype), "embed_tokens")
 
 
 class Block(nn.Module):
@@ -238,7 +238,7 @@ class Head(nn.Module):
             logits = Dense(c.num_labels, False, c.dtype, name="classifier")(x)
         elif c.tie_word_embeddings:
             assert embedding is not None
-            logits = checkpoint_name(x @ embedding.astype(x.dtype).T, "lm_head")
+            logits = checkpoint_name(unembed(embedding, x), "lm_head")
         else:
             logits = Dense(c.vocab_size, False, c.dtype, name="lm_head")(x)
         return logits.astype(jnp.float32)

@@ -7,6 +7,7 @@ float32 inside norms and softmax. There is no dropout: the rates in a pretrained
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,21 @@ from jaxpeft.quant import dot
 from pallas_kernels import attention as attention_op
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.swiglu import swiglu
+
+
+@functools.singledispatch
+def lookup(table: Any, ids: jax.Array) -> jax.Array:
+    """Rows of a table (V, d) by number: (...) int32 -> (..., d); a number outside the table gives NaN.
+
+    Another type of table registers its own, and its own `unembed`, as with `jaxpeft.quant.dot`.
+    """
+    return jnp.take(table, ids, axis=0)
+
+
+@functools.singledispatch
+def unembed(table: Any, x: jax.Array) -> jax.Array:
+    """x (..., d) times a table (V, d) transposed, in x's dtype: the logits of a tied head."""
+    return x @ table.astype(x.dtype).T
 
 
 class Dense(nn.Module):
@@ -239,7 +255,7 @@ class Embed(nn.Module):
     @nn.compact
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param("embedding", nn.initializers.normal(0.02), (self.count, self.features), self.param_dtype)
-        rows = jnp.take(table, ids, axis=0).astype(self.param_dtype)  # a master that trains is wider
+        rows = lookup(table, ids).astype(self.param_dtype)  # a master that trains is wider
         return checkpoint_name(rows, self.name or "embed")
 
 

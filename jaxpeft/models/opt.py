@@ -28,7 +28,7 @@ from jaxpeft.models import fields
 from jaxpeft.models.assembly import TEXT, assemble
 from jaxpeft.models.decoder import init_cache
 from jaxpeft.models.labels import num_labels
-from jaxpeft.models.layers import ACTIVATIONS, MLP, Attention, Dense, Embed, LayerNorm, PreNormBlock
+from jaxpeft.models.layers import ACTIVATIONS, MLP, Attention, Dense, Embed, LayerNorm, PreNormBlock, unembed
 from jaxpeft.models.names import dense, norm, table
 
 MODEL_TYPES = {"opt": "OPTForSequenceClassification"}
@@ -151,7 +151,7 @@ class Head(nn.Module):
         if c.head == "classifier":
             x = Dense(c.num_labels, False, c.dtype, name="classifier")(x)
         elif c.head == "causal_lm":
-            x = checkpoint_name(x @ embedding.astype(x.dtype).T, "lm_head")
+            x = checkpoint_name(unembed(embedding, x), "lm_head")
         return x.astype(jnp.float32)
 
 

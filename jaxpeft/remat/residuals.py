@@ -40,7 +40,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Model, Stack, scan_layers, takes_stacks
+from jaxpeft.model import Batch, Model, Stack, scan_layers, takes_stacks, through_blocks
 from jaxpeft.remat.compressed import compress, decompress
 from jaxpeft.remat.loop import Static, join, loop_over
 from jaxpeft.remat.plan import INPUT, Plan, action_of, parse
@@ -91,7 +91,7 @@ def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]
             x = join(_run(loop, plan, leaves, key))
         return x, None
 
-    return run
+    return through_blocks(run)
 
 
 # What was decided, for those who plan.

@@ -45,10 +45,13 @@ def make_direction(kind: Direction = "adam", clip: float | None = 1.0) -> optax.
     """Gradients -> the direction that a step goes against; the step itself knows the rate and the decay.
 
     Args:
-      kind: "adam" (with decoupled decay AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101), or "sgd", the gradient.
-      clip: the largest global norm of the gradients; None leaves them as they are.
+      kind: "adam" (with decoupled decay AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101), or "sgd", the gradient,
+        which is not clipped: where it is a method's estimate, its norm is that of the method's noise.
+      clip: the largest global norm of the gradients that Adam sees; None leaves them as they are.
     """
-    own = optax.scale_by_adam() if kind == "adam" else optax.identity()
+    if kind == "sgd":
+        return optax.identity()
+    own = optax.scale_by_adam()
     return own if clip is None else optax.chain(optax.clip_by_global_norm(clip), own)
 
 

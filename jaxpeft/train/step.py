@@ -131,7 +131,8 @@ def make_objective(model: Model, loss: Callable[..., Any], accumulate: int = 1) 
         (mean, grads), aux = mean_over(part, batch, key, accumulate)
         return (mean, aux), grads
 
-    return Objective(value, value_and_grad)
+    on = lambda change: make_objective(change(model), loss, accumulate)
+    return Objective(value, value_and_grad, accumulate, on)
 
 
 def mean_over(function: Callable[..., Any], batch: Batch, key: jax.Array, parts: int) -> tuple[Any, dict[str, Any]]:

@@ -1,0 +1,280 @@
+"""MeZO: against its equations in numpy on whole leaves, as an estimate of the gradient, its rounding, its figures."""
+
+import functools
+import importlib.util
+import zlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import erfinv
+
+import jaxpeft as jp
+from jaxpeft import noise, tree
+from jaxpeft.memory import planner, targets
+from jaxpeft.method import MOVED, View
+from jaxpeft.models import geometries
+from jaxpeft.remat.flops import count_flops
+from jaxpeft.remat.plan import parse
+from jaxpeft.remat.residuals import planned
+from jaxpeft.train.optimizer import make_direction
+from jaxpeft.train.step import objective_of
+from tests import beside, tiny
+from tests.methods_test import unrolled
+
+BATCH, EPS, RATE, DECAY = tiny.batch(), 1e-2, 1e-3, 0.1
+RUN = jax.random.key(1)
+SGD = make_direction("sgd")
+
+
+# z in numpy.
+
+
+def hashed(h):
+    h = np.asarray(h, np.uint32)
+    h = (h ^ (h >> np.uint32(16))) * np.uint32(0x7FEB352D)
+    h = (h ^ (h >> np.uint32(15))) * np.uint32(0x846CA68B)
+    return h ^ (h >> np.uint32(16))
+
+
+def z_of(words, path, shape):
+    """A leaf's z in float64, layer by layer."""
+
+    def one(keys, shape):
+        bits = hashed(hashed(np.arange(np.prod(shape), dtype=np.uint32) + keys[0]) ^ keys[1])
+        return np.sqrt(2) * erfinv((2 * (bits >> np.uint32(9)).astype(np.float64) + 1) / 2**23 - 1).reshape(shape)
+
+    keys = hashed(words ^ np.uint32(zlib.crc32(path.encode())))
+    if not path.startswith("layers/"):
+        return one(keys, shape)
+    return np.stack([one(hashed(keys + np.uint32(1 + layer)), shape[1:]) for layer in range(shape[0])])
+
+
+def z_of_step(leaves, step=0):
+    words = np.asarray(noise.draw(jax.random.fold_in(RUN, step))).view(np.uint32)
+    return {path: z_of(words, path, leaf.shape) for path, leaf in leaves.items()}
+
+
+def start(method, dtype=jnp.float32, **changes):
+    model, trainable, rest = jp.setup(method, *tiny.model(dtype, **changes), jax.random.key(0))
+    return model, jp.init_state(method, SGD, trainable, rest, RUN, model)
+
+
+def by_hand(model, state, leaves, z):
+    """(mean of both losses, slope) of whole leaves at theta +- eps z."""
+    loss = jax.jit(lambda leaves: jp.completion_loss(model, tree.unflatten({**state.leaves, **leaves}), BATCH)[0])
+    up, down = (
+        float(loss({path: jnp.float32(leaf + sign * EPS * z[path]) for path, leaf in leaves.items()}))
+        for sign in (1, -1)
+    )
+    return (up + down) / 2, (up - down) / (2 * EPS)
+
+
+# Alone: the weights move.
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """(model, state, compiled step) of a tied model."""
+    method = jp.mezo(eps=EPS)
+    model, state = start(method, num_hidden_layers=2, tie_word_embeddings=True)
+    return model, state, jax.jit(jp.make_train_step(model, method, SGD, rate=RATE, weight_decay=DECAY))
+
+
+def test_a_step_is_that_of_whole_leaves_in_numpy(alone):
+    model, state, step = alone
+    assert not state.trainable and not state.frozen
+    z = z_of_step(state.moved)
+    mean, slope = by_hand(model, state, state.moved, z)
+    after, metrics = step(state, BATCH)
+    np.testing.assert_allclose([metrics["loss"], metrics["slope"]], [mean, slope], rtol=2e-3)
+    for path, leaf in state.moved.items():
+        decay = 0 if path.endswith(("scale", "bias")) else DECAY
+        expected = leaf - RATE * (float(metrics["slope"]) * z[path] + decay * np.asarray(leaf))
+        np.testing.assert_allclose(after.moved[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_a_restored_state_goes_on_exactly(alone):
+    """z is a function of the key and the step alone."""
+    _, state, step = alone
+    second, _ = step(step(state, BATCH)[0], BATCH)
+    first = step(state, BATCH)[0]._replace(key=None)
+    restored = jax.tree.map(jnp.array, jax.device_get(first))._replace(key=RUN)
+    again, _ = step(restored, BATCH)
+    chex.assert_trees_all_equal(again._replace(key=None), second._replace(key=None))
+
+
+def test_any_run_and_micro_batches_give_the_same_slope():
+    """In the block by a scan, in groups of rows, on whole leaves of a run of its own, and in two micro-batches."""
+    method = jp.mezo(eps=EPS)
+    model, state = start(method, num_hidden_layers=2)
+
+    def slope(run, accumulate=1):
+        other = model._replace(stack=model.stack._replace(run=run))
+        objective = objective_of(other, method, state.leaves, accumulate=accumulate)
+        (loss, aux), grads = jax.jit(objective.value_and_grad)({}, state.moved, BATCH, RUN, None)
+        assert grads == {} and float(aux["weight"]) == BATCH["loss_weights"].sum()
+        return float(loss), float(aux["slope"])
+
+    expected = slope(model.stack.run)
+    for found in (slope(planned(parse("matmuls,tokens=16"))), slope(unrolled), slope(model.stack.run, 2)):
+        np.testing.assert_allclose(found, expected, rtol=1e-3)
+
+
+# In a chain: what the others train.
+
+CHAINS = {
+    "mezo+lora": lambda mezo: jp.chain(mezo, jp.lora(2, targets="q_proj,up_proj", dropout=0.5)),
+    "lora+mezo": lambda mezo: jp.chain(jp.lora(2, targets="v_proj"), mezo),
+    "mezo+lst": lambda mezo: jp.chain(mezo, jp.lst(4)),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_in_a_chain_it_estimates_what_the_others_train(name):
+    method = CHAINS[name](jp.mezo(eps=EPS))
+    assert not any(method.role(path) == MOVED for path in ("norm/scale", "layers/mlp/up_proj/kernel"))
+    model, state = start(method, num_hidden_layers=2)
+    state = state._replace(trainable=beside.moved(state.trainable))
+    z = z_of_step(state.trainable)
+    mean, slope = by_hand(model, state, state.trainable, z)
+    after, metrics = jax.jit(jp.make_train_step(model, method, SGD, rate=RATE))(state, BATCH)
+    np.testing.assert_allclose([metrics["loss"], metrics["slope"]], [mean, slope], rtol=2e-3, atol=1e-3)
+    for path, leaf in state.trainable.items():
+        expected = leaf - RATE * float(metrics["slope"]) * z[path]
+        np.testing.assert_allclose(after.trainable[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+def test_the_estimate_is_unbiased():
+    """The mean of n estimates of d numbers: g on average, at an angle of cosine 1 / sqrt(1 + (d + 1) / n)."""
+    method, draws = jp.chain(jp.mezo(), jp.lora(1, targets="q_proj")), 500
+    model, state = start(method, num_hidden_layers=1)
+    trainable = beside.moved(state.trainable)
+    exact = jax.grad(lambda t: jp.completion_loss(model, tree.combine(t, state.frozen), BATCH)[0])(trainable)
+    objective = objective_of(model, method, state.leaves)
+    one = lambda key: objective.value_and_grad(trainable, state.frozen, BATCH, key, None)[1]
+    keys = jax.random.split(jax.random.key(3), draws)
+    mean = jax.jit(lambda: jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys)))()
+    flat = lambda grads: np.concatenate([np.ravel(grads[path]) for path in sorted(grads)])
+    g, found = flat(exact), flat(mean)
+    np.testing.assert_allclose(found @ g / (g @ g), 1, atol=4 * np.sqrt(2 / draws))
+    cosine = found @ g / np.linalg.norm(g) / np.linalg.norm(found)
+    np.testing.assert_allclose(cosine, 1 / np.sqrt(1 + (g.size + 1) / draws), atol=0.05)
+
+
+# Noise, rounding, tables.
+
+
+def test_noise_is_normal_and_independent():
+    words = noise.draw(jax.random.key(5))
+    index = noise.numbers((256, 256))
+    leaves = [noise.of_leaf(words, "a"), noise.of_leaf(words, "b"), noise.of_leaf(noise.draw(jax.random.key(6)), "a")]
+    layers = noise.of_leaf(words, "a", jnp.arange(2))
+    z = np.stack([np.ravel(noise.normal(k, index)) for k in (*leaves, layers[:, 0], layers[:, 1])]).astype(np.float64)
+    np.testing.assert_allclose([(z**k).mean(1) for k in (1, 2, 3, 4)], [[x] * 5 for x in (0, 1, 0, 3)], atol=0.1)
+    np.testing.assert_allclose(np.corrcoef([*z, np.roll(z[0], 1), np.roll(z[0], 256)]), np.eye(7), atol=0.02)
+
+
+def test_stochastic_rounding_is_unbiased_between_neighbours():
+    keys, index = noise.of_leaf(noise.draw(jax.random.key(5)), "a"), noise.numbers((2**16,))
+    for x in (1.001, -0.0123, 3e-20):
+        wide = jnp.full(index.shape, x, jnp.float32)
+        found = np.asarray(noise.rounded(wide, jnp.bfloat16, keys, index).astype(jnp.float32), np.float64)
+        low, high = np.unique(found)
+        assert low < x < high
+        np.testing.assert_allclose(found.mean(), x, atol=4 * (high - low) / 2 / 2**8)
+    assert np.array_equal(noise.rounded(wide, jnp.float32, keys, index), wide)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "nearest"])
+def test_small_steps_of_bfloat16_weights(rounding):
+    """Of steps far below half of the last place, the nearest weights keep nothing, and stochastic ones the mean."""
+    method, rate = jp.mezo(which="embeddings", eps=EPS, rounding=rounding), 7e-3
+    model, state = start(method, jnp.bfloat16, num_hidden_layers=1)
+    ((path, leaf),) = state.moved.items()
+    state = state._replace(moved={path: jnp.where(leaf < 0, -1, 1).astype(leaf.dtype)})
+    after, metrics = jax.jit(jp.make_train_step(model, method, SGD, rate=rate))(state, BATCH)
+    assert after.moved[path].dtype == jnp.bfloat16
+    moved = np.asarray(after.moved[path], np.float64) - np.asarray(state.moved[path], np.float64)
+    if rounding == "nearest":
+        assert not moved.any()
+        return
+    z = z_of_step(state.moved)[path]
+    share = (moved * z).sum() / (z * z).sum() / (-rate * float(metrics["slope"]))
+    # A step s from a place of width u has variance s u at most.
+    spread = np.sqrt(2**-7 / (rate * abs(float(metrics["slope"])) * z.size))
+    np.testing.assert_allclose(share, 1, atol=5 * spread)
+    assert 5 * spread < 0.9
+
+
+def test_tables_are_those_of_whole_leaves(monkeypatch):
+    """Rows and products of W + eps z, in blocks of which the last overlaps."""
+    monkeypatch.setattr(noise, "BLOCK", 5 * 8)
+    w, eps = jax.random.normal(jax.random.key(0), (17, 8)), jnp.float32(0.1)
+    keys = noise.of_leaf(noise.draw(jax.random.key(5)), "table")
+    whole = w + eps * noise.normal(keys, noise.numbers(w.shape))
+    table, x = noise.Noisy(w, keys, eps), jax.random.normal(jax.random.key(1), (2, 3, 8))
+    turned = noise.Noisy(w.T, keys, eps)
+    whole_turned = w.T + eps * noise.normal(keys, noise.numbers(w.T.shape))
+    np.testing.assert_allclose(table.product(x, 1), x @ whole.T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(turned.product(x, 0), x @ whole_turned, rtol=1e-5, atol=1e-5)
+    ids = np.array([[0, 16], [3, -1]])
+    np.testing.assert_allclose(table.rows(ids), np.asarray(whole)[ids], rtol=1e-6)
+    np.testing.assert_allclose(jnp.asarray(table), whole, rtol=1e-6)
+    assert np.isnan(table.rows(np.array([17]))).all()
+
+
+# What it refuses, what it needs.
+
+
+def test_refusals():
+    for bad in ({"eps": 0.0}, {"eps": float("nan")}, {"rounding": "up"}, {"which": "last:0"}):
+        with pytest.raises(jp.InputError):
+            jp.mezo(**bad)
+    method = jp.mezo("norms")
+    model, state = start(method, num_hidden_layers=1)
+    with pytest.raises(jp.InputError, match="give the step a rate"):
+        jax.eval_shape(jp.make_train_step(model, method, SGD), state, BATCH)
+    packed = View(model, method.specs, jp.mezo().role, {"layers/mlp/up_proj/kernel": object()})
+    with pytest.raises(jp.InputError, match="is quantized and cannot move"):
+        jp.mezo().gradient(None, packed)
+
+
+def test_merge_is_that_of_the_others():
+    model, state = start(method := CHAINS["mezo+lora"](jp.mezo()), num_hidden_layers=1)
+    merged = method.merge(state.params)
+    chex.assert_trees_all_equal(merged, jp.lora(2, targets="q_proj,up_proj").merge(state.params))
+    assert jp.mezo().merge(merged) == merged
+    assert model.stack.run is tiny.model()[0].stack.run
+
+
+def test_plans_two_forward_passes():
+    """No gradients, no activations, nothing computed again, and the products of two evaluations."""
+    config = {**tiny.CONFIG, "num_hidden_layers": 2}
+    step = planner.make_step(config, jp.mezo(), 4, 16, "matmuls")
+    assert not step.backward
+    cost = planner.cost(step)
+    value = lambda leaves, batch: step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
+    forward = count_flops(jax.make_jaxpr(value)(step.state.moved, step.batch))
+    assert (cost.flops, cost.recompute_flops, cost.activations) == (2 * forward, 0, 0)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="no compiler for GPUs is installed")
+def test_figures():
+    """Compiled for an H200: all weights of a model of 1.2B in the memory of a forward pass, LoRA in less."""
+    target, config = targets.target("h200"), geometries.load("llama3.2-1b")
+    make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024, save="matmuls")
+    step = make(method=jp.mezo())
+
+    def evaluate(leaves, batch):
+        return step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
+
+    forward = targets.compile(target, evaluate, step.state.moved, step.batch).memory.total
+    weights = planner.row(step, target)["bytes"]
+    lora = planner.row(make(method=jp.chain(jp.mezo(), jp.lora(8))), target)["bytes"]
+    assert weights["total"] <= 1.02 * forward
+    assert lora["total"] <= 2.55 * 2**30
+    for row in (weights, lora):
+        assert row["gradients"] == row["activations"] == row["optimizer"] == 0
