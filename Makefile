@@ -19,9 +19,9 @@ NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/
 # plans over the names of one family of models, and reversible layers, which have them in branches. Other families and
 # methods, types, dropout and sharding meet names in the same place. Not before JAX 0.12: under
 # the flag 0.10.2 has no vmap of names, without which no model is initialised.
-REMAT3_TESTS = tests/remat/programs_test.py tests/remat/residuals_test.py \
-  tests/remat/reversible_test.py::test_the_backward_pass_computes_each_layer_again_once \
-  tests/remat/reversible_test.py::test_evaluating_once_or_twice_is_the_same
+REMAT3_TESTS = tests/backward/programs_test.py tests/backward/residuals_test.py \
+  tests/backward/reversible_test.py::test_the_backward_pass_computes_each_layer_again_once \
+  tests/backward/reversible_test.py::test_evaluating_once_or_twice_is_the_same
 REMAT3_ONLY = llama or not (gradients_are or methods or dropout or bfloat16 or accumulation or sharded)
 
 .PHONY: demo test test-slow lint format test-next clean

@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from jaxpeft.backward.residuals import remat
     from jaxpeft.errors import InputError, RunError
     from jaxpeft.hf import load_pretrained, save_pretrained
     from jaxpeft.method import Method, Objective, Spec, chain, setup
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Model, Stack, from_linen, from_nnx
     from jaxpeft.peft import export_adapter, import_adapter
-    from jaxpeft.remat.residuals import remat
     from jaxpeft.train.loss import classification_loss, completion_loss
     from jaxpeft.train.run import Run, run
     from jaxpeft.train.state import TrainState, init_state
@@ -57,7 +57,7 @@ _MODULE_OF = {
     "meft": "methods.meft",
     "quantize": "methods.quantize",
     "mezo": "methods.mezo",
-    "remat": "remat.residuals",
+    "remat": "backward.residuals",
     "run": "train.run",
     "save_pretrained": "hf",
     "setup": "method",

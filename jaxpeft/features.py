@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import tree
+from jaxpeft.backward.loop import num_groups
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Cache, Context, Model, Stack
-from jaxpeft.remat.loop import num_groups
 
 
 class Features(NamedTuple):

@@ -5,7 +5,7 @@ A model is a stack: `embed`, one `block` whose parameters are stacked over layer
     logits = head(params, run(stack, params, batch))        run = scan over layers by default
 
 Methods change a stack by replacing its functions: adapters wrap `block`, prompts wrap `embed`, a reversible or a side
-network replaces `run`, a memory plan (`jaxpeft.remat.residuals`) too. As `run` takes the stack that it runs, these
+network replaces `run`, a memory plan (`jaxpeft.backward.residuals`) too. As `run` takes the stack that it runs, these
 changes compose in any order. A Flax module of any other shape is a stack with no layers (`from_linen`, `from_nnx`).
 
 What a layer is told beside its parameters and the stream travels in a `Context`, a pytree, which says of everything

@@ -5,7 +5,7 @@ import numpy as np
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.remat.flops import count_flops
+from jaxpeft.backward.flops import count_flops
 from tests import residuals, tiny
 
 

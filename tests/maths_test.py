@@ -7,10 +7,10 @@ import numpy as np
 import optax
 import pytest
 
+from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.features import layer_norm
 from jaxpeft.methods.lora_fa import project
 from jaxpeft.models.layers import rotary_tables, rotate
-from jaxpeft.remat.compressed import compress, decompress
 from jaxpeft.train.loss import completion_loss, row_losses
 from tests import tiny
 

@@ -14,9 +14,9 @@ import jaxpeft as jp
 from jaxpeft import method as contract
 from jaxpeft import tree
 from jaxpeft.about import About
+from jaxpeft.backward.plan import parse
+from jaxpeft.backward.residuals import planned
 from jaxpeft.model import Stack, scan_layers
-from jaxpeft.remat.plan import parse
-from jaxpeft.remat.residuals import planned
 from jaxpeft.train.optimizer import defaults, make_direction
 from jaxpeft.train.step import objective_of
 from tests import residuals, tiny

@@ -23,9 +23,9 @@ import jax.numpy as jnp
 import jaxpeft as jp
 from experiments.memory import common
 from jaxpeft import tree
+from jaxpeft.backward import residuals
 from jaxpeft.memory import targets
 from jaxpeft.models import decoder, geometries
-from jaxpeft.remat import residuals
 from pallas_kernels import packed, platform
 
 NAME = "kernels_memory"

@@ -30,8 +30,8 @@ import optax
 import jaxpeft as jp
 from experiments.memory import common
 from jaxpeft import assets
-from jaxpeft.remat import residuals
-from jaxpeft.remat.flops import count_flops
+from jaxpeft.backward import residuals
+from jaxpeft.backward.flops import count_flops
 from jaxpeft.train.optimizer import make_direction, make_schedule
 from jaxpeft.train.task import TASKS
 

@@ -35,10 +35,10 @@ import optax
 import tyro
 
 import jaxpeft as jp
+from jaxpeft.backward import residuals
 from jaxpeft.data import eval_batches, load_examples, make_batches
 from jaxpeft.hf import load_tokenizer
 from jaxpeft.method import view_of
-from jaxpeft.remat import residuals
 from jaxpeft.train.optimizer import make_direction, make_schedule
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent

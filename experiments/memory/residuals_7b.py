@@ -38,11 +38,11 @@ import jaxpeft as jp
 from experiments.memory import common
 from experiments.memory.common import GIB
 from jaxpeft import tree
+from jaxpeft.backward import residuals
 from jaxpeft.memory import profile, targets
 from jaxpeft.memory.attribution import Owner, Owners
 from jaxpeft.method import view_of
 from jaxpeft.models import family, geometries
-from jaxpeft.remat import residuals
 from jaxpeft.train.loss import completion_loss
 
 NAME = "residuals_7b"

@@ -116,9 +116,9 @@ def _ours(key: Row, toy: bool) -> Callable[[], Row]:
 
     import jaxpeft as jp
     from jaxpeft import tree
+    from jaxpeft.backward.flops import count_flops
     from jaxpeft.method import view_of
     from jaxpeft.models import family
-    from jaxpeft.remat.flops import count_flops
     from pallas_kernels import packed, platform
 
     config = config_of(key["geometry"])

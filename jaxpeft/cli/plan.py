@@ -57,9 +57,9 @@ def run(args: Plan) -> dict[str, Any]:
         describe_only()
 
     from jaxpeft import assets
+    from jaxpeft.backward.plan import parse
     from jaxpeft.memory import planner, search, targets
     from jaxpeft.models import geometries
-    from jaxpeft.remat.plan import parse
 
     devices = targets.targets(args.target)
     plans = [None] if args.save is None else [parse(text) for text in args.save.split(";")]

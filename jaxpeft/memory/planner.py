@@ -20,6 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import tree
+from jaxpeft.backward import residuals
+from jaxpeft.backward.flops import count_flops
+from jaxpeft.backward.plan import Plan, parse
+from jaxpeft.backward.residuals import Segment
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
 from jaxpeft.memory.targets import Target
@@ -27,10 +31,6 @@ from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
 from jaxpeft.models import family
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.remat import residuals
-from jaxpeft.remat.flops import count_flops
-from jaxpeft.remat.plan import Plan, parse
-from jaxpeft.remat.residuals import Segment
 from jaxpeft.train.memory import account, activation_bytes, kept_bytes
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state

@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from jaxpeft import tree
+from jaxpeft.backward.plan import INPUT, Plan
+from jaxpeft.backward.programs import matmuls
+from jaxpeft.backward.residuals import Segment
 from jaxpeft.errors import InputError
 from jaxpeft.memory.planner import Step, cost, row
 from jaxpeft.memory.targets import Target
-from jaxpeft.remat.plan import INPUT, Plan
-from jaxpeft.remat.programs import matmuls
-from jaxpeft.remat.residuals import Segment
 
 
 class Option(NamedTuple):

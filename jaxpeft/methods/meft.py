@@ -12,7 +12,7 @@ Two streams, x1 = x2 = the embedding at first, then for each layer
 An adapter is y = up(act(down(x))), d -> width -> d with biases, weights from N(0, 0.02^2), so that it is about 0 at the
 start. With a small lam (variant 2: beta; 3: both) one stream then carries what the pretrained model's would, and the
 other what it was a layer earlier (3: half a layer). The backward pass rebuilds each layer's input from its output (see
-`jaxpeft.remat.reversible`): of the layers it keeps the last pair of streams, whatever their number.
+`jaxpeft.backward.reversible`): of the layers it keeps the last pair of streams, whatever their number.
 
 Paper: Liao, Tan, Monz 2023, "Make Pre-trained Model Reversible", arXiv:2306.00477. There the inverse divides floating
 point streams by lam = 0.1, and the result is the mean of the streams: `exact=False, readout="mean"`.
@@ -37,15 +37,15 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
+from jaxpeft.backward import residuals, reversible
+from jaxpeft.backward.plan import Plan
+from jaxpeft.backward.reversible import Coupling
+from jaxpeft.backward.streams import Fixed, Float
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import drop
 from jaxpeft.model import Batch, Model, Stack, scan_layers
 from jaxpeft.models.layers import ACTIVATIONS
-from jaxpeft.remat import residuals, reversible
-from jaxpeft.remat.plan import Plan
-from jaxpeft.remat.reversible import Coupling
-from jaxpeft.remat.streams import Fixed, Float
 
 # variant: (lam, beta) in the published script; the nearest powers of two are the default of exact streams.
 PUBLISHED = {1: ("1/10", "1"), 2: ("1", "1/10"), 3: ("1/10", "1/10")}
@@ -129,7 +129,7 @@ def meft(
       readout: "last", the stream that carries the pretrained model's, or "mean" of the two.
       bits: of the fraction of exact streams, whose range is +- 2^(31 - bits).
       every: keep the pair of streams after every so many layers, and go on from it in the backward pass; 0: never.
-      twice: evaluate each layer apart from its derivative in the backward pass (see `jaxpeft.remat.reversible`).
+      twice: evaluate each layer apart from its derivative in the backward pass (see `jaxpeft.backward.reversible`).
       dropout: rate in the adapters.
       norm: a normalisation in front of the adapter that stands alone (variants 1 and 2).
 

@@ -102,4 +102,5 @@ ABOUT = About(
     example={"format": "nf4"},
     promises=Promises(site_bytes=saved_bytes, starts_at_base=False),
     within="quantize+lora",
+    twice=True,  # it adds no leaves: other targets, another format
 )

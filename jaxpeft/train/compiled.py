@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.backward import residuals
 from jaxpeft.model import Batch
-from jaxpeft.remat import residuals
 from jaxpeft.train.state import TrainState
 
 

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 
 from jaxpeft import tree
+from jaxpeft.backward.residuals import Segment
 from jaxpeft.executable import Memory, analysed
 from jaxpeft.method import Method
 from jaxpeft.model import Batch, Model
-from jaxpeft.remat.residuals import Segment
 from jaxpeft.train.compiled import Program
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.state import TrainState

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft import checkpoint, hf, tree
+from jaxpeft.backward import residuals
+from jaxpeft.backward.plan import parse
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.peft import adapter_labels, import_adapter
-from jaxpeft.remat import residuals
-from jaxpeft.remat.plan import parse
 from jaxpeft.train import config
 from jaxpeft.train.base import load
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule

@@ -13,9 +13,9 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
+from jaxpeft.backward import residuals
 from jaxpeft.memory import targets
 from jaxpeft.models import decoder, geometries
-from jaxpeft.remat import residuals
 
 GiB, ALIGNMENT = 2**30, 1 << 20
 D, F, HEADS, VOCAB, RANK = 512, 1376, 8, 1024, 64

@@ -9,10 +9,10 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
+from jaxpeft.backward import residuals
+from jaxpeft.backward.plan import INPUT, Plan
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, search, targets
-from jaxpeft.remat import residuals
-from jaxpeft.remat.plan import INPUT, Plan
 from tests import tiny
 
 ROWS, LENGTH = 8, 64

@@ -12,10 +12,10 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
+from jaxpeft.backward import residuals
 from jaxpeft.errors import InputError
 from jaxpeft.memory import draw, hlo, profile, targets
 from jaxpeft.models import decoder, layers
-from jaxpeft.remat import residuals
 from tests import tiny
 
 TARGETS = ("cpu", "v5p", "h200")

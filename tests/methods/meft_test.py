@@ -14,10 +14,10 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import assets, generate, hf, tree
+from jaxpeft.backward import residuals
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, targets
 from jaxpeft.methods.meft import rebuilding_errors
-from jaxpeft.remat import residuals
 from tests import contract_test, tiny
 from tests.conftest import REPOSITORY
 

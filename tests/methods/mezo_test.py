@@ -13,12 +13,12 @@ from scipy.special import erfinv
 
 import jaxpeft as jp
 from jaxpeft import noise, tree
+from jaxpeft.backward.flops import count_flops
+from jaxpeft.backward.plan import parse
+from jaxpeft.backward.residuals import planned
 from jaxpeft.memory import planner, targets
 from jaxpeft.method import MOVED, View
 from jaxpeft.models import geometries
-from jaxpeft.remat.flops import count_flops
-from jaxpeft.remat.plan import parse
-from jaxpeft.remat.residuals import planned
 from jaxpeft.train.optimizer import make_direction
 from jaxpeft.train.step import objective_of
 from tests import beside, tiny

@@ -108,7 +108,7 @@ def test_only_the_targets_and_only_once():
     formats = {path: kernel.format for path, kernel in kernels(frozen).items()}
     assert {format for path, format in formats.items() if "/mlp/" in path} == {"int8"}
     assert {format for path, format in formats.items() if "/self_attn/" in path} == {"nf4"}
-    again = method.prepare(jp.combine(trainable, frozen))
+    again = method.prepare(jp.combine(trainable, frozen), None)
     assert all(leaf is frozen[path] for path, leaf in tree.flatten(again).items() if path in frozen)
 
 

@@ -13,8 +13,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxpeft.backward.flops import count_flops
 from jaxpeft.memory import targets
-from jaxpeft.remat.flops import count_flops
 from pallas_kernels import packed, platform
 from pallas_kernels.dropout import mask
 from pallas_kernels.lora_matmul import factor_gradient, forward, input_gradient, lora_matmul, low

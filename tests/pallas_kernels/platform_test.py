@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from jaxpeft.backward.flops import count_flops
 from jaxpeft.memory import targets
-from jaxpeft.remat.flops import count_flops
 from pallas_kernels.platform import Implementation, operation
 
 NAMES = {"cpu": "sine", "v5p": "tanh", "h200": "exponential"}  # what each platform's implementation is in StableHLO

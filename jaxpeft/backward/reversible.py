@@ -8,8 +8,8 @@ with the two streams swapped after each layer or not, and with d1, d2 the gradie
     d1 <- d1 + vjp of G at y1 applied to d2;    d2 <- beta d2 + vjp of F at x2 applied to d1;    d1 <- lam d1
 
 In floating point each division by lam multiplies the rounding error of the streams by 1 / lam. In fixed point (see
-`jaxpeft.remat.streams`) nothing is lost: the bits that a division shifts out are kept, log2(1 / lam) for each element
-of the stream and layer, and the backward pass sees the forward pass's streams bit for bit.
+`jaxpeft.backward.streams`) nothing is lost: the bits that a division shifts out are kept, log2(1 / lam) for each
+element of the stream and layer, and the backward pass sees the forward pass's streams bit for bit.
 
 This rests on F and G giving the same bits in both passes: each is one traced program, called in a branch, which a
 compiler translates by itself and alike in both loops. That program also yields what the derivative needs besides the
@@ -33,14 +33,14 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
 from jaxpeft import tree
+from jaxpeft.backward.flops import count_flops
+from jaxpeft.backward.loop import Loop, Static, divide, join, loop_over
+from jaxpeft.backward.plan import Plan
+from jaxpeft.backward.programs import decide, trace
+from jaxpeft.backward.residuals import record
+from jaxpeft.backward.streams import Fixed, Float
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context
-from jaxpeft.remat.flops import count_flops
-from jaxpeft.remat.loop import Loop, Static, divide, join, loop_over
-from jaxpeft.remat.plan import Plan
-from jaxpeft.remat.programs import decide, trace
-from jaxpeft.remat.residuals import record
-from jaxpeft.remat.streams import Fixed, Float
 
 Function = Callable[[tree.Params, jax.Array, Context], jax.Array]  # (layer, x, ctx) -> y
 
@@ -89,7 +89,7 @@ def run(
       pair: x1, x2, each (B, S, d), in the type in which F and G compute.
       ctx: see `jaxpeft.model`.
       key: PRNG key for dropout, or None; layer i gets `fold_in(key, i)`, of which F and G get a part each.
-      tokens: that a layer works on at a time (see `jaxpeft.remat.plan`).
+      tokens: that a layer works on at a time (see `jaxpeft.backward.plan`).
       shards: devices over which the rows are divided.
       probe: (layers, 3) float32 of any value, where the coupling has one. Its gradient tells, for each layer's input
         pair, how many elements are rebuilt otherwise than they were, the sum of these errors' squares, and that of the
@@ -380,7 +380,7 @@ def _times(d, factor: Fraction):
 
 
 class Reversible(NamedTuple):
-    """A segment as it was traced (see `jaxpeft.remat.residuals.recorded`)."""
+    """A segment as it was traced (see `jaxpeft.backward.residuals.recorded`)."""
 
     kept: dict[str, int]
     flops: float

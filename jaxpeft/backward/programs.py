@@ -12,9 +12,9 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters import partial_eval
 
 from jaxpeft import tree
+from jaxpeft.backward.flops import equation_flops
+from jaxpeft.backward.plan import INPUT, Plan, action_of
 from jaxpeft.errors import InputError
-from jaxpeft.remat.flops import equation_flops
-from jaxpeft.remat.plan import INPUT, Plan, action_of
 from pallas_kernels.platform import part_of
 
 Kept = tuple[str, int]  # a name, and which of the activations with that name

@@ -39,12 +39,12 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 
 from jaxpeft import tree
+from jaxpeft.backward.compressed import compress, decompress
+from jaxpeft.backward.loop import Static, join, loop_over
+from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
+from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model, Stack, scan_layers, takes_stacks, through_blocks
-from jaxpeft.remat.compressed import compress, decompress
-from jaxpeft.remat.loop import Static, join, loop_over
-from jaxpeft.remat.plan import INPUT, Plan, action_of, parse
-from jaxpeft.remat.programs import Kept, Programs, decide
 
 
 def default_plan(model: Model) -> Plan:

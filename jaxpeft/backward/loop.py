@@ -13,9 +13,9 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.backward.programs import Programs, trace
 from jaxpeft.model import Context
 from jaxpeft.quant import is_packed
-from jaxpeft.remat.programs import Programs, trace
 from pallas_kernels.stacked import Stacked
 
 

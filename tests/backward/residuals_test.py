@@ -16,11 +16,11 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
+from jaxpeft.backward import loop, residuals
+from jaxpeft.backward.flops import count_flops
+from jaxpeft.backward.plan import INPUT, Plan, parse
 from jaxpeft.errors import InputError
 from jaxpeft.models import layers
-from jaxpeft.remat import loop, residuals
-from jaxpeft.remat.flops import count_flops
-from jaxpeft.remat.plan import INPUT, Plan, parse
 from pallas_kernels import packed as quantized
 from pallas_kernels.stacked import Stacked
 from tests import contract_test, tiny
@@ -198,7 +198,7 @@ def test_a_train_step_with_accumulation():
 
 SHARDED = """
 import jax, numpy as np
-from jaxpeft.remat import residuals
+from jaxpeft.backward import residuals
 from tests import contract_test
 from tests.memory import residuals_test as here
 page = contract_test.page.__wrapped__()

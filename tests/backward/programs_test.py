@@ -8,8 +8,8 @@ from jax import ad_checkpoint
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import jaxpr_as_fun
 
-from jaxpeft.remat.plan import INPUT, Plan
-from jaxpeft.remat.programs import decide, name_of, trace
+from jaxpeft.backward.plan import INPUT, Plan
+from jaxpeft.backward.programs import decide, name_of, trace
 
 ROWS, D = 4, 8
 X = jax.random.normal(jax.random.key(0), (ROWS, D))

@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import tree
+from jaxpeft.backward import residuals, reversible
+from jaxpeft.backward.flops import count_flops
+from jaxpeft.backward.reversible import Coupling
+from jaxpeft.backward.streams import Fixed, Float, pack, unpack
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
 from jaxpeft.model import Context
-from jaxpeft.remat import residuals, reversible
-from jaxpeft.remat.flops import count_flops
-from jaxpeft.remat.reversible import Coupling
-from jaxpeft.remat.streams import Fixed, Float, pack, unpack
 
 B, S, D = 4, 40, 32
 EIGHTH, ONE = Fraction(1, 8), Fraction(1)

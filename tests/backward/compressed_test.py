@@ -9,8 +9,8 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import data, hf, tree
-from jaxpeft.remat import residuals
-from jaxpeft.remat.compressed import Compressed, _uniform, compress, decompress
+from jaxpeft.backward import residuals
+from jaxpeft.backward.compressed import Compressed, _uniform, compress, decompress
 from tests import tiny
 
 
