@@ -60,9 +60,7 @@ class DoRA(nn.Module):
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
         if not site.plain:
-            raise InputError(
-                "dora: must be nearest to the kernel, whose norms it divides by: name it last in the chain"
-            )
+            raise InputError("dora: must be nearest to the kernel, whose norms it takes: name it last in the chain")
         n, m = site.kernel.shape
         a = self.param("a", _lora.INITS[self.init_a], (n, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, m))

@@ -43,7 +43,7 @@ CHOICES = ("random", "largest", "smallest")
 
 
 class PaCA(nn.Module):
-    """The product with some rows replaced. Parameters: index (r,) int32 and base (r, m), frozen; rows (r, m) float32."""
+    """The product with other rows. Parameters: index (r,) int32 and base (r, m), frozen; rows (r, m) float32."""
 
     stacked = True  # only the product reads the kernel
 

@@ -72,7 +72,7 @@ def test_outputs_gradients_and_merged_biases_are_those_of_peft(qwen2):
 
 
 def test_keeps_what_the_vectors_scale_and_no_more():
-    """Keys and values before the vector, and the MLP's product: beside them nothing that the frozen backbone does not."""
+    """Keys and values before the vector, and the MLP's product, beside what the frozen backbone keeps."""
     start = lambda method: jp.setup(method, *tiny.model(), jax.random.key(0))
     ours = residuals.bytes_per_token(*start(jp.ia3()), tiny.batch)
     floor = residuals.bytes_per_token(*start(jp.full("embeddings")), tiny.batch)
