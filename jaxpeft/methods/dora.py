@@ -66,8 +66,9 @@ class DoRA(nn.Module):
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
         squares = self.param("squares", lambda key: squared_norms(site.kernel))
         magnitude = self.param("mag", lambda key: jnp.sqrt(squares))
-        fixed = jax.lax.stop_gradient((a, b, squares))
-        gain = magnitude / checkpoint_name(norms(site.kernel, *fixed, self.scale, x.dtype), "dora_norm")
+        fixed_a, fixed_b = jax.lax.stop_gradient((a, b))
+        c = norms(site.kernel, fixed_a, fixed_b, squares, self.scale, x.dtype)
+        gain = magnitude / checkpoint_name(c, "dora_norm")
         if not self.dropout or not self.has_rng("dropout"):
             return scaled(self._directions(inner, x, a, b, site), gain)
         rest, x = _split(x, jax.random.bits(self.make_rng("dropout"), (), jnp.uint32), self.dropout)
