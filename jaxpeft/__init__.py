@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxpeft.errors import InputError
+    from jaxpeft.errors import InputError, RunError
     from jaxpeft.hf import load_pretrained, save_pretrained
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.dora import dora
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.remat.residuals import remat
     from jaxpeft.train.loss import classification_loss, completion_loss
+    from jaxpeft.train.run import Run, run
     from jaxpeft.train.state import TrainState, init_state
     from jaxpeft.train.step import make_train_step
     from jaxpeft.tree import combine, split
@@ -34,6 +35,8 @@ _MODULE_OF = {
     "Method": "method",
     "Model": "model",
     "Objective": "method",
+    "Run": "train.run",
+    "RunError": "errors",
     "Spec": "method",
     "Stack": "model",
     "TrainState": "train.state",
@@ -57,6 +60,7 @@ _MODULE_OF = {
     "meft": "methods.meft",
     "paca": "methods.paca",
     "remat": "remat.residuals",
+    "run": "train.run",
     "save_pretrained": "hf",
     "setup": "method",
     "sherl": "methods.sherl",

@@ -70,7 +70,10 @@ class About(NamedTuple):
     promises: what a step promises.
     defaults: of a run.
     within: for a method that trains nothing by itself, the members it is tried with, as in "quantize+lora"; "" alone.
-    peft: its form in Hugging Face PEFT; None where PEFT has none.
+    peft: its form in Hugging Face PEFT (a `jaxpeft.peft.form.Form`); None where PEFT has none.
+    twice: whether it may stand in a chain more than once.
+    changes_kernels: arguments -> whether the kernels beside its leaves are others than those of the base that an
+      exported adapter is for.
     """
 
     summary: str
@@ -83,6 +86,8 @@ class About(NamedTuple):
     defaults: Defaults = Defaults()
     within: str = ""
     peft: Any = None
+    twice: bool = False
+    changes_kernels: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
 
 
 def check(name: str, file: Any) -> About:

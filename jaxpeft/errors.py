@@ -1,4 +1,7 @@
-"""The two exceptions that the command line prints as one line, without a traceback; and others' first lines in them."""
+"""The two exceptions that the command line prints as one line, without a traceback; and what such lines are made of."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class InputError(ValueError):
@@ -23,3 +26,16 @@ def first_line(error: BaseException) -> str:
     """What another library's error says, as part of one line: its first line, or its type where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of an error about an unknown name: the nearest known ones, or all of them.
+
+    >>> did_you_mean("lorra", ["lora", "lora_fa", "full"])
+    '; did you mean lora or lora_fa?'
+    """
+    known = sorted(set(known))
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    if near:
+        return f"; did you mean {' or '.join(near)}?"
+    return f"; known: {', '.join(known)}" if known else ""

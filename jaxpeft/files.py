@@ -1,10 +1,11 @@
-"""Files and folders that appear whole or not at all, and JSON that is what it should be."""
+"""Files and folders that appear whole or not at all, and JSON and YAML that are what they should be."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -104,3 +105,44 @@ def _sync(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+# YAML's numbers as everybody writes them: version 1.1 reads 1e-4 as text, because it has no dot.
+_NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
+
+
+def from_yaml(where: str, text: str) -> Any:
+    """The value of YAML text.
+
+    Raises:
+      InputError: for what is not YAML; the line begins with `where`.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+    try:
+        return yaml.load(text, Loader)
+    except yaml.YAMLError as error:
+        raise InputError(f"{where}: is not YAML: {' '.join(str(error).split())}") from None
+
+
+def to_yaml(where: str, value: Any) -> str:
+    """A value as YAML on one line, which `from_yaml` reads back.
+
+    Raises:
+      InputError: for a value that YAML cannot hold; the line begins with `where`.
+    """
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    Dumper.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+    try:
+        text = yaml.dump(value, Dumper=Dumper, default_flow_style=True, width=10**6, sort_keys=False)
+    except yaml.YAMLError:
+        raise InputError(f"{where}: YAML cannot hold {value!r}") from None
+    return text.removesuffix("\n...\n").strip()

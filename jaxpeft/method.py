@@ -41,7 +41,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -53,6 +53,7 @@ from jaxpeft import tree
 from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
+from jaxpeft.spec import Spec
 
 
 class Role(NamedTuple):
@@ -80,13 +81,6 @@ def trains(predicate: Callable[[str], bool], role: Role = TRAINED) -> Callable[[
     return lambda others: lambda path: role if predicate(path) else others(path)
 
 
-class Spec(NamedTuple):
-    """What a factory was called with: enough to make the method again, and to write its adapter_config.json."""
-
-    name: str
-    config: dict[str, Any]
-
-
 class View(NamedTuple):
     """What every slot is told of the whole chain.
 
@@ -94,8 +88,8 @@ class View(NamedTuple):
     specs: of the chain's members, in order.
     role: path -> Role, of the whole chain.
     shapes: {path: ShapeDtypeStruct}; of the base in `prepare` and `forward`, then of all of the adapted model's leaves.
-    batches: a function that gives some batches of the training data, for starts that are calculated from it; None when
-      planning, and where there is no data.
+    batches: a function that gives some batches of the training data, for starts that are calculated from it; it gives
+      none when a run is planned. None where there is no data.
     rate: whether the step has a learning rate; otherwise the optimizer has its own.
     """
 
@@ -222,12 +216,10 @@ def chain(*methods: Method) -> Method:
     `alone` counts only where all that give roles are modifiers.
 
     Raises:
-      InputError: if one method is in it twice.
+      InputError: for one method twice, whose leaves would be one set for both, unless its file says that it may be.
     """
-    specs = sum((method.specs for method in methods), ())
-    names = [spec.name for spec in specs if spec.name != "full"]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise InputError(f"{'+'.join(spec.name for spec in specs)}: {twice[0]} is in the chain twice")
+    specs = [spec for method in methods for spec in method.specs]
+    check_once([spec.name for spec in specs])
 
     def in_order(slot: str):
         active = [getattr(method, slot) for method in methods if getattr(method, slot) is not unchanged]
@@ -252,9 +244,18 @@ def chain(*methods: Method) -> Method:
     return Method(
         **{slot: in_order(slot) for slot in slots},
         merge=merge,
-        specs=specs,
+        specs=tuple(specs),
         alone=alone[0] if alone and not claims else None,
     )
+
+
+def check_once(chained: Sequence[str]) -> None:
+    """Raises InputError for a name that stands twice in a chain and whose file does not allow it."""
+    for name in dict.fromkeys(chained):
+        if chained.count(name) > 1 and not (name in names() and about(name).twice):
+            raise InputError(
+                f"{'+'.join(chained)}: {name} stands twice; to give different targets or names is not possible yet"
+            )
 
 
 def settled(method: Method) -> Method:
@@ -342,7 +343,7 @@ def about(name: str) -> About:
     return check(name, module(name))
 
 
-def from_specs(specs: tuple[Spec, ...]) -> Method:
-    """Makes a method again from what `Method.specs` recorded."""
-    made = [getattr(module(spec.name), spec.name)(**spec.config) for spec in specs]
+def from_specs(specs: Iterable[Spec | Sequence[Any]]) -> Method:
+    """Makes a method again from what `Method.specs` recorded; [name, config] pairs, as JSON has them, do as well."""
+    made = [getattr(module(name), name)(**config) for name, config in specs]
     return made[0] if len(made) == 1 else chain(*made)

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,9 +30,11 @@ Cache = Mapping[str, jax.Array]
 
 def last_position(x: jax.Array, batch: Batch) -> jax.Array:
     """x (B, S, d) at each row's last token that is not padding, (B, d): what has seen the row in a causal model."""
+    chex.assert_rank(x, 3)
     segments = batch.get("segment_ids")
     if segments is None:
         return x[:, -1]
+    chex.assert_shape(segments, x.shape[:2])
     last = x.shape[1] - 1 - jnp.argmax(jnp.flip(segments > 0, axis=1), axis=1)
     return jnp.take_along_axis(x, last[:, None, None], axis=1)[:, 0]
 

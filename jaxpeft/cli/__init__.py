@@ -25,8 +25,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.cli.output import did_you_mean, print_error, print_json
-from jaxpeft.errors import InputError, RunError
+from jaxpeft.cli.output import print_error, print_json
+from jaxpeft.errors import InputError, RunError, did_you_mean
 from jaxpeft.memory.kinds import GPU_FRACTION
 
 # Command name -> the module in this package and its dataclass, and a line for the help.

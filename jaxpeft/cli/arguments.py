@@ -7,6 +7,7 @@ import re
 from typing import Any, Literal
 
 from jaxpeft.errors import InputError
+from jaxpeft.train.run import check_least, check_parts, defaults_of
 
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
@@ -22,15 +23,16 @@ class StepArguments:
     num_labels: int | None = None
     """Labels of --task classify; 1 is a regression. Default: the model's own, or 2."""
     method: str = "lora"
-    """Fine-tuning method, or several with commas; `jaxpeft methods` lists them."""
+    """Fine-tuning method, or a chain (meft+lora), or several of these with commas; `jaxpeft methods` lists them."""
     rank: int | None = None
-    """Rank of the adapter. Default: the method's own."""
+    """Rank of the adapters. Default: the method's own."""
     alpha: float | None = None
-    """Scale of the adapter. Default: the method's own."""
+    """Scale of the adapters. Default: the method's own."""
     targets: str | None = None
     """Sites: all-linear, attention, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's own."""
     method_options: tuple[str, ...] = ()
-    """Further arguments of the method's factory, as NAME=VALUE with a YAML value."""
+    """Further arguments of the method's factory, as NAME=VALUE with a YAML value; METHOD.NAME=VALUE where more than one
+    of a chain takes the name."""
     batch_size: int = 8
     """Sequences in one step."""
     seq_len: int | None = None
@@ -49,44 +51,28 @@ class StepArguments:
 
 def settled(args: Any) -> Any:
     """The arguments with the defaults that depend on whether the model is the embedded one."""
-    embedded: dict[str, Any] = {"seq_len": 256, "lr": 2e-3, "dtype": "float32"}  # bfloat16 is slow on a CPU
-    other: dict[str, Any] = {"seq_len": 512, "lr": 2e-4, "dtype": "bfloat16"}
-    defaults = embedded if args.model is None else other
+    defaults = defaults_of(args.model)
     return dataclasses.replace(args, **{name: x for name, x in defaults.items() if getattr(args, name, x) is None})
 
 
 def check_step(args: StepArguments) -> None:
     """Raises InputError for the first argument whose value makes no sense by itself; `args` are settled."""
-    for name, least in {"batch_size": 1, "seq_len": 2, "accumulate": 1}.items():
-        if getattr(args, name) < least:
-            raise InputError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least {least}")
+    check_least(args, {"batch_size": 1, "seq_len": 2, "accumulate": 1})
     if args.num_labels is not None and (args.num_labels < 1 or args.task != "classify"):
         why = "must be at least 1" if args.num_labels < 1 else "belongs to --task classify"
         raise InputError(f"--num-labels {args.num_labels}: {why}")
-    if args.batch_size % args.accumulate:
-        raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
+    check_parts(args)
 
 
 def methods(args: StepArguments) -> list[tuple[str, Any]]:
-    """(name, Method) of every method; of several, each gets the settings that it takes.
+    """(words, Method) of every method or chain; of several, each gets the settings that it takes.
 
     Raises:
         InputError: for an unknown method, a setting that none takes, or that the method refuses.
     """
-    import inspect
+    from jaxpeft import recipe
 
-    from jaxpeft import method
-    from jaxpeft.train.prepare import make_method
-
-    settings = method_settings(args)
-    names = [name.strip() for name in args.method.split(",") if name.strip()]
-    if not names:
-        raise InputError(f"--method {args.method!r}: name at least one; `jaxpeft methods` lists them")
-    takes = {name: set(inspect.signature(getattr(method.module(name), name)).parameters) for name in names}
-    for setting in settings:
-        if not any(setting in known for known in takes.values()):
-            raise InputError(f"method {args.method} takes no {setting}")
-    return [(name, make_method(name, {s: x for s, x in settings.items() if s in takes[name]})) for name in names]
+    return recipe.several(args.method, args.method_options, rank=args.rank, alpha=args.alpha, targets=args.targets)
 
 
 def describe_only() -> None:
@@ -107,36 +93,3 @@ def parse_bytes(flag: str, text: str) -> int:
     if not found or found[2] not in UNITS or not float(found[1]):
         raise InputError(f"{flag} {text!r}: should be a size such as 24GiB; units: {', '.join(u for u in UNITS if u)}")
     return int(float(found[1]) * UNITS[found[2]])
-
-
-def method_settings(args: Any) -> dict[str, Any]:
-    """The keyword arguments for the method's factory: those that were given, and no others.
-
-    Raises:
-        InputError: for a method option that is not NAME=VALUE or is given twice.
-    """
-    import yaml
-
-    named = {"rank": args.rank, "alpha": args.alpha, "targets": args.targets}
-    settings: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
-    for option in args.method_options:
-        name, equals, text = option.partition("=")
-        name = name.strip().replace("-", "_")
-        if not equals or not name.isidentifier():
-            raise InputError(f"--method-options {option!r}: must be NAME=VALUE")
-        if name in settings:
-            raise InputError(f"--method-options {option!r}: {name} is given twice")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise InputError(f"--method-options {option!r}: the value is not YAML") from None
-        settings[name] = _number(value) if isinstance(value, str) else value
-    return settings
-
-
-def _number(text: str) -> str | float:
-    """YAML 1.1 reads 1e-4 as text because it has no dot; everybody means the number."""
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -3,21 +3,16 @@
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.cli.output import did_you_mean
-from jaxpeft.errors import InputError
-
-
-def flag(name: str) -> str:
-    """The flag of a field: batch_size -> --batch-size."""
-    return "--" + name.replace("_", "-")
+from jaxpeft.errors import InputError, did_you_mean
+from jaxpeft.files import from_yaml, to_yaml
+from jaxpeft.train.run import flag
 
 
 def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
     """Reads a run's YAML file as command-line arguments: {field name: arguments that set it}.
 
-    Values pass through the same parser as flags, so that both accept and refuse the same things
-    (PyYAML, for one, takes 1e-4 for text). Lists become several values; a mapping becomes
-    NAME=VALUE pairs; null is the flag's None.
+    Values pass through the same parser as flags, so that both accept and refuse the same things. Lists become several
+    values; a mapping becomes NAME=VALUE pairs; null is the flag's None.
 
     Args:
         path: the file; keys are flags' names, with dashes or underscores.
@@ -26,16 +21,12 @@ def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
     Raises:
         InputError: for a file that cannot be read, is not a mapping, or has an unknown key.
     """
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = from_yaml(f"--config {path}", path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--config {path}: {error.strerror or error}") from None
     except UnicodeDecodeError:
         raise InputError(f"--config {path}: is not UTF-8 text") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"--config {path}: is not YAML: {error}") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -58,14 +49,7 @@ def _as_arguments(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag(name) if value else "--no-" + name.replace("_", "-")]
     if isinstance(value, dict):
-        return [flag(name), *(f"{key}={_plain(item)}" for key, item in value.items())]
+        return [flag(name), *(f"{key}={to_yaml(f'{name}: {key}', item)}" for key, item in value.items())]
     if isinstance(value, list):
         return [flag(name), *(str(item) for item in value)]
     return [f"{flag(name)}={value}"]
-
-
-def _plain(value: Any) -> str:
-    """A value as YAML on one line."""
-    import yaml
-
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

@@ -41,11 +41,11 @@ def run(args: Export) -> dict[str, Any]:
 
     from jaxpeft import hf, tree
     from jaxpeft.cli.models import model_or_default
-    from jaxpeft.method import Spec, from_specs
+    from jaxpeft.method import from_specs
     from jaxpeft.peft import export_adapter
 
     name = model_or_default(args.model or document["arguments"]["model"])
-    method = from_specs(tuple(Spec(*spec) for spec in document["method"]))
+    method = from_specs(document["method"])
     labels = document.get("labels", [])
     base, params = hf.load_pretrained(name, document["arguments"]["dtype"], labels)
     if config.digest_of_base(params) != document["content"]["model"]:

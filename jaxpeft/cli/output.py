@@ -1,11 +1,9 @@
-"""What every command shares in talking to its user: JSON, error lines and names spelt wrongly."""
+"""What every command shares in talking to its user: JSON and error lines."""
 
-import difflib
 import json
 import math
 import os
 import sys
-from collections.abc import Iterable
 from typing import Any
 
 
@@ -38,16 +36,3 @@ def jsonable(value: Any) -> Any:
 def print_error(message: str) -> None:
     """Prints a user's mistake as one line on stderr."""
     print(f"jaxpeft: error: {' '.join(str(message).split())}", file=sys.stderr)
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of an error about an unknown name: the nearest known ones, or all of them.
-
-    >>> did_you_mean("lorra", ["lora", "lora_fa", "full"])
-    '; did you mean lora or lora_fa?'
-    """
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    if near:
-        return f"; did you mean {' or '.join(near)}?"
-    return f"; known: {', '.join(known)}" if known else ""

@@ -79,5 +79,6 @@ ABOUT = About(
     keeps="nothing; a pattern saves the gradients, optimizer state and weight-gradient inputs of what it leaves out",
     reference="bias-only: Ben Zaken et al. 2022, arXiv:2106.10199",
     example={},
+    twice=True,  # each names leaves of the base, and what either names trains
     promises=Promises(site_bytes=saved_bytes),
 )

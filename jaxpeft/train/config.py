@@ -10,37 +10,44 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import files, tree
+from jaxpeft import files, recipe, tree
 from jaxpeft.errors import InputError
+from jaxpeft.method import Spec
 from jaxpeft.models.labels import SCOPE
+from jaxpeft.train.run import Run, flag
 
 FILE = "config.json"
 REPORT = "report.json"
 # What a run leaves in its folder; one of these there, and the folder holds a run.
 TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "model", "tensorboard")
 # Fields that may differ when a run is continued: they don't bear on its numbers ...
-_FREE = {"out", "resume", "json", "config"}
-# ... or are compared by what the files hold.
+_FREE = {"out", "resume"}
+# ... or are compared by what the files hold ...
 _BY_CONTENT = {"model", "data", "eval_data", "adapter"}
+# ... or by the method that they make together.
+_OF_METHOD = {"method", "rank", "alpha", "targets", "method_options"}
 
 
-def describe(args: Any, specs: Any, content: Mapping[str, str | None], labels: Sequence[str] = ()) -> dict[str, Any]:
+def describe(
+    args: Run, specs: Iterable[Spec], content: Mapping[str, str | None], labels: Sequence[str] = ()
+) -> dict[str, Any]:
     """The document of a run.
 
     Args:
-      args: the dataclass of the train command.
+      args: the run.
       specs: `Method.specs`.
       content: digests of "model", "adapter", "data" and "eval_data" (None without).
       labels: names of what rows are classified as, in order; none where none are.
     """
-    arguments = {name: value for name, value in dataclasses.asdict(args).items() if name not in _FREE}
+    names = [field.name for field in dataclasses.fields(Run) if field.name not in _FREE]
+    arguments = {name: getattr(args, name) for name in names}
     document = {
         "jax": jax.__version__,
         "arguments": arguments,
@@ -70,24 +77,47 @@ def check_new(out: Path) -> None:
         )
 
 
-def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """Raises InputError with every field in which a run is to be continued otherwise than it began (old -> new)."""
+def check_arguments(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """`check_same` of what the arguments alone say, before anything is read; new["method"] is [] if they name none."""
     before, now = old.get("arguments", {}), new["arguments"]
+    as_before = all(_meaning(name, before.get(name)) == _meaning(name, now[name]) for name in _OF_METHOD)
+    method = old.get("method") if as_before or not new["method"] else new["method"]
+    check_same(out, old, {**old, "arguments": now, "method": method})
+
+
+def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """Raises InputError with every field in which a run is to be continued otherwise than it began (old -> new).
+
+    A method may be spelt otherwise: `--rank 4`, `rank=4` and `lora.rank=4` are the same.
+    """
+    before, now = old.get("arguments", {}), new["arguments"]
+    same_method = old.get("method") == new["method"]
     changes = [
-        f"--{name.replace('_', '-')} {before.get(name)} -> {now.get(name)}"
+        f"{flag(name)} {_words(before.get(name))} -> {_words(now.get(name))}"
         for name in [*now, *(name for name in before if name not in now)]
-        if name not in _BY_CONTENT and before.get(name) != now.get(name)
+        if name not in _BY_CONTENT
+        and not (same_method and name in _OF_METHOD)
+        and _meaning(name, before.get(name)) != _meaning(name, now.get(name))
     ]
     for name in sorted(_BY_CONTENT):
         if old.get("content", {}).get(name) != new["content"].get(name):
             where = f"{before.get(name) or 'the default'} -> {now.get(name) or 'the default'}"
-            changes.append(f"--{name.replace('_', '-')} {where} (other content)")
+            changes.append(f"{flag(name)} {where} (other content)")
     if not changes and old.get("labels", []) != new.get("labels", []):
         changes.append(f"the labels {old.get('labels')} -> {new.get('labels')}")
-    if not changes and old.get("method") != new["method"]:
+    if not changes and not same_method:
         changes.append(f"the method's defaults {old.get('method')} -> {new['method']}")
     if changes:
         raise InputError(f"--resume {out}: the run was begun otherwise: {'; '.join(changes)}")
+
+
+def _meaning(name: str, value: Any) -> Any:
+    """What a field is compared by: options by their values, in any order."""
+    return recipe.read(value or ()) if name == "method_options" else value
+
+
+def _words(value: Any) -> Any:
+    return (" ".join(value) or None) if isinstance(value, list) and all(isinstance(x, str) for x in value) else value
 
 
 def digest_of_base(params: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The loop around the pure step: a run from its arguments to its report.
+"""The loop around the pure step: from a `Run` to its report.
 
     OUT/config.json      how the run was begun
     OUT/metrics.jsonl    a row per step and evaluation; as events in OUT/tensorboard/, as a picture in OUT/loss.png
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import files, tree
+from jaxpeft import files, recipe, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
@@ -40,9 +40,10 @@ from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
 from jaxpeft.train.metrics import MetricsLog
 from jaxpeft.train.metrics import read as read_metrics
-from jaxpeft.train.prepare import Job, prepare
+from jaxpeft.train.prepare import Job, asked_method, prepare
 from jaxpeft.train.progress import Progress
 from jaxpeft.train.report import build_report, write_curve
+from jaxpeft.train.run import Run
 from jaxpeft.train.signals import Signals
 from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import make_train_step
@@ -63,24 +64,27 @@ class _Stopped(Exception):
     """A signal came in during an evaluation."""
 
 
-def train(args: Any) -> dict[str, Any]:
+def train(args: Run) -> dict[str, Any]:
     """Trains, or continues, and returns the report (see `jaxpeft.train.report`).
 
     Args:
-      args: the dataclass of the train command (`jaxpeft.cli.train.Train`) with `out` set.
+      args: the run, settled and checked, with `out` set (`jaxpeft.train.run.run` sees to these).
 
     Raises:
       InputError: for arguments or files that cannot be used; nothing has been written then.
       RunError: for a run that cannot go on: a loss that is not finite (status 1), a full disk (2), SIGTERM (143),
         SIGINT (130).
     """
-    out = Path(args.out)
+    assert args.out is not None
+    out = args.out
     old = None
     if not args.resume:
         config.check_new(out)
     else:
         old = config.read(out)
-        config.check_same(out, old, {**old, "arguments": config.describe(args, (), {})["arguments"]})
+        method = asked_method(args)
+        asked = config.describe(args, method.specs if method else (), {})
+        config.check_arguments(out, old, asked)
         if (out / config.REPORT).exists():
             _say(f"{out}: the run is finished; this is its report")
             return config.read(out, config.REPORT)
@@ -110,9 +114,10 @@ def train(args: Any) -> dict[str, Any]:
 class _Run:
     """One run in this process: what its parts share."""
 
-    def __init__(self, args: Any, job: Job, checkpoints: Checkpoints, signals: Signals):
+    def __init__(self, args: Run, job: Job, checkpoints: Checkpoints, signals: Signals):
         self.args, self.job, self.checkpoints, self.signals = args, job, checkpoints, signals
-        self.out = Path(args.out)
+        assert args.out is not None
+        self.out = args.out
         rate = {"rate": job.schedule, "weight_decay": job.weight_decay}
         step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **rate)
         self.step = Compiled(step, donate=True)
@@ -297,7 +302,7 @@ class _Run:
         best = self.checkpoints.best()
         report = build_report(
             out=self.out,
-            method=" + ".join(spec.name for spec in job.method.specs),
+            method=recipe.spell(job.method.specs, " + "),
             steps=self.done,
             tokens=self.tokens,
             seconds=time.monotonic() - started,

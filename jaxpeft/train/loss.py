@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -34,8 +35,14 @@ def completion_loss(
     Returns:
       (loss, aux): nats per token; aux["weight"] is the sum of the weights, by which micro-batches are averaged. A
       batch of weight 0 has loss 0.
+
+    Raises:
+      AssertionError: when traced, for targets or weights of other shapes than the stream's, or of other types.
     """
+    chex.assert_rank([batch["targets"], batch["loss_weights"]], 2)
+    chex.assert_type([batch["targets"], batch["loss_weights"]], [int, float])
     x = model.hidden(params, batch, key)
+    chex.assert_shape([x[..., 0], batch["targets"], batch["loss_weights"]], x.shape[:2])
     tokens = x.shape[0] * x.shape[1]
     chunk = min(chunk, tokens)
     pad = -tokens % chunk
@@ -73,6 +80,8 @@ def classification_loss(
     """
     logits = model.classify(params, batch, key)
     weights = batch["weights"]
+    chex.assert_rank(logits, 2)
+    chex.assert_shape([batch["labels"], weights], logits.shape[:1])
     weight = jnp.sum(weights, dtype=jnp.float32)
 
     def mean(values: jax.Array) -> jax.Array:
@@ -87,6 +96,7 @@ def classification_loss(
 
 def row_losses(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """Cross-entropies (B,) float32 of logits (B, n) and labels (B,) int32; for n = 1 squared errors, labels float32."""
+    chex.assert_shape(labels, logits.shape[:1])
     logits = logits.astype(jnp.float32)
     if logits.shape[-1] == 1:
         return jnp.square(logits[:, 0] - labels.astype(jnp.float32))

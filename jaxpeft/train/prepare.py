@@ -1,11 +1,10 @@
-"""Everything that a run needs before its first step, made from its arguments.
+"""Everything that a run needs before its first step, made from its `Run`.
 
 Whatever can be refused is refused here, before anything is written.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ import optax
 
 from jaxpeft import checkpoint, hf, tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, module, setup
+from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.peft import adapter_labels, import_adapter
@@ -24,6 +23,7 @@ from jaxpeft.remat import residuals
 from jaxpeft.remat.plan import parse
 from jaxpeft.train import config
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
+from jaxpeft.train.run import Run
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.task import TASKS, Data, Source, Task, check_head
 
@@ -51,23 +51,21 @@ class Job(NamedTuple):
     document: dict[str, Any]
 
 
-def prepare(args: Any) -> Job:
+def prepare(args: Run) -> Job:
     """Loads the model and the data, and puts the method on the model.
 
     Args:
-      args: the dataclass of the train command, settled.
+      args: the run, settled.
 
     Raises:
       InputError: for arguments or files that cannot be used.
     """
-    from jaxpeft.cli.arguments import method_settings
-
-    source, task = sources(args), TASKS[args.task]
-    method = task.method(make_method(args.method, method_settings(args))) if args.adapter is None else None
+    assert args.seq_len is not None and args.lr is not None
+    source, task, method = sources(args), TASKS[args.task], asked_method(args)
     tokenizer = hf.load_tokenizer(source.model)
     order = names(hf.load_config(source.model)) if args.adapter is None else adapter_labels(args.adapter)
     data = task.read(args, source, tokenizer, order)
-    if method is None:
+    if args.adapter is not None:
         _check_labels(args.adapter, order, source.train, data.labels)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     classifier_key = jax.random.fold_in(init_key, 0)
@@ -78,6 +76,7 @@ def prepare(args: Any) -> Job:
     own_of_base = {path: leaf for path, leaf in flat.items() if not path.startswith(SCOPE)}
     added: tree.Flat = {}
     if method is None:
+        assert args.adapter is not None
         method, added = import_adapter(args.adapter, base.config, params)
         method = task.method(method)
     content = {
@@ -102,7 +101,7 @@ def prepare(args: Any) -> Job:
         method=method,
         optimizer=optimizer,
         schedule=schedule,
-        weight_decay=args.weight_decay,
+        weight_decay=args.weight_decay or 0.0,
         tokenizer=tokenizer,
         state=state,
         own=checkpoint.not_in_base(state.frozen, flat),
@@ -118,7 +117,7 @@ def _check_names(task: Task, model: Model, state: TrainState, rows: int, length:
     jax.eval_shape(jax.grad(value), state.trainable, {**state.frozen, **state.moved}, batch)
 
 
-def sources(args: Any) -> Source:
+def sources(args: Run) -> Source:
     """The files that the arguments name, the embedded ones where they name none."""
     if args.model is not None and args.data is not None:
         return Source(args.model, args.data, args.eval_data)
@@ -128,22 +127,14 @@ def sources(args: Any) -> Source:
     return Source(args.model or str(assets.MODEL), args.data or str(assets.TRAIN), validation)
 
 
-def make_method(name: str, settings: Mapping[str, Any]) -> Method:
-    """The method of a name, with the arguments of its factory.
+def asked_method(args: Run) -> Method | None:
+    """The method that the run names, with what its task trains besides; None where an adapter brings its own.
 
     Raises:
-      InputError: for an unknown name, an argument that the factory doesn't take, or one that it refuses.
+      InputError: for an unknown name, or an argument that no factory takes or that one refuses.
     """
-    factory = getattr(module(name), name)
-    known = list(inspect.signature(factory).parameters)
-    for setting in settings:
-        if setting not in known:
-            raise InputError(f"method {name} takes no {setting}; it takes {', '.join(known)}")
-    try:
-        return factory(**settings)
-    except (TypeError, AttributeError) as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in settings.items())
-        raise InputError(f"method {name}: {error} (given {given})") from error
+    method = args.make_method()
+    return None if method is None else TASKS[args.task].method(method)
 
 
 def _check_vocabulary(path: str | Path, tokenizer: Any, model: Model) -> None:

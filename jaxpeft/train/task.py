@@ -18,6 +18,7 @@ from jaxpeft.models import for_classification
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.train import evaluate
 from jaxpeft.train.loss import classification_loss, completion_loss
+from jaxpeft.train.run import Run
 
 if TYPE_CHECKING:  # grain takes long to import, and planning reads no data
     from jaxpeft import data
@@ -83,12 +84,13 @@ class Task(NamedTuple):
 # Texts that are continued.
 
 
-def _read_texts(args: Any, source: Source, tokenizer: Any, order: Any) -> Data:
+def _read_texts(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
     from jaxpeft import data
 
     del order
-    read = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
-    layout = {"pack": args.pack, "buckets": args.buckets}
+    assert args.seq_len is not None
+    read: dict[str, Any] = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
+    layout: dict[str, Any] = {"pack": args.pack, "buckets": args.buckets}
     examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
     train = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, **layout)
     if not source.validation:
@@ -101,7 +103,7 @@ def _read_texts(args: Any, source: Source, tokenizer: Any, order: Any) -> Data:
 
 def _text_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     del config
-    names = ("tokens", "targets", "positions", *(("segment_ids",) if packed else ()))
+    names = ("tokens", "targets", "positions", "example_ids", *(("segment_ids",) if packed else ()))
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
     return {**shapes, "loss_weights": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
@@ -114,11 +116,12 @@ def _text_scores(step: Any, state: Any, batches: Any, labels: int) -> dict[str, 
 # Rows that are classified.
 
 
-def _read_rows(args: Any, source: Source, tokenizer: Any, order: Any) -> Data:
+def _read_rows(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
     from jaxpeft import data
 
-    read = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
-    layout = {"buckets": args.buckets, "collate": data.collate_rows}
+    assert args.seq_len is not None
+    read: dict[str, Any] = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
+    layout: dict[str, Any] = {"buckets": args.buckets, "collate": data.collate_rows}
     rows, labels, report = data.load_rows(source.train, tokenizer, args.seq_len, order=order, **read)
     train = data.make_batches(rows, args.batch_size, args.seq_len, args.seed, **layout)
     if not source.validation:
@@ -136,7 +139,8 @@ def _with_classifier(method: Method) -> Method:
 def _row_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     del packed
     kind = jnp.float32 if config.num_labels == 1 else jnp.int32
-    shapes = {"labels": jax.ShapeDtypeStruct((rows,), kind), "weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    by_row = {"labels": kind, "weights": jnp.float32, "example_ids": jnp.int32}
+    shapes = {name: jax.ShapeDtypeStruct((rows,), dtype) for name, dtype in by_row.items()}
     if hasattr(config, "image_size"):
         pixels = (rows, config.image_size, config.image_size, config.num_channels)
         return {**shapes, "pixels": jax.ShapeDtypeStruct(pixels, jnp.float32)}

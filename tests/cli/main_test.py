@@ -14,7 +14,7 @@ import pytest
 from jaxpeft import cli
 from jaxpeft.cli import output
 from jaxpeft.cli.train import Train
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, did_you_mean
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +155,7 @@ def test_jsonable_refuses_what_has_no_json_form():
     ],
 )
 def test_did_you_mean(name, known, expected):
-    assert output.did_you_mean(name, known) == expected
+    assert did_you_mean(name, known) == expected
 
 
 def test_config_file_gives_flags_and_the_command_line_wins(tmp_path):

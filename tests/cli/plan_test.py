@@ -49,6 +49,14 @@ def test_rows_for_methods_and_plans(config, capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_chains_are_rows_of_their_own(config, capsys):
+    flags = ["--model", config, "--method", "lora,meft + lora,meft", "--rank", "2", "--method-options", "meft.width=4"]
+    rows = document(capsys, *flags)["rows"]
+    assert [row["method"] for row in rows] == ["lora", "meft+lora", "meft"]
+    lora, both, meft = (row["bytes"]["adapters"] for row in rows)
+    assert both == lora + meft and min(lora, meft) > 0
+
+
 def test_the_table_and_the_largest(config, capsys):
     assert cli.main(["plan", "--model", config, *SMALL]) == 0
     printed = capsys.readouterr().out
@@ -72,6 +80,10 @@ def test_a_budget_prints_a_plan_that_it_takes_back(config, capsys):
         (["--target", "v5p:3x3"], "a slice of v5p has 3 dimensions"),
         (["--model", "llama2-7"], "llama2-7b"),
         (["--method", "lorra"], "unknown method 'lorra'"),
+        (["--method", "lora,meft+"], "method 'meft+': a name is missing beside +"),
+        (["--method", "meft,full", "--rank", "2"], "method meft, full takes no rank"),
+        (["--method", "lora,meft", "--method-options", "vqt.queries=1"], "the methods are lora, meft, not vqt"),
+        (["--method", "meft+lora", "--method-options", "dropout=0.1"], "write meft.dropout or lora.dropout"),
         (["--save", "matmul"], "unknown preset 'matmul'"),
         (["--save", "matmuls,gate=save"], "no activation is called 'gate'"),
         (["--save", "blocks,gate_proj=keep"], "should be NAME=ACTION"),

@@ -50,6 +50,16 @@ def test_one_document_and_the_files(model, tmp_path, capsys):
         assert list(dump.glob(f"*after_optimizations*{kind}")), kind
 
 
+def test_a_chain(model, capsys):
+    chain = ["--method", "meft+lora", "--method-options", "meft.width=4", "lora.targets=mlp"]
+    step = ["--batch-size", "2", "--seq-len", "64", "--rank", "4", "--limit", "200"]
+    assert cli.main(["profile", "--model", model, *step, *chain, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["method"] == "meft+lora"
+    owners = " ".join(row["owner"] for row in document["profile"]["owners"])
+    assert "meft" in owners
+
+
 def test_what_a_reader_sees(model, capsys):
     assert cli.main(["profile", "--model", model, *STEP, "--save", "blocks", "--limit", "3"]) == 0
     out = capsys.readouterr().out

@@ -1,6 +1,5 @@
-"""The train command's own checks, and what it hands on."""
+"""What the train command hands on, from flags and from a file."""
 
-import dataclasses
 import sys
 import types
 from pathlib import Path
@@ -8,73 +7,59 @@ from pathlib import Path
 import pytest
 
 from jaxpeft import cli
-from jaxpeft.cli import train
-from jaxpeft.cli.arguments import settled
 from jaxpeft.cli.train import Train
-from jaxpeft.errors import InputError
+from jaxpeft.train.run import Run
 
 
-def test_no_arguments_are_a_whole_run():
-    train.check(settled(Train()))
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"steps": 0}, "--steps 0: must be at least 1"),
-        ({"batch_size": -1}, "--batch-size -1"),
-        ({"seq_len": 1}, "--seq-len 1"),
-        ({"lr": 0.0}, "--lr 0.0"),
-        ({"lr": float("nan")}, "--lr nan"),
-        ({"clip": float("inf")}, "--clip inf"),
-        ({"weight_decay": float("nan")}, "--weight-decay nan"),
-        ({"rank": 0}, "--rank 0: must be at least 1"),
-        ({"accumulate": 3}, "--accumulate 3: must divide --batch-size 8"),
-        ({"buckets": (64,)}, "--no-pack"),
-        ({"buckets": (1024,), "pack": False}, "--buckets 1024"),
-        ({"resume": True}, "--resume: needs --out"),
-        ({"method_options": ("dropout",)}, "'dropout': must be NAME=VALUE"),
-        ({"method_options": ("a=1", "a=2")}, "a is given twice"),
-        ({"method_options": ("rank=1",), "rank": 2}, "rank is given twice"),
-        ({"method_options": ("a=[",)}, "not YAML"),
-    ],
-)
-def test_a_value_that_makes_no_sense_is_refused(changes, message):
-    with pytest.raises(InputError) as caught:
-        train.check(settled(dataclasses.replace(Train(), **changes)))
-    assert message in str(caught.value)
-
-
-def test_method_settings_are_those_given_with_their_types():
-    options = ("dropout=0.1", "init=pissa", "lr_ratio=1e1", "rslora=true", "ranks={q_proj: 4}")
-    settings = train.method_settings(Train(rank=8, targets=".*q_proj", method_options=options))
-    assert settings == {
-        "rank": 8,
-        "targets": ".*q_proj",
-        "dropout": 0.1,
-        "init": "pissa",
-        "lr_ratio": 10.0,
-        "rslora": True,
-        "ranks": {"q_proj": 4},
-    }
-    assert train.method_settings(Train()) == {}
-
-
-def test_fresh_directory_is_the_first_free_one(tmp_path):
-    assert train.fresh_directory(tmp_path / "out") == tmp_path / "out" / "run-1"
-    for name in ("run-1", "run-2", "run-4"):
-        (tmp_path / name).mkdir()
-    assert train.fresh_directory(tmp_path) == tmp_path / "run-3"
-    assert not (tmp_path / "run-3").exists()
-
-
-def test_run_hands_the_loop_an_output_folder(monkeypatch, tmp_path, capsys):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch, tmp_path):
+    """The runs that reach the loop, which does nothing; the working directory is empty."""
+    found = []
     loop = types.ModuleType("jaxpeft.train.loop")
-    loop.train = lambda args: seen.append(args) or {"steps": args.steps}
+    loop.train = lambda run: found.append(run) or {"steps": run.steps}
     monkeypatch.setitem(sys.modules, "jaxpeft.train.loop", loop)
     monkeypatch.chdir(tmp_path)
+    return found
+
+
+def test_run_hands_the_loop_a_run_with_an_output_folder(seen, capsys):
     assert cli.main(["train", "--steps", "3", "--json"]) == 0
     assert cli.main(["train", "--steps", "3", "--out", "here", "--json"]) == 0
-    assert [args.out for args in seen] == [Path("out/run-1"), Path("here")]
+    settled = {"steps": 3, "seq_len": 256, "lr": 2e-3, "weight_decay": 0.0, "dtype": "float32"}
+    assert seen == [Run(out=Path("out/run-1"), **settled), Run(out=Path("here"), **settled)]
+    assert all(type(run) is Run for run in seen)
     assert capsys.readouterr().out == '{\n  "steps": 3\n}\n' * 2
+
+
+CHAINS = {
+    "nested": "method: meft+lora\nmethod_options:\n"
+    "  meft: {width: 16, lam: 1/8}\n  lora: {rank: 4, rank_pattern: {v: 2, q: 1}}",
+    "flat": "method: meft+lora\nmethod-options: {meft.width: 16, lam: 1/8, lora.rank: 4, rank_pattern: {v: 2, q: 1}}",
+    "list": "method: meft+lora\nmethod_options: [width=16, lam=1/8, lora.rank=4, 'rank_pattern={v: 2, q: 1}']",
+}
+
+
+@pytest.mark.parametrize("text", CHAINS.values(), ids=CHAINS)
+def test_a_chain_in_a_file_is_that_of_the_flags(text, seen, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text(text)
+    assert cli.main(["train", "--config", "run.yaml", "--json"]) == 0
+    flags = ["meft.width=16", "meft.lam=1/8", "lora.rank=4", "lora.rank_pattern={v: 2, q: 1}"]
+    assert cli.main(["train", "--method", "meft+lora", "--method-options", *flags, "--json"]) == 0
+    from_file, from_flags = (run.make_method().specs for run in seen)
+    assert from_file == from_flags
+    assert list(from_file[1].config["rank_pattern"]) == ["v", "q"]  # the first match wins
+    capsys.readouterr()
+
+
+def test_a_quoted_value_is_text_and_a_number_without_a_dot_is_one(seen, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("lr: 1e-4\nmethod_options: {alpha: 2e1, targets: '8'}")
+    assert cli.main(["train", "--config", "run.yaml", "--json"]) == 0
+    (run,) = seen
+    (spec,) = run.make_method().specs
+    assert (run.lr, spec.config["alpha"], spec.config["targets"]) == (1e-4, 20.0, "8")
+    capsys.readouterr()
+
+
+def test_the_command_has_every_field_of_a_run():
+    names = [name for name in vars(Train()) if name not in ("config", "json")]
+    assert names == list(vars(Run()))

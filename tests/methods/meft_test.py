@@ -314,6 +314,6 @@ def test_more_layers_than_there_are():
     with pytest.raises(InputError, match="meft: layers 9: the model has 3"):
         jp.setup(jp.meft(layers=9), base, params, KEY)
     with pytest.raises(InputError, match="runs the layers in its own way"):
-        jp.setup(jp.chain(jp.meft(), jp.meft()), base, params, KEY)
+        jp.setup(jp.chain(jp.lst(reduction=4), jp.meft()), base, params, KEY)
     with pytest.raises(InputError, match="use --save everything"):
         residuals.remat(jp.setup(jp.meft(), base, params, jax.random.key(0))[0], "matmuls")

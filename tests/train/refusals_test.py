@@ -38,6 +38,12 @@ def refused(args, capsys) -> str:
         ({"method_options": ("dropout=high",)}, "method lora: "),
         ({"seq_len": 2, "too_long": "drop"}, "no example left of 60 lines"),
         ({"keep": 0}, "--keep 0: must be at least 1"),
+        ({"method": "meft+", "rank": None}, "method 'meft+': a name is missing beside +"),
+        ({"method": "lora+lora"}, "lora+lora: lora stands twice"),
+        ({"method": "lst+vqt"}, "method lst+vqt takes no rank; known: lst.reduction"),
+        ({"method": "meft+lora", "method_options": ("dropout=0.1",)}, "write meft.dropout or lora.dropout"),
+        ({"method": "meft+lora", "method_options": ("vqt.queries=1",)}, "the methods are lora, meft, not vqt"),
+        ({"method": "sherl+meft", "rank": None}, "another method of the chain runs the layers in its own way"),
         ({"adapter": Path("none")}, "--adapter none: brings its own rank; leave these out"),
         ({"adapter": Path("none"), "rank": None}, "--adapter none: no such directory"),
     ],
@@ -85,6 +91,41 @@ def test_resume_lists_every_field_that_differs(begun, files, capsys):
     line = refused(changed, capsys)
     assert "the run was begun otherwise: --rank 2 -> None; --steps 6 -> 9; --lr 0.01 -> 0.5" in line
     assert [path.name for path in begun.out.iterdir()] == ["config.json"]
+
+
+@pytest.fixture
+def chained(files, tmp_path):
+    """Makes arguments that continue a run of a chain, which was killed before its first checkpoint."""
+    changes = {"method": "meft+lora", "method_options": ("meft.width=2", "lora.dropout=0.1")}
+    args = runs.arguments(files, tmp_path / "run", **changes)
+    args.out.mkdir()
+    write_json(args.out / "config.json", loop.prepare(args).document)
+    return lambda **other: runs.arguments(files, args.out, **{**changes, "resume": True, **other})
+
+
+@pytest.mark.parametrize(
+    "spelt",
+    [
+        {"method_options": ("lora.dropout=0.10", "width=2")},
+        {"method_options": ("lora={dropout: 0.1, rank: 2}", "meft={width: 2}"), "rank": None},
+        {"method": "meft + lora"},
+    ],
+)
+def test_resume_takes_the_same_method_in_other_words(chained, spelt):
+    args = chained(**spelt)
+    old = config.read(args.out)
+    asked = config.describe(args, loop.asked_method(args).specs, old["content"])
+    config.check_arguments(args.out, old, asked)
+    config.check_same(args.out, old, asked)
+
+
+def test_resume_refuses_another_method(chained, capsys):
+    line = refused(chained(method_options=("lora.dropout=0.2", "meft.width=2")), capsys)
+    assert "otherwise: --method-options meft.width=2 lora.dropout=0.1 -> lora.dropout=0.2 meft.width=2" in line
+    line = refused(chained(method="lora+meft"), capsys)
+    assert line.endswith("otherwise: --method meft+lora -> lora+meft")
+    line = refused(chained(rank=3, method_options=("lora.dropout=0.10", "meft.width=2")), capsys)
+    assert line.endswith("otherwise: --rank 2 -> 3")
 
 
 def test_resume_compares_files_by_what_they_hold(begun, files, capsys):

@@ -1,0 +1,288 @@
+"""A fine-tuning run: all that decides it in one dataclass, and the function that does it.
+
+    jp.run(model="path/to/llama", data="rows.jsonl", out="run", method="meft+lora", rank=4)
+    jp.run(Run(data="rows.jsonl", steps=1000))
+
+The command line builds its flags from the same fields, `--batch-size` from `batch_size`, and errors spell them so. (It
+is `jp.run`, as `jaxpeft.train` is this package: an attribute cannot be both.)
+"""
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from jaxpeft.errors import InputError, did_you_mean
+
+# The least value of a field that is a number.
+_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "seq_len": 2,
+    "accumulate": 1,
+    "warmup": 0,
+    "weight_decay": 0,
+    "eval_every": 0,
+    "checkpoint_every": 0,
+    "keep": 1,
+    "samples": 0,
+    "seed": 0,
+    "rank": 1,
+}
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything that decides a run. Without arguments, the embedded model and examples.
+
+    Paths may be text, sequences lists, and `method_options` a mapping (see `jaxpeft.recipe`): each is kept in the type
+    of its field.
+    """
+
+    task: Literal["lm", "classify"] = "lm"
+    """lm: continue texts. classify: rows with text, text2 (optional) and label or label_name; trains a classifier in
+    place of the model's head, besides the method's own parameters. A label with a decimal point is a regression."""
+    model: str | None = None
+    """Directory or hub id of a Hugging Face checkpoint. Default: the embedded model."""
+    data: str | None = None
+    """Training examples, JSON lines. Default: the embedded examples."""
+    eval_data: str | None = None
+    """Validation examples, JSON lines. Default: none, or the embedded ones with embedded data."""
+    out: Path | None = None
+    """Folder for adapter/, checkpoints/, metrics.jsonl and plots. Default: out/run-1, -2, ..."""
+    resume: bool = False
+    """Continue the run in --out bit-identically from its newest checkpoint."""
+
+    method: str = "lora"
+    """Fine-tuning method, or a chain of several, applied in order: meft+lora; `jaxpeft methods` lists them."""
+    rank: int | None = None
+    """Rank of the adapters. Default: the method's own."""
+    alpha: float | None = None
+    """Scale of the adapters: their output is multiplied by alpha / rank. Default: the method's own."""
+    targets: str | None = None
+    """Sites: all-linear, attention, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's own."""
+    method_options: tuple[str, ...] = ()
+    """Further arguments of the method's factory, as NAME=VALUE with a YAML value; in a chain METHOD.NAME=VALUE, where
+    more than one method takes the name."""
+    adapter: Path | None = None
+    """PEFT adapter to train on; it brings its method, rank and targets with it."""
+
+    steps: int = 120
+    """Optimizer steps to take."""
+    batch_size: int = 8
+    """Sequences in one step, over all of its accumulated parts."""
+    seq_len: int | None = None
+    """Tokens in one sequence. Default: 512, or 256 with the embedded model."""
+    accumulate: int = 1
+    """Parts that a step's batch is cut into, their gradients added up; divides --batch-size."""
+    lr: float | None = None
+    """Peak learning rate. Default: the method's own (`jaxpeft methods`), else 2e-4, or 2e-3 with the embedded model."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or falling to zero linearly or as a cosine."""
+    warmup: int = 10
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float | None = None
+    """Decoupled weight decay of matrices. Default: the method's own, else 0."""
+    clip: float | None = 1.0
+    """Largest global norm of the gradients; None leaves them as they are."""
+    dtype: Literal["bfloat16", "float32"] | None = None
+    """Type of the frozen weights and of the computation; what trains is float32. Default: bfloat16, with the embedded
+    model float32, which processors without bfloat16 units compute faster."""
+    save: str | None = None
+    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION, as
+    `jaxpeft plan` prints it. Default: matmuls, or everything where the method runs the layers in its own way."""
+    seed: int = 0
+    """Seed of initialisation, shuffling and dropout."""
+
+    pack: bool = True
+    """Put several short examples in one sequence; they do not see each other. Rows to classify are never packed."""
+    buckets: tuple[int, ...] = ()
+    """Sequence lengths to pad up to without packing, each at most --seq-len. Default: --seq-len."""
+    too_long: Literal["truncate", "drop"] = "truncate"
+    """What happens to an example longer than --seq-len."""
+    skip_bad_lines: bool = False
+    """Count lines that cannot be read instead of stopping at the first."""
+
+    eval_every: int = 50
+    """Steps between two evaluations; 0 evaluates before and after the run only."""
+    checkpoint_every: int = 50
+    """Steps between two checkpoints; 0 writes one at the end only."""
+    keep: int = 2
+    """Newest checkpoints to keep, besides the one with the lowest validation loss."""
+    samples: int = 32
+    """Validation examples to answer before and after the run, for the overlap score."""
+
+    def __post_init__(self):
+        for name, value in _in_type(vars(self)).items():
+            object.__setattr__(self, name, value)
+
+    def settled(self) -> "Run":
+        """The run with the defaults that depend on whether the model is the embedded one."""
+        defaults = defaults_of(self.model)
+        return dataclasses.replace(self, **{name: x for name, x in defaults.items() if getattr(self, name) is None})
+
+    def check(self) -> None:
+        """Raises InputError for the first field whose value makes no sense; the files are looked at later."""
+        run = self.settled()
+        hints = typing.get_type_hints(Run)
+        for field in dataclasses.fields(Run):
+            _check_kind(field.name, getattr(run, field.name), hints[field.name])
+        check_least(run, _LEAST)
+        for name in ("lr", "clip", "alpha"):
+            value = getattr(run, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{flag(name)} {value}: must be a finite number above 0")
+        check_parts(run)
+        if run.task == "classify" and run.data is None:
+            raise InputError(
+                "--task classify: needs --data, a file of rows with text and label (see `jaxpeft train --help`)"
+            )
+        if run.buckets and run.pack and run.task == "lm":
+            raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
+        assert run.seq_len is not None
+        for length in run.buckets:
+            if not 2 <= length <= run.seq_len:
+                raise InputError(f"--buckets {length}: must be from 2 to --seq-len {run.seq_len}")
+        if run.resume and run.out is None:
+            raise InputError("--resume: needs --out, the folder of the run to continue")
+        run.make_method()
+
+    def rated(self) -> "Run":
+        """The run with the rate and the decay of its method where it names none."""
+        from jaxpeft.train.optimizer import defaults
+
+        method = self.make_method()
+        own = defaults(() if method is None else method.specs)
+        lr = own.lr or (2e-3 if self.model is None else 2e-4)
+        decay = own.weight_decay if self.weight_decay is None else self.weight_decay
+        return dataclasses.replace(self, lr=lr if self.lr is None else self.lr, weight_decay=decay)
+
+    def make_method(self) -> Any:
+        """The `Method` that is named, with its arguments; None where an adapter brings its own.
+
+        Raises:
+          InputError: for what makes no method, or names one besides the adapter's.
+        """
+        from jaxpeft import recipe
+
+        common = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
+        if self.adapter is None:
+            return recipe.parse(self.method, self.method_options, **common)
+        given = [name for name, value in common.items() if value is not None] + list(recipe.read(self.method_options))
+        if given:
+            raise InputError(f"--adapter {self.adapter}: brings its own {', '.join(given)}; leave these out")
+        if not self.adapter.is_dir():
+            raise InputError(f"--adapter {self.adapter}: no such directory")
+        return None
+
+
+def run(run: Run | None = None, /, **fields: Any) -> dict[str, Any]:
+    """Does a run and returns its report (see `jaxpeft.train.report`), which is also in OUT/report.json.
+
+    (Not called `train`, which is the package `jaxpeft.train`.)
+
+    Args:
+      run: the run; None: one of the fields' defaults.
+      **fields: of `Run`, in place of the run's.
+
+    Raises:
+      InputError: for an unknown field, or arguments or files that cannot be used; nothing has been written then.
+      RunError: for a run that cannot go on (see `jaxpeft.train.loop`).
+    """
+    names = [field.name for field in dataclasses.fields(Run)]
+    for name in fields:
+        if name not in names:
+            raise InputError(f"a run has no {name!r}{did_you_mean(name, names)}")
+    settled = dataclasses.replace(run or Run(), **fields).settled()
+    settled.check()
+    settled = settled.rated()
+    if settled.out is None:
+        settled = dataclasses.replace(settled, out=fresh_directory(Path("out")))
+
+    from jaxpeft.train.loop import train
+
+    return train(settled)
+
+
+def flag(name: str) -> str:
+    """A field as the command line spells it: batch_size -> --batch-size."""
+    return "--" + name.replace("_", "-")
+
+
+def defaults_of(model: str | None) -> dict[str, Any]:
+    """The defaults that depend on whether the model is the embedded one."""
+    if model is None:
+        return {"seq_len": 256, "dtype": "float32"}  # bfloat16 is slow on a CPU
+    return {"seq_len": 512, "dtype": "bfloat16"}
+
+
+def check_least(args: Any, least: Mapping[str, float]) -> None:
+    """Raises InputError for the first of some fields that is below its least value; None passes."""
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and not value >= bound:
+            raise InputError(f"{flag(name)} {value}: must be at least {bound}")
+
+
+def check_parts(args: Any) -> None:
+    """Raises InputError if a step's batch cannot be cut into its parts."""
+    if args.batch_size % args.accumulate:
+        raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
+
+
+def fresh_directory(parent: Path) -> Path:
+    """The first of parent/run-1, parent/run-2, ... that does not exist; creates nothing."""
+    number = 1
+    while (parent / f"run-{number}").exists():
+        number += 1
+    return parent / f"run-{number}"
+
+
+def _in_type(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a run's values is not yet in its field's type: paths, sequences, options as a mapping."""
+    from jaxpeft.files import to_yaml
+
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        if name in ("out", "adapter") and isinstance(value, str):
+            found[name] = Path(value)
+        elif name in ("model", "data", "eval_data") and isinstance(value, os.PathLike):
+            found[name] = os.fspath(value)
+        elif name == "method_options" and isinstance(value, Mapping):
+            found[name] = tuple(f"{key}={to_yaml(f'method option {key}', item)}" for key, item in value.items())
+        elif name in ("buckets", "method_options") and isinstance(value, list):
+            found[name] = tuple(value)
+    return found
+
+
+def _check_kind(name: str, value: Any, hint: Any) -> None:
+    """Refuses a value that is not of its field's type, which the command line's parser never makes."""
+    if _fits(value, hint):
+        return
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    wanted = []
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            wanted.append(f"one of {', '.join(map(str, typing.get_args(kind)))}")
+        elif typing.get_origin(kind) is tuple:
+            wanted.append(f"a list, each {_KINDS[typing.get_args(kind)[0]]}")
+        else:
+            wanted.append(_KINDS.get(kind, "None"))
+    raise InputError(f"{flag(name)} {value!r}: must be {' or '.join(wanted)}")
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, kind) for kind in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
