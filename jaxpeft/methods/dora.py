@@ -32,6 +32,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sites, tree
@@ -40,7 +41,8 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods import lora as _lora
 from jaxpeft.methods.ia3 import scaled
-from jaxpeft.model import Context
+from jaxpeft.model import Context, Model
+from jaxpeft.peft import form
 from jaxpeft.quant import dot
 from pallas_kernels import dropout as _dropout
 
@@ -154,11 +156,27 @@ def dora(
 
     choose = _lora.chosen_sites("dora", targets, rank_of)
     return Method(
-        forward=lambda model, view: sites.attach(model, "dora", adapter, choose),
+        forward=lambda model, view: _measured(sites.attach(model, "dora", adapter, choose)),
         roles=trains(lambda path: path.endswith(("/dora/a", "/dora/b", "/dora/mag"))),
         merge=lambda params: fold(params, lambda site: scale_at(config, site)),
         specs=(Spec("dora", config),),
     )
+
+
+def _measured(model: Model) -> Model:
+    """The model whose `init` takes the norms of the kernels as they are, also for adapters that are already there."""
+
+    def init(key, params):
+        flat = tree.flatten(model.init(key, params))
+        return tree.unflatten({**flat, **_squares(flat, flat)})
+
+    return model._replace(init=init)
+
+
+def _squares(leaves: tree.Flat, kernels: Mapping[str, Any]) -> tree.Flat:
+    """{path: ||W_j||^2} of the sites that have an adapter among `leaves`."""
+    found = [path.removesuffix("/dora/a") for path in leaves if path.endswith("/dora/a")]
+    return {f"{site}/dora/squares": jax.jit(squared_norms)(kernels[f"{site}/kernel"]) for site in found}
 
 
 def scale_at(config: Mapping[str, Any], site: str) -> float:
@@ -180,6 +198,23 @@ def fold(params: Mapping[str, Any], scale: Callable[[str], float]) -> tree.Param
     return tree.unflatten(merged)
 
 
+def _restore(config: Mapping[str, Any], parts: dict[str, Any], facts: Mapping[str, Any], base: form.Base) -> tree.Flat:
+    """The leaves, with the norms of the base's kernels where these are known; `init` takes them anyway."""
+    leaves = _PAIRS.restore(config, parts, facts, base)
+    return leaves if base.params is None else {**leaves, **_squares(leaves, base.params)}
+
+
+_PAIRS = form.lora_pairs(
+    "dora",
+    scale=scale_at,
+    tensors={"mag": form.Tensor("lora_magnitude_vector", "m")},
+    fill={"mag": lambda kernel: np.linalg.norm(kernel, axis=0)},
+    fields=lambda config: {"lora_dropout": config["dropout"], "use_rslora": config["rslora"], "use_dora": True},
+    when={"use_dora": True},
+)
+PEFT = _PAIRS._replace(restore=_restore)
+
+
 ABOUT = About(
     summary="LoRA on each kernel's directions, and a trained magnitude of each output",
     level="site",
@@ -189,4 +224,5 @@ ABOUT = About(
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),
     defaults=Defaults(lr=2e-4),
+    peft=PEFT,
 )

@@ -33,6 +33,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Context
+from jaxpeft.peft import form
 
 TARGETS = ("k_proj", "v_proj", "down_proj")
 FEEDFORWARD = ("down_proj",)
@@ -137,6 +138,11 @@ def fold(params: Mapping[str, Any]) -> tree.Params:
     return tree.unflatten(merged)
 
 
+PEFT = form.vectors(
+    "IA3", "ia3", "ia3_l", lambda targets, feedforward: {"targets": targets, "feedforward": feedforward}
+)
+
+
 ABOUT = About(
     summary="learned vectors that scale keys, values and the MLP's inner activations",
     level="site",
@@ -146,4 +152,5 @@ ABOUT = About(
     example={},
     promises=Promises(site_bytes=saved_bytes),
     defaults=Defaults(lr=3e-3),
+    peft=PEFT,
 )

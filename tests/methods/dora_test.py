@@ -9,11 +9,12 @@ import pytest
 import torch
 
 import jaxpeft as jp
-from jaxpeft import sites
+from jaxpeft import sites, tree
 from jaxpeft.memory import planner, targets
 from jaxpeft.methods import dora
 from jaxpeft.model import Context
 from jaxpeft.models import geometries
+from jaxpeft.peft import attach
 from jaxpeft.quant import dot
 from pallas_kernels.packed import dequantize, quantize
 from tests import residuals, tiny
@@ -58,6 +59,13 @@ def test_outputs_and_gradients_are_those_of_peft(tmp_path):
     for path, gradient in gradients.items():
         reference.assert_close(np.asarray(gradient), of_torch(path, lambda p: p.grad))
     assert np.abs(expected.detach().numpy() - reference.torch_logits(reference.torch_base(base))).max() > 0.1
+
+    theirs.save_pretrained(tmp_path / "adapter")  # and so is the adapter as it is read
+    read, adapted, method = attach(tmp_path / "adapter", *reference.load(base))
+    assert (method.name, method.specs[0].config["rank"], method.specs[0].config["alpha"]) == ("dora", 4, 6)
+    for path, leaf in {**rest, **trainable}.items():
+        np.testing.assert_array_equal(tree.flatten(adapted)[path], leaf, err_msg=path)
+    np.testing.assert_array_equal(reference.logits(read, adapted), logits)
 
 
 @pytest.mark.parametrize("format", [None, "nf4"])

@@ -12,6 +12,7 @@ from jaxpeft import sites, tree
 from jaxpeft.memory import planner
 from jaxpeft.methods import ia3
 from jaxpeft.model import Context
+from jaxpeft.peft import attach
 from jaxpeft.quant import dot
 from pallas_kernels.packed import dequantize, quantize
 from tests import residuals, tiny
@@ -33,7 +34,7 @@ def qwen2(tmp_path_factory):
     return folder, *reference.load(folder)
 
 
-def test_outputs_gradients_and_merged_biases_are_those_of_peft(qwen2):
+def test_outputs_gradients_and_merged_biases_are_those_of_peft(qwen2, tmp_path):
     folder, base, params = qwen2
     config = peft.IA3Config(
         task_type="CAUSAL_LM", target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
@@ -69,6 +70,12 @@ def test_outputs_gradients_and_merged_biases_are_those_of_peft(qwen2):
     merged = method.merge(jp.combine(trainable, rest))
     reference.assert_close(reference.logits(base, merged), expected)
     assert tree.flatten(merged).keys() == tree.flatten(params).keys()
+
+    theirs.save_pretrained(tmp_path / "adapter")
+    _, adapted, read = attach(tmp_path / "adapter", base, params)
+    assert read.name == "ia3" and read.specs[0].config["feedforward"] == ["down_proj"]
+    for path, leaf in trainable.items():
+        np.testing.assert_array_equal(tree.flatten(adapted)[path], leaf, err_msg=path)
 
 
 def test_keeps_what_the_vectors_scale_and_no_more():
