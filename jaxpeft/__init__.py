@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.paca import paca
+    from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vqt import vqt
@@ -59,6 +60,7 @@ _MODULE_OF = {
     "make_train_step": "train.step",
     "meft": "methods.meft",
     "paca": "methods.paca",
+    "quantize": "methods.quantize",
     "remat": "remat.residuals",
     "run": "train.run",
     "save_pretrained": "hf",

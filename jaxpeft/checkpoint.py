@@ -1,7 +1,8 @@
 """A run's checkpoints: what cannot be made again, written asynchronously and atomically (orbax).
 
-    FOLDER/frozen/         frozen leaves that the base checkpoint does not hold (adapters' frozen leaves, kernels that a
-                           method's `prepare` changed); they never change, so they are written once, before step 1
+    FOLDER/frozen/         frozen leaves that are not made again by loading the base (adapters' frozen leaves, kernels
+                           that a method's `prepare` changed; none that are packed while the base is read); they never
+                           change, so they are written once, before step 1
     FOLDER/<step>/state/   step, trainable leaves, optimizer state, key
     FOLDER/<step>/meta/    JSON: the data position, and what the run has to report later
 
@@ -207,7 +208,7 @@ def not_in_base(frozen: Mapping[str, Any], base: Mapping[str, Any]) -> tree.Flat
 
     Args:
       frozen: `{path: leaf}` of an adapted model; its stack may be cut into segments.
-      base: `{path: leaf}` of the base, in one segment.
+      base: `{path: leaf}` of the base as it was loaded, packed kernels and all, in one segment.
     """
     return {path: leaf for path, leaf in frozen.items() if not _same(leaf, _in_base(path, base))}
 

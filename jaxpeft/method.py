@@ -53,6 +53,7 @@ from jaxpeft import tree
 from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
+from jaxpeft.quant import is_packed
 from jaxpeft.spec import Spec
 
 
@@ -169,10 +170,19 @@ def unchanged(x, *_):
     return x
 
 
+def _no_conversions(params: tree.Params) -> dict[str, Callable[[jax.Array], Any]]:
+    del params
+    return {}
+
+
 class Method(NamedTuple):
     """One way to fine-tune. See the module's docstring for the slots.
 
     alone: for a modifier: the roles where no other method of a chain gives any; None for all others.
+    convert: params -> {path: array -> leaf}: which leaves `prepare` stores otherwise, each of them alone, so that a
+      checkpoint is converted as it is read (`jaxpeft.hf.load_pretrained`) and never lies in memory as it was. It is
+      given shapes, and refuses what it cannot convert; each function takes the leaf, or one layer (n, m) of it, and the
+      leaf is the layers stacked. `prepare` does the same to what comes to it as it was, and leaves the rest.
     """
 
     prepare: Callable[[tree.Params, View], tree.Params] = unchanged
@@ -185,6 +195,7 @@ class Method(NamedTuple):
     merge: Callable[[tree.Params], tree.Params] = unchanged
     specs: tuple[Spec, ...] = ()
     alone: Roles | None = None
+    convert: Callable[[tree.Params], Mapping[str, Callable[[jax.Array], Any]]] = _no_conversions
 
     def role(self, path: str) -> Role:
         """A leaf's role."""
@@ -215,6 +226,9 @@ def chain(*methods: Method) -> Method:
     Roles are given in order, too: of two methods that claim a path the later one is right. What a modifier trains
     `alone` counts only where all that give roles are modifiers.
 
+    Leaves are converted while they are read only before the first method that prepares something else, which may need
+    them as they were (PiSSA): from there on conversions are part of `prepare`.
+
     Raises:
       InputError: for one method twice, whose leaves would be one set for both, unless its file says that it may be.
     """
@@ -238,6 +252,14 @@ def chain(*methods: Method) -> Method:
             params = method.merge(params)
         return params
 
+    def convert(params):
+        found: dict[str, Callable[[jax.Array], Any]] = {}
+        for method in methods:
+            if method.convert is _no_conversions and method.prepare is not unchanged:
+                break
+            found = {**method.convert(params), **found}
+        return found
+
     claims = [method for method in methods if method.roles is not unchanged and method.alone is None]
     alone = [method.alone for method in methods if method.alone is not None]
     slots = ("prepare", "forward", "roles", "loss", "gradient", "update", "move")
@@ -246,6 +268,7 @@ def chain(*methods: Method) -> Method:
         merge=merge,
         specs=tuple(specs),
         alone=alone[0] if alone and not claims else None,
+        convert=convert if any(method.convert is not _no_conversions for method in methods) else _no_conversions,
     )
 
 
@@ -289,7 +312,7 @@ def setup(
       leaves and moved ones, keep their dtype.
 
     Raises:
-      InputError: if nothing would train.
+      InputError: if nothing would train, or a packed kernel would.
     """
     view = View(base, method.specs, method.role, shapes_of(params), batches)
     model = method.forward(base, view)._replace(base=base)
@@ -297,7 +320,9 @@ def setup(
     flat = tree.flatten(params)
     if not any(method.changes(path) for path in flat):
         raise InputError(f"{method.name}: no parameter is trainable; the model has {', '.join(sorted(flat)[:6])}, ...")
-    trainable = {path: as_master(leaf, method.role(path)) for path, leaf in flat.items() if method.trainable(path)}
+    trainable = {
+        path: as_master(path, leaf, method.role(path)) for path, leaf in flat.items() if method.trainable(path)
+    }
     return model, trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
 
 
@@ -312,8 +337,14 @@ def shapes_of(params: Mapping[str, Any]) -> tree.Flat:
     return {path: jax.tree.map(shape, leaf) for path, leaf in tree.flatten(params).items()}
 
 
-def as_master(leaf: jax.Array, role: Role = TRAINED) -> jax.Array:
-    """A trained leaf in its master's dtype: in float32 small updates are not rounded away."""
+def as_master(path: str, leaf: Any, role: Role = TRAINED) -> jax.Array:
+    """A trained leaf in its master's dtype: in float32 small updates are not rounded away.
+
+    Raises:
+      InputError: for a packed kernel.
+    """
+    if is_packed(leaf):
+        raise InputError(f"quantize: {path} trains; give quantize targets that leave it out, or train another part")
     floating = role.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf.astype(role.dtype) if floating else leaf
 

@@ -128,10 +128,10 @@ def join_layers(params: Mapping[str, Any]) -> Params:
 
 
 def size(tree: Any) -> int:
-    """Number of elements of all array leaves."""
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+    """Number of elements of all arrays; a packed kernel has those of the kernel that it stands for."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "size")))
 
 
 def num_bytes(tree: Any) -> int:
-    """Bytes of all array leaves (of arrays or of `ShapeDtypeStruct`s)."""
+    """Bytes of all arrays (or `ShapeDtypeStruct`s), those of which a packed kernel consists among them."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -32,6 +32,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +42,7 @@ import numpy as np
 FORMATS = ("nf4", "int4", "int8")
 HALF = 64  # rows of bytes of a tile
 BLOCK = 256  # scales that share a block_scale
+FLOAT32 = jnp.dtype("float32")
 
 NF4 = (
     -1.0,
@@ -64,7 +67,7 @@ NF4 = (
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("codes", "scales", "block_scales", "mean"),
-    meta_fields=("format", "group"),
+    meta_fields=("format", "group", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
 class Packed:
@@ -74,6 +77,7 @@ class Packed:
     scales: (..., n / group, m) float32; with double quantization its codes, uint8.
     block_scales: (..., ceil(m n / group / 256)) float32, and mean (...) float32, with double quantization; else None.
     format: of FORMATS.  group: inputs that share a scale.
+    dtype: that W had, and has again where it is unpacked for good.
     """
 
     codes: jax.Array
@@ -82,6 +86,7 @@ class Packed:
     mean: jax.Array | None = None
     format: str = "nf4"
     group: int = 64
+    dtype: Any = FLOAT32
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -92,6 +97,16 @@ class Packed:
     @property
     def ndim(self) -> int:
         return self.codes.ndim
+
+    @property
+    def size(self) -> int:
+        """Elements of W."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     @property
     def doubled(self) -> bool:
@@ -127,7 +142,7 @@ def quantize(w: jax.Array, format: str = "nf4", group: int | None = None, double
     """A packed kernel.
 
     Args:
-      w: (n, m) floating point.
+      w: (n, m) floating point; its dtype is kept in mind.
       format: "nf4", "int4" or "int8".
       group: inputs that share a scale, a divisor of n; None: 64 for nf4, 128 for the others (n if it is not divisible).
       double: double quantization of the scales; None: for nf4.
@@ -147,6 +162,7 @@ def quantize(w: jax.Array, format: str = "nf4", group: int | None = None, double
         raise ValueError(f"{format} packs pairs of inputs; {n} is odd")
     if double and format != "nf4":
         raise ValueError(f"double quantization is of nf4, not of {format}")
+    meta: dict[str, Any] = {"format": format, "group": group, "dtype": jnp.dtype(w.dtype)}
     groups = w.astype(jnp.float32).reshape(n // group, group, m)
     top = jnp.abs(groups).max(1)
     safe = jnp.where(top > 0, top, 1.0)[:, None]
@@ -160,11 +176,11 @@ def quantize(w: jax.Array, format: str = "nf4", group: int | None = None, double
         scales = top / levels
     codes = codes.reshape(n, m)
     if format == "int8":
-        return Packed(codes.astype(jnp.int8), scales, format=format, group=group)
+        return Packed(codes.astype(jnp.int8), scales, **meta)
     packed = pack(codes + 8 if format == "int4" else codes)
     if double is False or format != "nf4":
-        return Packed(packed, scales, format=format, group=group)
-    return Packed(packed, *_encode_scales(scales), format=format, group=group)
+        return Packed(packed, scales, **meta)
+    return Packed(packed, *_encode_scales(scales), **meta)
 
 
 def dequantize(packed: Packed, dtype=jnp.float32) -> jax.Array:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -40,8 +41,18 @@ class Stacked:
 
     @property
     def dtype(self) -> Any:
-        """Of an array."""
+        """Of the array, or what a packed kernel's was."""
         return self.stack.dtype
+
+    @property
+    def size(self) -> int:
+        """Elements of W[l]."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of W[l] in the stack."""
+        return self.stack.nbytes // self.stack.shape[0]
 
     @property
     def format(self) -> str:

@@ -233,9 +233,12 @@ def at_depth(case, layers):
 
 
 def stated(case):
-    """Bytes per token that the method's file says it keeps beyond the backbone."""
-    sites = sites_of(case.rest, case.trainable)
-    return sum(case.promises.site_bytes(inputs=n, outputs=m, itemsize=4, **case.arguments) for n, m in sites)
+    """Bytes per token that the members' files say they keep beyond the backbone."""
+    sites, total = sites_of(case.rest, case.trainable), 0
+    for spec in case.method.specs:
+        if site_bytes := contract.about(spec.name).promises.site_bytes:
+            total += sum(site_bytes(inputs=n, outputs=m, itemsize=4, **spec.config) for n, m in sites)
+    return total
 
 
 def temporaries(method, model, trainable, rest, rows):

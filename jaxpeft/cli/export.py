@@ -39,16 +39,17 @@ def run(args: Export) -> dict[str, Any]:
     folder = args.run / "checkpoints"
     step = chosen_step(folder, args.step, args.best)
 
-    from jaxpeft import hf, tree
+    from jaxpeft import tree
     from jaxpeft.cli.models import model_or_default
     from jaxpeft.method import from_specs
     from jaxpeft.peft import export_adapter
+    from jaxpeft.train.base import load
 
     name = model_or_default(args.model or document["arguments"]["model"])
     method = from_specs(document["method"])
     labels = document.get("labels", [])
-    base, params = hf.load_pretrained(name, document["arguments"]["dtype"], labels)
-    if config.digest_of_base(params) != document["content"]["model"]:
+    base, params, digest = load(name, document["arguments"]["dtype"], method, labels)
+    if digest != document["content"]["model"]:
         raise InputError(f"{name}: is not the base of the run {args.run}; name that one with --model")
     flat = {**tree.flatten(params), **saved_leaves(folder, step)}
     export_adapter(args.out, tree.unflatten(flat), method, base.config, name, labels=labels)
@@ -88,6 +89,8 @@ def chosen_step(folder: Path, step: int | None, best: bool) -> int:
 def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
     """`{path: leaf}` of what a checkpoint holds beside the base: trainable leaves and the run's own frozen ones.
 
+    Packed kernels, which are no part of an adapter, are left out.
+
     It only reads, so that a run which is writing there is not disturbed.
     """
     import logging
@@ -111,4 +114,5 @@ def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
 
     folder = folder.absolute()
     frozen = restore(folder / "frozen") if (folder / "frozen").is_dir() else {}
-    return {**frozen, **restore(folder / str(step) / "state", "trainable")}
+    own = {path: leaf for path, leaf in frozen.items() if not isinstance(leaf, dict)}
+    return {**own, **restore(folder / str(step) / "state", "trainable")}

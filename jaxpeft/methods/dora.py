@@ -43,7 +43,7 @@ from jaxpeft.methods import lora as _lora
 from jaxpeft.methods.ia3 import scaled
 from jaxpeft.model import Context, Model
 from jaxpeft.peft import form
-from jaxpeft.quant import dot
+from jaxpeft.quant import dense, dot
 from pallas_kernels import dropout as _dropout
 
 TINY = 1e-30  # of a squared norm: an output whose weights are all zero stays at zero
@@ -66,8 +66,8 @@ class DoRA(nn.Module):
         n, m = site.kernel.shape
         a = self.param("a", _lora.INITS[self.init_a], (n, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
-        squares = self.param("squares", lambda key: squared_norms(site.kernel))
-        magnitude = self.param("mag", lambda key: jnp.sqrt(squares))
+        squares = self.param("squares", nn.initializers.ones, (m,))  # both start as `_measured` says
+        magnitude = self.param("mag", nn.initializers.ones, (m,))
         fixed_a, fixed_b = jax.lax.stop_gradient((a, b))
         c = norms(site.kernel, fixed_a, fixed_b, squares, self.scale, x.dtype)
         gain = magnitude / checkpoint_name(c, "dora_norm")
@@ -82,8 +82,10 @@ class DoRA(nn.Module):
 
 
 def squared_norms(kernel: Any) -> jax.Array:
-    """||W_j||^2 (..., m) float32 of the columns of W (..., n, m)."""
-    return jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=-2)
+    """||W_j||^2 (..., m) float32 of the columns of W (..., n, m); of a stack layer by layer."""
+    if kernel.ndim > 2:
+        return jax.lax.map(squared_norms, kernel)
+    return jnp.sum(jnp.square(dense(kernel)), axis=-2)
 
 
 def norms(kernel: Any, a: jax.Array, b: jax.Array, squares: jax.Array, scale: float, dtype: Any) -> jax.Array:
@@ -164,11 +166,13 @@ def dora(
 
 
 def _measured(model: Model) -> Model:
-    """The model whose `init` takes the norms of the kernels as they are, also for adapters that are already there."""
+    """The model whose `init` takes the norms of the kernels as they are; magnitudes that are already there stay."""
 
     def init(key, params):
-        flat = tree.flatten(model.init(key, params))
-        return tree.unflatten({**flat, **_squares(flat, flat)})
+        known, flat = tree.flatten(params), tree.flatten(model.init(key, params))
+        squares = _squares(flat, flat)
+        start = {path.removesuffix("squares") + "mag": jnp.sqrt(leaf) for path, leaf in squares.items()}
+        return tree.unflatten({**flat, **squares, **{path: known.get(path, leaf) for path, leaf in start.items()}})
 
     return model._replace(init=init)
 
@@ -187,12 +191,15 @@ def scale_at(config: Mapping[str, Any], site: str) -> float:
 
 
 def fold(params: Mapping[str, Any], scale: Callable[[str], float]) -> tree.Params:
-    """W <- (mag / c) (W + s A B) at every adapted site, whose leaves go; in float32, rounded once to W's dtype."""
+    """W <- (mag / c) (W + s A B) at every adapted site, whose leaves go; in float32, rounded once to W's dtype.
+
+    A packed kernel becomes a plain array.
+    """
     flat = tree.flatten(params)
     merged = {path: leaf for path, leaf in flat.items() if "/dora/" not in path}
     for site in sorted({path.split("/dora/")[0] for path in flat if "/dora/" in path}):
         kernel, a, b, magnitude = (flat[f"{site}/{leaf}"] for leaf in ("kernel", "dora/a", "dora/b", "dora/mag"))
-        summed = kernel.astype(jnp.float32) + scale(site) * jnp.matmul(a, b, precision="highest")
+        summed = dense(kernel) + scale(site) * jnp.matmul(a, b, precision="highest")
         gain = magnitude / jnp.sqrt(jnp.maximum(squared_norms(summed), TINY))
         merged[f"{site}/kernel"] = (gain[..., None, :] * summed).astype(kernel.dtype)
     return tree.unflatten(merged)

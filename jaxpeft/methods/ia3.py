@@ -34,6 +34,7 @@ from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Context
 from jaxpeft.peft import form
+from jaxpeft.quant import dense
 
 TARGETS = ("k_proj", "v_proj", "down_proj")
 FEEDFORWARD = ("down_proj",)
@@ -125,7 +126,7 @@ def fold(params: Mapping[str, Any]) -> tree.Params:
     merged = {path: leaf for path, leaf in flat.items() if "/ia3/" not in path}
 
     def scale(path, by):
-        merged[path] = (by * merged[path].astype(jnp.float32)).astype(merged[path].dtype)
+        merged[path] = (by * dense(merged[path])).astype(merged[path].dtype)
 
     for path, vector in flat.items():
         site, _, leaf = path.partition("/ia3/")

@@ -32,6 +32,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains, unchanged
 from jaxpeft.model import Context
 from jaxpeft.peft import form
+from jaxpeft.quant import dense, like
 
 Targets = str | Sequence[str]
 
@@ -202,6 +203,8 @@ def fold(
 ) -> tree.Params:
     """W <- W + s A B at every site with `scope`, whose leaves go; in float32, rounded once to W's dtype.
 
+    A packed kernel becomes a plain array: its sum with an update would lose the update in packing.
+
     `factors(leaves, n)` gives A (..., n, r) and B (..., r, m) from a site's leaves.
     """
     flat = tree.flatten(params)
@@ -212,24 +215,25 @@ def fold(
         kernel = merged[f"{site}/kernel"]
         a, b = factors(leaves, kernel.shape[-2])
         delta = scale(site) * jnp.matmul(a, b, precision="highest")
-        merged[f"{site}/kernel"] = (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+        merged[f"{site}/kernel"] = (dense(kernel) + delta).astype(kernel.dtype)
     return tree.unflatten(merged)
 
 
 def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.Flat:
     """W = U S V^T -> A0 = U_r sqrt(S_r / s), B0 = sqrt(S_r / s) V_r^T, W <- W - s A0 B0; A, B start at A0, B0.
 
-    An adapter that is already there (imported, for the original W) keeps its four leaves.
+    An adapter that is already there (imported, for the original W) keeps its four leaves. Of a packed kernel the
+    decomposition is of what it unpacks to, and what is left of W is packed again.
     """
     kernel = flat[f"{site}/kernel"]
-    wide = kernel.astype(jnp.float32)
+    wide = dense(kernel)
     own = {name: flat.get(f"{site}/lora/{name}") for name in ("a", "b", "a0", "b0")}
     if own["a0"] is None:
         u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
         root = jnp.sqrt(s[..., :rank] / scale)
         own["a"] = own["a0"] = u[..., :, :rank] * root[..., None, :]
         own["b"] = own["b0"] = root[..., :, None] * vt[..., :rank, :]
-    rest = (wide - scale * jnp.matmul(own["a0"], own["b0"], precision="highest")).astype(kernel.dtype)
+    rest = like(kernel, wide - scale * jnp.matmul(own["a0"], own["b0"], precision="highest"))
     return {f"{site}/kernel": rest, **{f"{site}/lora/{name}": leaf for name, leaf in own.items()}}
 
 

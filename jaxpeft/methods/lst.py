@@ -45,6 +45,7 @@ from jaxpeft.features import check_layers, check_settings, count_layers, divided
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Model, Stack
 from jaxpeft.models.layers import RMSNorm
+from jaxpeft.quant import dense
 from jaxpeft.train.loss import classification_loss, completion_loss
 
 TEMPERATURE = 0.1
@@ -248,7 +249,7 @@ def _of_layers(params: tree.Params, chosen: Sequence[int]) -> tree.Flat:
     """`{path below a layer: leaf}` of the chosen layers, adapters left out."""
     flat = tree.flatten(tree.join_layers(params)["layers"])
     index = jnp.asarray(chosen)
-    return {path: leaf.astype(jnp.float32)[index] for path, leaf in flat.items() if _axes(path)}
+    return {path: dense(leaf)[index] for path, leaf in flat.items() if _axes(path)}
 
 
 def _axes(path: str) -> tuple[str, ...]:

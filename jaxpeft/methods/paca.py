@@ -38,6 +38,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains, unchanged
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Context
+from jaxpeft.quant import dense
 
 CHOICES = ("random", "largest", "smallest")
 
@@ -64,14 +65,13 @@ def choose_rows(key: jax.Array, kernel: Any, rank: int, choice: str) -> jax.Arra
     n, _ = kernel.shape
     if choice == "random":
         return jnp.sort(jax.random.permutation(key, n)[:rank]).astype(jnp.int32)
-    norms = jnp.sum(jnp.square(kernel.astype(jnp.float32)), axis=1)
+    norms = jnp.sum(jnp.square(dense(kernel)), axis=1)
     return jnp.sort(jax.lax.top_k(norms if choice == "largest" else -norms, rank)[1]).astype(jnp.int32)
 
 
 def rows_of(kernel: Any, index: jax.Array) -> jax.Array:
-    """W[i] (r, m), of a kernel (n, m) of any type."""
-    wide = kernel if isinstance(kernel, jax.Array) else kernel.astype(jnp.float32)
-    return jnp.take(wide, index, axis=0)
+    """W[i] (r, m) in its dtype, of a kernel (n, m) of any type."""
+    return jnp.take(dense(kernel, kernel.dtype), index, axis=0)
 
 
 def saved_bytes(inputs: int, outputs: int, itemsize: int, rank: int, **_) -> int:
@@ -129,10 +129,9 @@ def fold(params: Mapping[str, Any]) -> tree.Params:
     merged = {path: leaf for path, leaf in flat.items() if "/paca/" not in path}
     for site in sorted({path.split("/paca/")[0] for path in flat if "/paca/" in path}):
         kernel, index, rows = flat[f"{site}/kernel"], flat[f"{site}/paca/index"], flat[f"{site}/paca/rows"]
-        wide = kernel if isinstance(kernel, jax.Array) else kernel.astype(jnp.float32)
         write = lambda w, i, p: w.at[i].set(p.astype(w.dtype))
         write = jax.vmap(write) if index.ndim == 2 else write
-        merged[f"{site}/kernel"] = write(wide, index, rows).astype(kernel.dtype)
+        merged[f"{site}/kernel"] = write(dense(kernel, kernel.dtype), index, rows)
     return tree.unflatten(merged)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.models.labels import SCOPE
+from jaxpeft.quant import is_packed
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json"
 FORMAT = 1  # of jaxpeft.json
@@ -62,8 +63,8 @@ def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) ->
     """What tells a base from another: its sizes, and for each leaf a hash of some of its elements.
 
     Elements are rounded to bfloat16 first, so that a base has one fingerprint whichever type it is loaded in. Leaves
-    that are not among the configuration's parameters as it shapes them (adapters, quantized kernels, parts of a cut
-    stack) are left out, and so is a classifier of rows, which comes with the adapter.
+    that are not among the configuration's parameters as it shapes them (adapters, parts of a cut stack) are left out,
+    and so are packed kernels, which are no longer the base's, and a classifier of rows, which comes with the adapter.
 
     Args:
       config: the model's configuration.
@@ -73,7 +74,7 @@ def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) ->
     shapes = models.FAMILIES[config.model_type].shapes(config)
     samples = {}
     for path, leaf in tree.flatten(params).items():
-        known = path in shapes and getattr(leaf, "shape", None) == shapes[path].shape
+        known = path in shapes and getattr(leaf, "shape", None) == shapes[path].shape and not is_packed(leaf)
         if known and not path.startswith(SCOPE) and (kernels or not path.endswith("/kernel")):
             at = np.linspace(0, leaf.size - 1, _SAMPLES).astype(np.int64)
             elements = np.asarray(jax.device_get(leaf[np.unravel_index(at, leaf.shape)])).astype(jnp.bfloat16)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.model import Context
+from jaxpeft.quant import is_packed
 from jaxpeft.remat.programs import Programs, trace
-from pallas_kernels.packed import Packed
 from pallas_kernels.stacked import Stacked
 
 
@@ -116,7 +116,7 @@ class Loop(NamedTuple):
         def kernel(part, kinds):
             return Stacked(part, own.layer - self.layers.start) if "stack" in jax.tree.leaves(kinds) else part
 
-        layer = jax.tree.map(kernel, layer, kinds, is_leaf=lambda part: isinstance(part, Packed))
+        layer = jax.tree.map(kernel, layer, kinds, is_leaf=is_packed)
         return self.block(layer, x, own)[0]
 
     def programs(self, leaves, stream, key, perturbed) -> Programs:
@@ -168,7 +168,7 @@ def loop_over(
 def _kernels(params) -> tuple[tuple[int, ...], ...]:
     """The numbers of the leaves of each stack of matrices called `kernel`."""
     found, start = [], 0
-    for path, node in jax.tree.leaves_with_path(params, is_leaf=lambda node: isinstance(node, Packed)):
+    for path, node in jax.tree.leaves_with_path(params, is_leaf=is_packed):
         leaves = range(start, start := start + len(jax.tree.leaves(node)))
         if jax.tree_util.keystr(path[-1:], simple=True) == "kernel" and node.ndim == 3:
             found.append(tuple(leaves))

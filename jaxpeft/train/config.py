@@ -120,32 +120,42 @@ def _words(value: Any) -> Any:
     return (" ".join(value) or None) if isinstance(value, list) and all(isinstance(x, str) for x in value) else value
 
 
-def digest_of_base(params: Mapping[str, Any]) -> str:
+def digest_of_base(params: Mapping[str, Any], sums: Mapping[str, jax.Array] | None = None) -> str:
     """The `digest` of nested parameters without a classifier of rows, which may be new."""
-    return digest({path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith(SCOPE)})
+    return digest({path: leaf for path, leaf in tree.flatten(params).items() if not path.startswith(SCOPE)}, sums)
 
 
-def digest(leaves: Mapping[str, jax.Array]) -> str:
+def digest(leaves: Mapping[str, Any], sums: Mapping[str, jax.Array] | None = None) -> str:
     """A fingerprint of arrays' bits, made on their devices: equal for equal leaves, whatever their sharding.
 
-    For each leaf, the sum of its words (unsigned integers, modulo 2^32), each times an odd number that depends on where
-    it stands.
+    For each leaf, its `checksum`; of a packed kernel, that of its arrays.
+
+    Args:
+      leaves: `{path: leaf}`.
+      sums: `{path: checksum}` of leaves that are not stored as they were; these count as they were.
     """
     import hashlib
 
     result = hashlib.blake2b(digest_size=8)
-    sums = {path: _sum(leaf) for path, leaf in sorted(leaves.items())}
-    for path, value in sums.items():
-        result.update(f"{path}:{leaves[path].shape}:{leaves[path].dtype}:{int(value)};".encode())
+    for path, leaf in sorted(leaves.items()):
+        value = (sums or {}).get(path)
+        total = sum(int(checksum(x)) for x in jax.tree.leaves(leaf)) if value is None else int(value)
+        result.update(f"{path}:{leaf.shape}:{leaf.dtype}:{total};".encode())
     return result.hexdigest()
 
 
 @jax.jit
-def _sum(leaf: jax.Array) -> jax.Array:
+def checksum(leaf: jax.Array, first: jax.Array | int = 0) -> jax.Array:
+    """The sum of an array's words, each times an odd number that depends on where it stands; () uint32.
+
+    Words are unsigned integers, sums are modulo 2^32. A part of an array whose axis 0 begins at index `first` of the
+    whole has its share of the whole's sum.
+    """
     bits = jnp.dtype(leaf.dtype).itemsize * 8
     words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
     odd = jnp.zeros((), jnp.uint32)
     for axis, length in enumerate(words.shape):
         shape = [length if i == axis else 1 for i in range(words.ndim)]
-        odd = odd * jnp.uint32(1000003) + jnp.arange(length, dtype=jnp.uint32).reshape(shape)
+        at = jnp.arange(length, dtype=jnp.uint32) + (jnp.uint32(first) if axis == 0 else jnp.uint32(0))
+        odd = odd * jnp.uint32(1000003) + at.reshape(shape)
     return jnp.sum(words * (2 * odd + 1), dtype=jnp.uint32)

@@ -22,6 +22,7 @@ from jaxpeft.peft import adapter_labels, import_adapter
 from jaxpeft.remat import residuals
 from jaxpeft.remat.plan import parse
 from jaxpeft.train import config
+from jaxpeft.train.base import load
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.run import Run
 from jaxpeft.train.state import TrainState, init_state
@@ -69,7 +70,7 @@ def prepare(args: Run) -> Job:
         _check_labels(args.adapter, order, source.train, data.labels)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     classifier_key = jax.random.fold_in(init_key, 0)
-    base, params = hf.load_pretrained(source.model, jnp.dtype(args.dtype), data.labels, classifier_key)
+    base, params, model_digest = load(source.model, jnp.dtype(args.dtype), method, data.labels, classifier_key)
     check_head(args.task, source.model, base, args.seq_len)
     _check_vocabulary(source.model, tokenizer, base)
     flat = tree.flatten(params)
@@ -80,7 +81,7 @@ def prepare(args: Run) -> Job:
         method, added = import_adapter(args.adapter, base.config, params)
         method = task.method(method)
     content = {
-        "model": config.digest_of_base(params),
+        "model": model_digest,
         "adapter": config.digest(added) if added else None,
         "data": data.train.get_state()["identity"],
         "eval_data": data.validation().get_state()["identity"] if data.validation else None,

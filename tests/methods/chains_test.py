@@ -6,6 +6,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
+from jaxpeft.quant import is_packed
 from tests import tiny
 
 LORA = {"rank": 2, "alpha": 4.0, "targets": ["v_proj", "down_proj"]}
@@ -50,4 +51,23 @@ def test_ia3_over_dora():
     trainable = {path: leaf + 0.1 for path, leaf in trainable.items()}
     adapted = model.apply(jp.combine(trainable, rest), BATCH)
     merged = method.merge(jp.combine(trainable, rest))
+    np.testing.assert_allclose(base.apply(merged, BATCH), adapted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", ["dora", "ia3", "paca"])
+def test_over_packed_kernels(name, first):
+    """Beside packed kernels, which stay packed: starts at the packed base, and is merged to plain ones."""
+    adapter = {"dora": jp.dora(**LORA), "ia3": jp.ia3(**IA3), "paca": jp.paca(2, targets=LORA["targets"])}[name]
+    method = jp.chain(jp.quantize(), adapter) if first else jp.chain(adapter, jp.quantize())
+    base, params = tiny.model()
+    model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
+    assert all(is_packed(rest[f"{site}/kernel"]) for site in (V, DOWN))
+    apply = jax.jit(model.apply)
+    packed = base.apply({**params, "layers": tree.unflatten(rest)["layers"]}, BATCH)
+    np.testing.assert_allclose(apply(jp.combine(trainable, rest), BATCH), packed, rtol=1e-4, atol=1e-4)
+    trainable = {path: leaf + 0.1 for path, leaf in trainable.items()}
+    merged = method.merge(jp.combine(trainable, rest))
+    assert not any(is_packed(tree.flatten(merged)[f"{site}/kernel"]) for site in (V, DOWN))
+    adapted = apply(jp.combine(trainable, rest), BATCH)
     np.testing.assert_allclose(base.apply(merged, BATCH), adapted, rtol=1e-4, atol=1e-4)

@@ -1,28 +1,19 @@
-"""Hugging Face checkpoints in and out: config.json, safetensors weights, tokenizer.
+"""A checkpoint's configuration, tokenizer and weights, read.
 
-A checkpoint is a folder, or the id of one on the hub. Weights lie in `model.safetensors`, or in shards that
-`model.safetensors.index.json` lists; pickled weights (*.bin, *.pt) are never read, as reading them runs code. A
-family's NAMES table translates between its parameter paths and the tensor names; matrices are (out, in) in the file and
-(in, out) here, layers are single tensors in the file and stacked on axis 0 here.
-
-Host memory stays near one tensor above the model in both directions: each stacked leaf is allocated once and filled in
-place, each tensor is read from a mapping of its own (pages of a mapping that have been read count as the process's
-memory), and files are written tensor by tensor.
+Each stacked leaf is allocated once and filled in place, and each tensor is read from a mapping of its own (pages of a
+mapping that have been read count as the process's memory).
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import math
 import os
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -49,12 +40,14 @@ COPIED = (*TOKENIZER_FILES, "generation_config.json")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # safetensors' names of the types that weights come in -> their names in numpy and config.json
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
-_CODES = {name: code for code, name in _DTYPES.items()}
+DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
 # Buffers that old versions of transformers saved.
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*embeddings\.(position_ids|token_type_ids)")
 # A norm's parameters in checkpoints as old as BERT's own.
 _OLD = {".gamma": ".weight", ".beta": ".bias"}
+
+
+Conversion = Callable[[jax.Array], Any]  # an array -> what it is stored as: a packed kernel
 
 
 # Where things are.
@@ -117,7 +110,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Place:
+class Place:
     """Where a tensor of the file goes: row `layer` of the leaf at `path` (all of it if None), transposed or not."""
 
     path: str
@@ -126,7 +119,7 @@ class _Place:
     shape: tuple[int, ...]  # in the file
 
 
-def _places(config: Any) -> dict[str, _Place]:
+def places_of(config: Any) -> dict[str, Place]:
     """Hugging Face name -> place, for all parameters of a family's configuration, a leaf's layers in order."""
     family = models.FAMILIES[config.model_type]
     differing: Mapping[str, tuple[int, ...]] = getattr(family, "file_shapes", lambda config: {})(config)
@@ -137,7 +130,7 @@ def _places(config: Any) -> dict[str, _Place]:
         shape = leaf.shape[1:] if tree.stacked(path) else leaf.shape
         for layer in layers:
             there = differing.get(name, shape[::-1] if transposed else shape)
-            places[name.format(i=layer)] = _Place(path, layer, transposed, there)
+            places[name.format(i=layer)] = Place(path, layer, transposed, there)
     return places
 
 
@@ -149,6 +142,7 @@ def load_pretrained(
     dtype: Any = jnp.bfloat16,
     labels: Sequence[str] = (),
     key: jax.Array | None = None,
+    convert: Callable[[tree.Params], Mapping[str, Conversion]] | None = None,
 ) -> tuple[Model, tree.Params]:
     """The model of a checkpoint and its parameters.
 
@@ -158,9 +152,12 @@ def load_pretrained(
       labels: names of what rows are classified as (a single one: a regression), for a model with a classifier in place
         of its head; what the checkpoint lacks of the classifier is initialised. Default: the checkpoint's own head.
       key: PRNG key for the parameters that are initialised.
+      convert: which leaves are stored otherwise, a `Method.convert`: nested shapes -> {path: function}. A function is
+        given the leaf in `dtype`, or a stacked leaf's layers one by one in their order, and what it returns is what is
+        kept.
 
     Returns:
-      (Model, nested dict of parameters in `dtype`).
+      (Model, nested dict of parameters in `dtype`, or as they were converted).
 
     Raises:
       InputError: for no such checkpoint, a configuration that is not supported, weights that are pickled, damaged, or
@@ -174,9 +171,10 @@ def load_pretrained(
     raw = models.for_classification(raw, labels) if labels else raw
     model = family.from_hf(raw, jnp.dtype(dtype))
     shapes = family.shapes(model.config)
-    places = _places(model.config)
+    places = places_of(model.config)
     tied = bool(raw.get("tie_word_embeddings", family.TIES))
     sources = _check(folder, places, family, tied, may_lack=family.CLASSIFIER if labels else None)
+    conversions = convert(tree.unflatten(dict(shapes))) if convert is not None else {}
     by_path: dict[str, list[str]] = {}
     for name, place in places.items():
         by_path.setdefault(place.path, []).append(name)
@@ -187,14 +185,41 @@ def load_pretrained(
         if path in fresh:
             flat[path] = fresh[path]
             continue
-        leaf = _aligned(shapes[path].shape, np.dtype(shapes[path].dtype))
-        for name in names:
-            place, tensor = places[name], _read(sources[name])
-            row = leaf if place.layer is None else leaf[place.layer]
-            tensor = tensor.reshape(row.shape[::-1]).T if place.transposed else tensor.reshape(row.shape)
-            np.copyto(row, tensor, casting="unsafe")
-        flat[path] = jax.device_put(leaf)
+        like = shapes[path]
+        tensors = ((places[name], sources[name]) for name in names)
+        if path in conversions:
+            flat[path] = _converted(like, tensors, conversions[path])
+        else:
+            leaf = _aligned(like.shape, np.dtype(like.dtype))
+            for place, source in tensors:
+                _fill(leaf if place.layer is None else leaf[place.layer], place, source)
+            flat[path] = jax.device_put(leaf)
     return model, tree.unflatten(flat)
+
+
+def _fill(row: np.ndarray, place: Place, source: tuple[Path, str]) -> None:
+    """Reads a tensor into the leaf, or the layer of one, that it is."""
+    tensor = _read(source)
+    tensor = tensor.reshape(row.shape[::-1]).T if place.transposed else tensor.reshape(row.shape)
+    np.copyto(row, tensor, casting="unsafe")
+
+
+def _converted(like: Any, tensors: Iterable[tuple[Place, tuple[Path, str]]], conversion: Conversion) -> Any:
+    """A leaf of which one layer at a time is as it was in the file; what each becomes is put into its place."""
+    stacks: Any = None
+    for place, source in tensors:
+        whole = place.layer is None
+        row = _aligned(like.shape if whole else like.shape[1:], np.dtype(like.dtype))
+        _fill(row, place, source)
+        part = conversion(jax.device_put(row))
+        if whole:
+            return part
+        part = jax.tree.map(np.asarray, part)
+        if stacks is None:
+            stacks = jax.tree.map(lambda x: _aligned((like.shape[0], *x.shape), x.dtype), part)
+        for stack, x in zip(jax.tree.leaves(stacks), jax.tree.leaves(part), strict=True):
+            stack[place.layer] = x
+    return jax.device_put(stacks)
 
 
 def _fresh(model: Model, paths: Sequence[str], key: jax.Array) -> tree.Flat:
@@ -247,7 +272,7 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 def _check(
-    folder: Path, places: Mapping[str, _Place], family: ModuleType, tied: bool, may_lack: str | None
+    folder: Path, places: Mapping[str, Place], family: ModuleType, tied: bool, may_lack: str | None
 ) -> dict[str, tuple[Path, str]]:
     """Name -> (file, name there), after the headers alone have been compared with the configuration.
 
@@ -267,8 +292,8 @@ def _check(
                         unexpected += [] if _IGNORED.fullmatch(stored) else [stored]
                     continue
                 header = opened.get_slice(stored)
-                if header.get_dtype() not in _DTYPES:
-                    wrong.append(f"{stored} is {header.get_dtype()}, expected one of {', '.join(_DTYPES)}")
+                if header.get_dtype() not in DTYPES:
+                    wrong.append(f"{stored} is {header.get_dtype()}, expected one of {', '.join(DTYPES)}")
                 elif tuple(header.get_shape()) != places[name].shape:
                     wrong.append(f"{stored} has shape {tuple(header.get_shape())}, expected {places[name].shape}")
                 sources[name] = (file, stored)
@@ -309,135 +334,3 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     memory = np.empty(size + 64, np.uint8)
     start = -memory.ctypes.data % 64
     return memory[start : start + size].view(dtype).reshape(shape)
-
-
-# Out.
-
-
-class _Tensor(NamedTuple):
-    """A tensor to write: row `row` of `leaf` (all of it if None)."""
-
-    name: str
-    leaf: Any
-    row: int | None
-    transposed: bool
-    shape: tuple[int, ...]  # in the file
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.leaf.dtype).itemsize
-
-
-def save_pretrained(
-    directory: str | os.PathLike[str],
-    config: Mapping[str, Any] | str | os.PathLike[str],
-    params: Mapping[str, Any],
-    max_shard_gb: float = 5.0,
-    labels: Sequence[str] = (),
-) -> Path:
-    """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
-
-    Args:
-      directory: the folder to make; it may exist if it is empty.
-      config: a parsed config.json, or the checkpoint (folder or hub id) that the parameters began as: then its
-        tokenizer and generation settings are copied too.
-      params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype.
-      max_shard_gb: the largest file, in units of 10^9 bytes; larger models are cut into several files with an index.
-      labels: names of what rows are classified as, for parameters that were loaded with them.
-
-    Returns:
-      `directory`.
-
-    Raises:
-      InputError: if `directory` exists and is not empty, or cannot be written.
-      ValueError: for parameters that are not those of `config`, or not floating-point arrays.
-    """
-    target = Path(directory).expanduser()
-    files.check_target(target)
-    source = None if isinstance(config, Mapping) else resolve(config)
-    raw = dict(config) if isinstance(config, Mapping) else load_config(config)
-    raw = models.for_classification(raw, labels) if labels else raw
-    tensors = _tensors(raw, params)
-    raw |= {key: str(tensors[0].leaf.dtype) for key in ("dtype", "torch_dtype") if key in raw}
-    try:
-        with files.appearing(target) as folder:
-            files.write_json(folder / "config.json", raw)
-            _write_weights(folder, tensors, int(max_shard_gb * 1e9))
-            for name in COPIED:
-                if source is not None and (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
-    except OSError as error:
-        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
-    return target
-
-
-def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tensor]:
-    """Every tensor of the file in the order of the forward pass: embeddings, layer by layer, head."""
-    family = models.family(config)
-    own = family.from_hf(config).config
-    places, shapes = _places(own), family.shapes(own)
-    by_place = {(place.path, place.layer): (name, place) for name, place in places.items()}
-    first = {segment: start for segment, start, _ in tree.segments(params)}
-    tensors = []
-    for path, leaf in tree.flatten(params).items():
-        if getattr(leaf, "dtype", None) is None or str(leaf.dtype) not in _CODES:
-            raise ValueError(f"{path}: expected an array of {', '.join(_CODES)}, found {getattr(leaf, 'dtype', leaf)}")
-        start = first.get(path.split("/", 1)[0])
-        for row in (None,) if start is None else range(leaf.shape[0]):
-            key = (tree.canonical(path), None if start is None or row is None else start + row)
-            name, place = by_place.pop(key, (None, None))
-            if name is None or place is None:
-                raise ValueError(f"{path} has no name in a Hugging Face checkpoint; merge or export adapters first")
-            shape, expected = (x.shape if row is None else x.shape[1:] for x in (leaf, shapes[place.path]))
-            if shape != expected:
-                raise ValueError(f"{path}: shape {leaf.shape} does not fit the configuration")
-            tensors.append(_Tensor(name, leaf, row, place.transposed, place.shape))
-    if by_place:
-        raise ValueError(f"params lack {', '.join(sorted({path for path, _ in by_place}))}")
-    order = {name: (place.layer is None, place.layer or 0) for name, place in places.items()}
-    embeddings = [tensor for tensor in tensors if "embed" in tensor.name and tensor.row is None]
-    return embeddings + sorted((t for t in tensors if t not in embeddings), key=lambda tensor: order[tensor.name])
-
-
-def _write_weights(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> None:
-    """One file, or shards of at most `max_bytes` (a larger tensor has a file to itself) and their index."""
-    shards: list[list[_Tensor]] = [[]]
-    filled = 0
-    for tensor in tensors:
-        if shards[-1] and filled + tensor.num_bytes > max_bytes:
-            shards.append([])
-            filled = 0
-        shards[-1].append(tensor)
-        filled += tensor.num_bytes
-    if len(shards) == 1:
-        return _write_safetensors(folder / WEIGHTS, tensors)
-    weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
-        _write_safetensors(folder / file, shard)
-        weight_map |= {tensor.name: file for tensor in shard}
-    total = sum(tensor.num_bytes for tensor in tensors)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    files.write_json(folder / INDEX, index)
-
-
-def _write_safetensors(file: Path, tensors: Sequence[_Tensor]) -> None:
-    """The format as its README gives it: length of the header (uint64), header (JSON), data; here one tensor at a time.
-
-    The library's own writer wants all tensors of a file in memory at once.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        begin, end = end, end + tensor.num_bytes
-        code = _CODES[str(tensor.leaf.dtype)]
-        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with file.open("wb") as out:
-        out.write(len(encoded).to_bytes(8, "little") + encoded)
-        for tensor in tensors:
-            array = np.asarray(tensor.leaf if tensor.row is None else tensor.leaf[tensor.row])
-            out.write(np.ascontiguousarray(array.T if tensor.transposed else array).view(np.uint8).data)
-        out.flush()
-        os.fsync(out.fileno())

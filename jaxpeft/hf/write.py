@@ -1,0 +1,154 @@
+"""A model's parameters, written as a checkpoint.
+
+Files are written tensor by tensor. A checkpoint appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxpeft import files, models, tree
+from jaxpeft.errors import InputError
+from jaxpeft.hf.read import COPIED, DTYPES, INDEX, WEIGHTS, load_config, places_of, resolve
+from jaxpeft.quant import is_packed
+
+_CODES = {name: code for code, name in DTYPES.items()}
+
+
+class _Tensor(NamedTuple):
+    """A tensor to write: row `row` of `leaf` (all of it if None)."""
+
+    name: str
+    leaf: Any
+    row: int | None
+    transposed: bool
+    shape: tuple[int, ...]  # in the file
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.leaf.dtype).itemsize
+
+
+def save_pretrained(
+    directory: str | os.PathLike[str],
+    config: Mapping[str, Any] | str | os.PathLike[str],
+    params: Mapping[str, Any],
+    max_shard_gb: float = 5.0,
+    labels: Sequence[str] = (),
+) -> Path:
+    """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
+
+    Args:
+      directory: the folder to make; it may exist if it is empty.
+      config: a parsed config.json, or the checkpoint (folder or hub id) that the parameters began as: then its
+        tokenizer and generation settings are copied too.
+      params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype.
+      max_shard_gb: the largest file, in units of 10^9 bytes; larger models are cut into several files with an index.
+      labels: names of what rows are classified as, for parameters that were loaded with them.
+
+    Returns:
+      `directory`.
+
+    Raises:
+      InputError: if `directory` exists and is not empty, or cannot be written.
+      ValueError: for parameters that are not those of `config`, or not floating-point arrays.
+    """
+    target = Path(directory).expanduser()
+    files.check_target(target)
+    source = None if isinstance(config, Mapping) else resolve(config)
+    raw = dict(config) if isinstance(config, Mapping) else load_config(config)
+    raw = models.for_classification(raw, labels) if labels else raw
+    tensors = _tensors(raw, params)
+    raw |= {key: str(tensors[0].leaf.dtype) for key in ("dtype", "torch_dtype") if key in raw}
+    try:
+        with files.appearing(target) as folder:
+            files.write_json(folder / "config.json", raw)
+            _write_weights(folder, tensors, int(max_shard_gb * 1e9))
+            for name in COPIED:
+                if source is not None and (source / name).is_file():
+                    shutil.copyfile(source / name, folder / name)
+    except OSError as error:
+        raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
+    return target
+
+
+def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tensor]:
+    """Every tensor of the file in the order of the forward pass: embeddings, layer by layer, head."""
+    family = models.family(config)
+    own = family.from_hf(config).config
+    places, shapes = places_of(own), family.shapes(own)
+    by_place = {(place.path, place.layer): (name, place) for name, place in places.items()}
+    first = {segment: start for segment, start, _ in tree.segments(params)}
+    tensors = []
+    for path, leaf in tree.flatten(params).items():
+        if is_packed(leaf):
+            raise ValueError(f"{path} is packed; the method that packed it gives it back (`Method.merge`)")
+        if getattr(leaf, "dtype", None) is None or str(leaf.dtype) not in _CODES:
+            raise ValueError(f"{path}: expected an array of {', '.join(_CODES)}, found {getattr(leaf, 'dtype', leaf)}")
+        start = first.get(path.split("/", 1)[0])
+        for row in (None,) if start is None else range(leaf.shape[0]):
+            key = (tree.canonical(path), None if start is None or row is None else start + row)
+            name, place = by_place.pop(key, (None, None))
+            if name is None or place is None:
+                raise ValueError(f"{path} has no name in a Hugging Face checkpoint; merge or export adapters first")
+            shape, expected = (x.shape if row is None else x.shape[1:] for x in (leaf, shapes[place.path]))
+            if shape != expected:
+                raise ValueError(f"{path}: shape {leaf.shape} does not fit the configuration")
+            tensors.append(_Tensor(name, leaf, row, place.transposed, place.shape))
+    if by_place:
+        raise ValueError(f"params lack {', '.join(sorted({path for path, _ in by_place}))}")
+    order = {name: (place.layer is None, place.layer or 0) for name, place in places.items()}
+    embeddings = [tensor for tensor in tensors if "embed" in tensor.name and tensor.row is None]
+    return embeddings + sorted((t for t in tensors if t not in embeddings), key=lambda tensor: order[tensor.name])
+
+
+def _write_weights(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> None:
+    """One file, or shards of at most `max_bytes` (a larger tensor has a file to itself) and their index."""
+    shards: list[list[_Tensor]] = [[]]
+    filled = 0
+    for tensor in tensors:
+        if shards[-1] and filled + tensor.num_bytes > max_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(tensor)
+        filled += tensor.num_bytes
+    if len(shards) == 1:
+        return _write_safetensors(folder / WEIGHTS, tensors)
+    weight_map: dict[str, str] = {}
+    for i, shard in enumerate(shards):
+        file = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        _write_safetensors(folder / file, shard)
+        weight_map |= {tensor.name: file for tensor in shard}
+    total = sum(tensor.num_bytes for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    files.write_json(folder / INDEX, index)
+
+
+def _write_safetensors(file: Path, tensors: Sequence[_Tensor]) -> None:
+    """The format as its README gives it: length of the header (uint64), header (JSON), data; here one tensor at a time.
+
+    The library's own writer wants all tensors of a file in memory at once.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for tensor in tensors:
+        begin, end = end, end + tensor.num_bytes
+        code = _CODES[str(tensor.leaf.dtype)]
+        header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as out:
+        out.write(len(encoded).to_bytes(8, "little") + encoded)
+        for tensor in tensors:
+            array = np.asarray(tensor.leaf if tensor.row is None else tensor.leaf[tensor.row])
+            out.write(np.ascontiguousarray(array.T if tensor.transposed else array).view(np.uint8).data)
+        out.flush()
+        os.fsync(out.fileno())

@@ -1,0 +1,105 @@
+"""Quantization: the frozen kernels of the layers in 4 or 8 bits. With LoRA beside them it is QLoRA.
+
+    W[i, j] ~ value(c[i, j]) scale[i // group, j]        W (n, m); c of 4 or 8 bits, one scale per `group` inputs
+
+    format  value(c)                    bits per number
+    nf4     16 quantiles of a normal    4.127 (groups of 64, their scales doubly quantized)
+    int4    -7..7                       4.25 (groups of 128)
+    int8    -127..127                   8.25
+
+Nothing trains; the method is a part of a chain, anywhere in it: `chain(quantize(), lora())`. Products unpack a kernel
+where they read it, in both passes, and no unpacked kernel is kept (`pallas_kernels.packed`, `quant_lora_matmul`).
+Embeddings, norms, biases and the head stay as they are. Merging gives plain kernels in the base's dtype: what was
+packed, unpacked, with the adapters' updates.
+
+A checkpoint is packed as it is read, layer by layer, where no method before `quantize` needs the kernels as they
+were. One that does is PiSSA: after `lora(init="pissa")` what it leaves of a kernel is packed (QPiSSA), before it the
+packed kernel is decomposed and the rest packed again.
+
+Paper: Dettmers et al. 2023, "QLoRA", arXiv:2305.14314. Codes, scales and double quantization of nf4 in groups of 64 are
+those of bitsandbytes, a kernel of which 64 does not divide the inputs excepted: its groups are whole columns here.
+Deviation: the optimizer is not paged.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from jaxpeft import sites, tree
+from jaxpeft.about import About, Promises
+from jaxpeft.errors import InputError
+from jaxpeft.method import Method, Spec
+from jaxpeft.methods.lora import Targets
+from jaxpeft.quant import FORMATS, by_layer, dense, is_packed, pack
+
+
+def saved_bytes(**_) -> int:
+    """Bytes per token kept at one kernel beyond what a frozen backbone keeps: none."""
+    return 0
+
+
+def quantize(
+    format: str = "nf4", group: int | None = None, double: bool | None = None, targets: Targets = "all-linear"
+) -> Method:
+    """Packs the kernels of the layers' linear maps that `targets` chooses.
+
+    Args:
+      format: "nf4", "int4" or "int8".
+      group: inputs that share a scale, a divisor of each kernel's; None: 64 for nf4 and 128 for the others, all inputs
+        of a kernel where that does not divide them.
+      double: double quantization of the scales, of nf4 alone; None: for nf4.
+      targets: "all-linear", "attention", "mlp", a regular expression, or a list of names (see `sites.find`).
+
+    Returns:
+      The method; it trains nothing. A kernel that is packed already stays as it is.
+
+    Raises:
+      InputError: for an unknown format, a group below 1 or that does not divide a kernel's inputs, double quantization
+        of another format, an odd number of inputs in 4 bits, targets that match nothing or are not in the layers.
+    """
+    config = dict(locals())
+    if format not in FORMATS:
+        raise InputError(f"quantize: format {format!r} is not one of {', '.join(FORMATS)}")
+    if group is not None and group < 1:
+        raise InputError(f"quantize: group {group} must be at least 1")
+    if double and format != "nf4":
+        raise InputError(f"quantize: double quantization is of nf4, not of {format}")
+
+    def check(site, kernel):
+        n = kernel.shape[-2]
+        if kernel.ndim != 3 or not tree.stacked(site):
+            raise InputError(f"quantize: {site} is not in the layers, whose kernels alone can be packed")
+        if n % (group or 1):
+            raise InputError(f"quantize: group {group} does not divide the {n} inputs of {site}")
+        if n % 2 and format != "int8":
+            raise InputError(f"quantize: {site} has {n} inputs, which {format} packs in pairs; use int8")
+
+    def convert(params):
+        flat = tree.flatten(params)
+        kernels = {f"{site}/kernel": flat[f"{site}/kernel"] for site in sites.find(params, targets)}
+        plain = {path: kernel for path, kernel in kernels.items() if not is_packed(kernel)}
+        for path, kernel in plain.items():
+            check(path.removesuffix("/kernel"), kernel)
+        return dict.fromkeys(plain, functools.partial(pack, format=format, group=group, double=double))
+
+    def prepare(params, view):
+        packed = {path: by_layer(one, tree.flatten(params)[path]) for path, one in convert(params).items()}
+        return tree.unflatten({**tree.flatten(params), **packed})
+
+    def merge(params):
+        flat = tree.flatten(params)
+        return tree.unflatten({p: dense(leaf, leaf.dtype) if is_packed(leaf) else leaf for p, leaf in flat.items()})
+
+    return Method(prepare=prepare, merge=merge, specs=(Spec("quantize", config),), convert=convert)
+
+
+ABOUT = About(
+    summary="frozen kernels in 4 or 8 bits (NF4, int4, int8), beside which another method trains: QLoRA",
+    level="parameters",
+    trains="nothing by itself",
+    keeps="three quarters of the kernels' bytes less in 4 bits, half of them in 8; activations as they were",
+    reference="Dettmers et al. 2023, arXiv:2305.14314",
+    example={"format": "nf4"},
+    promises=Promises(site_bytes=saved_bytes, starts_at_base=False),
+    within="quantize+lora",
+)
