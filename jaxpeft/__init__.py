@@ -11,12 +11,15 @@ if TYPE_CHECKING:
     from jaxpeft.errors import InputError, RunError
     from jaxpeft.hf import load_pretrained, save_pretrained
     from jaxpeft.method import Method, Objective, Spec, chain, setup
+    from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
+    from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
+    from jaxpeft.methods.paca import paca
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
@@ -43,10 +46,12 @@ _MODULE_OF = {
     "classification_loss": "train.loss",
     "combine": "tree",
     "completion_loss": "train.loss",
+    "dora": "methods.dora",
     "export_adapter": "peft",
     "from_linen": "model",
     "from_nnx": "model",
     "full": "methods.full",
+    "ia3": "methods.ia3",
     "import_adapter": "peft",
     "init_state": "train.state",
     "load_pretrained": "hf",
@@ -55,6 +60,7 @@ _MODULE_OF = {
     "lst": "methods.lst",
     "make_train_step": "train.step",
     "meft": "methods.meft",
+    "paca": "methods.paca",
     "quantize": "methods.quantize",
     "mezo": "methods.mezo",
     "remat": "backward.residuals",

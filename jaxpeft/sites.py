@@ -175,7 +175,7 @@ def attach(
         entries = (*_entries.get(), _Entry(name, adapter_for, prefix, ctx, chosen))
         token = _entries.set(entries)
         try:
-            with nn.intercept_methods(_interceptor(entries)):
+            with nn.intercept_methods(_intercept):
                 yield
         finally:
             _entries.reset(token)
@@ -271,31 +271,27 @@ def _product(kernel: Any, x: jax.Array) -> jax.Array:
     return dot(x, kernel)
 
 
-def _interceptor(entries: tuple[_Entry, ...]):
-    """Of the adapters in force, those of this module, one around the other; the last to be entered is the nearest.
+def _intercept(next_function, args, kwargs, context):
+    """Of the adapters in force, those of this module, one around the other; the last to be entered is the outermost.
 
-    The interceptor that was entered last runs first, and knows all entries: it does the work of them all.
+    Every adapter in force enters this function once more, and the first call of them does the work of all.
     """
-
-    def intercept(next_function, args, kwargs, context):
-        module = context.module
-        ours = isinstance(module, Dense) and context.method_name == "linear"
-        linen = isinstance(module, nn.Dense) and context.method_name == "__call__"
-        own = [entry for entry in entries if entry.at(module)] if ours or linen else []
-        if not own:
-            return next_function(*args, **kwargs)
-        x, kernel = args if ours else (args[0], module.get_variable("params", "kernel"))
-        bias = module.get_variable("params", "bias") if module.use_bias else None
-        y: Callable[[jax.Array], jax.Array] = functools.partial(_product, kernel)
-        for depth, entry in enumerate(own):
-            path = entry.prefix + "/".join(module.path)
-            adapter = entry.adapter_for(path).clone(parent=module, name=entry.name)
-            taken_here = kernel if getattr(adapter, "stacked", False) else taken(kernel)
-            y = functools.partial(_adapted, adapter, y, Site(path, taken_here, bias, depth == 0), entry.ctx)
-        out = y(x)
-        return out + bias.astype(out.dtype) if linen and bias is not None else out
-
-    return intercept
+    module = context.module
+    ours = isinstance(module, Dense) and context.method_name == "linear"
+    linen = isinstance(module, nn.Dense) and context.method_name == "__call__"
+    own = [entry for entry in _entries.get() if entry.at(module)] if ours or linen else []
+    if not own:
+        return next_function(*args, **kwargs)
+    x, kernel = args if ours else (args[0], module.get_variable("params", "kernel"))
+    bias = module.get_variable("params", "bias") if module.use_bias else None
+    y: Callable[[jax.Array], jax.Array] = functools.partial(_product, kernel)
+    for depth, entry in enumerate(own):
+        path = entry.prefix + "/".join(module.path)
+        adapter = entry.adapter_for(path).clone(parent=module, name=entry.name)
+        taken_here = kernel if getattr(adapter, "stacked", False) else taken(kernel)
+        y = functools.partial(_adapted, adapter, y, Site(path, taken_here, bias, depth == 0), entry.ctx)
+    out = y(x)
+    return out + bias.astype(out.dtype) if linen and bias is not None else out
 
 
 def _adapted(adapter: nn.Module, inner: Callable[..., Any], site: Site, ctx: Context, x: jax.Array) -> jax.Array:
