@@ -70,4 +70,5 @@ def defaults(specs: Sequence[Spec]) -> Defaults:
 
 def decays(path: str, leaf: Any) -> bool:
     """Whether weight decay acts on a leaf: on matrices, not on biases, scales of norms and other vectors."""
-    return jnp.ndim(leaf) - tree.stacked(path) >= 2
+    layered = any(map(tree.stacked, path.split("/")))  # "layers/...", and what a method keeps of them: "lisa/layers/..."
+    return jnp.ndim(leaf) - layered >= 2
