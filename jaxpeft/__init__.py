@@ -11,6 +11,8 @@ if TYPE_CHECKING:
     from jaxpeft.hf import load_pretrained, save_pretrained
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.full import full
+    from jaxpeft.methods.galore import galore
+    from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
@@ -42,8 +44,10 @@ _MODULE_OF = {
     "from_linen": "model",
     "from_nnx": "model",
     "full": "methods.full",
+    "galore": "methods.galore",
     "import_adapter": "peft",
     "init_state": "train.state",
+    "lisa": "methods.lisa",
     "load_pretrained": "hf",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
