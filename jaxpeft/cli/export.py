@@ -86,7 +86,7 @@ def chosen_step(folder: Path, step: int | None, best: bool) -> int:
 
 
 def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
-    """`{path: leaf}` of what a checkpoint holds beside the base: trained and moved leaves and the run's own frozen ones.
+    """`{path: leaf}` of what a checkpoint holds beside the base: trained and moved leaves, the run's own frozen ones.
 
     It only reads, so that a run which is writing there is not disturbed.
     """
@@ -113,7 +113,7 @@ def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
 
     folder = folder.absolute()
     frozen = restore(folder / "frozen") if (folder / "frozen").is_dir() else {}
-    changed = {}
+    changed: dict[str, Any] = {}
     for part in ("moved", "trainable"):
         changed |= restore(folder / str(step) / "state", part)
     return {**frozen, **changed}

@@ -13,8 +13,8 @@ fine-tuning. Every `every` steps P is renewed:
               next step on. (n > m: of dW^T.) Linear in dW, so it adds up over groups of rows and micro-batches
     svd       the r leading singular vectors of dW are P in this step already, as published. It holds all dW
 
-Both are branches of the step: the sketch's products, or dW, cost nothing in all other steps (a full gradient's memory is
-needed in any case).
+Both are branches of the step: the sketch's products, or dW, cost no time in all other steps (but their memory is set
+aside in each).
 
 Kept for the backward pass: x P (r per token) where n <= m, else x; x at every site in the branch of a sketch.
 
@@ -219,7 +219,8 @@ def galore(
             r, kernel = f"{site}/galore/r", f"{site}/kernel"
             fresh = moment.aux[path]
             key = jax.random.fold_in(moment.key, zlib.crc32(site.encode())) if rounding == "stochastic" else None
-            keeps = 1 - moment.decay * moment.rate if moment.decay and decays(kernel, moved[kernel]) else 1.0
+            rate = 0.0 if moment.rate is None else moment.rate
+            keeps = 1 - moment.decay * rate if moment.decay and decays(kernel, moved[kernel]) else 1.0
             basis = fresh if projection == "svd" else moved[path]
             moved[kernel] = taken_up(moved[kernel], basis, trained[r], scale, keeps, key)
             moved[path], trained[r] = fresh, jnp.zeros_like(trained[r])
@@ -329,8 +330,8 @@ def taken_up(
         return one(kernel, basis, r, 0)
 
     def body(layer, kernel):
-        parts = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (kernel, basis, r))
-        return jax.lax.dynamic_update_index_in_dim(kernel, one(*parts, layer), layer, 0)
+        own, p, of = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (kernel, basis, r))
+        return jax.lax.dynamic_update_index_in_dim(kernel, one(own, p, of, layer), layer, 0)
 
     return jax.lax.fori_loop(0, len(kernel), body, kernel)
 

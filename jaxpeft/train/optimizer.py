@@ -70,5 +70,6 @@ def defaults(specs: Sequence[Spec]) -> Defaults:
 
 def decays(path: str, leaf: Any) -> bool:
     """Whether weight decay acts on a leaf: on matrices, not on biases, scales of norms and other vectors."""
-    layered = any(map(tree.stacked, path.split("/")))  # "layers/...", and what a method keeps of them: "lisa/layers/..."
+    # Of a stack, or of what a method keeps of one: "lisa/layers/...".
+    layered = any(map(tree.stacked, path.split("/")))
     return jnp.ndim(leaf) - layered >= 2
