@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import re
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -77,14 +78,27 @@ def test_the_gradient_of_r_is_the_projected_gradient(first, projection):
 
 @pytest.mark.parametrize("projection", galore.PROJECTIONS)
 def test_the_directions_are_the_gradients_leading_ones(first, projection):
-    """Orthonormal; a sketch's hold at least 0.8 of what the best hold of this slowly falling spectrum."""
+    """Orthonormal; of a sketch, those of dW times the step's own Gaussian matrix, computed here from all of dW.
+
+    So few hold most of what the best hold, though this gradient's spectrum falls slowly.
+    """
     _, ((_, aux), _) = first[projection]
+    shares = []
     for path in KERNELS:
-        basis = np.asarray(aux[path.replace("kernel", "galore/p")])
-        np.testing.assert_allclose(np.einsum("lnr,lns->lrs", basis, basis), np.tile(np.eye(RANK), (3, 1, 1)), atol=1e-5)
-        held = np.linalg.norm(galore.project(full_gradients()[path], basis), axis=(-2, -1)) ** 2
-        most = (np.linalg.svd(full_gradients()[path], compute_uv=False)[:, :RANK] ** 2).sum(-1)
-        assert np.all(held > (0.8 if projection == "sketch" else 0.9999) * most), path
+        name = path.replace("kernel", "galore/p")
+        basis, full = np.asarray(aux[name]), full_gradients()[path]
+        n, m = full.shape[-2:]
+        np.testing.assert_allclose(basis.mT @ basis, np.tile(np.eye(RANK), (3, 1, 1)), atol=1e-5)
+        rows = full if n <= m else full.mT
+        if projection == "sketch":
+            seeds = jax.random.bits(jax.random.fold_in(KEY, zlib.crc32(name.encode())), (3,), jnp.uint32)
+            k = min(RANK + galore.OVERSAMPLING, n, m)
+            rows = rows @ jnp.stack([jax.random.normal(jax.random.key(seed), (max(n, m), k)) for seed in seeds])
+        best = np.linalg.svd(rows)[0][..., :RANK]
+        np.testing.assert_allclose(basis @ basis.mT, best @ best.mT, atol=2e-3, err_msg=path)
+        most = (np.linalg.svd(full, compute_uv=False)[:, :RANK] ** 2).sum(-1)
+        shares.append(np.linalg.norm(galore.project(full, basis), axis=(-2, -1)) ** 2 / most)
+    assert np.mean(shares) > (0.8 if projection == "sketch" else 0.9999)
 
 
 def by_optax(method, base, lr, steps, paths):
@@ -219,7 +233,7 @@ def test_mistakes(method, message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("frozen", "most"), [(False, 10.95), (True, 8.9)], ids=["all", "embeddings frozen"])
+@pytest.mark.parametrize(("frozen", "most"), [(False, 10.95), (True, 7.05)], ids=["all", "embeddings frozen"])
 def test_what_an_h200_needs(frozen, most, tmp_path):
     """llama3.2-1b, 4 x 1024, `matmuls`, rank 128; no temporary is a stack of kernels, and the kernels lie there once.
 
@@ -233,8 +247,7 @@ def test_what_an_h200_needs(frozen, most, tmp_path):
     assert row["bytes"]["total"] <= most * 2**30
     assignment = max(tmp_path.glob("*buffer-assignment.txt"), key=lambda file: file.stat().st_size).read_text()
     kernels = {leaf.shape for path, leaf in step.state.moved.items() if path.endswith("/kernel")}
-    (temporaries,) = [
-        part for part in re.split(r"\n(?=allocation \d+:)", assignment) if "preallocated-temp" in part[:200]
-    ]
+    parts = re.split(r"\n(?=allocation \d+:)", assignment)
+    (temporaries,) = [part for part in parts if "preallocated-temp" in part[:200]]
     found = [tuple(map(int, shape.split(","))) for shape in re.findall(r": \w+\[([\d,]+)\]", temporaries)]
     assert found and not kernels & set(found)
