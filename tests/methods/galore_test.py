@@ -19,6 +19,7 @@ from jaxpeft.methods import galore
 from jaxpeft.models import geometries
 from jaxpeft.train.optimizer import make_direction
 from jaxpeft.train.step import objective_of
+from pallas_kernels.packed import quantize
 from tests import tiny
 
 KEY, BATCH, RANK, SCALE = jax.random.key(0), tiny.batch(), 4, 0.5
@@ -230,6 +231,17 @@ def test_rounding_is_unbiased_where_bf16_would_lose_the_change():
 def test_mistakes(method, message):
     with pytest.raises(jp.InputError, match=f"galore: .*{message}"):
         start(method(), make_direction())
+
+
+def test_quantized_kernels_are_refused():
+    base, params = tiny.model()
+    flat = tree.flatten(params)
+    path = "layers/mlp/up_proj/kernel"
+    packed = tree.unflatten({**flat, path: jax.vmap(quantize)(jnp.zeros((3, 64, 64)))})
+    with pytest.raises(jp.InputError, match="galore: layers/mlp/up_proj is quantized"):
+        jp.setup(jp.galore(RANK), base, packed, KEY)
+    with pytest.raises(jp.InputError, match=f"lisa: {path} is quantized"):
+        jp.setup(jp.lisa(), base, packed, KEY)
 
 
 @pytest.mark.slow
