@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
+    from jaxpeft.methods.galore import galore
     from jaxpeft.methods.ia3 import ia3
+    from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
@@ -52,8 +54,10 @@ _MODULE_OF = {
     "from_nnx": "model",
     "full": "methods.full",
     "ia3": "methods.ia3",
+    "galore": "methods.galore",
     "import_adapter": "peft",
     "init_state": "train.state",
+    "lisa": "methods.lisa",
     "load_pretrained": "hf",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",

@@ -61,7 +61,8 @@ class Role(NamedTuple):
     """What a leaf is to a step: one of FROZEN, MOVED, and TRAINED or another `trained(dtype)`.
 
     name: "frozen", "trained" or "moved".
-    dtype: of a trained leaf's master; None leaves it as it is.
+    dtype: of a trained leaf's master; None leaves it as it is. Of a moved leaf: of the masters that train in its place,
+      part by part (LISA); None where none do.
     """
 
     name: str

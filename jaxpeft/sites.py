@@ -88,6 +88,17 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
     return sorted(chosen)
 
 
+def chooses(targets: str | Iterable[str], site: str) -> bool:
+    """Whether `find` would choose a site of a model of visible layers; of targets that it takes."""
+    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
+        targets = targets.split(",")
+    if isinstance(targets, str):
+        wanted = [_PRESETS.get(targets, targets)]
+    else:
+        wanted = [rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets]
+    return any(re.search(pattern, path) for pattern in wanted for path in (tree.canonical(site), site))
+
+
 def first_match(patterns: Mapping[str, Any], site: str, default: Any) -> Any:
     """The value of the first pattern (regular expression, `re.search`) found in the site's path, else `default`."""
     for pattern, value in patterns.items():

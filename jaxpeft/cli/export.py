@@ -87,7 +87,7 @@ def chosen_step(folder: Path, step: int | None, best: bool) -> int:
 
 
 def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
-    """`{path: leaf}` of what a checkpoint holds beside the base: trainable leaves and the run's own frozen ones.
+    """`{path: leaf}` of what a checkpoint holds beside the base: trained and moved leaves, the run's own frozen ones.
 
     Packed kernels, which are no part of an adapter, are left out.
 
@@ -104,6 +104,8 @@ def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
     def restore(path: Path, part: str | None = None) -> dict[str, Any]:
         checkpointer = ocp.PyTreeCheckpointer()
         found = checkpointer.metadata(path).item_metadata.tree
+        if part is not None and part not in found:
+            return {}
         wanted = found if part is None else {part: found[part]}
         like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted)
         args = ocp.args.PyTreeRestore(
@@ -115,4 +117,7 @@ def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
     folder = folder.absolute()
     frozen = restore(folder / "frozen") if (folder / "frozen").is_dir() else {}
     own = {path: leaf for path, leaf in frozen.items() if not isinstance(leaf, dict)}
-    return {**own, **restore(folder / str(step) / "state", "trainable")}
+    changed: dict[str, Any] = {}
+    for part in ("moved", "trainable"):
+        changed |= restore(folder / str(step) / "state", part)
+    return {**own, **changed}

@@ -18,6 +18,7 @@ from jaxpeft.method import Method, Spec, trains
 
 WHICH = {
     "all": r"",
+    "layers": r"^layers",
     "biases": r"/bias$",
     "norms": r"norm/(scale|bias)$",
     "head": r"^(norm/(scale|bias)$|lm_head/)",
@@ -35,7 +36,7 @@ def full(which: str = "all") -> Method:
     """Full fine-tuning of the parameters that `which` names.
 
     Args:
-      which: "all", "biases", "norms", "head", "embeddings", "last:K" (the last K layers), or a regular expression
+      which: "all", "layers", "biases", "norms", "head", "embeddings", "last:K" (the last K layers), or a regular expression
         found in the path.
 
     Returns:

@@ -73,4 +73,6 @@ def defaults(specs: Sequence[Spec]) -> Defaults:
 
 def decays(path: str, leaf: Any) -> bool:
     """Whether weight decay acts on a leaf: on matrices, not on biases, scales of norms and other vectors."""
-    return jnp.ndim(leaf) - tree.stacked(path) >= 2
+    # Of a stack, or of what a method keeps of one: "lisa/layers/...".
+    layered = any(map(tree.stacked, path.split("/")))
+    return jnp.ndim(leaf) - layered >= 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft import tree
-from jaxpeft.method import MOVED, Method, view_of
+from jaxpeft.method import Method, view_of
 from jaxpeft.model import Model
 
 
@@ -62,7 +62,7 @@ def init_state(
       key: PRNG key of the run.
       model: the adapted model, for a method whose `update` slot asks the view for the base.
     """
-    moved = {path: leaf for path, leaf in rest.items() if method.role(path) == MOVED}
+    moved = {path: leaf for path, leaf in rest.items() if method.role(path).name == "moved"}
     frozen = {path: leaf for path, leaf in rest.items() if path not in moved}
     view = view_of(model or Model(None, None), method, {**rest, **trainable})  # type: ignore[arg-type]
     opt_state = method.update(optimizer, view).init(trainable)

@@ -35,12 +35,15 @@ def test_weight_decay_spares_vectors_of_each_layer():
         "layers_1_2/input_layernorm/scale": (1, 3),
         "lm_head/kernel": (3, 5),
         "norm/scale": (3,),
+        "lisa/layers/norm/scale": (2, 3),
+        "lisa/layers/mlp/up_proj/kernel": (2, 3, 4),
     }
     leaves = {path: jnp.ones(shape) for path, shape in shapes.items()}
     assert [path for path in leaves if decays(path, leaves[path])] == [
         "layers/mlp/up_proj/kernel",
         "layers/mlp/up_proj/lora/a",
         "lm_head/kernel",
+        "lisa/layers/mlp/up_proj/kernel",
     ]
 
 
