@@ -11,10 +11,14 @@ if TYPE_CHECKING:
     from jaxpeft.hf import load_pretrained, save_pretrained
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.full import full
+    from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
+    from jaxpeft.methods.parallel import parallel
+    from jaxpeft.methods.pfeiffer import pfeiffer
+    from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vqt import vqt
@@ -42,6 +46,7 @@ _MODULE_OF = {
     "from_linen": "model",
     "from_nnx": "model",
     "full": "methods.full",
+    "houlsby": "methods.houlsby",
     "import_adapter": "peft",
     "init_state": "train.state",
     "load_pretrained": "hf",
@@ -50,6 +55,9 @@ _MODULE_OF = {
     "lst": "methods.lst",
     "make_train_step": "train.step",
     "meft": "methods.meft",
+    "parallel": "methods.parallel",
+    "pfeiffer": "methods.pfeiffer",
+    "prefix": "methods.prefix",
     "remat": "remat.residuals",
     "save_pretrained": "hf",
     "setup": "method",

@@ -234,6 +234,8 @@ def at_depth(case, layers):
 
 def stated(case):
     """Bytes per token that the method's file says it keeps beyond the backbone."""
+    if case.promises.block_bytes:
+        return LAYERS * case.promises.block_bytes(case.model.config, itemsize=4, **case.arguments)
     sites = sites_of(case.rest, case.trainable)
     return sum(case.promises.site_bytes(inputs=n, outputs=m, itemsize=4, **case.arguments) for n, m in sites)
 
