@@ -31,8 +31,8 @@ class Promises(NamedTuple):
 
     site_bytes: (inputs, outputs, itemsize, **arguments) -> bytes per token that one adapted kernel keeps for the
       backward pass beyond what a frozen backbone keeps; or
-    block_bytes: (config, itemsize, **arguments) -> bytes per token that one layer keeps beyond a frozen backbone's, of a
-      method that is not at kernels; or
+    block_bytes: (config, itemsize, **arguments) -> bytes per token that one layer keeps beyond what a frozen one keeps,
+      of a method that is not at kernels; or
     layer_bytes: (config, itemsize, **arguments) -> bytes per token that one more layer keeps, of a method that runs
       the layers in its own way.
     row_bytes: (config, itemsize, **arguments) -> bytes per row of the batch, whatever its length, beside these.

@@ -47,9 +47,9 @@ def heads_of(config: Any) -> tuple[int, int]:
 
 
 def row_bytes(config: Any, itemsize: int, length: int = 30, **_) -> int:
-    """Bytes per row of the batch that all layers keep: their prefixes, in front of the row's keys and values."""
+    """Bytes per row of the batch that all layers keep: their prefixes in front of the row's keys and values, a mask."""
     n, size = heads_of(config)
-    return 2 * config.num_hidden_layers * length * n * size * itemsize
+    return length * (2 * config.num_hidden_layers * n * size * itemsize + 4)
 
 
 def prefix(length: int = 30, init: str = "activations", width: int | None = None, shift: bool = True) -> Method:
@@ -64,8 +64,9 @@ def prefix(length: int = 30, init: str = "activations", width: int | None = None
         it the model has room for p tokens fewer.
 
     Returns:
-      The method. It trains `layers/prefix/k` and `layers/prefix/v` (L, p, N, D); with a width `prefix/embedding` (p, d),
-      `prefix/down` (d, w), `prefix/down_bias` (w,), `layers/prefix/up` (L, w, 2 N D), `layers/prefix/up_bias` instead.
+      The method. It trains `layers/prefix/k` and `layers/prefix/v` (L, p, N, D); with a width instead
+      `prefix/embedding` (p, d), `prefix/down` (d, w), `prefix/down_bias` (w,), `layers/prefix/up` (L, w, 2 N D) and
+      `layers/prefix/up_bias`, (L, p, 2 N D).
 
     Raises:
       InputError: for a setting out of range. Of the model, when set up: if it shows no layers, or reads no tokens and
@@ -212,6 +213,10 @@ def _add_network(params, config, start, length, width, random, keys):
         leaves = {"up": up[first:end], "up_bias": bias[first:end]}
         params = {**params, segment: {**params[segment], "prefix": leaves}}
     return params
+
+
+def _rows(own: jax.Array, count: int) -> jax.Array:
+    return jnp.broadcast_to(own, (count, *own.shape))
 
 
 def _in_front(slots: jax.Array, own: jax.Array) -> jax.Array:
