@@ -73,7 +73,9 @@ class About(NamedTuple):
     promises: what a step promises.
     defaults: of a run.
     within: for a method that trains nothing by itself, the members it is tried with, as in "quantize+lora"; "" alone.
-    peft: its form in Hugging Face PEFT; None where PEFT has none.
+    peft: its form in Hugging Face PEFT (a `jaxpeft.peft.form.Form`); None where PEFT has none.
+    changes_kernels: arguments -> whether the kernels beside its leaves are others than those of the base that an
+      exported adapter is for.
     """
 
     summary: str
@@ -86,6 +88,7 @@ class About(NamedTuple):
     defaults: Defaults = Defaults()
     within: str = ""
     peft: Any = None
+    changes_kernels: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
 
 
 def check(name: str, file: Any) -> About:

@@ -94,8 +94,8 @@ class View(NamedTuple):
     specs: of the chain's members, in order.
     role: path -> Role, of the whole chain.
     shapes: {path: ShapeDtypeStruct}; of the base in `prepare` and `forward`, then of all of the adapted model's leaves.
-    batches: a function that gives some batches of the training data, for starts that are calculated from it; None when
-      planning, and where there is no data.
+    batches: a function that gives some batches of the training data, for starts that are calculated from it; it gives
+      none when a run is planned. None where there is no data.
     rate: whether the step has a learning rate; otherwise the optimizer has its own.
     """
 

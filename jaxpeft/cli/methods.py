@@ -1,7 +1,4 @@
-"""`jaxpeft methods`: every method in jaxpeft/methods, what it is, what it saves and its source.
-
-A method file says so itself in four constants: SUMMARY, KIND, SAVES and REFERENCE.
-"""
+"""`jaxpeft methods`: every method in jaxpeft/methods, as its file describes it (`ABOUT`, see jaxpeft/about.py)."""
 
 import dataclasses
 from typing import Any
@@ -9,31 +6,42 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Methods:
-    """List the fine-tuning methods: what each is, what it saves, its reference."""
+    """List the fine-tuning methods: what trains, what is kept, the default rate, PEFT's form, the reference."""
 
     json: bool = False
     """Print one JSON document on stdout and nothing else there."""
 
 
 def run(args: Methods) -> dict[str, Any]:
-    """Returns {"methods": [{"name", "summary", "kind", "saves", "reference"}, ...]}, by name."""
+    """Returns {"methods": [{"name", "level", "summary", "trains", "keeps", "state", ...}, ...]}, by name."""
     from jaxpeft import method
 
-    return {"methods": [describe(name, method.module(name)) for name in method.names()]}
+    return {"methods": [describe(name) for name in method.names()]}
 
 
-def describe(name: str, module: Any) -> dict[str, str]:
-    """One method's name and its four constants.
+def describe(name: str) -> dict[str, Any]:
+    """One method, from its file.
 
     Raises:
-        AttributeError: for a method file without one of the four.
+        TypeError: for a method file whose ABOUT is not whole.
     """
+    from jaxpeft import method
+
+    about = method.about(name)
+    promises, defaults = about.promises, about.defaults
     return {
         "name": name,
-        "summary": module.SUMMARY,
-        "kind": module.KIND,
-        "saves": module.SAVES,
-        "reference": module.REFERENCE,
+        "level": about.level,
+        "summary": about.summary,
+        "trains": about.trains,
+        "keeps": about.keeps,
+        "within": about.within or None,
+        "backward": promises.backward,
+        "merges": promises.merges,
+        "lr": defaults.lr,
+        "weight_decay": defaults.weight_decay,
+        "peft": about.peft.type if about.peft else None,
+        "reference": about.reference,
     }
 
 
@@ -43,8 +51,20 @@ def show(document: dict[str, Any]) -> None:
     import rich.table
 
     table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
-    for column in ("name", "kind", "what it is", "saves", "reference"):
+    for column in ("name", "what it is", "trains", "memory of a step", "rate", "PEFT", "reference"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in document["methods"]:
-        table.add_row(row["name"], row["kind"], row["summary"], row["saves"], row["reference"])
+        name = row["name"] + (f"\n({row['within']})" if row["within"] else "")
+        rate = "-" if row["lr"] is None else f"{row['lr']:g}"
+        merged = "" if row["merges"] else "; has no merged form"
+        form = (row["peft"], row["reference"])
+        table.add_row(
+            name,
+            f"{row['level']}: {row['summary']}{merged}",
+            row["trains"],
+            row["keeps"],
+            rate,
+            form[0] or "own",
+            form[1],
+        )
     rich.console.Console(markup=False, highlight=False).print(table)

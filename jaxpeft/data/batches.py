@@ -58,6 +58,8 @@ class Batches:
         loss_weights  float32 (B, S)  1 where the target is completion, else 0
         positions     int32   (B, S)  0.. in each document
         segment_ids   int32   (B, S)  1.. for the documents of a row, 0 in padding
+        example_ids   int32   (B, S)  which example a token is of, counted from 1 in the file's order; 0 in padding
+                                      ((B,) where rows are classified): the same in every epoch
 
     `get_state` gives the position as a small JSON value, and after `set_state` on an iterator made
     with the same arguments the next batch is the one that would have followed.
@@ -80,9 +82,11 @@ class Batches:
         return self
 
     def __next__(self) -> tuple[Batch, Lines]:
-        rows = [[self._examples[i] for i in row] for row in next(self._rows)]
+        numbers = next(self._rows)
+        rows = [[self._examples[i] for i in row] for row in numbers]
         lines = [[example.line for example in row] for row in rows]
-        return self._collate(rows), lines
+        batch = self._collate(rows)
+        return {**batch, "example_ids": _numbers(batch, rows, numbers)}, lines
 
     def get_state(self) -> dict[str, Any]:
         """The position of the next batch; plain JSON."""
@@ -102,6 +106,21 @@ class Batches:
         # A new iterator: grain's flat map keeps its old buffer if the state is the end of the data.
         self._rows = iter(self._dataset)
         self._rows.set_state(state["rows"])
+
+
+def _numbers(batch: Batch, rows: Sequence[Sequence[Item]], numbers: Sequence[Sequence[int]]) -> npt.NDArray[np.int32]:
+    """example_ids of a batch."""
+    by_token = "loss_weights" in batch
+    found = np.full(batch["tokens"].shape if by_token else next(iter(batch.values())).shape[:1], 0, np.int32)
+    for r, (row, own) in enumerate(zip(rows, numbers, strict=True)):
+        start = 0
+        for item, number in zip(row, own, strict=True):
+            if by_token:
+                found[r, start : start + item.positions] = number + 1
+                start += item.positions
+            else:
+                found[r] = number + 1
+    return found
 
 
 def make_batches(

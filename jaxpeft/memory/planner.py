@@ -115,7 +115,7 @@ def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, 
     found: list[Model] = []
 
     def shapes(key, params):
-        model, trainable, rest = setup(method, base, params, key)
+        model, trainable, rest = setup(method, base, params, key, batches=lambda: ())
         found.append(model)
         return trainable, rest
 

@@ -31,9 +31,7 @@ from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains, unchanged
 from jaxpeft.model import Context
-
-PEFT_SCOPE = "lora"
-PEFT_EXTRA = ()
+from jaxpeft.peft import form
 
 Targets = str | Sequence[str]
 
@@ -235,42 +233,42 @@ def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.
     return {f"{site}/kernel": rest, **{f"{site}/lora/{name}": leaf for name, leaf in own.items()}}
 
 
-# Hugging Face PEFT: lora_A.weight = A^T, lora_B.weight = B^T, per layer.
+# Hugging Face PEFT.
 
 
-def peft_factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int) -> tuple[jax.Array, jax.Array]:
+def _pair(config: Mapping[str, Any], leaves: Mapping[str, Any], module: Any) -> dict[str, Any]:
     """A (..., n, r) and B (..., r, m) for the original base. PiSSA's are [A, A0] and [B; -B0]."""
-    del config, inputs
+    del config, module
     if "a0" not in leaves:
-        return leaves["a"], leaves["b"]
+        return {"a": leaves["a"], "b": leaves["b"]}
     a = jnp.concatenate([leaves["a"], leaves["a0"]], axis=-1)
-    return a, jnp.concatenate([leaves["b"], -leaves["b0"]], axis=-2)
+    return {"a": a, "b": jnp.concatenate([leaves["b"], -leaves["b0"]], axis=-2)}
 
 
-def peft_leaves(config: Mapping[str, Any], a: jax.Array, b: jax.Array, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a site: the inverse of `peft_factors`."""
+def _leaves(config: Mapping[str, Any], pair: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a site: the inverse of `_pair`."""
     del extra
+    a, b = pair["a"], pair["b"]
     if config["init"] != "pissa":
         return {"a": a, "b": b}
     r = a.shape[-1] // 2
     return {"a": a[..., :r], "a0": a[..., r:], "b": b[..., :r, :], "b0": -b[..., r:, :]}
 
 
-def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of adapter_config.json that the factory's arguments decide; ranks and targets come from the leaves."""
-    return {"peft_type": "LORA", "lora_dropout": config["dropout"], "use_rslora": config["rslora"]}
-
-
-def peft_scale(config: Mapping[str, Any], site: str) -> float:
+def _scale_at(config: Mapping[str, Any], site: str) -> float:
     """s at a site."""
     rank = sites.first_match(config["rank_pattern"] or {}, site, config["rank"])
     default = config["alpha"] if config["alpha"] is not None else rank
     return scale_of(sites.first_match(config["alpha_pattern"] or {}, site, default), rank, config["rslora"])
 
 
-def changes_kernels(config: Mapping[str, Any]) -> bool:
-    """Whether the kernels beside the adapters are not those of the base that the exported adapter is for."""
-    return config["init"] == "pissa"
+PEFT = form.lora_pairs(
+    "lora",
+    scale=_scale_at,
+    fields=lambda config: {"lora_dropout": config["dropout"], "use_rslora": config["rslora"]},
+    to_tensors=_pair,
+    from_tensors=_leaves,
+)
 
 
 ABOUT = About(
@@ -281,4 +279,6 @@ ABOUT = About(
     reference="Hu et al. 2021, arXiv:2106.09685",
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),
+    peft=PEFT,
+    changes_kernels=lambda config: config["init"] == "pissa",
 )

@@ -35,9 +35,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Objective, Spec, trains, unchanged
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Context
-
-PEFT_SCOPE = "lora_fa"
-PEFT_EXTRA = ("seed",)
+from jaxpeft.peft import form
 
 
 class LoRAFA(nn.Module):
@@ -138,7 +136,7 @@ def lora_fa(
             for path, g in own.items():
                 site = path.removesuffix("/lora_fa/b")
                 leaves = {name: frozen.get(f"{site}/lora_fa/{name}") for name in ("a", "seed")}
-                a, _ = peft_factors(config, {**leaves, "b": g}, frozen[f"{site}/kernel"].shape[-2])
+                a, _ = factors(config, {**leaves, "b": g}, frozen[f"{site}/kernel"].shape[-2])
                 own[path] = project(a, g, scale)
             return value, {**grads, **own}
 
@@ -149,7 +147,7 @@ def lora_fa(
         roles=trains(lambda path: path.endswith("/lora_fa/b")),
         gradient=gradient if projected else unchanged,
         merge=lambda params: _lora.fold(
-            params, "lora_fa", lambda site: scale, lambda leaves, n: peft_factors(config, leaves, n)
+            params, "lora_fa", lambda site: scale, lambda leaves, n: factors(config, leaves, n)
         ),
         specs=(Spec("lora_fa", config),),
     )
@@ -163,10 +161,7 @@ def project(a: jax.Array, d_b: jax.Array, scale: float) -> jax.Array:
     return jnp.linalg.solve(gram, d_b.astype(jnp.float32)) / scale**2
 
 
-# Hugging Face PEFT: an ordinary LoRA checkpoint.
-
-
-def peft_factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int) -> tuple[jax.Array, jax.Array]:
+def factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int) -> tuple[jax.Array, jax.Array]:
     """A (..., n, r), drawn again where only its seed is kept, and B (..., r, m)."""
     a = leaves.get("a")
     if a is None:
@@ -176,38 +171,32 @@ def peft_factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: i
     return a, leaves["b"]
 
 
-def peft_leaves(config: Mapping[str, Any], a: jax.Array, b: jax.Array, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves of a site: the inverse of `peft_factors`.
+# Hugging Face PEFT: an ordinary LoRA checkpoint.
+
+
+def _leaves(config: Mapping[str, Any], pair: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of a site: the inverse of `factors`.
 
     Raises:
       InputError: if the stored A is not the one that the seed gives (random bits of another JAX version).
     """
     if config["store_a"]:
-        return {"a": a, "b": b}
-    leaves = {"seed": jnp.asarray(extra["seed"], jnp.uint32), "b": b}
-    drawn, _ = peft_factors(config, leaves, a.shape[-2])
-    if not jnp.allclose(drawn, a, rtol=1e-5, atol=1e-6):
+        return dict(pair)
+    leaves = {"seed": jnp.asarray(extra["seed"], jnp.uint32), "b": pair["b"]}
+    drawn, _ = factors(config, leaves, pair["a"].shape[-2])
+    if not jnp.allclose(drawn, pair["a"], rtol=1e-5, atol=1e-6):
         raise InputError("lora_fa: the seed does not give the stored A; remove jaxpeft.json to read it as plain LoRA")
     return leaves
 
 
-def peft_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of adapter_config.json that the factory's arguments decide; ranks and targets come from the leaves."""
-    del config
-    return {"peft_type": "LORA", "lora_dropout": 0.0, "use_rslora": False}
-
-
-def peft_scale(config: Mapping[str, Any], site: str) -> float:
-    """s at a site."""
-    del site
-    return (config["alpha"] if config["alpha"] is not None else config["rank"]) / config["rank"]
-
-
-def changes_kernels(config: Mapping[str, Any]) -> bool:
-    """Whether the kernels beside the adapters are not those of the base that the exported adapter is for."""
-    del config
-    return False
-
+PEFT = form.lora_pairs(
+    "lora_fa",
+    scale=lambda config, site: (config["alpha"] if config["alpha"] is not None else config["rank"]) / config["rank"],
+    to_tensors=lambda config, leaves, module: dict(zip("ab", factors(config, leaves, module.n), strict=True)),
+    from_tensors=_leaves,
+    extra=("seed",),
+    when=None,
+)
 
 ABOUT = About(
     summary="LoRA with A frozen: no adapter input is kept for the backward pass",
@@ -217,4 +206,5 @@ ABOUT = About(
     reference="Zhang et al. 2023, arXiv:2308.03303",
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),
+    peft=PEFT,
 )

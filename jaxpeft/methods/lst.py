@@ -45,7 +45,7 @@ from jaxpeft.features import check_layers, check_settings, count_layers, divided
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Model, Stack
 from jaxpeft.models.layers import RMSNorm
-from jaxpeft.train.loss import completion_loss
+from jaxpeft.train.loss import classification_loss, completion_loss
 
 TEMPERATURE = 0.1
 INITS = ("magnitude", "fisher", "random")
@@ -86,7 +86,8 @@ def lst(
       init: how side blocks start: "magnitude", "fisher" (the backbone's, pruned) or "random".
       layers: those that have a rung, ascending from 0; None: all. (The paper leaves out 0, 4 and 8 of T5-base's 12.)
       merge_last: whether the backbone's last state is mixed into the result.
-      information: for "fisher", what `fisher_information` returned. It is read at initialisation only.
+      information: for "fisher", what `fisher_information` returned; None: it is calculated from batches of the
+        training data. It is read at initialisation only.
 
     Returns:
       The method; it trains `lst/...` and has no merged form.
@@ -110,7 +111,13 @@ def lst(
                 return params
             own = jax.random.fold_in(key, zlib.crc32(b"lst"))
             chosen = check_layers("lst", layers, count_layers("lst", params))
-            return {**params, "lst": _start(model, small, params, chosen, own, init, merge_last, information)}
+            matter = information
+            if init == "fisher" and matter is None and view.batches is not None:
+                loss = classification_loss if view.base.config.num_labels else completion_loss
+                of_base = {path: leaf for path, leaf in tree.flatten(params).items() if path in view.shapes}
+                # A plan has no batches and needs shapes alone, which the size of the parameters gives as well.
+                matter = fisher_information(view.base, tree.unflatten(of_base), view.batches(), loss) or params
+            return {**params, "lst": _start(model, small, params, chosen, own, init, merge_last, matter)}
 
         def run(stack, params, batch, key=None, cache=None):
             return _climb(stack, small, params, batch, key, cache, layers)
@@ -216,7 +223,7 @@ def _start(model, small, params, chosen, key, init, merge_last, information) -> 
     else:
         if init == "fisher" and information is None:
             raise InputError(
-                "lst: init 'fisher' needs `information`, what jaxpeft.methods.lst.fisher_information returns"
+                "lst: init 'fisher' needs data: setup(..., batches=...), or `information` from fisher_information"
             )
         of_layers = _of_layers(params, chosen)
         weight = of_layers if information is None else _of_layers(information, chosen)
@@ -320,7 +327,7 @@ def fisher_information(
       loss: (model, params, batch, key) -> (loss, aux).
 
     Returns:
-      Nested float32 arrays like `params`, layers only.
+      Nested float32 arrays like `params`, layers only; {} without batches.
     """
     layers, rest = tree.split(params, tree.stacked)
 
@@ -329,8 +336,12 @@ def fisher_information(
         grads = jax.grad(lambda layers: loss(model, tree.combine(layers, rest), batch, None)[0])(layers)
         return {path: grad.astype(jnp.float32) ** 2 for path, grad in grads.items()}
 
-    found = [squared(batch) for batch in batches]
-    return tree.unflatten(jax.tree.map(lambda *x: sum(x) / len(x), *found))
+    total, count = None, 0
+    for batch in batches:
+        found = squared(batch)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+        count += 1
+    return {} if total is None else tree.unflatten(jax.tree.map(lambda x: x / count, total))
 
 
 ABOUT = About(

@@ -3,18 +3,21 @@
 An adapter is a folder:
 
     adapter_config.json         PEFT's configuration
-    adapter_model.safetensors   base_model.model.<module>.lora_A.weight (r, n) and .lora_B.weight (m, r) per layer, and
-                                the tensors of a classifier of rows under their own names; float32
+    adapter_model.safetensors   the tensors of PEFT's form of the method, such as LoRA's base_model.model.<module>
+                                .lora_A.weight (r, n) and .lora_B.weight (m, r) per layer, and those of a classifier of
+                                rows under their own names; float32
     jaxpeft.json                ours, which PEFT does not read: the method's arguments, what its leaves need beyond the
-                                factors (seeds), the labels of rows, and a fingerprint of the base; it speaks of exactly
+                                tensors (seeds), the labels of rows, and a fingerprint of the base; it speaks of exactly
                                 the adapter_model.safetensors whose hash it holds
+
+The forms are in the methods' own files (see `jaxpeft.peft.form`).
 
 With jaxpeft.json an adapter comes back as the method that made it, bit for bit, and trains on; without it, or when the
 tensors have changed since, it is read as what PEFT says it is.
 
-What PEFT has no form for (adapters between layers, side networks, several methods in one chain) is written in ours: the
-peft_type is JAXPEFT, so that PEFT takes it for nothing else, the tensors are called by our paths, and jaxpeft.json is
-needed to read them.
+What PEFT has no form for (adapters between layers, side networks, several methods that add leaves) is written in ours:
+the peft_type is JAXPEFT, so that PEFT takes it for nothing else, the tensors are called by our paths, and jaxpeft.json
+is needed to read them.
 
 Source: the format as huggingface/peft 0.21 writes and reads it.
 """

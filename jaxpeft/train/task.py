@@ -101,7 +101,7 @@ def _read_texts(args: Any, source: Source, tokenizer: Any, order: Any) -> Data:
 
 def _text_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     del config
-    names = ("tokens", "targets", "positions", *(("segment_ids",) if packed else ()))
+    names = ("tokens", "targets", "positions", "example_ids", *(("segment_ids",) if packed else ()))
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
     return {**shapes, "loss_weights": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
@@ -136,7 +136,8 @@ def _with_classifier(method: Method) -> Method:
 def _row_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     del packed
     kind = jnp.float32 if config.num_labels == 1 else jnp.int32
-    shapes = {"labels": jax.ShapeDtypeStruct((rows,), kind), "weights": jax.ShapeDtypeStruct((rows,), jnp.float32)}
+    by_row = {"labels": kind, "weights": jnp.float32, "example_ids": jnp.int32}
+    shapes = {name: jax.ShapeDtypeStruct((rows,), dtype) for name, dtype in by_row.items()}
     if hasattr(config, "image_size"):
         pixels = (rows, config.image_size, config.image_size, config.num_channels)
         return {**shapes, "pixels": jax.ShapeDtypeStruct(pixels, jnp.float32)}

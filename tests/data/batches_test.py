@@ -88,6 +88,7 @@ def test_arrays(mode: dict[str, Any]) -> None:
         "loss_weights": "float32",
         "positions": "int32",
         "segment_ids": "int32",
+        "example_ids": "int32",
     }
     assert len({array.shape for array in batch.values()}) == 1
     padding = batch["segment_ids"] == 0
@@ -127,6 +128,9 @@ def test_lines_are_those_of_each_rows_documents(mode: dict[str, Any]) -> None:
         for document in documents(batch):  # examples name themselves by their first id
             rows[document.line].append(examples[document.ids[0] - 1000].line)
         assert rows == lines
+        first = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
+        assert (batch["example_ids"][first] == batch["tokens"][first] - 999).all()
+        assert batch["example_ids"].shape == batch["tokens"].shape
 
 
 @modes

@@ -56,7 +56,7 @@ def test_stored_and_regenerated_a_compute_the_same(init):
         site = path.removesuffix("/lora_fa/seed")
         leaves = {"seed": stored.pop(path), "b": trainable[f"{site}/lora_fa/b"]}
         inputs = frozen[f"{site}/kernel"].shape[-2]
-        stored[f"{site}/lora_fa/a"] = lora_fa.peft_factors(method.specs[0].config, leaves, inputs)[0]
+        stored[f"{site}/lora_fa/a"] = lora_fa.factors(method.specs[0].config, leaves, inputs)[0]
     with_a = jp.lora_fa(RANK, init=init).forward(tiny.model()[0])
     batch = tiny.batch()
 

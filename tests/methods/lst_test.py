@@ -1,5 +1,6 @@
 """Ladder side-tuning: against its equations in numpy, what it keeps and computes, pruning, decoding."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -197,6 +198,21 @@ def test_fisher_information_is_the_mean_of_squared_gradients():
     assert all(tree.stacked(path) for path in found)
 
 
+def test_fisher_comes_from_the_training_data_where_it_is_not_given():
+    """As calculated by hand from the same batches; a plan, which has none, has the same shapes."""
+    base, params = tiny.model()
+    batches = [tiny.batch(rows=2, seed=seed) for seed in range(3)]
+    given = jp.lst(4, init="fisher", information=lst.fisher_information(base, params, batches))
+    _, expected, _ = jp.setup(given, base, params, jax.random.key(0))
+    _, found, _ = jp.setup(jp.lst(4, init="fisher"), base, params, jax.random.key(0), batches=lambda: iter(batches))
+    chex.assert_trees_all_equal(found, expected)
+    planned = jax.eval_shape(
+        lambda params: jp.setup(jp.lst(4, init="fisher"), base, params, jax.random.key(0), batches=lambda: ())[1],
+        params,
+    )
+    chex.assert_trees_all_equal_shapes_and_dtypes(planned, expected)
+
+
 def test_fisher_prunes_by_information_not_by_size():
     base, params = tiny.model()
     matter = jax.tree.map(jnp.zeros_like, {"layers": params["layers"]})
@@ -243,7 +259,7 @@ def test_merge_last_starts_near_the_base():
         ({"information": 3}, "information should be what"),
         ({"reduction": 3}, "reduction 3 does not divide"),
         ({"init": "zeros"}, "init 'zeros' is not one of magnitude, fisher, random"),
-        ({"reduction": 4, "init": "fisher"}, "needs `information`"),
+        ({"reduction": 4, "init": "fisher"}, "needs data"),
         ({"reduction": 4, "layers": [2, 3]}, r"layers \[2, 3\] should ascend and lie in 0 to 2"),
         ({"reduction": 4, "layers": []}, "should ascend"),
     ],
