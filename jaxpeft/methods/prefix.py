@@ -35,6 +35,7 @@ from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Context, Model, Stack, reads_stacks
+from jaxpeft.peft import form
 from pallas_kernels.attention import EVERYONE
 
 INITS = ("activations", "random", "zero")
@@ -52,7 +53,7 @@ def row_bytes(config: Any, itemsize: int, length: int = 30, **_) -> int:
     return length * (2 * config.num_hidden_layers * n * size * itemsize + 4)
 
 
-def prefix(length: int = 30, init: str = "activations", width: int | None = None, shift: bool = True) -> Method:
+def prefix(length: int = 30, init: str = "activations", width: int | None = None) -> Method:
     """Prefix tuning of every layer.
 
     Args:
@@ -60,13 +61,12 @@ def prefix(length: int = 30, init: str = "activations", width: int | None = None
       init: "activations": keys and values of p random tokens, of the model with the methods before this one; "random":
         N(0, 1); "zero".
       width: w of the reparametrisation; None: keys and values train themselves.
-      shift: whether tokens are at positions p, p + 1, ..., as PEFT has them, or where they are without a prefix. With
-        it the model has room for p tokens fewer.
 
     Returns:
-      The method. It trains `layers/prefix/k` and `layers/prefix/v` (L, p, N, D); with a width instead
-      `prefix/embedding` (p, d), `prefix/down` (d, w), `prefix/down_bias` (w,), `layers/prefix/up` (L, w, 2 N D) and
-      `layers/prefix/up_bias`, (L, p, 2 N D).
+      The method. Where positions are counted the adapted model has room for p tokens fewer. What trains are
+      `layers/prefix/k` and `layers/prefix/v` (L, p, N, D); with a width instead `prefix/embedding` (p, d),
+      `prefix/down` (d, w), `prefix/down_bias` (w,), `layers/prefix/up` (L, w, 2 N D) and `layers/prefix/up_bias`
+      (L, p, 2 N D).
 
     Raises:
       InputError: for a setting out of range. Of the model, when set up: if it shows no layers, or reads no tokens and
@@ -84,10 +84,9 @@ def prefix(length: int = 30, init: str = "activations", width: int | None = None
         if init == "activations" and not hasattr(model.config, "vocab_size"):
             raise InputError(f"prefix: {model.config.model_type} reads no tokens to start from; use init=random")
         room = getattr(model.config, "max_position_embeddings", None)
-        shifts = shift and room is not None
-        if shifts and length >= room:
+        if room is not None and length >= room:
             raise InputError(f"prefix: length {length} leaves no room; the model has {room} positions")
-        learned = shifts and not hasattr(model.config, "rope_theta")
+        learned = room is not None and not hasattr(model.config, "rope_theta")
 
         def fresh(key, params):
             params = model.init(key, params)
@@ -103,7 +102,7 @@ def prefix(length: int = 30, init: str = "activations", width: int | None = None
             return params
 
         def embed(params, batch, key):
-            if shifts:
+            if room is not None:
                 positions = batch.get("positions")
                 if positions is None:
                     positions = jnp.broadcast_to(jnp.arange(batch["tokens"].shape[1]), batch["tokens"].shape)
@@ -132,7 +131,9 @@ def prefix(length: int = 30, init: str = "activations", width: int | None = None
             return reads_stacks(call, like=function)
 
         stack = model.stack.map_layers(with_prefix)._replace(embed=embed, init_cache=_cache(model.stack, length))
-        config = dataclasses.replace(model.config, max_position_embeddings=room - length) if shifts else model.config
+        config = (
+            model.config if room is None else dataclasses.replace(model.config, max_position_embeddings=room - length)
+        )
         return model._replace(init=fresh, stack=stack, config=config)
 
     def merge(params):
@@ -238,6 +239,63 @@ def _cache(stack: Stack, length: int):
     return init_cache
 
 
+# Hugging Face PEFT: keys and values of all layers in one tensor, whatever has made them.
+
+_PROMPT = "prompt_embeddings"  # (p, L 2 N D)
+
+
+def _prompt(config: Mapping[str, Any], leaves: tree.Flat, base: form.Base) -> dict[str, Any]:
+    del config
+    params = plain(tree.unflatten(leaves), base.config)
+    parts = [params[segment]["prefix"] for segment, _, _ in tree.segments(params)]
+    k, v = (jnp.concatenate([part[name] for part in parts]) for name in ("k", "v"))
+    return {_PROMPT: form.from_keys_values(k.reshape(*k.shape[:2], -1), v.reshape(*v.shape[:2], -1))}
+
+
+def _leaves(config: Mapping[str, Any], tensors: Mapping[str, Any], base: form.Base) -> tree.Flat:
+    del config
+    found = form.to_keys_values(tensors[_PROMPT], base.config.num_hidden_layers)
+    heads = heads_of(base.config)
+    return {f"layers/prefix/{name}": x.reshape(*x.shape[:2], *heads) for name, x in zip("kv", found, strict=True)}
+
+
+def _fields(config: Mapping[str, Any], tensors: Mapping[str, Any], base: form.Base) -> dict[str, Any]:
+    n, size = heads_of(base.config)
+    return {
+        "encoder_hidden_size": n * size,
+        "num_attention_heads": n,
+        "num_layers": base.config.num_hidden_layers,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": config["length"],
+        "prefix_projection": False,
+        "token_dim": n * size,
+    }
+
+
+def _arguments(fields: Mapping[str, Any], tensors: Mapping[str, Any], base: form.Base) -> dict[str, Any]:
+    del fields
+    n, size = heads_of(base.config)
+    length, width = tensors[_PROMPT].shape
+    if width != 2 * base.config.num_hidden_layers * n * size:
+        raise InputError(
+            f"an adapter for another base: {width} numbers per token are not the keys and values of "
+            f"{base.config.num_hidden_layers} layers of {n} heads of {size}"
+        )
+    return {"length": length}
+
+
+PEFT = form.per_model(
+    "PREFIX_TUNING",
+    "prefix",
+    (_PROMPT,),
+    to_tensors=_prompt,
+    from_tensors=_leaves,
+    to_config=_fields,
+    from_config=_arguments,
+    fields="encoder_hidden_size init_weights num_attention_heads num_layers num_transformer_submodules "
+    "num_virtual_tokens prefix_projection token_dim".split(),
+)
+
 ABOUT = About(
     summary="trained keys and values in front of those of every layer",
     level="input",
@@ -247,4 +305,5 @@ ABOUT = About(
     example={"length": 4},
     promises=Promises(block_bytes=lambda *_, **__: 0, row_bytes=row_bytes, starts_at_base=False, merges=False),
     defaults=Defaults(lr=1e-2),
+    peft=PEFT,
 )
