@@ -16,8 +16,8 @@ gradient still passes every layer of the frozen backbone.
 Paper: Li & Liang 2021, "Prefix-Tuning", arXiv:2101.00190. Numbers and positions are those of Hugging Face PEFT.
 `init="activations"`, what the model makes of p random tokens: Malladi et al. 2023, "MeZO", arXiv:2305.17333.
 
-Deviations: PEFT starts from N(0, 1), `init="random"`, and has windows hide the prefix. Of encoders, PEFT knows none
-whose keys it could extend in every version of transformers; here they get a prefix as decoders do.
+Deviations: the default start is not PEFT's, N(0, 1) (`init="random"`); in models with sliding windows PEFT has them hide
+the prefix.
 """
 
 from __future__ import annotations
@@ -187,6 +187,7 @@ def _start(model: Model, params: tree.Params, length: int, init: str, key: jax.A
         def body(x, per_layer, segment=segment):
             layer, index = per_layer
             x, seen = stack.block(layer, x, ctx.at(index), {}, segment)
+            assert seen is not None
             return x, {name: seen[name][0].astype(jnp.float32) for name in ("k", "v")}
 
         x, part = jax.lax.scan(body, x, (params[segment], jnp.arange(first, end)))

@@ -11,6 +11,7 @@ import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.generate import generate
 from jaxpeft.methods import prefix as file
+from jaxpeft.remat.residuals import remat
 from jaxpeft.train.loss import completion_loss
 from tests import beside, by_hand, tiny
 from tests.methods.unipt_test import encoder
@@ -160,7 +161,7 @@ def test_gradients_under_a_memory_plan(method):
         loss = lambda trainable: completion_loss(model, jp.combine(trainable, frozen), batch)[0]
         return jax.jit(jax.grad(loss))(trainable)
 
-    expected, found = gradients(model), gradients(jp.remat(model, "matmuls,tokens=16"))
+    expected, found = gradients(model), gradients(remat(model, "matmuls,tokens=16"))
     assert {path.split("/")[-2] for path in found} == {spec.name for spec in method.specs}
     for path, leaf in expected.items():
         scale = np.abs(leaf).max()
