@@ -16,8 +16,9 @@ gradient still passes every layer of the frozen backbone.
 Paper: Li & Liang 2021, "Prefix-Tuning", arXiv:2101.00190. Numbers and positions are those of Hugging Face PEFT.
 `init="activations"`, what the model makes of p random tokens: Malladi et al. 2023, "MeZO", arXiv:2305.17333.
 
-Deviations: the default start is not PEFT's, N(0, 1) (`init="random"`); in models with sliding windows PEFT has them hide
-the prefix.
+Deviations: the default start is not PEFT's, N(0, 1) (`init="random"`). The bias e_l (p, 2 N D) differs from token
+to token, so that a reparametrised prefix can start at activations. In models with sliding windows PEFT lets them hide
+the prefix from tokens further on; before these the numbers are the same.
 """
 
 from __future__ import annotations
