@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
     from jaxpeft.methods.galore import galore
+    from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.lora import lora
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
     from jaxpeft.methods.paca import paca
+    from jaxpeft.methods.parallel import parallel
+    from jaxpeft.methods.pfeiffer import pfeiffer
+    from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
@@ -55,6 +59,7 @@ _MODULE_OF = {
     "full": "methods.full",
     "ia3": "methods.ia3",
     "galore": "methods.galore",
+    "houlsby": "methods.houlsby",
     "import_adapter": "peft",
     "init_state": "train.state",
     "lisa": "methods.lisa",
@@ -69,6 +74,10 @@ _MODULE_OF = {
     "mezo": "methods.mezo",
     "remat": "backward.residuals",
     "run": "train.run",
+    "parallel": "methods.parallel",
+    "pfeiffer": "methods.pfeiffer",
+    "prefix": "methods.prefix",
+    "remat": "remat.residuals",
     "save_pretrained": "hf",
     "setup": "method",
     "sherl": "methods.sherl",

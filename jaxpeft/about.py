@@ -31,6 +31,8 @@ class Promises(NamedTuple):
 
     site_bytes: (inputs, outputs, itemsize, **arguments) -> bytes per token that one adapted kernel keeps for the
       backward pass beyond what a frozen backbone keeps; or
+    block_bytes: (config, itemsize, **arguments) -> bytes per token that one layer keeps beyond what a frozen one keeps,
+      of a method that is not at kernels; or
     layer_bytes: (config, itemsize, **arguments) -> bytes per token that one more layer keeps, of a method that runs
       the layers in its own way.
     row_bytes: (config, itemsize, **arguments) -> bytes per row of the batch, whatever its length, beside these.
@@ -44,6 +46,7 @@ class Promises(NamedTuple):
     """
 
     site_bytes: Callable[..., float] | None = None
+    block_bytes: Callable[..., float] | None = None
     layer_bytes: Callable[..., float] | None = None
     row_bytes: Callable[..., float] | None = None
     state: Callable[..., int] | None = None
@@ -108,6 +111,7 @@ def check(name: str, file: Any) -> About:
     if strange := [argument for argument in about.example if argument not in known]:
         raise TypeError(f"jaxpeft/methods/{name}.py: ABOUT.example: {name} takes no {strange[0]}")
     promises = about.promises
-    if promises.backward and (promises.site_bytes is None) == (promises.layer_bytes is None) and not about.within:
-        raise TypeError(f"jaxpeft/methods/{name}.py: ABOUT.promises: give site_bytes or layer_bytes")
+    given = [promises.site_bytes, promises.block_bytes, promises.layer_bytes]
+    if promises.backward and given.count(None) != 2 and not about.within:
+        raise TypeError(f"jaxpeft/methods/{name}.py: ABOUT.promises: give one of site_bytes, block_bytes, layer_bytes")
     return about

@@ -36,7 +36,7 @@ def full(which: str = "all") -> Method:
     """Full fine-tuning of the parameters that `which` names.
 
     Args:
-      which: "all", "layers", "biases", "norms", "head", "embeddings", "last:K" (the last K layers), or a regular expression
+      which: "all", "layers", "biases", "norms", "head", "embeddings", "last:K" (the last K layers), or an expression
         found in the path.
 
     Returns:

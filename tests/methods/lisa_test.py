@@ -12,10 +12,10 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
+from jaxpeft.backward.residuals import remat
 from jaxpeft.memory import planner, targets
 from jaxpeft.methods import lisa
 from jaxpeft.models import geometries
-from jaxpeft.backward.residuals import remat
 from jaxpeft.train.optimizer import make_direction
 from tests import tiny
 
