@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Two workers: a file's tests stay together, so its fixtures and compiled functions are reused.
 WORKERS ?= -n 2 --dist loadfile
-PYTEST_ARGS ?= $(WORKERS) -m "not slow"
+PYTEST_ARGS ?= $(WORKERS) -m "not slow" --durations=20
 
 # The newest Python whose JAX releases pyproject.toml admits beyond the default's.
 NEXT_PYTHON ?= python3.12

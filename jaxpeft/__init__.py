@@ -77,7 +77,6 @@ _MODULE_OF = {
     "parallel": "methods.parallel",
     "pfeiffer": "methods.pfeiffer",
     "prefix": "methods.prefix",
-    "remat": "remat.residuals",
     "save_pretrained": "hf",
     "setup": "method",
     "sherl": "methods.sherl",
