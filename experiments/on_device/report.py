@@ -155,9 +155,10 @@ def _plan(rows: list[Row]) -> str:
         return NOT_YET
     more = [(row["measured"] - row["predicted"]) / 2**20 for row in rows]
     large = [row["measured"] / row["predicted"] - 1 for row in rows if row["predicted"] >= 10 * GIB]
+    methods = sorted({row["key"]["method"] for row in rows})
     share = f", {min(large):.1%} to {max(large):.1%} for those above 10 GiB" if large else ""
     return (
-        f"the peaks of {len(rows)} steps (full, LoRA, LoRA-FA and MEFT under their plans) were {min(more):,.0f} to "
+        f"the peaks of {len(rows)} steps ({', '.join(methods)}, under their plans) were {min(more):,.0f} to "
         f"{max(more):,.0f} MiB above what was predicted{share} (the allocator leaves up to 128 MiB of a large piece "
         "unused)."
     )
