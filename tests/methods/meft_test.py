@@ -18,7 +18,7 @@ from jaxpeft.backward import residuals
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, targets
 from jaxpeft.methods.meft import rebuilding_errors
-from tests import contract_test, tiny
+from tests import tiny
 from tests.conftest import REPOSITORY
 
 KEY = jax.random.key(0)
@@ -165,12 +165,11 @@ def test_real_weights_come_back_after_24_layers(variant, shared_data):
 
 
 def test_on_a_quantized_base():
-    """The frozen kernels may be of any type that `dot` knows: here the eight-bit ones of docs/contract.md."""
-    page = contract_test.page.__wrapped__()
+    """The frozen kernels may be of any type that `dot` knows."""
     found = []
     for every in (0, 1):
-        model, trainable, frozen = start(jp.chain(page["quantize"](), jp.meft(every=every)), layers=3)
-        assert frozen["layers/mlp/up_proj/kernel"].q.dtype == jnp.int8
+        model, trainable, frozen = start(jp.chain(jp.quantize("int8"), jp.meft(every=every)), layers=3)
+        assert frozen["layers/mlp/up_proj/kernel"].codes.dtype == jnp.int8
         found.append(jax.jit(jax.grad(loss_of(model, frozen, tiny.batch(4, 32))))(trainable))
     for path, leaf in found[0].items():
         assert np.any(leaf) and np.asarray(leaf).tobytes() == np.asarray(found[1][path]).tobytes(), path
