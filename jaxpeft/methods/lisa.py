@@ -38,7 +38,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Role, Spec, View, trained
 from jaxpeft.methods import full as _full
 from jaxpeft.model import Model, reads_stacks
-from pallas_kernels.packed import Packed
+from jaxpeft.quant import is_packed
 from pallas_kernels.stacked import taken
 
 SCOPE = "lisa/"
@@ -190,7 +190,7 @@ def _sampled(model: Model, view: View, count: int) -> Model:
         chosen = [path for path, role in roles.items() if role.name == "moved" and role.dtype is not None]
         if not chosen:
             raise InputError("lisa: nothing in the layers trains; put lisa behind the methods whose layers it samples")
-        if packed := [path for path in chosen if isinstance(flat[path], Packed)]:
+        if packed := [path for path in chosen if is_packed(flat[path])]:
             raise InputError(f"lisa: {packed[0]} is quantized and cannot train; sample adapters: quantize+lora+lisa")
         layers = _layers(dict.fromkeys(chosen), flat)
         if count > len(layers):

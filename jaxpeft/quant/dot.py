@@ -21,6 +21,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import chex
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -40,6 +41,7 @@ def _product(kernel: Any, x: jax.Array) -> jax.Array:
 
 def dot(x: jax.Array, kernel: Any) -> jax.Array:
     """x (..., n), kernel (n, m) of any registered type -> (..., m) in x's dtype."""
+    chex.assert_equal((x.shape[-1], 2), (kernel.shape[0], len(kernel.shape)))
     return _product(kernel, x)
 
 
@@ -84,7 +86,15 @@ def low_rank_dot(
 
     Returns:
       (..., m) in x's dtype. x A is named "lora_low"; x is kept for the backward pass only if A is differentiated.
+
+    Raises:
+      AssertionError: when traced, for shapes that do not belong together.
     """
+    chex.assert_rank(b, 2)
+    if make_a is None:
+        chex.assert_shape(a, (x.shape[-1], b.shape[0]))
+    if not callable(kernel):
+        chex.assert_equal((x.shape[-1], b.shape[1]), tuple(kernel.shape))
     return _low_rank_product(kernel, x, a, b, scale=scale, rate=rate, seed=seed, make_a=make_a)
 
 

@@ -1,5 +1,6 @@
 """The pure step: accumulation, metrics, donation, extra arguments, determinism."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,6 +87,77 @@ def test_update_is_handed_aux():
     state, step = start(jp.lora(2), optimizer)
     step(state, tiny.batch())
     assert seen == [{"weight"}]
+
+
+# Optimizers of optax, rate and all, as a user would hand them over.
+OPTAX = {
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "adam": lambda: optax.adam(optax.cosine_decay_schedule(1e-2, 10)),
+    "adamw": lambda: optax.adamw(1e-2, mask=lambda leaves: jax.tree.map(lambda x: x.ndim > 2, leaves)),
+    "lion": lambda: optax.lion(1e-3),
+    "rmsprop": lambda: optax.rmsprop(1e-3),
+    "adafactor": lambda: optax.adafactor(1e-2),
+    "lamb": lambda: optax.lamb(1e-2),
+    "novograd": lambda: optax.novograd(1e-2),
+    "sm3": lambda: optax.sm3(1e-2),
+    "muon": lambda: optax.contrib.muon(1e-2),
+    "schedule_free": lambda: optax.contrib.schedule_free_sgd(0.1),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(1e-2), 2),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(1e-2),
+    "multi_transform": lambda: optax.multi_transform(
+        {"a": optax.sgd(0.0), "b": optax.adam(1e-2)}, lambda leaves: {path: path[-1] for path in leaves}
+    ),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.add_noise(0.1, 0.5, 0), optax.adam(1e-2)),
+}
+
+
+@pytest.mark.parametrize("name", OPTAX)
+def test_an_optimizer_of_your_own_keeps_its_state(name):
+    """A step returns the state that it took, leaf by leaf, and no rate of its own."""
+    state, step = start(jp.lora(2), OPTAX[name]())
+    new, metrics = jax.eval_shape(step, state, tiny.batch())
+    chex.assert_trees_all_equal_shapes_and_dtypes(new, jax.eval_shape(lambda: state))
+    assert "lr" not in metrics
+
+
+@pytest.mark.parametrize("name", ["multi_steps", "multi_transform", "muon"])
+def test_an_optimizer_of_your_own_trains_as_it_says(name):
+    """Its updates are added as they are: as in a loop by hand."""
+    optimizer = OPTAX[name]()
+    state, step = start(jp.lora(2), optimizer)
+    expected, own, step = state.trainable, optimizer.init(state.trainable), jax.jit(step)
+    gradient = jax.jit(
+        jax.grad(lambda t: jp.completion_loss(tiny_model(), jp.combine(t, state.frozen), tiny.batch())[0])
+    )
+    for _ in range(2):
+        state, _ = step(state, tiny.batch())
+        updates, own = optimizer.update(gradient(expected), own, expected)
+        expected = optax.apply_updates(expected, updates)
+    chex.assert_trees_all_close(state.trainable, expected, rtol=2e-3, atol=1e-5)
+
+
+def tiny_model():
+    return jp.setup(jp.lora(2), *tiny.model(), jax.random.key(0))[0]
+
+
+def test_the_rate_and_the_decay_are_the_steps():
+    """leaf <- leaf - rate (direction + decay leaf), for matrices; a direction that starts anew does not start the rate."""
+    base, params = tiny.model()
+    method = jp.chain(jp.lora(2), jp.full("norms"))
+    model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
+    rate = optax.linear_schedule(0.1, 0.0, 4)
+    plain = jp.make_train_step(model, method, optax.identity(), rate=rate)
+    decayed = jp.make_train_step(model, method, optax.identity(), rate=rate, weight_decay=0.5)
+    state = jp.init_state(method, optax.identity(), trainable, rest, jax.random.key(1))
+    for done in range(3):
+        (new, metrics), (other, _) = (jax.jit(step)(state, tiny.batch()) for step in (plain, decayed))
+        np.testing.assert_allclose(metrics["lr"], rate(done), rtol=1e-6)
+        for path, leaf in state.trainable.items():
+            shrunk = metrics["lr"] * 0.5 * leaf if "/lora/" in path else 0
+            np.testing.assert_allclose(other.trainable[path], new.trainable[path] - shrunk, rtol=1e-5, atol=1e-6)
+        state = new
+    with pytest.raises(ValueError, match="weight_decay needs a rate"):
+        jp.make_train_step(model, method, optax.identity(), weight_decay=0.5)
 
 
 def test_packed_rows_have_the_loss_of_their_documents():
