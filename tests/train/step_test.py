@@ -126,9 +126,8 @@ def test_an_optimizer_of_your_own_trains_as_it_says(name):
     optimizer = OPTAX[name]()
     state, step = start(jp.lora(2), optimizer)
     expected, own, step = state.trainable, optimizer.init(state.trainable), jax.jit(step)
-    gradient = jax.jit(
-        jax.grad(lambda t: jp.completion_loss(tiny_model(), jp.combine(t, state.frozen), tiny.batch())[0])
-    )
+    loss = lambda leaves: jp.completion_loss(tiny_model(), jp.combine(leaves, state.frozen), tiny.batch())[0]
+    gradient = jax.jit(jax.grad(loss))
     for _ in range(2):
         state, _ = step(state, tiny.batch())
         updates, own = optimizer.update(gradient(expected), own, expected)
@@ -141,7 +140,7 @@ def tiny_model():
 
 
 def test_the_rate_and_the_decay_are_the_steps():
-    """leaf <- leaf - rate (direction + decay leaf), for matrices; a direction that starts anew does not start the rate."""
+    """leaf <- leaf - rate (direction + decay leaf), for matrices; the rate is a function of the steps alone."""
     base, params = tiny.model()
     method = jp.chain(jp.lora(2), jp.full("norms"))
     model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
