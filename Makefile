@@ -15,6 +15,8 @@ NEXT_VENV ?= .venv-next
 # The contract, what every method promises, the step and the kernels need no more than JAX.
 NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/train/step_test.py \
   $(wildcard tests/pallas_kernels)
+# Of the methods one of each kind: a site's, one without a backward pass, one whose leaves move, one that feeds attention.
+NEXT_ONLY = not methods_test or lora or mezo or lisa or prefix
 # Once more under the flag with which JAX will make another thing of `checkpoint_name`: what finds names on the trace,
 # plans over the names of one family of models, and reversible layers, which have them in branches. Other families and
 # methods, types, dropout and sharding meet names in the same place. Not before JAX 0.12: under
@@ -53,7 +55,7 @@ test-next:
 
 .PHONY: run-next
 run-next: $(NEXT_VENV)/.installed
-	$(NEXT_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(NEXT_TESTS)
+	$(NEXT_VENV)/bin/python -m pytest $(PYTEST_ARGS) $(NEXT_TESTS) -k "$(NEXT_ONLY)"
 	@if ! $(NEXT_VENV)/bin/python -c 'import jax, sys; sys.exit(jax.__version_info__ < (0, 12))'; then \
 	  echo "test-next: JAX below 0.12, JAX_REMAT3=1 skipped"; \
 	else $(MAKE) run-remat3; fi
