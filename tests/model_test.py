@@ -95,12 +95,23 @@ def test_a_subtree_called_layers_need_not_be_stacked():
     assert {path: leaf.shape for path, leaf in trainable.items()} == {"layers/lora/a": (8, 2), "layers/lora/b": (2, 3)}
 
 
-def test_two_adapters_at_one_site_are_refused():
-    model = jp.from_linen(Classifier(), {"x": X})
+def test_two_adapters_at_one_site_compose():
+    """Both act, the bias is added once, and merging folds both; the same one twice is refused."""
+    module = Classifier()
+    model = jp.from_linen(module, {"x": X})
     params = model.init(jax.random.key(3), {})
     both = jp.chain(jp.lora(2, targets=["hidden"]), jp.lora_fa(2, targets=["hidden"]))
-    with pytest.raises(jp.InputError, match="lora_fa: hidden already has the adapter 'lora'"):
-        jp.setup(both, model, params, jax.random.key(0))
+    adapted, trainable, frozen = jp.setup(both, model, params, jax.random.key(0))
+    keys = dict(zip(trainable, jax.random.split(jax.random.key(1), len(trainable)), strict=True))
+    moved = {path: leaf + jax.random.normal(keys[path], leaf.shape) for path, leaf in trainable.items()}
+    found = adapted.apply(jp.combine(moved, frozen), {"x": X})
+    merged = both.merge(jp.combine(moved, frozen))
+    np.testing.assert_allclose(module.apply({"params": merged}, X), found, rtol=1e-4, atol=1e-4)
+    for name in ("lora", "lora_fa"):
+        without = {path: leaf if f"/{name}/" not in path else trainable[path] for path, leaf in moved.items()}
+        assert np.abs(adapted.apply(jp.combine(without, frozen), {"x": X}) - found).max() > 1e-2
+    with pytest.raises(jp.InputError, match="lora stands twice"):
+        jp.chain(jp.lora(2, targets=["hidden"]), jp.lora(2, targets=["hidden"]))
 
 
 def test_nothing_to_train_is_refused():
