@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxpeft import tree
 from jaxpeft.backward.loop import num_groups
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Cache, Context, Model, Stack
+from jaxpeft.model import Batch, Cache, Context, Model, Stack, scan_layers
 
 
 class Features(NamedTuple):
@@ -211,6 +211,12 @@ def divided(name: str, what: str, size: int, factor: int) -> int:
     if size % factor:
         raise InputError(f"{name}: reduction {factor} does not divide the model's {what}, {size}")
     return size // factor
+
+
+def check_run(name: str, model: Model) -> None:
+    """Raises InputError if another method's `run` would be replaced: its parameters would train without effect."""
+    if model.stack.run is not scan_layers:
+        raise InputError(f"{name}: another method of the chain runs the layers in its own way")
 
 
 def check_settings(name: str, reduction: Any, layers: Any) -> None:

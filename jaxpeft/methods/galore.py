@@ -258,17 +258,41 @@ def _names(view: View) -> str:
 # The projections. Matrices may be stacked.
 
 
+def _one_at_a_time(decompose: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """A function of a matrix as one of matrices (..., n, m).
+
+    A batched decomposition waits, on a processor, for threads of the pool that it runs in: as many of them at a time as
+    there are threads, two on two cores, wait for ever (jaxlib 0.11, lapack's ParallelBatchMap).
+    """
+
+    def each(matrices: jax.Array) -> jax.Array:
+        if matrices.ndim == 2:
+            return decompose(matrices)
+        found = jax.lax.map(decompose, matrices.reshape(-1, *matrices.shape[-2:]))
+        return found.reshape(*matrices.shape[:-2], *found.shape[1:])
+
+    return each
+
+
 def leading(matrix: jax.Array, rank: int) -> jax.Array:
     """The leading left singular vectors of a matrix (..., n, k): (..., n, r)."""
-    q, t = jnp.linalg.qr(matrix.astype(jnp.float32))
-    return jnp.matmul(q, jnp.linalg.svd(t, full_matrices=False)[0][..., :rank], precision="highest")
+
+    def one(matrix: jax.Array) -> jax.Array:
+        q, t = jnp.linalg.qr(matrix.astype(jnp.float32))
+        return jnp.matmul(q, jnp.linalg.svd(t, full_matrices=False)[0][:, :rank], precision="highest")
+
+    return _one_at_a_time(one)(matrix)
 
 
 def exact(gradient: jax.Array, rank: int) -> jax.Array:
     """P of a kernel's gradient (..., n, m)."""
     n, m = gradient.shape[-2:]
-    u, _, vt = jnp.linalg.svd(gradient.astype(jnp.float32), full_matrices=False)
-    return u[..., :rank] if n <= m else vt[..., :rank, :].mT
+
+    def one(gradient: jax.Array) -> jax.Array:
+        u, _, vt = jnp.linalg.svd(gradient.astype(jnp.float32), full_matrices=False)
+        return u[:, :rank] if n <= m else vt[:rank].T
+
+    return _one_at_a_time(one)(gradient)
 
 
 def project(gradient: jax.Array, basis: jax.Array) -> jax.Array:

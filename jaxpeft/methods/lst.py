@@ -41,7 +41,17 @@ import jax.numpy as jnp
 from jaxpeft import tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.features import check_layers, check_settings, count_layers, divided, frozen_pass, linear, no_merge, width
+from jaxpeft.features import (
+    check_layers,
+    check_run,
+    check_settings,
+    count_layers,
+    divided,
+    frozen_pass,
+    linear,
+    no_merge,
+    width,
+)
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Model, Stack
 from jaxpeft.models.layers import RMSNorm
@@ -104,6 +114,7 @@ def lst(
     config = {"reduction": reduction, "init": init, "layers": layers, "merge_last": merge_last}
 
     def forward(model, view):
+        check_run("lst", model)
         small = narrowed(model, reduction, layers)
 
         def start(key, params):

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import sites, tree
+from jaxpeft import features, sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.backward import residuals, reversible
 from jaxpeft.backward.plan import Plan
@@ -168,8 +168,7 @@ def meft(
     def forward(model: Model, view) -> Model:
         if variant == 3 and len(model.stack.parts) != 2:
             raise InputError("meft: variant 3 needs layers of an attention and an MLP part, which this model lacks")
-        if model.stack.run is not scan_layers:
-            raise InputError("meft: another method of the chain runs the layers in its own way")
+        features.check_run("meft", model)
         act = getattr(model.config, "hidden_act", "silu")
         settings = {"width": width, "activation": ACTIVATIONS.get(act, jax.nn.silu), "dropout": dropout}
         alone = Adapter(norm=norm, **settings) if variant != 3 else None

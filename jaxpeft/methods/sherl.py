@@ -75,6 +75,7 @@ def sherl(reduction: int = 2, late: int = 1, layers: Sequence[int] | None = None
         return features.check_layers("sherl", layers, boundary(params))
 
     def forward(model, view):
+        features.check_run("sherl", model)
         d = features.width("sherl", model)
         k = features.divided("sherl", "hidden size", d, reduction)
 

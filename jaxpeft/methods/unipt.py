@@ -60,6 +60,7 @@ def unipt(reduction: int = 2, layers: Sequence[int] | None = None, residual: boo
     config = {"reduction": reduction, "layers": layers, "residual": residual}
 
     def forward(model, view):
+        features.check_run("unipt", model)
         d = features.width("unipt", model)
         k = features.divided("unipt", "hidden size", d, reduction)
         causal = features.decodes(model)

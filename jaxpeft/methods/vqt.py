@@ -60,6 +60,7 @@ def vqt(queries: int = 5, normalize: bool = True) -> Method:
     def forward(model, view):
         d = features.width("vqt", model)
         _check(model)
+        features.check_run("vqt", model)
         answers = model.config.num_hidden_layers * queries
 
         def init(key, params):

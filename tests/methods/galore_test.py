@@ -263,3 +263,15 @@ def test_what_an_h200_needs(frozen, most, tmp_path):
     (temporaries,) = [part for part in parts if "preallocated-temp" in part[:200]]
     found = [tuple(map(int, shape.split(","))) for shape in re.findall(r": \w+\[([\d,]+)\]", temporaries)]
     assert found and not kernels & set(found)
+
+
+@pytest.mark.parametrize("decompose", [galore.leading, galore.exact])
+def test_decomposes_a_matrix_at_a_time(decompose):
+    """Batched decompositions side by side wait for ever on a processor of two cores."""
+    matrices = jax.random.normal(jax.random.key(0), (2, 3, 6, 4))
+    found = decompose(matrices, 2)
+    alone = [[decompose(one, 2) for one in row] for row in matrices]
+    np.testing.assert_allclose(found, jnp.array(alone), rtol=1e-5, atol=1e-5)
+    text = jax.jit(functools.partial(decompose, rank=2)).lower(matrices).as_text()
+    calls = [line for line in text.splitlines() if "@lapack_" in line]
+    assert calls and not any(re.search(r"tensor<\d+x\d+x\d+\S*xf32>", line) for line in calls)
