@@ -262,7 +262,7 @@ def _one_at_a_time(decompose: Callable[[jax.Array], jax.Array]) -> Callable[[jax
     """A function of a matrix as one of matrices (..., n, m).
 
     A batched decomposition waits, on a processor, for threads of the pool that it runs in: as many of them at a time as
-    there are threads, two on two cores, wait for ever (jaxlib 0.11, lapack's ParallelBatchMap).
+    there are threads, two on two cores, wait for ever (jaxlib 0.10.2, lapack's ParallelBatchMap).
     """
 
     def each(matrices: jax.Array) -> jax.Array:
