@@ -325,7 +325,10 @@ def setup(
     params = model.init(key, method.prepare(dict(params), view))
     flat = tree.flatten(params)
     if not any(method.changes(path) for path in flat):
-        raise InputError(f"{method.name}: no parameter is trainable; the model has {', '.join(sorted(flat)[:6])}, ...")
+        raise InputError(
+            f"{method.name}: no parameter is trainable; chain what trains to it, as {method.name}+lora; the model has "
+            f"{', '.join(sorted(flat)[:6])}, ..."
+        )
     trainable = {
         path: as_master(path, leaf, method.role(path)) for path, leaf in flat.items() if method.trainable(path)
     }

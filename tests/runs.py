@@ -69,6 +69,7 @@ def arguments(files: Path, out: Path, **changes) -> Train:
         "seq_len": 16,
         "lr": 1e-2,
         "warmup": 2,
+        "weight_decay": 0.0,
         "dtype": "float32",
         "eval_every": 3,
         "checkpoint_every": 2,

@@ -1,4 +1,4 @@
-"""`jaxpeft export`: a checkpoint of a training run as a PEFT adapter."""
+"""`jaxpeft export`: a checkpoint of a training run as a PEFT adapter, or as a whole model where the base trained."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,9 @@ from jaxpeft.errors import InputError
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write the adapter of a training run's checkpoint in PEFT's format; the run may still be going on."""
+    """Write a training run's checkpoint as an adapter in PEFT's format, or as a whole model where the base trained; the
+    run may still be going on.
+    """
 
     run: Path
     """Folder of the run, the --out of `jaxpeft train`."""
@@ -39,10 +41,13 @@ def run(args: Export) -> dict[str, Any]:
     folder = args.run / "checkpoints"
     step = chosen_step(folder, args.step, args.best)
 
+    import jax
+
     from jaxpeft import tree
     from jaxpeft.cli.models import model_or_default
-    from jaxpeft.method import from_specs
-    from jaxpeft.peft import export_adapter
+    from jaxpeft.method import from_specs, setup
+    from jaxpeft.models.labels import SCOPE
+    from jaxpeft.train import result
     from jaxpeft.train.base import load
 
     name = model_or_default(args.model or document["arguments"]["model"])
@@ -51,14 +56,20 @@ def run(args: Export) -> dict[str, Any]:
     base, params, digest = load(name, document["arguments"]["dtype"], method, labels)
     if digest != document["content"]["model"]:
         raise InputError(f"{name}: is not the base of the run {args.run}; name that one with --model")
-    flat = {**tree.flatten(params), **saved_leaves(folder, step)}
-    export_adapter(args.out, tree.unflatten(flat), method, base.config, name, labels=labels)
+    leaves = tree.flatten(params)
+    own = {path: leaf for path, leaf in leaves.items() if not path.startswith(SCOPE)}
+    saved = saved_leaves(folder, step)
+    if any(tree.canonical(path) in own and method.changes(path) for path in saved):
+        _, trainable, rest = setup(method, base, params, jax.random.key(0))  # a stack may have been cut
+        leaves = {**rest, **trainable}
+    changed = tree.unflatten({**leaves, **saved})
+    result.write((args.out, args.out), method, changed, own, base.config, name, labels)
     return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"]}
 
 
 def show(document: dict[str, Any]) -> None:
     """Prints what was written."""
-    print(f"{document['out']}: the adapter of {document['run']} at step {document['step']}")
+    print(f"{document['out']}: {document['run']} at step {document['step']}")
 
 
 def chosen_step(folder: Path, step: int | None, best: bool) -> int:

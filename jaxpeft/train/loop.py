@@ -21,21 +21,18 @@ from __future__ import annotations
 import contextlib
 import errno
 import math
-import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jaxpeft import files, recipe, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
-from jaxpeft.train import config, memory
+from jaxpeft.train import config, memory, result
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
 from jaxpeft.train.metrics import MetricsLog
@@ -295,7 +292,8 @@ class _Run:
         self.checkpoints.wait()
         answers = self._answer()
         state, job = self.state, self.job
-        export(self.out, job, state)
+        where = (self.out / "adapter", self.out / "model")
+        result.write(where, job.method, state.params, job.base, job.model.config, job.source.model, job.data.labels)
         # A run that is resumed after its last step has compiled nothing yet.
         batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)
@@ -323,25 +321,6 @@ class _Run:
         write_curve(self.out / "metrics.jsonl", self.out / "loss.png", job.task.unit)
         files.write_json(self.out / config.REPORT, report, allow_nan=False)
         return report
-
-
-def export(out: Path, job: Job, state: TrainState) -> None:
-    """Writes the result: an adapter, or a whole checkpoint where leaves of the base trained."""
-    params, labels = state.params, job.data.labels
-    if any(tree.canonical(path) in job.base for path in (*state.trainable, *state.moved)):
-        from jaxpeft.hf import save_pretrained
-
-        # It may be there already, from a process that was killed between this and the report.
-        shutil.rmtree(out / "model", ignore_errors=True)
-        merged = tree.flatten(job.method.merge(params))
-        own = jnp.dtype(job.model.config.dtype)
-        typed = {p: leaf.astype(job.base[p].dtype if p in job.base else own) for p, leaf in merged.items()}
-        save_pretrained(out / "model", job.source.model, tree.unflatten(typed), labels=labels)
-    else:
-        from jaxpeft.peft import export_adapter
-
-        target, config = out / "adapter", job.model.config
-        export_adapter(target, params, job.method, config, job.source.model, replace=True, labels=labels)
 
 
 def _counts(job: Job, state: TrainState) -> dict[str, int]:

@@ -13,6 +13,8 @@ import transformers
 import jaxpeft as jp
 from jaxpeft import cli, files, tree
 from jaxpeft.peft import attach, import_adapter
+from jaxpeft.train import loop
+from tests import runs
 from tests.peft import reference
 
 WORDS = ["<s>", "</s>", "<unk>", *(f"w{i}" for i in range(94))]
@@ -194,9 +196,16 @@ def test_mistakes_in_export(run, base, capsys, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other", "young"]
 
 
-def test_export_of_a_run_that_trained_the_base_itself(run, base, capsys, tmp_path):
-    (tmp_path / "checkpoints").symlink_to(run.out / "checkpoints")
-    document = json.loads((run.out / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**document, "method": [["full", {"which": "norms"}]]}))
-    line = fails(capsys, "export", "--run", tmp_path, "--out", tmp_path / "x")
-    assert "trains too and has no place in an adapter; merge it" in line
+@pytest.mark.parametrize(
+    ("method", "options"), [("full", ("which=last:1",)), ("lisa", ("count=1",))], ids=["last:1", "lisa"]
+)
+def test_export_of_a_run_that_trained_the_base_itself(method, options, capsys, tmp_path):
+    """The last checkpoint comes out as the whole model that the run has written."""
+    made = runs.make_files(tmp_path / "files")
+    settings = {"rank": None, "method_options": options, "steps": 2, "samples": 0, "eval_every": 0}
+    args = runs.arguments(made, tmp_path / "run", method=method, **settings)
+    loop.train(args)
+    assert cli.main(["export", "--run", str(args.out), "--out", str(tmp_path / "x")]) == 0
+    capsys.readouterr()
+    name = "model.safetensors"
+    assert (tmp_path / "x" / name).read_bytes() == (args.out / "model" / name).read_bytes()

@@ -1,0 +1,47 @@
+"""What a run leaves: an adapter, or a whole checkpoint where the base itself has changed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpeft import tree
+from jaxpeft.hf import save_pretrained
+from jaxpeft.method import Method
+from jaxpeft.peft import export_adapter
+
+
+def write(
+    where: tuple[Path, Path],
+    method: Method,
+    params: tree.Params,
+    base: Mapping[str, Any],
+    config: Any,
+    source: str,
+    labels: Sequence[str] = (),
+) -> Path:
+    """Writes the result of a run, or of one of its checkpoints.
+
+    Args:
+      where: the folders for an adapter and for a whole checkpoint; what is there is replaced.
+      method: of the run.
+      params: nested parameters of the adapted model.
+      base: the base's leaves or their shapes, by path.
+      config: the model's configuration.  source: the base's folder or hub id.  labels: names that a classifier gives.
+
+    Returns:
+      The folder that was written.
+    """
+    adapter, model = where
+    if not any(tree.canonical(path) in base and method.changes(path) for path in tree.flatten(params)):
+        return export_adapter(adapter, params, method, config, source, replace=True, labels=labels)
+    # It may be there already, from a process that was killed between this and the report.
+    shutil.rmtree(model, ignore_errors=True)
+    own, merged = jnp.dtype(config.dtype), tree.flatten(method.merge(params))
+    typed = {path: leaf.astype(base[path].dtype if path in base else own) for path, leaf in merged.items()}
+    save_pretrained(model, source, tree.unflatten(typed), labels=labels)
+    return model
