@@ -251,7 +251,7 @@ def compile(
         if folder is not None:
             options = {**options, "xla_dump_to": str(folder), **hlo.DUMP_OPTIONS}
         try:
-            with contextlib.nullcontext() if folder is None else _without_cache():
+            with contextlib.nullcontext() if folder is None else without_cache():
                 executable = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if _NO_TOOLKIT.search(str(error)):
@@ -304,7 +304,7 @@ def _dump_folder(target: Target, dump: str | os.PathLike[str] | None) -> Iterato
 
 
 @contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
+def without_cache() -> Iterator[None]:
     """Without JAX's persistent compilation cache, whose executables come without the compiler's files."""
     from jax.experimental.compilation_cache import compilation_cache
 

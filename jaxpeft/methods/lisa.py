@@ -259,6 +259,11 @@ def _fresh(optimizer: optax.GradientTransformationExtraArgs, every: int) -> opta
     return optax.GradientTransformationExtraArgs(init, update)
 
 
+def state_numbers(view: View, **_) -> int:
+    """Numbers of Adam's state: two for each trained one, and the moments of the norm that each part is told of."""
+    return 2 * tree.size(view.trained) + 4
+
+
 ABOUT = About(
     summary="a few random layers train at a time, drawn anew every so many steps",
     level="step",
@@ -266,6 +271,6 @@ ABOUT = About(
     keeps="gradients, masters and optimizer state of all layers but `count`; no activations, no computation",
     reference="Pan et al. 2024, arXiv:2403.17919",
     example={"count": 2, "every": 4},
-    promises=Promises(site_bytes=_full.saved_bytes),
+    promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),
     defaults=Defaults(lr=2e-5, lr_with={"lora": 2e-4, "lora_fa": 2e-4}),
 )

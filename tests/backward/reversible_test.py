@@ -30,7 +30,7 @@ def f(layer, x, ctx):
     h = checkpoint_name(x @ layer["w"].astype(x.dtype), "up")
     size = jnp.mean(jnp.square(h.astype(jnp.float32)), -1, keepdims=True)
     h = jax.nn.gelu((h * jax.lax.rsqrt(size + 1e-5)).astype(x.dtype))
-    h = h + ctx.rows["shift"] if "shift" in ctx.rows else h
+    h = h + ctx.shared["shift"] if "shift" in ctx.shared else h
     return x / 2 + h @ layer["v"].astype(x.dtype)
 
 
@@ -67,7 +67,8 @@ def errors(of, params, x):
     layers = len(jax.tree.leaves(params)[0])
 
     def loss(probe):
-        y1, y2 = reversible.run(of._replace(probe=True), "layers", range(layers), params, (x, x), {}, probe=probe)
+        rest = (params, (x, x), Context())
+        y1, y2 = reversible.run(of._replace(probe=True), "layers", range(layers), *rest, probe=probe)
         return jnp.mean(jnp.sin(y1) + y2 * y2)
 
     return np.asarray(jax.jit(jax.grad(loss))(jnp.zeros((layers, 3))))
@@ -78,8 +79,8 @@ def plain(of, params, x):
 
     def body(pair, layer):
         x1, x2 = pair
-        y1 = float(of.lam) * x1 + f(layer, x2, {})
-        y2 = float(of.beta) * x2 + g(layer, y1, {})
+        y1 = float(of.lam) * x1 + f(layer, x2, Context())
+        y2 = float(of.beta) * x2 + g(layer, y1, Context())
         return (y2, y1) if of.swap else (y1, y2), None
 
     def loss(params, x):
@@ -208,7 +209,7 @@ def test_what_is_shared_is_differentiated():
     of = coupling(ONE, ONE)
 
     def loss(shift):
-        y1, y2 = reversible.run(of, "layers", range(5), params, (x, x), {"shared": {}, "shift": shift})
+        y1, y2 = reversible.run(of, "layers", range(5), params, (x, x), Context(shared={"shift": shift}))
         return jnp.mean(y1 * y2)
 
     direction, shift, step = jax.random.normal(jax.random.key(1), (D,)), jnp.zeros((D,)), 1e-2
@@ -226,9 +227,8 @@ def test_keeps_a_pair_and_the_bits_of_each_division(lam, bits):
     elements = x.size
     expected = {"stream": 2 * 4 * elements, "remainder": 7 * bits * elements // 8, "pair": 0}
     assert found["layers"].kept_bytes() == {"device": expected, "host": {}}
-    pull = jax.eval_shape(
-        lambda p: jax.vjp(lambda p: reversible.run(coupling(lam), "layers", range(7), p, (x, x), {}), p)[1], params
-    )
+    run = lambda p: reversible.run(coupling(lam), "layers", range(7), p, (x, x), Context())
+    pull = jax.eval_shape(lambda p: jax.vjp(run, p)[1], params)
     kept = tree.num_bytes(pull) - tree.num_bytes(params)
     assert kept == sum(expected.values()) + 1  # a flag
 

@@ -36,7 +36,7 @@ def test_a_whole_description_passes():
         (ABOUT._replace(trains=3), r"ABOUT\.trains says nothing"),
         (ABOUT._replace(level="somewhere"), r"ABOUT\.level 'somewhere' is not one of"),
         (ABOUT._replace(example={"width": 2}), "alpha takes no width"),
-        (ABOUT._replace(promises=Promises()), "give site_bytes or layer_bytes"),
+        (ABOUT._replace(promises=Promises()), "give one of site_bytes, block_bytes, layer_bytes"),
     ],
 )
 def test_a_file_that_does_not_say_what_it_is_fails(about, said):

@@ -32,7 +32,7 @@ def test_every_step_writes_its_rows(figures):
     for step in command.STEPS:
         found = Record(figures, step)
         assert found.header["device"] == "cpu" and found.header["figures"] is False
-        assert found.header["versions"]["jax"] and "bitsandbytes" in found.header["missing"]
+        assert found.header["versions"]["jax"] and "flash_attn" in found.header["missing"]
         assert found.rows and all(row["commit"] == "abc" and re.match(r"20\d\d-.*Z", row["run"]) for row in found.rows)
         assert not [row for row in found.rows if "failed" in row]
 

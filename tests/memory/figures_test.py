@@ -15,6 +15,7 @@ import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.backward import residuals
 from jaxpeft.memory import targets
+from jaxpeft.method import view_of
 from jaxpeft.models import decoder, geometries
 
 GiB, ALIGNMENT = 2**30, 1 << 20
@@ -62,7 +63,8 @@ def memory(name, config, save, rows=ROWS, length=LENGTH):
     if target.platform == "cuda" and not importlib.util.find_spec("jax_plugins"):
         pytest.skip("no CUDA plugin")
     method = jp.lora(RANK)
-    model = method.forward(decoder.from_hf(config, jnp.bfloat16))
+    base = decoder.from_hf(config, jnp.bfloat16)
+    model = method.forward(base, view_of(base, method, {}))
     params = jax.eval_shape(lambda key: model.init(key, {}), jax.random.key(0))
     params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), params)
     trainable, frozen = tree.split(params, method.trainable)

@@ -48,7 +48,7 @@ def test_bytes_by_owner(step):
     owners = made["bytes"]
     lora = L * 4 * (4 * D + 2 * D + 2 * KV + 3 * (D + F))  # rank 4: (n + m) of q, k, v, o, gate, up, down
     assert owners["adapters"] == owners["gradients"] == 4 * lora
-    assert owners["optimizer"] == 2 * 4 * lora + 2 * 4  # two moments; the counts of Adam and of the schedule
+    assert owners["optimizer"] == 2 * 4 * lora + 4  # two moments, and Adam's count
     matrices = L * (2 * D * D + 2 * D * KV + 3 * D * F + 2 * D) + D
     assert owners["weights"] == 4 * (matrices + 2 * V * D)
     assert owners["arguments"] >= owners["weights"] + owners["adapters"] + owners["optimizer"]

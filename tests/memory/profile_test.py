@@ -31,7 +31,8 @@ def compiled(name, function, *args, dump, donate=()):
         pytest.skip(str(error))
     where = jax.sharding.SingleDeviceSharding(device)
     jitted = jax.jit(function, in_shardings=where, out_shardings=where, donate_argnums=donate)
-    return jitted.lower(*args).compile(compiler_options={"xla_dump_to": str(dump), **hlo.DUMP_OPTIONS})
+    with targets.without_cache():  # which other tests of this process may have in use
+        return jitted.lower(*args).compile(compiler_options={"xla_dump_to": str(dump), **hlo.DUMP_OPTIONS})
 
 
 def f32(*shape):

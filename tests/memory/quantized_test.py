@@ -89,7 +89,7 @@ for i in range(layers):
 method = jp.chain(jp.quantize(), jp.lora())
 for shape in set(names.values()):  # compiled, with its own workspace, before the measurement
     kernel = jax.numpy.zeros((1, *shape[::-1]), "bfloat16")
-    jax.block_until_ready(method.prepare({"layers": {"q_proj": {"kernel": kernel}}}))
+    jax.block_until_ready(method.prepare({"layers": {"q_proj": {"kernel": kernel}}}, None))
 Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
 before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 _, params = hf.load_pretrained(folder, "bfloat16", convert=method.convert)

@@ -57,7 +57,7 @@ def test_stored_and_regenerated_a_compute_the_same(init):
         leaves = {"seed": stored.pop(path), "b": trainable[f"{site}/lora_fa/b"]}
         inputs = frozen[f"{site}/kernel"].shape[-2]
         stored[f"{site}/lora_fa/a"] = lora_fa.factors(method.specs[0].config, leaves, inputs)[0]
-    with_a = jp.lora_fa(RANK, init=init).forward(tiny.model()[0])
+    with_a, _, _ = jp.setup(jp.lora_fa(RANK, init=init), *tiny.model(), jax.random.key(0))
     batch = tiny.batch()
 
     def loss(model, frozen):

@@ -157,7 +157,7 @@ def test_several_methods_come_back_bit_for_bit(tmp_path):
 def test_adapters_in_one_part_of_a_cut_stack_come_back(tmp_path):
     """Those of the last layer alone, in a stack that the method itself cuts."""
     model, params = tiny.model()
-    cut = jp.Method(prepare=lambda params: tree.cut_layers(params, 2))
+    cut = jp.Method(prepare=lambda params, view: tree.cut_layers(params, 2))
     method = jp.chain(cut, jp.lora(2, targets=r"layers_2_3/.*q_proj"), jp.lora_fa(2, targets=r"layers_2_3/.*v_proj"))
     _, trainable, frozen = jp.setup(method, model, params, jax.random.key(1))
     mine = tree.combine(reference.randomise(trainable), frozen)

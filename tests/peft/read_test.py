@@ -203,7 +203,6 @@ def test_tensors_that_do_not_fit_are_refused(change, reason, copy, base):
     [
         ("peft_type", "LOHA"),
         ("bias", "all"),
-        ("use_dora", True),
         ("fan_in_fan_out", True),
         ("modules_to_save", ["lm_head"]),
         ("init_lora_weights", "pissa"),
