@@ -16,7 +16,7 @@ from jaxpeft import tree
 from jaxpeft.about import About
 from jaxpeft.backward.plan import parse
 from jaxpeft.backward.residuals import planned
-from jaxpeft.model import Stack, scan_layers
+from jaxpeft.model import scan_layers
 from jaxpeft.train.optimizer import defaults, make_direction
 from jaxpeft.train.step import objective_of
 from tests import residuals, tiny
@@ -174,16 +174,6 @@ def test_peft_round_trip(case, trained, tmp_path):
     assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
 
 
-def unrolled(stack, params, batch, key=None, cache=None):
-    """`run` without `lax.scan`."""
-    x, ctx = stack.embed(params, batch, key)
-    for segment, first, end in tree.segments(params):
-        for i in range(first, end):
-            layer = jax.tree.map(lambda leaf, i=i, first=first: leaf[i - first], params[segment])
-            x, _ = stack.block(layer, x, ctx.at(i), None, segment)
-    return x, cache
-
-
 def rematerialised(stack):
     def wrap(function):
         def block(layer, x, ctx, cache, segment):
@@ -200,7 +190,7 @@ def objective(case, model):
 
 
 def test_any_run_gives_the_same_gradients(case, trained):
-    """Scanned, unrolled, with layers computed again, and in groups of 16 tokens under a memory plan."""
+    """Scanned, with layers computed again, and in groups of 16 tokens under a memory plan."""
     _, state, _ = trained
     if case.model.stack.run is not scan_layers:
         pytest.skip("runs the layers in its own way, which its own test compares with plain autodiff")
@@ -213,8 +203,7 @@ def test_any_run_gives_the_same_gradients(case, trained):
 
     (loss, _), scanned = gradients(case.model)
     stack = case.model.stack
-    for other in (stack._replace(run=unrolled), rematerialised(stack), planned(parse("matmuls,tokens=16"))):
-        other = other if isinstance(other, Stack) else stack._replace(run=other)
+    for other in (rematerialised(stack), stack._replace(run=planned(parse("matmuls,tokens=16")))):
         (same, _), found = gradients(case.model._replace(stack=other))
         np.testing.assert_allclose(same, loss, rtol=1e-5)
         for path, gradient in found.items():
@@ -262,6 +251,12 @@ def compiled_slope(method, made, many=32, few=8):
     return (temporaries(method, *made, many) - temporaries(method, *made, few)) / (many - few) / 64
 
 
+@functools.cache
+def slope_of_backbone(layers):
+    """What a frozen backbone's temporaries grow by."""
+    return compiled_slope(jp.full("embeddings"), backbone(layers))
+
+
 def test_keeps_for_the_backward_pass_what_it_states(case):
     """Counted on the vjp of the loss with respect to what trains; nothing where there is no backward pass."""
     rows_of = functools.partial(tiny.batch, length=64)
@@ -295,12 +290,9 @@ def test_compiled_temporaries_within_what_it_states(case):
         return
     if per_row := case.promises.row_bytes:
         # What one layer needs to work on is that of longer rows; all layers keep what is stated.
-        beyond = [
-            compiled_slope(method, at_depth(case, n)) - compiled_slope(jp.full("embeddings"), backbone(n))
-            for n in (LAYERS, 2 * LAYERS)
-        ]
+        beyond = [compiled_slope(method, at_depth(case, n)) - slope_of_backbone(n) for n in (LAYERS, 2 * LAYERS)]
         rows = per_row(case.model.config, itemsize=4, **case.arguments) / 64
         assert beyond[1] - beyond[0] <= stated(case) + rows
         return
-    extra = compiled_slope(method, case[2:5]) - compiled_slope(jp.full("embeddings"), backbone())
+    extra = compiled_slope(method, case[2:5]) - slope_of_backbone(LAYERS)
     assert extra <= stated(case) * (LAYERS + 1) / LAYERS

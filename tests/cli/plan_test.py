@@ -63,6 +63,7 @@ def test_the_table_and_the_largest(config, capsys):
     assert "activations" in printed and "--save matmuls" in printed and "batch 2 x 32" in printed
 
 
+@pytest.mark.slow
 def test_a_budget_prints_a_plan_that_it_takes_back(config, capsys):
     plain = document(capsys, "--model", config, "--save", "blocks;matmuls")["rows"]
     budget = (plain[0]["bytes"]["total"] + plain[1]["bytes"]["total"]) // 2

@@ -127,7 +127,9 @@ def by_optax(method, base, lr, steps, paths):
 
 
 @pytest.mark.parametrize(
-    ("base", "targets", "lr"), [("sgd", "all-linear", 0.1), ("adam", "[qo]_proj$", 1e-3)], ids=["sgd", "adam"]
+    ("base", "targets", "lr"),
+    [("sgd", "all-linear", 0.1), pytest.param("adam", "[qo]_proj$", 1e-3, marks=pytest.mark.slow)],
+    ids=["sgd", "adam"],
 )
 def test_agrees_with_optax(base, targets, lr):
     """With SGD and a projection of each gradient, whichever side is projected; with Adam where the sides are equal.
