@@ -261,6 +261,7 @@ def test_plans_two_forward_passes():
     assert (cost.flops, cost.recompute_flops, cost.activations) == (2 * forward, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="no compiler for GPUs is installed")
 def test_figures():
     """Compiled for an H200: all weights of a model of 1.2B in the memory of a forward pass, LoRA in less."""

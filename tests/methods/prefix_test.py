@@ -149,7 +149,12 @@ def test_the_cache_has_whole_tiles_and_the_model_room_for_fewer_tokens(start):
 
 
 @pytest.mark.parametrize(
-    "method", [jp.prefix(P, width=6), jp.chain(jp.prefix(P), jp.lora(2)), jp.chain(jp.lora(2), jp.prefix(P))]
+    "method",
+    [
+        jp.chain(jp.prefix(P, width=6), jp.lora(2)),
+        pytest.param(jp.prefix(P, width=6), marks=pytest.mark.slow),
+        pytest.param(jp.chain(jp.lora(2), jp.prefix(P)), marks=pytest.mark.slow),
+    ],
 )
 def test_gradients_under_a_memory_plan(method):
     """Of the network that the layers share, and beside LoRA in either order."""
