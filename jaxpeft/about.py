@@ -67,7 +67,7 @@ class About(NamedTuple):
     summary: what it is, in a line.
     level: what it acts on.
     trains: what is differentiated, or moves.
-    keeps: what it costs or saves of a step's memory.
+    saves: what a step does without that full fine-tuning needs; and what it keeps more than a frozen backbone.
     reference: the source.
     example: arguments of the factory, for the conformance test.
     promises: what a step promises.
@@ -82,7 +82,7 @@ class About(NamedTuple):
     summary: str
     level: Level
     trains: str
-    keeps: str
+    saves: str
     reference: str
     example: Mapping[str, Any]
     promises: Promises
@@ -102,7 +102,7 @@ def check(name: str, file: Any) -> About:
     about = getattr(file, "ABOUT", None)
     if not isinstance(about, About):
         raise TypeError(f"jaxpeft/methods/{name}.py: has no ABOUT of type jaxpeft.about.About")
-    for field in ("summary", "trains", "keeps", "reference"):
+    for field in ("summary", "trains", "saves", "reference"):
         if not isinstance(getattr(about, field), str) or not getattr(about, field).strip():
             raise TypeError(f"jaxpeft/methods/{name}.py: ABOUT.{field} says nothing")
     if about.level not in get_args(Level):

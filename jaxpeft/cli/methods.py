@@ -6,14 +6,14 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Methods:
-    """List the fine-tuning methods: what trains, what is kept, the default rate, PEFT's form, the reference."""
+    """List the fine-tuning methods: what trains, what it saves, the default rate, PEFT's form, the reference."""
 
     json: bool = False
     """Print one JSON document on stdout and nothing else there."""
 
 
 def run(args: Methods) -> dict[str, Any]:
-    """Returns {"methods": [{"name", "level", "summary", "trains", "keeps", "state", ...}, ...]}, by name."""
+    """Returns {"methods": [{"name", "level", "summary", "trains", "saves", "lr", ...}, ...]}, by name."""
     from jaxpeft import method
 
     return {"methods": [describe(name) for name in method.names()]}
@@ -34,7 +34,7 @@ def describe(name: str) -> dict[str, Any]:
         "level": about.level,
         "summary": about.summary,
         "trains": about.trains,
-        "keeps": about.keeps,
+        "saves": about.saves,
         "within": about.within or None,
         "backward": promises.backward,
         "merges": promises.merges,
@@ -51,7 +51,7 @@ def show(document: dict[str, Any]) -> None:
     import rich.table
 
     table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
-    for column in ("name", "what it is", "trains", "memory of a step", "rate", "PEFT", "reference"):
+    for column in ("name", "what it is", "trains", "saves", "rate", "PEFT", "reference"):
         table.add_column(column, overflow="fold", no_wrap=column == "name")
     for row in document["methods"]:
         name = row["name"] + (f"\n({row['within']})" if row["within"] else "")
@@ -62,7 +62,7 @@ def show(document: dict[str, Any]) -> None:
             name,
             f"{row['level']}: {row['summary']}{merged}",
             row["trains"],
-            row["keeps"],
+            row["saves"],
             rate,
             form[0] or "own",
             form[1],

@@ -226,7 +226,7 @@ ABOUT = About(
     summary="LoRA on each kernel's directions, and a trained magnitude of each output",
     level="site",
     trains="A, B and the magnitudes, r(n+m) + m numbers per kernel",
-    keeps="as LoRA, and m activations per kernel; under matmuls only those of down_proj",
+    saves="as LoRA; it keeps m more activations per kernel, under matmuls those of down_proj alone",
     reference="Liu et al. 2024, arXiv:2402.09353",
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),

@@ -59,7 +59,7 @@ ABOUT = About(
     summary="bottleneck adapters after attention and after the MLP of each layer",
     level="module",
     trains="the adapters, 2(2ad + a + d) numbers per layer",
-    keeps="gradients and optimizer state of all but the adapters; no activations",
+    saves="gradients and optimizer state of all but the adapters; it keeps d + a more activations per adapter",
     reference="Houlsby et al. 2019, arXiv:1902.00751",
     example={"width": 4},
     promises=Promises(block_bytes=functools.partial(bottleneck.block_bytes, 2), starts_at_base=False, merges=False),

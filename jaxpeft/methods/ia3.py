@@ -148,7 +148,7 @@ ABOUT = About(
     summary="learned vectors that scale keys, values and the MLP's inner activations",
     level="site",
     trains="one vector per site: m numbers at keys and values, n at down_proj",
-    keeps="gradients and optimizer state of all but the vectors; no activations under matmuls",
+    saves="gradients and optimizer state of all but the vectors; no activations under matmuls",
     reference="Liu et al. 2022, arXiv:2205.05638",
     example={},
     promises=Promises(site_bytes=saved_bytes),

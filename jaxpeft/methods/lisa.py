@@ -268,7 +268,7 @@ ABOUT = About(
     summary="a few random layers train at a time, drawn anew every so many steps",
     level="step",
     trains="`count` layers of what the chain trains, and all that lies outside of the layers",
-    keeps="gradients, masters and optimizer state of all layers but `count`; no activations, no computation",
+    saves="gradients, masters and optimizer state of all layers but `count`; no activations, no computation",
     reference="Pan et al. 2024, arXiv:2403.17919",
     example={"count": 2, "every": 4},
     promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),

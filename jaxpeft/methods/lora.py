@@ -279,7 +279,7 @@ ABOUT = About(
     summary="a trainable low-rank product beside each frozen kernel",
     level="site",
     trains="A and B, r(n+m) numbers per kernel",
-    keeps="gradients and optimizer state of all but r(n+m) numbers per kernel; no activations",
+    saves="gradients and optimizer state of all but r(n+m) numbers per kernel; no activations",
     reference="Hu et al. 2021, arXiv:2106.09685",
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),

@@ -202,7 +202,7 @@ ABOUT = About(
     summary="LoRA with A frozen: no adapter input is kept for the backward pass",
     level="site",
     trains="B, r m numbers per kernel",
-    keeps="as LoRA, and the activations that only A's gradient needs: n per token and kernel",
+    saves="as LoRA, and the activations that only A's gradient needs: n per token and kernel",
     reference="Zhang et al. 2023, arXiv:2308.03303",
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),

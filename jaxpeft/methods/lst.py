@@ -360,7 +360,7 @@ ABOUT = About(
     summary="a small transformer beside the frozen one, reading each of its layers",
     level="stack",
     trains="the side network",
-    keeps="the backbone's backward pass, and all activations but d (1 + 1 / reduction) numbers per token and layer",
+    saves="the backbone's backward pass, and all activations but d (1 + 1 / reduction) numbers per token and layer",
     reference="Sung et al. 2022, arXiv:2206.06522",
     example={"reduction": 4},
     promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False),

@@ -323,7 +323,7 @@ ABOUT = About(
     summary="reversible layers: activations are rebuilt in the backward pass, bit for bit",
     level="stack",
     trains="the adapters",
-    keeps="the activations of all layers but a few bits per element; gradients and state of all but the adapters",
+    saves="the activations of all layers but a few bits per element; gradients and state of all but the adapters",
     reference="Liao et al. 2023, arXiv:2306.00477",
     example={"width": 8},
     promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False),

@@ -200,7 +200,7 @@ ABOUT = About(
     summary="two forward passes along a random direction in place of a backward pass",
     level="step",
     trains="alone: the weights that it names, in their own dtype; else what the rest of the chain trains",
-    keeps="all that a forward pass does not need: activations, gradients, optimizer state, float32 masters",
+    saves="all that a forward pass does not need: activations, gradients, optimizer state, float32 masters",
     reference="Malladi et al. 2023, arXiv:2305.17333",
     example={},
     promises=Promises(backward=False, state=state, falls=0.05, lr=1e-3),

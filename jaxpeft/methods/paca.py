@@ -139,7 +139,7 @@ ABOUT = About(
     summary="a few rows of each kernel train, without an adapter beside it",
     level="site",
     trains="r rows, r m numbers per kernel",
-    keeps="as LoRA, and the inputs that only A's gradient needs; under matmuls none worth naming",
+    saves="as LoRA, and the inputs that only A's gradient needs; under matmuls none worth naming",
     reference="Woo et al. 2025, arXiv:2503.01905",
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),

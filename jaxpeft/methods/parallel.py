@@ -57,7 +57,7 @@ ABOUT = About(
     summary="bottleneck adapters beside the MLP of each layer",
     level="module",
     trains="the adapters, 2ad + a + d numbers per layer",
-    keeps="gradients and optimizer state of all but the adapters; no activations",
+    saves="gradients and optimizer state of all but the adapters; it keeps d + a more activations per adapter",
     reference="He et al. 2021, arXiv:2110.04366",
     example={"width": 4},
     promises=Promises(block_bytes=functools.partial(bottleneck.block_bytes, 1), merges=False),

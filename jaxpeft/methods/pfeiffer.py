@@ -57,7 +57,7 @@ ABOUT = About(
     summary="bottleneck adapters after the MLP of each layer",
     level="module",
     trains="the adapters, 2ad + a + d numbers per layer",
-    keeps="gradients and optimizer state of all but the adapters; no activations",
+    saves="gradients and optimizer state of all but the adapters; it keeps d + a more activations per adapter",
     reference="Pfeiffer et al. 2020, arXiv:2005.00247",
     example={"width": 4},
     promises=Promises(block_bytes=functools.partial(bottleneck.block_bytes, 1), starts_at_base=False, merges=False),

@@ -302,7 +302,7 @@ ABOUT = About(
     summary="trained keys and values in front of those of every layer",
     level="input",
     trains="2 L p N D numbers: p keys and values per layer",
-    keeps="gradients and optimizer state of all but the prefix; no activations",
+    saves="gradients and optimizer state of all but the prefix; no activations",
     reference="Li & Liang 2021, arXiv:2101.00190",
     example={"length": 4},
     promises=Promises(block_bytes=lambda *_, **__: 0, row_bytes=row_bytes, starts_at_base=False, merges=False),

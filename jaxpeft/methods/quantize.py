@@ -97,7 +97,7 @@ ABOUT = About(
     summary="frozen kernels in 4 or 8 bits (NF4, int4, int8), beside which another method trains: QLoRA",
     level="parameters",
     trains="nothing by itself",
-    keeps="three quarters of the kernels' bytes less in 4 bits, half of them in 8; activations as they were",
+    saves="three quarters of the kernels' bytes in 4 bits, half of them in 8; no activations",
     reference="Dettmers et al. 2023, arXiv:2305.14314",
     example={"format": "nf4"},
     promises=Promises(site_bytes=saved_bytes, starts_at_base=False),

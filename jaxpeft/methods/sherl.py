@@ -162,7 +162,7 @@ ABOUT = About(
     summary="early layers' outputs without repetition, as the input of the last layers",
     level="stack",
     trains="the guide and its gate",
-    keeps="the early layers' backward pass, and all their activations but d numbers per token and layer",
+    saves="the early layers' backward pass, and all their activations but d numbers per token and layer",
     reference="Diao et al. 2024, arXiv:2407.07523",
     example={"reduction": 4},
     promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False),

@@ -160,7 +160,7 @@ ABOUT = About(
     summary="tokens of all layers gathered around the last layer's, beside the frozen model",
     level="stack",
     trains="projections and the gathering of tokens",
-    keeps="the backbone's backward pass, and all activations but d numbers per token and layer",
+    saves="the backbone's backward pass, and all activations but d numbers per token and layer",
     reference="Diao et al. 2024, arXiv:2308.14316",
     example={"reduction": 4},
     promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False),

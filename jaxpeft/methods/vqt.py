@@ -135,7 +135,7 @@ ABOUT = About(
     summary="trained queries that ask every layer of a frozen encoder, and a linear classifier of the answers",
     level="input",
     trains="q d numbers per layer, and the classifier",
-    keeps="the backbone's backward pass, and all activations but keys and values",
+    saves="the backbone's backward pass, and all activations but keys and values",
     reference="Tu et al. 2023, arXiv:2212.03220",
     example={"queries": 2},
     promises=Promises(layer_bytes=layer_bytes, starts_at_base=False, merges=False, classifies=True),

@@ -156,6 +156,8 @@ class Run:
         from jaxpeft.train.optimizer import defaults
 
         method = self.make_method()
+        if method is not None and defaults(method.specs).direction == "sgd" and self.clip not in (None, Run.clip):
+            raise InputError(f"--clip {self.clip}: has no effect with {method.name}, whose gradients are not clipped")
         own = defaults(() if method is None else method.specs)
         lr = own.lr or (2e-3 if self.model is None else 2e-4)
         decay = own.weight_decay if self.weight_decay is None else self.weight_decay

@@ -13,7 +13,7 @@ ABOUT = About(
     summary="does [x]",
     level="site",
     trains="two numbers",
-    keeps="nothing more",
+    saves="nothing more",
     reference="z",
     example={"rank": 2},
     promises=Promises(site_bytes=lambda **_: 0),
@@ -52,6 +52,6 @@ def test_the_real_methods_say_what_they_are(capsys, monkeypatch):
     methods.show({"methods": rows})
     shown = capsys.readouterr().out
     for row in rows:
-        for name in ("summary", "trains", "keeps", "reference", "level"):
+        for name in ("summary", "trains", "saves", "reference", "level"):
             assert row[name] and "\n" not in row[name]
         assert row["name"] in shown and row["reference"].split(",")[-1].strip() in shown

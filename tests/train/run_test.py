@@ -143,3 +143,9 @@ def test_a_whole_run_of_a_chain_from_python(files, cache, tmp_path):
     method, leaves = jp.import_adapter(tmp_path / "run" / "adapter", jp.load_pretrained(files / "model")[0].config)
     assert method.specs == jp.chain(jp.meft(width=2), jp.lora(rank=2)).specs
     assert {path.split("/")[-2] for path in leaves} == {"meft", "lora"}
+
+
+def test_a_clip_that_nothing_would_obey_is_refused():
+    with pytest.raises(InputError, match="--clip 0.5: has no effect with mezo\\+lora"):
+        Run(method="mezo+lora", clip=0.5).settled().rated()
+    assert Run(method="mezo+lora").settled().rated().lr == 5e-5
