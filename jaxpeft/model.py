@@ -117,6 +117,7 @@ class Stack(NamedTuple):
       () where a method has changed `block` in a way that has no parts
     init_cache: (rows, length) -> an empty cache for decoding, a pytree that `run` takes and gives back; None where the
       model does not decode
+    frozen_layers: whether `run` differentiates nothing of the layers' parameters
     """
 
     embed: Callable[..., tuple[jax.Array, Context]]
@@ -126,6 +127,7 @@ class Stack(NamedTuple):
     pool: Callable[[jax.Array, Batch], jax.Array] = last_position
     parts: tuple[Callable[..., tuple[jax.Array, Cache | None]], ...] = ()
     init_cache: Callable[[int, int], Cache] | None = None
+    frozen_layers: bool = False
 
     def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
         """The stack with `block` and each of its parts replaced by `wrap` of it."""

@@ -141,7 +141,9 @@ def lst(
 
         return model._replace(
             init=start,
-            stack=model.stack._replace(run=run, init_cache=init_cache if model.stack.init_cache else None),
+            stack=model.stack._replace(
+                run=run, init_cache=init_cache if model.stack.init_cache else None, frozen_layers=True
+            ),
         )
 
     return Method(

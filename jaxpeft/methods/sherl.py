@@ -96,7 +96,7 @@ def sherl(reduction: int = 2, late: int = 1, layers: Sequence[int] | None = None
         def run(stack, params, batch, key=None, cache=None):
             return _run(stack, params, batch, key, cache, boundary(params), chosen(params), dropout)
 
-        return model._replace(init=init, stack=model.stack._replace(run=run))
+        return model._replace(init=init, stack=model.stack._replace(run=run, frozen_layers=True))
 
     return Method(
         prepare=lambda params, view: tree.cut_layers(params, boundary(params)),

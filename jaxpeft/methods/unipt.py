@@ -90,7 +90,7 @@ def unipt(reduction: int = 2, layers: Sequence[int] | None = None, residual: boo
                 "index": jnp.zeros((), jnp.int32),
             }
 
-        stack = model.stack._replace(run=run, init_cache=init_cache if base_cache else None)
+        stack = model.stack._replace(run=run, init_cache=init_cache if base_cache else None, frozen_layers=True)
         return model._replace(init=init, stack=stack)
 
     return Method(

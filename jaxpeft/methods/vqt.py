@@ -86,7 +86,8 @@ def vqt(queries: int = 5, normalize: bool = True) -> Method:
         def head(params, x):
             return features.linear(x, params["vqt"]["head"]).astype(jnp.float32)
 
-        return model._replace(init=init, stack=model.stack._replace(run=_run, pool=pool, head=head))
+        stack = model.stack._replace(run=_run, pool=pool, head=head, frozen_layers=True)
+        return model._replace(init=init, stack=stack)
 
     return Method(
         forward=forward,

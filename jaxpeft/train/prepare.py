@@ -26,6 +26,7 @@ from jaxpeft.train.base import load
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.run import Run
 from jaxpeft.train.state import TrainState, init_state
+from jaxpeft.train.step import objective_of
 from jaxpeft.train.task import TASKS, Data, Source, Task, check_head
 
 
@@ -92,6 +93,7 @@ def prepare(args: Run) -> Job:
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
     optimizer = make_direction(defaults(method.specs).direction or "adam", args.clip)
     state = init_state(method, optimizer, trainable, rest, run_key, model)
+    objective_of(model, method, state.leaves, task.loss)  # refuses what would train without effect
     if plan.actions:
         _check_names(task, model, state, args.batch_size // args.accumulate, args.seq_len)
     return Job(

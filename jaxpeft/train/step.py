@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft import tree
+from jaxpeft.errors import InputError
 from jaxpeft.method import Leaves, Method, Moment, Objective, view_of
 from jaxpeft.model import Batch, Model
 from jaxpeft.train.loss import completion_loss
@@ -109,9 +110,19 @@ def objective_of(
     accumulate: int = 1,
     rate: bool = False,
 ) -> Objective:
-    """What a step of a method minimises; `leaves` are all of the model's, or their shapes."""
+    """What a step of a method minimises; `leaves` are all of the model's, or their shapes.
+
+    Raises:
+      InputError: for trained leaves that no gradient would reach.
+    """
     view = view_of(model, method, leaves, rate)
-    return method.gradient(make_objective(model, method.loss(loss, view), accumulate), view)
+    objective = method.gradient(make_objective(model, method.loss(loss, view), accumulate), view)
+    dead = [path for path in view.trained if tree.stacked(path)] if model.stack.frozen_layers else []
+    if dead and objective.backward:
+        raise InputError(
+            f"{method.name}: {dead[0]} would train without effect: the network beside differentiates no layer"
+        )
+    return objective
 
 
 def make_objective(model: Model, loss: Callable[..., Any], accumulate: int = 1) -> Objective:

@@ -172,3 +172,17 @@ def test_packed_rows_have_the_loss_of_their_documents():
     np.testing.assert_allclose(results[0][0], results[1][0], rtol=1e-5)
     for path, leaf in results[0][1].items():
         np.testing.assert_allclose(results[1][1][path], leaf, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("adapter", ["lora", "prefix"])
+def test_adapters_that_no_gradient_reaches_are_refused(adapter):
+    """A network beside the frozen layers differentiates nothing of them; without a backward pass all leaves count."""
+    from jaxpeft.train.step import objective_of
+
+    base, params = tiny.model()
+    chained = lambda *more: jp.chain(*more, getattr(jp, adapter)(2), jp.lst(4))
+    model, trainable, rest = jp.setup(chained(), base, params, jax.random.key(0))
+    with pytest.raises(jp.InputError, match=rf"{adapter}\+lst: layers/.*would train without effect"):
+        objective_of(model, chained(), {**rest, **trainable})
+    objective_of(model, jp.lst(4), {**rest, **trainable})
+    assert not objective_of(model, chained(jp.mezo()), {**rest, **trainable}).backward
