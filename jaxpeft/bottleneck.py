@@ -133,7 +133,8 @@ def adapters(
     def trainable(path):
         return f"/{name}/" in path or (norms and _NORMS.search(path) is not None)
 
-    return Method(prepare, forward, trains(trainable), merge=features.no_merge(name), specs=(Spec(name, dict(config)),))
+    merge = features.no_merge(name, "an activation lies within its adapters")
+    return Method(prepare, forward, trains(trainable), merge=merge, specs=(Spec(name, dict(config)),))
 
 
 def block_bytes(

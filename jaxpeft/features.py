@@ -241,11 +241,11 @@ def check_layers(name: str, layers: Sequence[int] | None, count: int) -> tuple[i
     return chosen
 
 
-def no_merge(name: str):
-    """`merge` of a method whose network stays beside the model."""
+def no_merge(name: str, why: str = "its network runs beside the model"):
+    """`merge` of a method that stays what it is."""
 
     def merge(params):
         del params
-        raise InputError(f"{name}: has no merged form; its network runs beside the model")
+        raise InputError(f"{name}: has no merged form; {why}")
 
     return merge
