@@ -17,6 +17,7 @@ from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.peft import attach, export_adapter, form, import_adapter
+from tests import tiny
 from tests.peft import reference
 
 # A method's file each: a factory and PEFT.
@@ -405,3 +406,15 @@ def test_a_peft_type_whose_methods_all_want_another_field(base, ia3, tmp_path, m
     monkeypatch.setattr(methods, "names", lambda: ["trial_dora"])
     with pytest.raises(InputError, match="use_dora None is not supported; supported: True"):
         form.method_for({"peft_type": "LORA"})
+
+
+def test_a_packed_base_has_kernels_too():
+    """What fills layers without an adapter asks for a module's kernel, however the base stores it."""
+    model, params = tiny.model()
+    view = methods.View(model, (), lambda path: methods.FROZEN, {})
+    packed = form.base_of(model.config, jp.quantize().prepare(params, view))
+    plain = form.base_of(model.config, params)
+    for name in ("model.layers.1.mlp.up_proj", "model.layers.2.self_attn.q_proj", "lm_head"):
+        found, kernel = packed.kernel(name), plain.kernel(name)
+        assert found.shape == kernel.shape and found.dtype == np.float32
+        assert np.abs(found - kernel).max() <= 0.2 * np.abs(kernel).max()
