@@ -1,4 +1,4 @@
-"""What the TPU kernels share: products, tiles and their VMEM, and the pipeline of a product with a low-rank term.
+"""What the TPU kernels share: products, and the pipeline of a product with a low-rank term.
 
 A TPU core computes on VMEM (64 MiB on a v5p, 128 MiB on v5e and v6e), to which the pipeline of `pl.pallas_call` copies
 one block of each operand per step of the grid, while the step before computes. Two blocks of an operand are in VMEM
@@ -17,7 +17,7 @@ therefore; a block whose index is that of the step before is not copied again.
       last k                       writes y[i, j] = accumulator + g(low)
 
 x passes (column tiles) times through VMEM, or once if an input tile is all inputs; W passes (row tiles) times. So tiles
-are large: `best` picks them by an estimate of the time that a chip with the least memory bandwidth per FLOP needs.
+are large; tiles_tpu.py picks them.
 (r, T) because the last axis of an array in device memory is padded to 128: a (T, 16) one would take 8 times its bytes.
 
 What W, f and g are is left to the operations: a `Part` is operands, their blocks, and the function of a step's blocks.
@@ -34,38 +34,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-LANES = 128
-# Of a v5p's 64 MiB: what a kernel may ask for, and what its blocks may take of that (the rest is the compiler's).
-VMEM_LIMIT = 56 * 2**20
-VMEM_BLOCKS = 44 * 2**20
-# A v6e's: bfloat16 FLOP/s, bytes/s, and seconds that a step of a grid costs by itself.
-FLOPS, BANDWIDTH, STEP = 918e12, 1640e9, 0.35e-6
-RANKS = range(4, 257)
-MOST = 24  # candidates
+from pallas_kernels.tiles_tpu import LANES, Config, bytes_of
+
 # Loops' bodies are unrolled: these bound a program's size and the time to compile it. Elements of a chunk of rows that
 # a mask is drawn for; rows that a product takes at a time, and elements of a tile of W, by the dtype's bytes (a float32
 # product is six bfloat16 ones).
 MASKED = 2**20
 PRODUCT_ROWS = {2: 512, 4: 256}
-WEIGHT_TILE = {2: 2**21, 4: 2**18}
-
-
-class Config(NamedTuple):
-    """Tiles of a kernel.
-
-    rows: of x; a multiple of 128.
-    columns: of the result, a multiple of 128; the last tile may be ragged.
-    inputs: over which a product sums; a multiple of 128 that divides all (0 where the sum is over rows).
-    vmem_limit_bytes: what the kernel may take of VMEM.
-    """
-
-    rows: int
-    columns: int
-    inputs: int
-    vmem_limit_bytes: int = VMEM_LIMIT
-
-
-# Products and arrays.
 
 
 def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int] = (1, 0)) -> jax.Array:
@@ -84,101 +59,6 @@ def numbers(start, count: int, axis: int) -> jax.Array:
 def is_matrix_dtype(*arrays) -> bool:
     """Whether all arrays have one dtype, which the kernels take."""
     return arrays[0].dtype in (jnp.bfloat16, jnp.float32) and len({x.dtype for x in arrays}) == 1
-
-
-def size(shape: Sequence[int], itemsize: int) -> int:
-    """Bytes of a block in VMEM: the last axis is padded to 128, the one before to 8 rows of 4 bytes."""
-    *lead, rows, columns = shape
-    return math.prod(lead) * up_to(rows, 32 // itemsize) * up_to(columns, LANES) * itemsize
-
-
-def bytes_of(*arrays) -> int:
-    """Bytes of arrays or shapes."""
-    return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays)
-
-
-def up_to(count: int, unit: int) -> int:
-    """`count` rounded up to a multiple."""
-    return -(-count // unit) * unit
-
-
-# Tiles.
-
-
-def divisors(total: int, unit: int = LANES) -> list[int]:
-    """The multiples of `unit` that divide `total`."""
-    return [tile for tile in range(unit, total + 1, unit) if total % tile == 0]
-
-
-def powers(total: int, largest: int) -> list[int]:
-    """128, 256, ... up to `largest`, and all of `total`, rounded up, in place of what is larger."""
-    total = up_to(total, LANES)
-    tiles = [LANES * 2**i for i in range(12) if LANES * 2**i <= min(total, largest)]
-    return sorted({*tiles, total}) if total <= largest else tiles
-
-
-def fused_candidates(
-    total: int,
-    n: int,
-    m: int,
-    r: int,
-    itemsize: int,
-    vmem: Callable[[Config], int],
-    largest: int = 2048,
-    bits: float = 0,
-    unpacking: float = 0,
-) -> list[Config]:
-    """Configurations of `low_rank_product` that fit, the one that should be the fastest first.
-
-    Args:
-      total, n, m, r: y (total, m) = x (total, n) W with rank r.
-      itemsize: of x.
-      vmem: bytes of VMEM of what the operation adds to x, y, z and the sums.
-      largest: rows of a tile.
-      bits: per element of W; 0: x's.
-      unpacking: seconds per element of a tile of W, besides the product.
-    """
-    configs = [
-        Config(i, j, k)
-        for i in powers(total, largest)
-        for j in powers(m, 2048)
-        for k in divisors(n)
-        if j * k <= WEIGHT_TILE[itemsize]
-    ]
-    return best(
-        configs,
-        lambda config: _seconds(config, total, n, m, itemsize, bits / 8 or itemsize, unpacking),
-        lambda config: _vmem(config, r, itemsize) + vmem(config),
-    )
-
-
-def _vmem(config: Config, r: int, itemsize: int) -> int:
-    """Bytes of the blocks of x, y and z, of the sums of y and z, and of a step's product."""
-    rows, columns, inputs, _ = config
-    blocks = size((rows, inputs), itemsize) + size((rows, columns), itemsize) + size((r, rows), itemsize)
-    return 2 * blocks + 2 * size((rows, columns), 4) + 3 * size((rows, r), 4)
-
-
-def _seconds(config: Config, total: int, n: int, m: int, itemsize: int, weight: float, unpacking: float) -> float:
-    """Estimated time of `low_rank_product`; `weight` bytes per element of W, `unpacking` seconds."""
-    rows, columns, inputs, _ = config
-    i, j, k = pl.cdiv(total, rows), pl.cdiv(m, columns), n // inputs
-    compute = inputs * columns * (2 * rows / (FLOPS if itemsize == 2 else FLOPS / 6) + unpacking)
-    of_x, of_y = rows * inputs * itemsize / BANDWIDTH, rows * columns * itemsize / BANDWIDTH
-    others = inputs * columns * weight / BANDWIDTH + of_y / k
-    steps, repeated = i * j * k, i * (j - 1) if k == 1 else 0
-    with_x, without_x = max(compute, others + of_x) + STEP, max(compute, others) + STEP
-    return ((steps - repeated) * with_x + repeated * without_x) * shared(i)
-
-
-def best(configs: Sequence[Config], seconds: Callable[[Config], float], vmem: Callable[[Config], int]) -> list[Config]:
-    """The configurations that fit, the one that should be the fastest first, and no more than are worth timing."""
-    return sorted((config for config in configs if vmem(config) <= VMEM_BLOCKS), key=seconds)[:MOST]
-
-
-def shared(tiles: int) -> float:
-    """What a grid of so many tiles along its parallel axis costs besides: the two cores of a v5p share them."""
-    return 1.25 if tiles == 1 else 1.0
 
 
 # Calls.

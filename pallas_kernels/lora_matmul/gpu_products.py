@@ -1,7 +1,7 @@
 """The kernels of LoRA's products on NVIDIA GPUs of the Hopper generation (wgmma and TMA), by Mosaic GPU.
 
-Three kernels; mosaic_gpu.py describes their pipeline. With drop(x) = x keep / (1 - rate), keep drawn again wherever it
-is needed and never stored, and all sums in float32:
+Three kernels, of which the last is in gpu_rows.py; mosaic_gpu.py describes their pipeline. With
+drop(x) = x keep / (1 - rate), keep drawn again wherever it is needed and never stored, and all sums in float32:
 
     low_product     z = s F drop(x)^T            (r, T)      F = A^T (r, n), read transposed; for e, F = B and x = dy
     product         y = x W + drop(z^T B)        (T, m)      for dx, W and B are W^T and A^T, read transposed
@@ -27,10 +27,6 @@ that is, the last steps go into the same sums, and y is rounded and goes out thr
 a time. That is why z carries the scale. A mask (of dx; y's is in z) is of the low-rank part alone: then that is a
 product of its own, by 64 columns as y goes out, and its steps stay in their slots until the tile is done.
 Traffic: x once per column of tiles, W once per row of tiles, most of it from the L2 cache by the order of `snake`.
-
-row_product. A tile is all r by 128 columns, and a part of the rows: with k / 128 tiles there would not be one for each
-block, so there are up to 8 parts, whose sums (parts, r, k) in float32 are added up afterwards. These are the only
-temporaries: at most 128 BLOCKS r floats, 67 KB times r; none where k > 66 * 128.
 
 What TMA does not take is copied: x, dy and their results where T is not a multiple of 8, z and e where it is not one of
 64, factors where r is neither a multiple of 8 up to 64 nor one of 64.
@@ -58,8 +54,7 @@ from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div, round_up
 from pallas_kernels.stacked import whole
 
 ROWS = COMPUTE * TILE  # of x in a tile
-LOW_SLOTS, ROW_SLOTS = 12, 6  # of the rings of `low_product` and `row_product`, where they fit
-PARTS = 8  # of the rows, at most, whose sums `row_product` keeps apart
+LOW_SLOTS = 12  # of the ring of `low_product`, where they fit
 
 
 class Config(NamedTuple):
@@ -89,7 +84,8 @@ def scalars(rate: float, seed, **others) -> dict[str, jax.Array]:
     return {name: values for name, values in found.items() if values is not None}
 
 
-def _seed(extra):
+def seed_of(extra):
+    """The seed among a kernel's scalars, () int32; None without dropout."""
     return extra["seed"][0] if "seed" in extra else None
 
 
@@ -155,7 +151,7 @@ def low_product(
             ring.drain(gpu.each_tile(tiles, blocks, tile))
 
         def compute(parity):
-            seed = _seed(extra)
+            seed = seed_of(extra)
 
             def tile(first, row):
                 def accumulate(acc):
@@ -305,7 +301,7 @@ def product(
             ring.drain(gpu.each_tile(tiles, blocks, tile))
 
         def compute(half):
-            seed = _seed(extra)
+            seed = seed_of(extra)
             rows = pl.ds(half * TILE, TILE)
 
             def tile(first, number):
@@ -386,126 +382,4 @@ def product(
         w_slots=gpu.swizzled(slots, *shape, dtype=x.dtype),
         staging=gpu.swizzled(COMPUTE, 2, TILE, TILE, dtype=x.dtype),
         **Ring.barriers(slots, COMPUTE + 1),
-    )
-
-
-# z drop(x)
-
-
-def parts_of_rows(rows: int, k: int, config: Config) -> int:
-    """Into how many parts `row_product` cuts the rows, so that there is a tile for every block."""
-    tiles = ceil_div(rows, ROWS)
-    wanted = max(1, min(PARTS, config.blocks // ceil_div(k, COMPUTE * TILE)))
-    return ceil_div(tiles, ceil_div(tiles, wanted))
-
-
-def row_product(z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapters=0, interpret=None):
-    """Sums over rows of z drop(x): float32 (parts, r, k) of z (r, T rounded up to 64), x (T, k).
-
-    parts: sums over parts of the rows, to be added up; with an owner, one per adapter.
-    """
-    (t, k), r = x.shape, len(z)
-    height, wide = round_up(r, TILE), COMPUTE * TILE
-    row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(k, wide)
-    parts = parts_of_rows(t, k, config) if owner is None else adapters
-    per_part = ceil_div(row_tiles, parts)
-    tiles = parts * column_tiles
-    blocks = min(config.blocks, tiles)
-    slots = gpu.slots_that_fit(ROW_SLOTS, 2 * TILE * (height + wide), 4 * COMPUTE * TILE * TILE)
-
-    def body(z_ref, x_ref, extra, out_ref, z_slots, x_slots, staging, full, empty):
-        ring = Ring(full, empty, slots)
-
-        def rows_of(part) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
-            """(first row tile, how many, the first that is the part's from a given one on)."""
-            if owner is None:
-                begin = part * per_part
-                return begin, jnp.minimum(per_part, row_tiles - begin), lambda i: i
-            owners = extra["owner"]
-            count = lax.fori_loop(0, row_tiles, lambda i, n: n + (owners[i] == part).astype(jnp.int32), jnp.int32(0))
-            return jnp.int32(0), count, lambda i: lax.while_loop(lambda i: owners[i] != part, lambda i: i + 1, i)
-
-        def each_step(number, action):
-            """action(number of the step, first row) for the steps of a tile; how many there were."""
-            begin, count, following = rows_of(number // column_tiles)
-
-            def row_tile(i, place):
-                place = following(place)
-                for part in range(ROWS // TILE):
-                    action(i * (ROWS // TILE) + part, place * ROWS + part * TILE)
-                return place + 1
-
-            lax.fori_loop(0, count, row_tile, begin)
-            return count * (ROWS // TILE)
-
-        def memory():
-            def tile(first, number):
-                columns = pl.ds(number % column_tiles * wide, wide)
-
-                def fetch(i, row):
-                    ring.fill(
-                        first + i,
-                        (z_ref.at[gpu.beyond(0, height, row), pl.ds(row, TILE)], lambda slot: z_slots.at[slot]),
-                        (x_ref.at[pl.ds(row, TILE), columns], lambda slot: x_slots.at[slot]),
-                    )
-
-                return first + each_step(number, fetch)
-
-            ring.drain(gpu.each_tile(tiles, blocks, tile))
-
-        def compute(half):
-            seed = _seed(extra)
-            columns = pl.ds(half * TILE, TILE)
-
-            def tile(first, number):
-                part, column = number // column_tiles, number % column_tiles * wide + half * TILE
-
-                def accumulate(acc):
-                    def multiply(i, row):
-                        ring.wait(first + i)
-                        slot = ring.slot(first + i)
-                        rhs = x_slots.at[slot, :, columns]
-                        if rate:
-                            rhs[...] = mask(rhs[...], seed, row, column, rate)
-                            plgpu.commit_smem()
-                        plgpu.wgmma(acc, z_slots.at[slot], rhs)
-                        plgpu.wgmma_wait(1)
-
-                        @pl.when(i > 0)
-                        def _():
-                            ring.release(first + i - 1)
-
-                    steps = each_step(number, multiply)
-                    return acc[...], steps
-
-                total, steps = pl.run_scoped(accumulate, plgpu.ACC((height, TILE), jnp.float32))
-
-                @pl.when(steps > 0)
-                def _():
-                    ring.release(first + steps - 1)
-
-                for i in range(0, height, TILE):
-                    target = out_ref.at[part, gpu.beyond(i, TILE, number), pl.ds(column, TILE)]
-                    values = total[i : i + TILE]
-                    gpu.store(values * (1 / (1 - rate)) if rate else values, staging.at[half], target)
-                return first + steps
-
-            gpu.each_tile(tiles, blocks, tile)
-            plgpu.wait_smem_to_gmem(0)
-
-        gpu.specialise(compute, memory)
-
-    return gpu.launch(
-        body,
-        z,
-        x,
-        scalars(rate, seed, owner=owner),
-        name="lora_row_product",
-        out=jax.ShapeDtypeStruct((parts, r, k), jnp.float32),
-        blocks=blocks,
-        interpret=interpret,
-        z_slots=gpu.swizzled(slots, height, TILE, dtype=x.dtype),
-        x_slots=gpu.swizzled(slots, TILE, wide, dtype=x.dtype),
-        staging=gpu.swizzled(COMPUTE, TILE, TILE, dtype=jnp.float32),
-        **Ring.barriers(slots, 2),
     )

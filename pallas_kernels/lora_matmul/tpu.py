@@ -35,9 +35,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic_tpu as tpu
+from pallas_kernels import tiles_tpu
 from pallas_kernels.dropout import keep
-from pallas_kernels.mosaic_tpu import Config, Part, Step, dot
+from pallas_kernels.mosaic_tpu import Part, Step, dot
 from pallas_kernels.stacked import whole
+from pallas_kernels.tiles_tpu import Config
 
 __all__ = [
     "Config",
@@ -72,7 +74,7 @@ def forward(x, w, a, b, seed, *, scale: float, rate: float, config: Config | Non
         rank=r,
         prefetch=(seed, *layer_of(w)),
         config=config,
-        bytes_read=tpu.bytes_of(w, a, b),
+        bytes_read=tiles_tpu.bytes_of(w, a, b),
         interpret=interpret,
         name="lora_forward",
     )
@@ -93,7 +95,7 @@ def input_gradient(
         rank=r,
         prefetch=(seed, *layer_of(w)),
         config=config,
-        bytes_read=tpu.bytes_of(w, a, b),
+        bytes_read=tiles_tpu.bytes_of(w, a, b),
         interpret=interpret,
         name="lora_input_gradient",
     )
@@ -136,7 +138,7 @@ def low(x, a, seed, *, scale: float, rate: float, config: Config | None = None, 
         semantics=("parallel", "arbitrary"),
         config=config,
         flops=2 * total * n * r,
-        bytes_accessed=tpu.bytes_of(x, a, output),
+        bytes_accessed=tiles_tpu.bytes_of(x, a, output),
         interpret=interpret,
         name="lora_low",
     )
@@ -180,7 +182,7 @@ def factor_gradient(z, x, seed, *, rate: float, config: Config | None = None, in
         semantics=("parallel", "arbitrary"),
         config=config,
         flops=2 * total * k * r,
-        bytes_accessed=tpu.bytes_of(z, x, output),
+        bytes_accessed=tiles_tpu.bytes_of(z, x, output),
         interpret=interpret,
         name="lora_factor_gradient",
     )
@@ -217,7 +219,7 @@ def turned(a) -> tuple[jax.Array, int]:
 
     XLA keeps an array with few columns transposed, unpadded: there (r, n) is a view. Whole lanes stay as they are.
     """
-    return (a.T, 0) if a.shape[1] % tpu.LANES else (a, 1)
+    return (a.T, 0) if a.shape[1] % tiles_tpu.LANES else (a, 1)
 
 
 def down(factor, axis: int, config: Config, scale: float, rate: float) -> Part:
@@ -265,14 +267,14 @@ def candidates(rows: int, n: int, m: int, r: int, itemsize: int) -> list[Config]
     """
 
     def vmem(config):
-        return 2 * (tpu.size((config.inputs, config.columns), itemsize) + factors_vmem(config, r, itemsize))
+        return 2 * (tiles_tpu.size((config.inputs, config.columns), itemsize) + factors_vmem(config, r, itemsize))
 
-    return tpu.fused_candidates(rows, n, m, r, itemsize, vmem)
+    return tiles_tpu.fused_candidates(rows, n, m, r, itemsize, vmem)
 
 
 def factors_vmem(config: Config, r: int, itemsize: int) -> int:
     """Bytes of a block of each factor."""
-    return tpu.size((r, config.inputs), itemsize) + tpu.size((r, config.columns), itemsize)
+    return tiles_tpu.size((r, config.inputs), itemsize) + tiles_tpu.size((r, config.columns), itemsize)
 
 
 def default_config(rows: int, n: int, m: int, r: int, itemsize: int) -> Config:
@@ -286,16 +288,18 @@ def low_candidates(rows: int, n: int, r: int, itemsize: int) -> list[Config]:
 
     def seconds(config):
         steps = pl.cdiv(rows, config.rows) * (n // config.inputs)
-        seconds = steps * (config.rows * config.inputs * itemsize / tpu.BANDWIDTH + tpu.STEP)
-        return seconds * tpu.shared(pl.cdiv(rows, config.rows))
+        seconds = steps * (config.rows * config.inputs * itemsize / tiles_tpu.BANDWIDTH + tiles_tpu.STEP)
+        return seconds * tiles_tpu.shared(pl.cdiv(rows, config.rows))
 
     def vmem(config):
-        blocks = tpu.size((config.rows, config.inputs), itemsize) + factors_vmem(config, r, itemsize)
-        return 2 * blocks + 3 * tpu.size((config.rows, r), 4)
+        blocks = tiles_tpu.size((config.rows, config.inputs), itemsize) + factors_vmem(config, r, itemsize)
+        return 2 * blocks + 3 * tiles_tpu.size((config.rows, r), 4)
 
-    widest = tpu.WEIGHT_TILE[itemsize] // tpu.up_to(r, tpu.LANES)
-    tiles = [k for k in tpu.divisors(n) if k <= min(widest, 4096)]
-    return tpu.best([Config(i, tpu.LANES, k) for i in tpu.powers(rows, 1024) for k in tiles], seconds, vmem)
+    widest = tiles_tpu.WEIGHT_TILE[itemsize] // tiles_tpu.up_to(r, tiles_tpu.LANES)
+    tiles = [k for k in tiles_tpu.divisors(n) if k <= min(widest, 4096)]
+    return tiles_tpu.best(
+        [Config(i, tiles_tpu.LANES, k) for i in tiles_tpu.powers(rows, 1024) for k in tiles], seconds, vmem
+    )
 
 
 @functools.cache
@@ -305,15 +309,19 @@ def factor_candidates(rows: int, k: int, r: int, itemsize: int) -> list[Config]:
     def seconds(config):
         steps = pl.cdiv(rows, config.rows) * pl.cdiv(k, config.columns)
         read = (r * config.rows + config.rows * config.columns) * itemsize
-        return steps * (read / tpu.BANDWIDTH + tpu.STEP) * tpu.shared(pl.cdiv(k, config.columns))
+        return steps * (read / tiles_tpu.BANDWIDTH + tiles_tpu.STEP) * tiles_tpu.shared(pl.cdiv(k, config.columns))
 
     def vmem(config):
-        blocks = tpu.size((r, config.rows), itemsize) + tpu.size((config.rows, config.columns), itemsize)
+        blocks = tiles_tpu.size((r, config.rows), itemsize) + tiles_tpu.size((config.rows, config.columns), itemsize)
         # The sum twice as an output and once as a step's product; a tile of x before and after its mask, in 32 bits.
-        return 2 * blocks + 3 * tpu.size((r, config.columns), 4) + 2 * tpu.size((config.rows, config.columns), 4)
+        return (
+            2 * blocks
+            + 3 * tiles_tpu.size((r, config.columns), 4)
+            + 2 * tiles_tpu.size((config.rows, config.columns), 4)
+        )
 
-    configs = [Config(i, j, 0) for i in tpu.powers(rows, 1024) for j in tpu.powers(k, 4096)]
-    return tpu.best(configs, seconds, vmem)
+    configs = [Config(i, j, 0) for i in tiles_tpu.powers(rows, 1024) for j in tiles_tpu.powers(k, 4096)]
+    return tiles_tpu.best(configs, seconds, vmem)
 
 
 def configs(function: str, *args) -> list[Config]:
@@ -348,5 +356,7 @@ def supports_factor_gradient(z, x, seed, *, rate: float) -> bool:
 
 
 def _supported(arrays, r: int, sizes, rate: float) -> bool:
-    whole = all(count and count % tpu.LANES == 0 for count in sizes)
-    return tpu.is_matrix_dtype(*arrays) and r in tpu.RANKS and whole and min(arrays[0].shape) > 0 and 0 <= rate < 1
+    whole = all(count and count % tiles_tpu.LANES == 0 for count in sizes)
+    return (
+        tpu.is_matrix_dtype(*arrays) and r in tiles_tpu.RANKS and whole and min(arrays[0].shape) > 0 and 0 <= rate < 1
+    )

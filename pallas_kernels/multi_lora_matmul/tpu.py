@@ -29,9 +29,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels import mosaic_tpu as tpu
+from pallas_kernels import tiles_tpu
 from pallas_kernels.lora_matmul import tpu as lora
-from pallas_kernels.mosaic_tpu import Config, Part, dot
+from pallas_kernels.mosaic_tpu import Part, dot
 from pallas_kernels.multi_lora_matmul.reference import TILE
+from pallas_kernels.tiles_tpu import Config
 
 __all__ = [
     "Config",
@@ -64,7 +66,7 @@ def forward(x, w, a, b, scales, owner, *, config: Config | None = None, interpre
         rank=r,
         prefetch=(owner, scales, *lora.layer_of(w)),
         config=config,
-        bytes_read=tpu.bytes_of(w, a, b),
+        bytes_read=tiles_tpu.bytes_of(w, a, b),
         interpret=interpret,
         name="multi_lora_forward",
         chunk=TILE,
@@ -85,7 +87,7 @@ def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, 
         rank=r,
         prefetch=(owner, scales, *lora.layer_of(w)),
         config=config,
-        bytes_read=tpu.bytes_of(w, a, b),
+        bytes_read=tiles_tpu.bytes_of(w, a, b),
         interpret=interpret,
         name="multi_lora_input_gradient",
         chunk=TILE,
@@ -131,7 +133,7 @@ def factor_gradient(z, x, owner, *, count: int, config: Config | None = None, in
         semantics=("parallel", "arbitrary"),
         config=config,
         flops=2 * total * k * r,
-        bytes_accessed=tpu.bytes_of(z, x, output),
+        bytes_accessed=tiles_tpu.bytes_of(z, x, output),
         interpret=interpret,
         name="multi_lora_factor_gradient",
     )
@@ -152,7 +154,7 @@ def visits(owner: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 
 def turned(a) -> tuple[jax.Array, int]:
     """A (G, n, r) as `lora_matmul.tpu.turned`, and the axis of r without G."""
-    return (a.transpose(0, 2, 1), 0) if a.shape[2] % tpu.LANES else (a, 1)
+    return (a.transpose(0, 2, 1), 0) if a.shape[2] % tiles_tpu.LANES else (a, 1)
 
 
 def down(factor, axis: int, config: Config, tiles: int) -> Part:
@@ -220,9 +222,9 @@ def candidates(rows: int, n: int, m: int, r: int, itemsize: int) -> list[Config]
 
     def vmem(config):
         factors = config.rows // TILE * lora.factors_vmem(config, r, itemsize)
-        return 2 * (tpu.size((config.inputs, config.columns), itemsize) + factors)
+        return 2 * (tiles_tpu.size((config.inputs, config.columns), itemsize) + factors)
 
-    return tpu.fused_candidates(rows, n, m, r, itemsize, vmem, LARGEST)
+    return tiles_tpu.fused_candidates(rows, n, m, r, itemsize, vmem, LARGEST)
 
 
 def default_config(rows: int, n: int, m: int, r: int, itemsize: int) -> Config:
@@ -235,15 +237,15 @@ def factor_candidates(k: int, r: int, itemsize: int) -> list[Config]:
     """Configurations of `factor_gradient` with x (T, k), the one that should be the fastest first."""
 
     def seconds(config):
-        read = (r + config.columns) * TILE * itemsize / tpu.BANDWIDTH
+        read = (r + config.columns) * TILE * itemsize / tiles_tpu.BANDWIDTH
         steps = pl.cdiv(k, config.columns)
-        return steps * (read + tpu.STEP) * tpu.shared(steps)
+        return steps * (read + tiles_tpu.STEP) * tiles_tpu.shared(steps)
 
     def vmem(config):
-        blocks = tpu.size((r, TILE), itemsize) + tpu.size((TILE, config.columns), itemsize)
-        return 2 * blocks + 3 * tpu.size((r, config.columns), 4) + 2 * tpu.size((TILE, config.columns), 4)
+        blocks = tiles_tpu.size((r, TILE), itemsize) + tiles_tpu.size((TILE, config.columns), itemsize)
+        return 2 * blocks + 3 * tiles_tpu.size((r, config.columns), 4) + 2 * tiles_tpu.size((TILE, config.columns), 4)
 
-    return tpu.best([Config(TILE, columns, 0) for columns in tpu.powers(k, 8192)], seconds, vmem)
+    return tiles_tpu.best([Config(TILE, columns, 0) for columns in tiles_tpu.powers(k, 8192)], seconds, vmem)
 
 
 def configs(function: str, *args) -> list[Config]:
@@ -257,7 +259,7 @@ def configs(function: str, *args) -> list[Config]:
 
 def supports_forward(x, w, a, b, scales, owner) -> bool:
     """Whether `forward` takes the arguments: as lora_matmul's, with a table of all tiles of 128 rows."""
-    whole = all(size and size % tpu.LANES == 0 for size in w.shape)
+    whole = all(size and size % tiles_tpu.LANES == 0 for size in w.shape)
     known = scales.dtype == jnp.float32 and x.ndim == 2 and whole
     return known and _supported((x, w, a, b), a.shape[-1], len(x), a.shape[0], owner)
 
@@ -269,11 +271,11 @@ def supports_input_gradient(dy, w, a, b, scales, owner) -> bool:
 
 def supports_factor_gradient(z, x, owner, *, count: int) -> bool:
     """Whether `factor_gradient` takes the arguments: as `forward`."""
-    whole = x.ndim == 2 and x.shape[1] and x.shape[1] % tpu.LANES == 0
+    whole = x.ndim == 2 and x.shape[1] and x.shape[1] % tiles_tpu.LANES == 0
     return bool(whole) and _supported((z, x), z.shape[0], len(x), count, owner)
 
 
 def _supported(arrays, r: int, rows: int, count: int, owner) -> bool:
     tables = owner.shape == (pl.cdiv(rows, TILE),) and owner.dtype == jnp.int32
     short = count + sum(owner.shape) <= VISITS
-    return tables and short and rows > 0 and r in tpu.RANKS and tpu.is_matrix_dtype(*arrays)
+    return tables and short and rows > 0 and r in tiles_tpu.RANKS and tpu.is_matrix_dtype(*arrays)

@@ -32,10 +32,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import mosaic_tpu as tpu
+from pallas_kernels import tiles_tpu
 from pallas_kernels.lora_matmul import tpu as lora
-from pallas_kernels.mosaic_tpu import Config, Part, dot
+from pallas_kernels.mosaic_tpu import Part, dot
 from pallas_kernels.packed import FORMATS, HALF, NF4, nibbles, scales
 from pallas_kernels.stacked import AnyPacked, Stacked, taken
+from pallas_kernels.tiles_tpu import Config
 
 __all__ = [
     "Config",
@@ -67,7 +69,7 @@ def forward(
         columns=m,
         rank=r,
         prefetch=(seed, *lora.layer_of(w)),
-        bytes_read=tpu.bytes_of(a, b),
+        bytes_read=tiles_tpu.bytes_of(a, b),
         interpret=interpret,
         name=f"{w.format}_lora_forward",
     )
@@ -89,7 +91,7 @@ def input_gradient(
         columns=n,
         rank=r,
         prefetch=(seed, *lora.layer_of(w)),
-        bytes_read=tpu.bytes_of(a, b),
+        bytes_read=tiles_tpu.bytes_of(a, b),
         interpret=interpret,
         name=f"{w.format}_lora_input_gradient",
     )
@@ -104,7 +106,7 @@ def _product(x, w: AnyPacked, config: Config, *, transposed: bool, bytes_read: i
         packed(codes, floats, w.format, w.group, config, transposed),
         scratch=[pltpu.VMEM((rows, lanes), x.dtype)],
         config=config,
-        bytes_read=bytes_read + tpu.bytes_of(codes, floats),
+        bytes_read=bytes_read + tiles_tpu.bytes_of(codes, floats),
         **options,
     )
 
@@ -162,10 +164,10 @@ def values(codes_ref, first, format: str) -> list[jax.Array]:
 
 def quantiles(codes: jax.Array) -> jax.Array:
     """NF4[codes] of int32 codes (rows, lanes): a gather within each register, whose lanes hold the table."""
-    lane = jax.lax.broadcasted_iota(jnp.int32, (codes.shape[0], tpu.LANES), 1)
+    lane = jax.lax.broadcasted_iota(jnp.int32, (codes.shape[0], tiles_tpu.LANES), 1)
     # Made here: a constant array would have to be an operand.
     table = functools.reduce(lambda low, i: jnp.where(lane == i, NF4[i], low), range(16), jnp.zeros(lane.shape))
-    tiles = [codes[:, start : start + tpu.LANES] for start in range(0, codes.shape[1], tpu.LANES)]
+    tiles = [codes[:, start : start + tiles_tpu.LANES] for start in range(0, codes.shape[1], tiles_tpu.LANES)]
     found = [jnp.take_along_axis(table, tile, axis=1, mode="promise_in_bounds") for tile in tiles]
     return jnp.concatenate(found, axis=1)
 
@@ -196,11 +198,11 @@ def candidates(
 
     def vmem(config):
         height, lanes = _tile(config, transposed)
-        codes = tpu.size((height * bits // 8, lanes), 1)
-        floats = tpu.size((_rows_of_scales(height, groups, group), lanes), 4)
-        return 2 * (codes + floats + lora.factors_vmem(config, r, itemsize)) + tpu.size((height, lanes), itemsize)
+        codes = tiles_tpu.size((height * bits // 8, lanes), 1)
+        floats = tiles_tpu.size((_rows_of_scales(height, groups, group), lanes), 4)
+        return 2 * (codes + floats + lora.factors_vmem(config, r, itemsize)) + tiles_tpu.size((height, lanes), itemsize)
 
-    return tpu.fused_candidates(rows, n, m, r, itemsize, vmem, 4096, bits + 32 / group, UNPACKING)
+    return tiles_tpu.fused_candidates(rows, n, m, r, itemsize, vmem, 4096, bits + 32 / group, UNPACKING)
 
 
 def default_config(

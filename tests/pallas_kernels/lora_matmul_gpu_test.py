@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dropout
-from pallas_kernels.lora_matmul import gpu, gpu_products, shapes
+from pallas_kernels.lora_matmul import gpu, gpu_rows, shapes
 from pallas_kernels.stacked import Stacked
 from tests.pallas_kernels import mosaic
 
@@ -163,7 +163,7 @@ def test_a_kernel_compiles(optimised, capfd, function, rows, n, m, r, rate):
     found = mosaic.compiled(capfd, getattr(gpu, function), *args, **options(function, rate))
     assert found.spills and not any(found.spills)
     if function == "factor_gradient":
-        parts = gpu_products.parts_of_rows(rows, n, gpu.Config())
+        parts = gpu_rows.parts_of_rows(rows, n, gpu.Config())
         assert found.opcodes == (["custom-call"] if parts == 1 else ["custom-call", "fusion"])
         assert found.temporaries <= (0 if parts == 1 else parts * r * n * 4)
     else:
