@@ -22,7 +22,6 @@ from jaxpeft.models import geometries
 from jaxpeft.train.optimizer import make_direction
 from jaxpeft.train.step import objective_of
 from tests import beside, tiny
-from tests.methods_test import unrolled
 
 BATCH, EPS, RATE, DECAY = tiny.batch(), 1e-2, 1e-3, 0.1
 RUN = jax.random.key(1)
@@ -104,6 +103,16 @@ def test_a_restored_state_goes_on_exactly(alone):
     restored = jax.tree.map(jnp.array, jax.device_get(first))._replace(key=RUN)
     again, _ = step(restored, BATCH)
     chex.assert_trees_all_equal(again._replace(key=None), second._replace(key=None))
+
+
+def unrolled(stack, params, batch, key=None, cache=None):
+    """`run` without `lax.scan`."""
+    x, ctx = stack.embed(params, batch, key)
+    for segment, first, end in tree.segments(params):
+        for i in range(first, end):
+            layer = jax.tree.map(lambda leaf, i=i, first=first: leaf[i - first], params[segment])
+            x, _ = stack.block(layer, x, ctx.at(i), None, segment)
+    return x, cache
 
 
 def test_any_run_and_micro_batches_give_the_same_slope():
