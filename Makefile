@@ -1,6 +1,7 @@
 # make demo   the whole road on the embedded default: environment, install, train, report
 # make test   environment, linting, formatting, types, then every test but the slow ones
 # make test-slow   those: minutes of a compiler each
+# make docs   the documentation as a site, in site/; a warning is an error
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -26,7 +27,7 @@ REMAT3_TESTS = tests/backward/programs_test.py tests/backward/residuals_test.py 
   tests/backward/reversible_test.py::test_evaluating_once_or_twice_is_the_same
 REMAT3_ONLY = llama or not (gradients_are or methods or dropout or bfloat16 or accumulation or sharded)
 
-.PHONY: demo test test-slow lint format test-next clean
+.PHONY: demo test test-slow docs lint format test-next clean
 
 demo: $(VENV)/.installed
 	$(BIN)/jaxpeft train
@@ -36,6 +37,9 @@ test: lint
 
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(WORKERS) -m slow
+
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 JAX_PLATFORMS=cpu $(BIN)/python -m mkdocs build --strict
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -77,10 +81,15 @@ $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
 	touch $@ $(VENV)/.installed
 
+# Beside what is there already: the pages are made from the installed library.
+$(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	touch $@ $(VENV)/.installed
+
 $(NEXT_VENV)/.installed: pyproject.toml
 	$(NEXT_PYTHON) -m venv $(NEXT_VENV)
 	$(NEXT_VENV)/bin/python -m pip install --quiet --editable '.[describe]' pytest pytest-xdist hypothesis
 	touch $@
 
 clean:
-	rm -rf .venv .venv-next out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-next out site build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,43 +1,154 @@
-"""The README's examples run as they stand there."""
+"""What the README and docs/ show holds: examples run, links lead somewhere, names and messages are the library's."""
 
+import ast
+import functools
 import itertools
 import re
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import jaxpeft as jp
+from docs.generate import methods as pages
+from docs.generate import tables
 from jaxpeft import data
+from jaxpeft import method as contract
+from jaxpeft.models import FAMILIES, geometries
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
-def example(word):
-    """The one block of Python that has a word in it."""
-    found = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def example(page, word):
+    """The one block of Python in a page that has a word in it."""
+    found = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
     (code,) = [code for code in found if word in code]
     return code
 
 
+def run(page, word, namespace=None):
+    """What the block leaves behind."""
+    namespace = {} if namespace is None else namespace
+    exec(compile(example(page, word), page, "exec"), namespace)
+    return namespace
+
+
 def test_the_kernels():
-    namespace = {}
-    exec(compile(example("quant_lora_matmul"), str(README), "exec"), namespace)
+    namespace = run("kernels.md", "quant_lora_matmul")
     # W is all ones: the largest value of its groups, which NF4 holds exactly, the scale to its 8 bits.
     np.testing.assert_allclose(np.asarray(namespace["y"], np.float32), 512, rtol=0.01)
 
 
 def test_the_training_loop(tmp_path, monkeypatch):
     """Ten lines on the embedded model; a few steps of it leave an adapter that has learnt and fits that model."""
-    code = example("make_train_step")
+    code = example("quickstart.md", "make_train_step")
     lines = [line for line in code.splitlines() if line.strip() and not line.startswith(("import ", "from "))]
     assert len(lines) <= 10
     whole = data.make_batches
     monkeypatch.setattr(data, "make_batches", lambda *args, **options: itertools.islice(whole(*args, **options), 3))
     monkeypatch.chdir(tmp_path)
-    namespace = {}
-    exec(compile(code, str(README), "exec"), namespace)
+    namespace = run("quickstart.md", "make_train_step")
     assert int(namespace["state"].step) == 3
     model, _ = jp.load_pretrained(namespace["assets"].MODEL)
     method, leaves = jp.import_adapter(tmp_path / "adapter", model.config)
     assert method.specs[0].name == "lora_fa"
     assert all(np.any(leaf) for path, leaf in leaves.items() if path.endswith("/b"))
+
+
+def test_models_of_ones_own():
+    namespace = run("models.md", "from_linen")
+    module, merged, batch = namespace["Tower"](), namespace["merged"], namespace["batch"]
+    adapted = namespace["model"].apply(namespace["state"].params, {"x": batch["x"]})
+    np.testing.assert_allclose(module.apply({"params": merged}, batch["x"]), adapted, atol=1e-5)
+    assert set(run("models.md", "from_nnx", namespace)["trainable"]) == {"output/kernel", "output/bias"}
+
+
+def test_models_and_sizes_are_those_of_the_library():
+    text = (DOCS / "models.md").read_text(encoding="utf-8")
+    sizes = text.partition("<!-- geometries -->")[2].partition("<!-- end of geometries -->")[0]
+    assert re.findall(r"`([^`]+)`", sizes) == list(geometries.GEOMETRIES)
+    assert set(FAMILIES) == set(re.findall(r"^\| [^|]+ \| `(\w+)` \| (?:de|en)coder", text, re.MULTILINE))
+
+
+# A page for each method.
+
+
+@pytest.mark.parametrize("name", contract.names())
+def test_a_page_for_each_method(name):
+    """Its essential fields, from the method's file alone."""
+    page, about = pages.page(name), contract.about(name)
+    for heading in ("Equations", "What a step keeps", "Arguments", "Merging and PEFT", "Caveats", "Measured"):
+        section = page.partition(f"## {heading}\n")[2].partition("\n## ")[0]
+        assert section.strip(), heading
+    for words in (about.summary[1:], about.trains, about.saves, about.reference, f"--method {about.within or name}"):
+        assert words.replace("|", "\\|") in page
+    assert f"::: jaxpeft.methods.{name}.{name}\n" in page
+    assert f"[{name}]({name}.md)" in pages.index()
+    if about.promises.backward and not about.within:
+        assert "bytes per token" in page
+
+
+def test_what_a_page_says_is_kept():
+    """By hand: LoRA of rank 8 at a map of 2048 inputs in bfloat16, and MEFT's 3 bits of 2048 numbers."""
+    assert "| `self_attn/q_proj` | 2048 x 2048 | 4,112 |" in pages.page("lora")
+    assert "**768 bytes per token**" in pages.page("meft")
+    assert "5.91 | 1.00 |" in pages.measured("lora") and "Not yet" in pages.measured("no such method")
+
+
+def test_rows_of_a_method(tmp_path):
+    (tmp_path / "some.md").write_text("# T\n\n| m | x |\n|---|---|\n| a+b | 1 |\n| ab | 2 |\n\n| h200, a, `s` | 3 |\n")
+    found = tables.tables(tmp_path)
+    assert [tables.rows_of(table, "a") for table in found] == [("| a+b | 1 |",), ()]
+    assert found[0].title == "T" and found[0].header == "| m | x |\n|---|---|"
+
+
+def test_docstrings_as_pages():
+    text = "x_j * <W>\n    a_j * b\nthen `c_j`"
+    assert pages.prose(text) == "x\\_j \\* \\<W\\>\n\n    a_j * b\n\nthen `c_j`"
+
+
+# Links, claims, messages.
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_to_files_of_the_repository(page):
+    made = {f"methods/{name}.md" for name in [*contract.names(), "index"]} | {"api/names.md"}
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text(encoding="utf-8")):
+        if not target.startswith(("http", "mailto")):
+            path = (page.parent / target).resolve()
+            assert path.exists() or path.relative_to(DOCS).as_posix() in made, target
+
+
+def test_every_verdict_has_its_evidence():
+    tried = (DOCS / "claims.md").read_text(encoding="utf-8").partition("## Not yet tried")[0]
+    rows = [line for line in tried.splitlines() if line.startswith("| ") and not line.startswith("| source")]
+    assert len(rows) > 20
+    for row in rows:
+        evidence = row.strip("| ").rsplit("|", 1)[1]
+        assert re.search(r"\]\(\.\./(experiments/results|tests)/", evidence), row
+
+
+@functools.cache
+def messages():
+    """Every text in the library's code, with … where a value is put in."""
+    found = []
+    for file in sorted((ROOT / "jaxpeft").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found).replace("`", "")
+
+
+def test_the_errors_are_the_librarys_own():
+    """Every part of a line in the first column, between its values, is in one of our messages."""
+    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (`.+?`) \| ", text, re.MULTILINE)
+    assert len(lines) > 20
+    for line in lines:
+        for part in line.replace("`", "").replace("\\|", "|").split("…"):
+            assert part.strip() in messages(), line

@@ -3,7 +3,7 @@
     python -m experiments.on_device                                  # on the device, from a source tree
     python -m experiments.on_device --minutes 9 --only layers,steps  # some steps; goes on where the last run ended
     python -m experiments.on_device --name h100                      # beforehand, anywhere: what `fits` is to try
-    python -m experiments.on_device --draw                           # tables, and the README's section, from the data
+    python -m experiments.on_device --draw                           # tables, and the section of docs/device.md
 
 Steps, in the order of their worth; each has its share of the time, writes its rows the moment they are there, and
 stops none of the others when it fails:

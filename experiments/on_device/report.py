@@ -1,4 +1,4 @@
-"""Tables from the figures alone: DIR/report.md of every device, and the section of the README between its two marks.
+"""Tables from the figures alone: DIR/report.md of every device, and docs/device.md's section between its two marks.
 
 Ratios are of functions that took turns, or of steps of one machine; absolute times stand beside the device's name.
 Where a step has no figures the text says so.
@@ -18,19 +18,19 @@ from experiments.on_device.worker import STEPS, module
 
 GIB = 2**30
 NOT_YET = "not measured yet"
+PAGE = ROOT / "docs" / "device.md"
 BEGIN, END = "<!-- drawn by python -m experiments.on_device --draw -->", "<!-- end of what is drawn -->"
 
 
 def main(folder: Path | None) -> int:
-    """Draws the reports of the folders and, of the project's own results, the README's section."""
+    """Draws the reports of the folders and, of the project's own results, the page's section."""
     if folder is not None and not folder.is_dir():
         raise ValueError(f"--out {folder}: there is no such folder")
     folders = [folder] if folder is not None else devices()
     for each in folders:
         (each / "report.md").write_text(report(each))
     if folder is None:
-        readme = ROOT / "README.md"
-        readme.write_text(with_section(readme.read_text(), section(folders)))
+        PAGE.write_text(with_section(PAGE.read_text(), section(folders)))
     print(f"{len(folders)} reports drawn", file=sys.stderr)
     return 0
 
@@ -40,15 +40,15 @@ def devices() -> list[Path]:
     return sorted({file.parent for step in STEPS for file in RESULTS.glob(f"*/{step}.json")})
 
 
-def with_section(readme: str, text: str) -> str:
-    """The README with this between its marks.
+def with_section(page: str, text: str) -> str:
+    """The page with this between its marks.
 
     Raises:
       ValueError: if it does not have both, once.
     """
-    if (readme.count(BEGIN), readme.count(END)) != (1, 1) or readme.index(BEGIN) > readme.index(END):
-        raise ValueError(f"README.md: the marks {BEGIN!r} and {END!r} must be there, once, in this order")
-    before, _, rest = readme.partition(BEGIN)
+    if (page.count(BEGIN), page.count(END)) != (1, 1) or page.index(BEGIN) > page.index(END):
+        raise ValueError(f"docs/device.md: the marks {BEGIN!r} and {END!r} must be there, once, in this order")
+    before, _, rest = page.partition(BEGIN)
     return f"{before}{BEGIN}\n\n{text}\n{END}{rest.partition(END)[2]}"
 
 
@@ -74,11 +74,11 @@ def where(found: dict[str, Record]) -> str:
 _LABELS = {"jax": "JAX", "torch": "PyTorch", "peft": "peft", "transformers": "transformers"}
 
 
-# Sentences: what the README says.
+# Sentences: what the page says.
 
 
 def section(folders: Sequence[Path]) -> str:
-    """The README's text."""
+    """The section's text."""
     if not folders:
         return f"Speed and peak memory on a device: {NOT_YET}.\n"
     return "\n".join(_of_device(records(folder), folder) for folder in folders)
@@ -93,7 +93,7 @@ def _of_device(found: dict[str, Record], folder: Path) -> str:
         f"- **What fits**: {_fit(good(found['fits']))}",
         "- **A step** of Llama-3.1-8B's geometry, LoRA on all linear maps beside peft with transformers:",
     ]
-    link = f"[all figures]({folder.relative_to(ROOT)}/report.md)" if folder.is_relative_to(ROOT) else ""
+    link = f"[all figures](../{folder.relative_to(ROOT)}/report.md)" if folder.is_relative_to(ROOT) else ""
     steps = _steps_table([row for row in good(found["steps"]) if row["key"]["geometry"] == "llama3.1-8b"], brief=True)
     return f"{where(found)} ({link}):\n\n" + "\n".join(lines) + f"\n\n{steps or NOT_YET}\n"
 

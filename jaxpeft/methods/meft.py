@@ -122,8 +122,9 @@ def meft(
     Args:
       variant: 1, 2 or 3.
       width: of the adapters.
-      lam, beta: the streams' factors, above 0: a number, or a fraction such as "1/8"; None: the table EXACT, or
+      lam: the first stream's factor, above 0: a number, or a fraction such as "1/8"; None: the table EXACT, or
         PUBLISHED. Exact streams need n / 2^k.
+      beta: the second stream's, likewise.
       layers: how many layers, from the first, are reversible; None: all.
       exact: whether streams are in fixed point and rebuilt bit for bit; else float32, up to rounding.
       readout: "last", the stream that carries the pretrained model's, or "mean" of the two.

@@ -58,7 +58,8 @@ def init_state(
     Args:
       method: of the run.
       optimizer: an optax transform over the flat trainable dict.
-      trainable, rest: from `setup`.
+      trainable: from `setup`.
+      rest: from `setup`.
       key: PRNG key of the run.
       model: the adapted model, for a method whose `update` slot asks the view for the base.
     """

@@ -76,9 +76,9 @@ def test_the_report_is_drawn(figures):
     assert "not enough memory" not in text and "What failed" not in text
 
 
-def test_the_readme_says_what_the_figures_say():
-    readme = (record.ROOT / "README.md").read_text()
-    assert readme == report.with_section(readme, report.section(report.devices()))
+def test_the_page_says_what_the_figures_say():
+    page = report.PAGE.read_text()
+    assert page == report.with_section(page, report.section(report.devices()))
     for folder in report.devices():
         assert (folder / "report.md").read_text() == report.report(folder)
         assert len(list(folder.iterdir())) <= 8
