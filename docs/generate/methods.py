@@ -41,17 +41,18 @@ def names() -> list[str]:
 def page(name: str) -> str:
     """The Markdown of a method's page; its API section is a directive of mkdocstrings."""
     about = contract.about(name)
-    file = contract.module(name)
+    docstring = inspect.getdoc(contract.module(name)) or ""
+    equations, deviations = split_deviations(docstring)
     parts = [
         f"# {name}\n\n{_sentence(about.summary)}",
         _facts(name, about),
         f"    jaxpeft train --method {about.within or name} ...",
-        f"## Equations\n\n{prose(inspect.getdoc(file) or '')}",
+        f"## Equations\n\n{prose(equations)}",
         f"## What a step keeps\n\n{kept(name, about)}",
         f"## Arguments\n\nFor the command line, `--method-options NAME=VALUE ...`.\n\n"
         f"::: jaxpeft.methods.{name}.{name}\n    options:\n      heading_level: 3",
         f"## Merging and PEFT\n\n{forms(about)}",
-        f"## Caveats\n\n{caveats(about, inspect.getdoc(file) or '')}",
+        f"## Caveats\n\n{caveats(about, deviations)}",
         f"## Measured\n\n{measured(name)}",
         f"Made from `jaxpeft/methods/{name}.py`.",
     ]
@@ -64,13 +65,12 @@ def index() -> str:
     for name in names():
         about = contract.about(name)
         lr = about.defaults.lr
-        merges = "yes" if about.promises.merges else "no"
         cells = (
             f"[{name}]({name}.md)",
             _cell(about.summary),
             _cell(about.saves),
             "" if lr is None else f"{lr:g}",
-            merges,
+            _merges(about),
             short_form(about),
         )
         rows.append("| " + " | ".join(cells) + " |")
@@ -96,7 +96,7 @@ def _facts(name: str, about: About) -> str:
         "default rate": rate + beside,
         "weight decay": decay,
         "in a chain": chain + ("; more than once, too" if about.twice else ""),
-        "merges": "yes" if about.promises.merges else "no",
+        "merges": _merges(about),
         "PEFT": short_form(about),
         "source": about.reference,
     }
@@ -218,8 +218,14 @@ def forms(about: About) -> str:
     return f"{merge}\n\n{form}"
 
 
-def caveats(about: About, docstring: str) -> str:
-    """What may surprise: from the promises, and where the file says that it deviates from its source."""
+def split_deviations(docstring: str) -> tuple[str, str]:
+    """A file's docstring before and behind "Deviations:", its last part."""
+    before, _, deviations = re.sub(r"Deviations?:\s+", "\0", docstring, count=1).partition("\0")
+    return before.rstrip(), deviations
+
+
+def caveats(about: About, deviations: str) -> str:
+    """What may surprise: from the promises, and where the method deviates from its source."""
     promises = about.promises
     found = []
     if not promises.starts_at_base:
@@ -239,8 +245,8 @@ def caveats(about: About, docstring: str) -> str:
     if about.peft is None and promises.merges and about.level not in WHOLE:
         found.append("PEFT has no format for it; `jaxpeft merge` makes a checkpoint that every tool reads.")
     lines = "\n".join(f"- {line}" for line in found)
-    if deviates := re.search(r"Deviations?:\s+(.*)", docstring, re.DOTALL):
-        lines += "\n\nWhere it deviates from its source: " + prose(deviates[1])
+    if deviations:
+        lines += "\n\nWhere it deviates from its source: " + prose(deviations)
     return lines.strip() or "None are known."
 
 
@@ -255,6 +261,12 @@ def measured(name: str) -> str:
             more = f"\n\n{len(rows) - _MOST} more rows in {link}." if len(rows) > _MOST else ""
             found.append(f"{table.title} ({link}):\n\n{table.header}\n" + "\n".join(rows[:_MOST]) + more)
     return "\n\n".join(found) or "Not yet: no table of experiments/results has a row of it."
+
+
+def _merges(about: About) -> str:
+    if about.level in WHOLE and not about.within:
+        return "nothing to merge"
+    return "yes" if about.promises.merges else "no"
 
 
 def _cell(text: str) -> str:

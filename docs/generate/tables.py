@@ -14,7 +14,7 @@ class Table(NamedTuple):
     """A table of a results file.
 
     file: its path below experiments/results.
-    title: the heading above it.
+    title: the heading above it, or in a file without headings the line above it.
     header: its first two lines.
     rows: the others, as they stand there.
     """
@@ -29,10 +29,11 @@ def tables(results: Path = RESULTS) -> list[Table]:
     """Every table of every Markdown file below `results`, by file."""
     found = []
     for path in sorted(results.rglob("*.md")):
-        title, block = path.stem, list[str]()
-        for line in [*path.read_text(encoding="utf-8").splitlines(), ""]:
-            if line.startswith("#"):
-                title = line.lstrip("# ")
+        lines, block = path.read_text(encoding="utf-8").splitlines(), list[str]()
+        headed, title = any(line.startswith("#") for line in lines), path.stem
+        for line in [*lines, ""]:
+            if line.startswith("#") or (not headed and line and not line.startswith("|")):
+                title = line.strip("#: ")
             if line.startswith("|"):
                 block.append(line)
             elif block:
