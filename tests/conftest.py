@@ -1,10 +1,22 @@
 """Shared fixtures. JAX is held to the CPU (unless told otherwise) before its import."""
 
+import importlib.metadata
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Nearly all of a test's time is compilation, most of that optimisation of code that runs once.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "true")
+if importlib.metadata.version("jaxlib").startswith("0.10."):
+    # XLA's newer emitters take four times as long to compile for a CPU; later releases have no others.
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # Workers, files and the processes that tests start compile many of the same programs: each once in a session.
+    # The folder's object lives as long as this module: the session's process, which starts the workers.
+    _compiled = tempfile.TemporaryDirectory(prefix="jaxpeft-xla-", ignore_cleanup_errors=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _compiled.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
 from pathlib import Path
 
