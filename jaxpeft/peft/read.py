@@ -205,10 +205,12 @@ def _without_classifier(
     for path, (name, transposed) in classifier_names(config).items():
         if (tensor := rest.pop(f"base_model.model.{name}", None)) is None:
             continue
-        leaf = tensor.T if transposed else tensor
-        if leaf.shape != shapes[path].shape:
-            raise InputError(f"{file}: an adapter for another base: {name} has shape {tensor.shape}")
-        leaves[path] = jnp.asarray(leaf, jnp.float32)
+        there = shapes[path].shape[::-1] if transposed else shapes[path].shape
+        if tensor.shape != there:
+            raise InputError(
+                f"{file}: an adapter for another base: {name} has shape {tensor.shape}, the base's has {there}"
+            )
+        leaves[path] = jnp.asarray(tensor.T if transposed else tensor, jnp.float32)
     return rest, leaves
 
 
@@ -228,12 +230,14 @@ def _without_copies(
         for key in (f"base_model.model.{name}", f"base_model.model.{name.removesuffix('.weight')}.base_layer.weight"):
             if (copy := rest.pop(key, None)) is None:
                 continue
-            copy = copy.T if transposed else copy
-            if copy.shape != shape.shape:
-                raise InputError(f"{file}: an adapter for another base: {key} has shape {copy.shape[::-1]}")
+            there = shape.shape[::-1] if transposed else shape.shape
+            if copy.shape != there:
+                raise InputError(
+                    f"{file}: an adapter for another base: {key} has shape {copy.shape}, the base's has {there}"
+                )
             if params is not None:
-                own = np.asarray(tree.flatten(params)[path])
-                if not np.array_equal(own.astype(jnp.bfloat16), copy.astype(jnp.bfloat16)):
+                own = np.asarray(tree.flatten(params)[path]).astype(jnp.bfloat16)
+                if not np.array_equal(own.T if transposed else own, copy.astype(jnp.bfloat16)):
                     raise InputError(f"{file}: brings its own {key}, which is not supported")
     return rest
 

@@ -177,7 +177,14 @@ def first(tensors, change):
         (lambda ts: {k.replace("q_proj", "query"): t for k, t in ts.items()}, "another base: it adapts .*query"),
         (lambda ts: {k.replace("layers.1", "layers.7"): t for k, t in ts.items()}, "another base: .*layers.7"),
         (lambda ts: dict(sorted(ts.items())[1:]), "layers.0.self_attn.q_proj has no lora_A.weight"),
-        (lambda ts: {**ts, "base_model.model.lm_head.weight": torch.ones(99, 32)}, "another base: .*lm_head.weight"),
+        (
+            lambda ts: {**ts, "base_model.model.lm_head.weight": torch.ones(99, 32)},
+            r"lm_head.weight has shape \(99, 32\), the base's has \(97, 32\)",
+        ),
+        (
+            lambda ts: {**ts, "base_model.model.model.embed_tokens.weight": torch.ones(99, 32)},
+            r"embed_tokens.weight has shape \(99, 32\), the base's has \(97, 32\)",
+        ),
         (lambda ts: {**ts, "base_model.model.lm_head.weight": torch.ones(97, 32)}, "brings its own .*lm_head.weight"),
         (
             lambda ts: {k.replace("lora_A", "lora_embedding_A"): t for k, t in ts.items()},
@@ -220,6 +227,47 @@ def test_features_that_would_compute_something_else_are_refused(field, value, co
     with pytest.raises(InputError, match=field) as error:
         import_adapter(copy, model.config)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "whiten": True}},
+        {"velora_config": {"num_groups": 4}},
+        {"monteclora_config": {"num_samples": 3, "buffer_size": 4}},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_what_changes_training_alone_is_read(settings, base, tmp_path):
+    """In evaluation PEFT computes the same with these fields and tensors as without."""
+    theirs = reference.make_peft(base, r=2, target_modules=["q_proj"], **settings)
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert all(config[name] for name in settings)
+    new, adapted, _ = attach(tmp_path, *reference.load(base))
+    reference.assert_close(reference.logits(new, adapted), reference.torch_logits(theirs))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("init_lora_weights", "mica"),
+        ("eva_config", {"rho": 2.0}),
+        ("corda_config", {"corda_method": "kpm"}),
+        ("loftq_config", {"loftq_bits": 4}),
+        ("lora_ga_config", {"direction": "ArB2r"}),
+        ("megatron_config", {"num_layers": 2}),
+    ],
+)
+def test_fields_that_change_nothing_are_read(field, value, copy, base):
+    model, _ = reference.load(base)
+    before = import_adapter(copy, model.config)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, field: value}))
+    after = import_adapter(copy, model.config)
+    assert after[0].specs == before[0].specs
+    for path, leaf in before[1].items():
+        np.testing.assert_array_equal(after[1][path], leaf)
 
 
 def test_files_that_are_no_adapter_are_refused(copy, base, tmp_path):

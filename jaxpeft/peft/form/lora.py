@@ -26,10 +26,16 @@ _PAIR = {"a": Tensor("lora_A.weight", "rn"), "b": Tensor("lora_B.weight", "mr")}
 _LORA_FIELDS = (
     "r lora_alpha lora_dropout rank_pattern alpha_pattern use_rslora init_lora_weights bias "
     "target_modules exclude_modules layers_to_transform layers_pattern megatron_core qalora_group_size runtime_config "
-    "ensure_weight_tying"
+    "ensure_weight_tying "
+    # What an initialisation was made with (init_lora_weights says which one it was, and so whether kernels changed) ...
+    "eva_config corda_config loftq_config lora_ga_config "
+    # ... what acts in training alone, and what acts on modules of Megatron's alone.
+    "velora_config monteclora_config megatron_config"
 ).split()
 # Initialisations that leave the base's kernels as they are.
-_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+# Tensors that PEFT reads in training alone: VeLoRA's projections, MonteCLoRA's variances.
+_OF_TRAINING = re.compile(r"\.lora_(velora_embed|monteclora_sampler)\b")
 
 
 def lora_pairs(
@@ -116,7 +122,7 @@ def lora_pairs(
         }
         return arguments(made), scaled
 
-    return per_site(
+    form = per_site(
         "LORA",
         scope,
         {**_PAIR, **(tensors or {})},
@@ -130,6 +136,8 @@ def lora_pairs(
         when,
         _check_lora,
     )
+    acting = lambda found: {name: tensor for name, tensor in found.items() if not _OF_TRAINING.search(name)}
+    return form._replace(parse=lambda found, base: form.parse(acting(found), base))
 
 
 def _check_lora(fields: Fields) -> None:
