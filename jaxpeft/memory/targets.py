@@ -26,6 +26,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import math
 import os
@@ -125,7 +126,7 @@ def devices(target: Target) -> list[jax.Device]:
     """The described devices (for the cpu: this machine's, one), for use in shardings and meshes.
 
     Raises:
-      InputError: if the target's compiler is not installed, or does not accept the slice.
+      InputError: if the target's compiler is not installed, cannot be loaded, or does not accept the slice.
     """
     kind = TARGETS[target.kind]
     if target.platform == "cpu":
@@ -136,7 +137,7 @@ def devices(target: Target) -> list[jax.Device]:
 
 
 def _describe_tpu(target: Target, kind: Kind) -> Any:
-    if importlib.util.find_spec("libtpu") is None and not os.environ.get("TPU_LIBRARY_PATH"):
+    if not _installed("libtpu") and not os.environ.get("TPU_LIBRARY_PATH"):
         raise _missing(target, "tpu")
     shape = target.shape or kind.host
     options = dict(kind.options)
@@ -145,7 +146,7 @@ def _describe_tpu(target: Target, kind: Kind) -> Any:
     try:
         with _environment({} if _tpu_attached() else _NO_TPU):
             return topologies.get_topology_desc(f"{target.kind}:{'x'.join(map(str, shape))}", platform="tpu", **options)
-    except jax.errors.JaxRuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise InputError(f"target {target.name!r}: libtpu does not describe it: {first_line(error)}") from error
 
 
@@ -159,7 +160,31 @@ def _describe_gpu(target: Target, kind: Kind) -> Any:
                 platform="cuda", topology_name=target.kind, topology="1x1x1", target_config=kind.config
             )
     except NotImplementedError:
-        raise _missing(target, "cuda") from None
+        raise _without_plugin(target) from None
+    except (RuntimeError, OSError) as error:
+        raise InputError(f"target {target.name!r}: its compiler does not describe it: {first_line(error)}") from error
+
+
+def _without_plugin(target: Target) -> InputError:
+    """Why JAX has no plugin for NVIDIA's GPUs: where it could not be loaded, JAX has said so in its log alone."""
+    installed = [name for name in _GPU_PLUGINS if _installed("jax_plugins") and _installed(name)]
+    if not installed:
+        return _missing(target, "cuda")
+    try:
+        importlib.import_module(installed[0]).initialize()
+        why = "was not there when JAX looked for it"
+    except Exception as error:  # of whatever kind it is, one line serves the user
+        why = f"cannot be loaded: {first_line(error)}"
+    # The plugin then asks for none of CUDA's libraries that only a program on a device needs.
+    remedy = "; on a machine without a GPU set JAX_PLATFORMS=cpu" if jax.config.jax_platforms != "cpu" else ""
+    return InputError(f"target {target.name!r}: its compiler ({installed[0]}) {why}{remedy}")
+
+
+_GPU_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
 
 
 def _missing(target: Target, extra: str) -> InputError:

@@ -131,6 +131,33 @@ def test_a_missing_compiler_names_its_extra(monkeypatch):
         targets.devices.__wrapped__(targets.target("h200"))
 
 
+def test_a_compiler_that_does_not_load_says_what_failed(monkeypatch):
+    """JAX has it in its log alone: `get_topology_desc` says that there is no such platform."""
+
+    def absent(*args, **kwargs):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    class Plugin:
+        @staticmethod
+        def initialize():
+            raise RuntimeError("Unable to load cuFFT. Is it installed?")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", absent)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(importlib, "import_module", lambda name: Plugin)
+    with pytest.raises(InputError, match=r"'h200'.*xla_cuda13\) cannot be loaded: Unable to load cuFFT") as error:
+        targets.devices.__wrapped__(targets.target("h200"))
+    assert "not installed:" not in str(error.value) and "\n" not in str(error.value)
+
+    def refuses(*args, **kwargs):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Failed to open libtpu.so: invalid ELF header\nmore")
+
+    monkeypatch.setattr(targets.topologies, "get_topology_desc", refuses)
+    for name in ("h200", "v5e"):
+        with pytest.raises(InputError, match="INTERNAL: Failed to open libtpu.so: invalid ELF header$"):
+            targets.devices.__wrapped__(targets.target(name))
+
+
 @pytest.mark.parametrize(
     "message",
     [
