@@ -52,6 +52,37 @@ def write(file: Path, data: bytes) -> None:
         os.fsync(out.fileno())
 
 
+def check_creatable(target: Path) -> None:
+    """Raises InputError if no folder can be made at `target`, or nothing be written in the one that is there.
+
+    It is tried: a folder is made where the first one would be, and removed. Names and paths may be as long as the file
+    system takes, with room for what will be in the folder.
+    """
+    text = os.fspath(target)
+    shown = text if len(text) <= 100 else f"{text[:60]}...{text[-30:]}"
+    if "\0" in text:
+        raise InputError(f"{text!r}: holds a zero byte, which no path may")
+    whole = Path(os.path.abspath(target))
+    longest = max((os.fsencode(part) for part in whole.parts), key=len)
+    # `os.path.isdir` says False, where Path's own raises, of a name that is too long.
+    there = next((path for path in reversed([whole, *whole.parents]) if not os.path.isdir(path)), whole / "new")
+    ancestor = there.parent
+    name, path = (os.pathconf(ancestor, f"PC_{kind}_MAX") for kind in ("NAME", "PATH"))
+    if len(longest) > name:
+        raise InputError(f"{shown}: a name in it has {len(longest)} bytes; at most {name} here")
+    if (size := len(os.fsencode(whole))) > path - _ROOM:
+        raise InputError(f"{shown}: has {size} bytes; at most {path - _ROOM} here, to leave room for what is in it")
+    if os.path.lexists(there):
+        raise InputError(f"{shown}: {there} is no folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".jaxpeft-", dir=ancestor))
+    except OSError as error:
+        raise InputError(f"{shown}: cannot be made: {ancestor}: {error.strerror}") from None
+
+
+_ROOM = 512  # bytes of a path within a run's folder, the longest of which are checkpoints' while they are written
+
+
 def check_target(target: Path, replaceable: str | None = None) -> None:
     """Raises InputError if a folder cannot be made at `target`.
 
@@ -59,8 +90,8 @@ def check_target(target: Path, replaceable: str | None = None) -> None:
       target: the folder; it may exist if it is empty.
       replaceable: a file's name: a folder that holds such a file may be replaced.
     """
-    if not target.exists():
-        return
+    if not os.path.lexists(target):
+        return check_creatable(target)
     if not target.is_dir():
         raise InputError(f"{target}: is a file; give a folder")
     if not any(target.iterdir()):
@@ -78,7 +109,7 @@ def appearing(target: Path) -> Iterator[Path]:
     An old folder is moved aside first and deleted last: at every moment one of the two is whole.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", dir=target.parent))
     try:
         folder = temporary / target.name  # made by mkdir, so with the user's usual permissions
         folder.mkdir()

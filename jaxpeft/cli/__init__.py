@@ -16,6 +16,7 @@ stderr.
 
 import contextlib
 import dataclasses
+import errno
 import importlib
 import io
 import os
@@ -69,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print_error(str(error))
         return error.status
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print_error(f"{str(error.filename)[:60]}...: {error.strerror}")
+        return 2
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130

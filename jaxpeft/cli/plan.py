@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, parse_bytes, settled
 from jaxpeft.errors import InputError
+from jaxpeft.files import check_creatable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,8 +53,10 @@ def run(args: Plan) -> dict[str, Any]:
     if args.picture is not None:
         if args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise InputError(f"--picture {args.picture}: must end with .png, .svg or .pdf")
-        if not args.picture.parent.is_dir():
+        if not os.path.isdir(args.picture.parent):
             raise InputError(f"--picture {args.picture}: there is no folder {args.picture.parent}")
+        if not os.path.lexists(args.picture):
+            check_creatable(args.picture)
     if not args.check:
         describe_only()
 

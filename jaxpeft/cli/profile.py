@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, settled
 from jaxpeft.errors import InputError
+from jaxpeft.files import check_creatable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +39,11 @@ def run(args: Profile) -> dict[str, Any]:
     if args.limit < 1:
         raise InputError(f"--limit {args.limit}: must be at least 1")
     for name, folder in (("out", args.out), ("dump", args.dump)):
-        if folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder is None:
+            continue
+        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
             raise InputError(f"--{name} {folder}: already exists; give a new or empty folder")
+        check_creatable(folder)
     describe_only()
 
     import jax

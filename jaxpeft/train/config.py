@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -68,9 +69,13 @@ def read(out: Path, name: str = FILE) -> dict[str, Any]:
 
 
 def check_new(out: Path) -> None:
-    """Raises InputError for a folder that holds a run, or a path that cannot be a folder."""
-    if out.exists() and not out.is_dir():
+    """Raises InputError for a folder that holds a run, or a path that cannot be a folder which can be written in."""
+    if os.path.isfile(out):
         raise InputError(f"--out {out}: is a file; give a folder")
+    try:
+        files.check_creatable(out)
+    except InputError as error:
+        raise InputError(f"--out {error}") from None
     if found := [name for name in TRACES if (out / name).exists()]:
         raise InputError(
             f"--out {out}: already holds a run ({', '.join(found)}); give another folder, or --resume to continue it"
