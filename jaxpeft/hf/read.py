@@ -22,6 +22,7 @@ import numpy as np
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.model import Model
+from jaxpeft.models import fields
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER_FILES = (
@@ -166,13 +167,11 @@ def load_pretrained(
     folder = resolve(path_or_hub_id, ["*.safetensors", INDEX])
     raw = load_config(folder)
     family = models.family(raw)
-    if "quantization_config" in raw:
-        raise InputError(f"{folder}: the weights are quantized (quantization_config); load the original checkpoint")
     raw = models.for_classification(raw, labels) if labels else raw
     model = family.from_hf(raw, jnp.dtype(dtype))
     shapes = family.shapes(model.config)
     places = places_of(model.config)
-    tied = bool(raw.get("tie_word_embeddings", family.TIES))
+    tied = fields.switch(raw, "tie_word_embeddings", family.TIES)
     sources = _check(folder, places, family, tied, may_lack=family.CLASSIFIER if labels else None)
     conversions = convert(tree.unflatten(dict(shapes))) if convert is not None else {}
     by_path: dict[str, list[str]] = {}

@@ -25,7 +25,7 @@ from types import ModuleType
 from typing import Any
 
 from jaxpeft.errors import InputError
-from jaxpeft.models import bert, decoder, opt, roberta, vit
+from jaxpeft.models import bert, decoder, fields, opt, roberta, rotary, vit
 from jaxpeft.models.labels import with_labels
 
 FAMILIES: dict[str, ModuleType] = {
@@ -37,11 +37,12 @@ def family(config: Mapping[str, Any]) -> ModuleType:
     """The family file for a parsed config.json.
 
     Raises:
-      InputError: for a `model_type` that no family knows.
+      InputError: for a `model_type` that no family knows, or quantized weights.
     """
     kind = config.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"config.json: unsupported model_type {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
+    fields.check_plain(config)
     return FAMILIES[kind]
 
 
@@ -53,6 +54,25 @@ def for_classification(config: Mapping[str, Any], labels: Sequence[str]) -> dict
       labels: names in the order of their numbers; a single one is a regression.
     """
     return with_labels(config, family(config).MODEL_TYPES[config["model_type"]], labels)
+
+
+def for_longer(config: Mapping[str, Any], rope_scaling: str | None) -> Mapping[str, Any]:
+    """A parsed config.json whose rotary positions are scaled to longer texts.
+
+    Args:
+      config: of any family.
+      rope_scaling: KIND=FACTOR (see `rotary.parse`); None: as it is.
+
+    Raises:
+      InputError: if its positions are not rotary, or scaled already.
+    """
+    if rope_scaling is None:
+        return config
+    if family(config) is not decoder:
+        raise InputError(
+            f"--rope-scaling {rope_scaling}: {config['model_type']} has learned positions, not rotary ones"
+        )
+    return rotary.extended(config, rope_scaling)
 
 
 def hf_name(config: Any, path: str) -> tuple[str, bool]:

@@ -132,7 +132,7 @@ class BertConfig:
             head_dim=head_dim,
             max_position_embeddings=room - position_offset,
             type_vocab_size=fields.count(config, "type_vocab_size", 2),
-            layer_norm_eps=config.get("layer_norm_eps", 1e-12),
+            layer_norm_eps=fields.number(config, "layer_norm_eps", 1e-12),
             hidden_act=fields.one_of(config, "hidden_act", ACTIVATIONS, "gelu"),
             head=head,
             position_offset=position_offset,

@@ -23,7 +23,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, Stack, reads_stacks, scan_layers
-from jaxpeft.models import rotary
+from jaxpeft.models import fields, rotary
 from jaxpeft.models.labels import num_labels
 from jaxpeft.models.layers import Attention, Dense, GatedMLP, RMSNorm, lookup, rotary_tables, unembed
 
@@ -55,18 +55,6 @@ NAMES = (
     (r"classifier/kernel", "score.weight", True),
 )
 
-_COUNTS = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "sliding_window",
-)
-
 NO_WINDOW = np.iinfo(np.int32).max // 2
 
 
@@ -83,7 +71,7 @@ class DecoderConfig:
     num_key_value_heads: int
     head_dim: int
     rms_norm_eps: float
-    max_position_embeddings: int
+    max_position_embeddings: int  # tokens that the model has room for: with a scaling, more than it was trained on
     rope_theta: float
     rope_scaling: tuple[tuple[str, Any], ...] = ()  # items of the scaling's dict, so that configurations hash
     qkv_bias: bool = False
@@ -115,66 +103,59 @@ class DecoderConfig:
         Raises:
           InputError: for a missing field, one of the wrong type, or a feature that is not supported.
         """
-        kind = config.get("model_type")
-        if kind not in MODEL_TYPES:
-            raise InputError(f"config.json: model_type {kind!r} is not one of {', '.join(MODEL_TYPES)}")
-        if (act := config.get("hidden_act", "silu")) != "silu":
-            raise InputError(f"config.json: hidden_act {act!r} is not supported; these families use 'silu'")
-        for name in _COUNTS:
-            value = config.get(name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise InputError(f"config.json: {name} {value!r} should be a whole number of at least 1")
-        try:
-            heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-            rope = dict(config.get("rope_parameters") or {}) or dict(config.get("rope_scaling") or {})
-            theta = rope.pop("rope_theta", None) or config.get("rope_theta") or 10000.0
-            bias = bool(config.get("attention_bias", False))
-            eos = config.get("eos_token_id")
-            if heads % (config.get("num_key_value_heads") or heads):
-                raise InputError(
-                    f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads "
-                    f"{config['num_key_value_heads']}"
-                )
-            return cls(
-                model_type=kind,
-                vocab_size=config["vocab_size"],
-                hidden_size=config["hidden_size"],
-                intermediate_size=config["intermediate_size"],
-                num_hidden_layers=layers,
-                num_attention_heads=heads,
-                num_key_value_heads=config.get("num_key_value_heads") or heads,
-                head_dim=config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // heads),
-                rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-                max_position_embeddings=config.get("max_position_embeddings", 2048),
-                rope_theta=float(theta),
-                rope_scaling=tuple(sorted(rope.items())),
-                qkv_bias=kind == "qwen2" or bias,
-                out_bias=bias,
-                mlp_bias=bool(config.get("mlp_bias", False)),
-                qk_norm=kind == "qwen3",
-                tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
-                windows=_windows(kind, config, layers),
-                bos_token_id=config.get("bos_token_id"),
-                eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
-                num_labels=num_labels(config),
-                dtype=dtype,
+        kind = fields.one_of(config, "model_type", MODEL_TYPES, None)
+        fields.one_of(config, "hidden_act", ("silu",), "silu")
+        heads = fields.count(config, "num_attention_heads")
+        kv_heads = fields.count(config, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise InputError(
+                f"config.json: num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
             )
-        except KeyError as error:
-            raise InputError(f"config.json: the field {error} is missing") from None
+        size = fields.count(config, "hidden_size")
+        head_dim = fields.count(config, "head_dim", 128 if kind == "qwen3" else size // heads)
+        theta, scaling, room = rotary.of_config(config, head_dim)
+        bias = fields.switch(config, "attention_bias")
+        layers = fields.count(config, "num_hidden_layers")
+        return cls(
+            model_type=kind,
+            vocab_size=fields.count(config, "vocab_size"),
+            hidden_size=size,
+            intermediate_size=fields.count(config, "intermediate_size"),
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            rms_norm_eps=fields.number(config, "rms_norm_eps", 1e-6),
+            max_position_embeddings=room,
+            rope_theta=theta,
+            rope_scaling=tuple(sorted(scaling.items())),
+            qkv_bias=kind == "qwen2" or bias,
+            out_bias=bias,
+            mlp_bias=fields.switch(config, "mlp_bias"),
+            qk_norm=kind == "qwen3",
+            tie_word_embeddings=fields.switch(config, "tie_word_embeddings"),
+            windows=_windows(kind, config, layers),
+            bos_token_id=fields.token(config, "bos_token_id"),
+            eos_token_id=fields.tokens(config, "eos_token_id"),
+            num_labels=num_labels(config),
+            dtype=dtype,
+        )
 
 
 def _windows(kind: str, config: Mapping[str, Any], layers: int) -> tuple[int, ...] | None:
-    window = config.get("sliding_window")
-    if not window or (kind.startswith("qwen") and not config.get("use_sliding_window", False)):
+    used = kind == "mistral" or (kind.startswith("qwen") and fields.switch(config, "use_sliding_window"))
+    if not used or not config.get("sliding_window"):
         return None
-    if kind == "llama":
-        return None
-    if types := config.get("layer_types"):
+    window = fields.count(config, "sliding_window")
+    if types := fields.names(config, "layer_types"):
+        if len(types) != layers:
+            raise InputError(f"config.json: layer_types names {len(types)} layers, num_hidden_layers {layers}")
         sliding = [name == "sliding_attention" for name in types]
     elif kind == "mistral":
         sliding = [True] * layers
     else:
-        sliding = [i >= config.get("max_window_layers", 28) for i in range(layers)]
+        full = 0 if config.get("max_window_layers") == 0 else fields.count(config, "max_window_layers", 28)
+        sliding = [i >= full for i in range(layers)]
     return tuple(window if slides else NO_WINDOW for slides in sliding) if any(sliding) else None
 
 
@@ -247,12 +228,8 @@ class Head(nn.Module):
 def decoder(config: DecoderConfig) -> Model:
     """The Model of a configuration: pure functions, nothing allocated."""
     embed_module, block_module, head_module = Embed(config), Block(config), Head(config)
-    freqs, factor = rotary.frequencies(
-        config.head_dim,
-        config.rope_theta,
-        dict(config.rope_scaling),
-        config.max_position_embeddings,
-    )
+    scaling = dict(config.rope_scaling)
+    freqs, factor = rotary.frequencies(config.head_dim, config.rope_theta, scaling, config.max_position_embeddings)
 
     def embed(params: tree.Params, batch: Batch, key: jax.Array | None = None):
         del key
@@ -260,9 +237,13 @@ def decoder(config: DecoderConfig) -> Model:
         positions = batch.get("positions")
         if positions is None:
             positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        rows = {"positions": positions, "rotary": rotary_tables(positions, jnp.asarray(freqs), factor)}
-        if batch.get("segment_ids") is not None:
-            rows["segment_ids"] = batch["segment_ids"]
+        segments = batch.get("segment_ids")
+        own = jnp.asarray(freqs)
+        if scaling.get("rope_type") == "dynamic":
+            own = rotary.by_length(rotary.lengths(positions, segments), config.head_dim, config.rope_theta, scaling)
+        rows = {"positions": positions, "rotary": rotary_tables(positions, own, factor)}
+        if segments is not None:
+            rows["segment_ids"] = segments
         mixed = config.windows is not None and config.window is None
         ctx = Context(rows, {"window": jnp.asarray(config.windows, jnp.int32)} if mixed else {})
         return embed_module.apply({"params": params["embed_tokens"]}, tokens), ctx

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ def count(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     Raises:
       InputError: if it is another, or missing where there is no default.
     """
-    value = config.get(name, default)
+    value = config.get(name)
+    value = default if value is None else value
     if value is None:
         raise InputError(f"config.json: the field {name!r} is missing")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -22,13 +24,105 @@ def count(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     return value
 
 
-def one_of(config: Mapping[str, Any], name: str, supported: Iterable[Any], default: Any) -> Any:
-    """A field of which only some values are supported.
+def number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+    """A finite number above 0.
+
+    Raises:
+      InputError: if it is another, or missing where there is no default.
+    """
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"config.json: the field {name!r} is missing")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise InputError(f"config.json: {name} {value!r} should be a number above 0")
+    return value
+
+
+def switch(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
+    """true or false; null is the default.
 
     Raises:
       InputError: for another value.
     """
-    value, supported = config.get(name, default), list(supported)
+    value = config.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InputError(f"config.json: {name} {value!r} should be true or false")
+    return default if value is None else value
+
+
+def mapping(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """An object; missing or null is an empty one.
+
+    Raises:
+      InputError: for another value.
+    """
+    value = config.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise InputError(f"config.json: {name} {value!r} should be an object")
+    return dict(value or {})
+
+
+def names(config: Mapping[str, Any], name: str) -> list[str]:
+    """A list of texts; missing or null is an empty one.
+
+    Raises:
+      InputError: for another value.
+    """
+    value = config.get(name)
+    if value is not None and not (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
+        raise InputError(f"config.json: {name} {value!r} should be a list of texts")
+    return list(value or ())
+
+
+def token(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
+    """A token's id; null is none.
+
+    Raises:
+      InputError: for another value.
+    """
+    value = config.get(name, default)
+    if value is not None and not _is_token(value):
+        raise InputError(f"config.json: {name} {value!r} should be a token's id")
+    return value
+
+
+def tokens(config: Mapping[str, Any], name: str, default: int | None = None) -> tuple[int, ...]:
+    """Token ids, of which one may stand alone; null is none.
+
+    Raises:
+      InputError: for another value.
+    """
+    value = config.get(name, default)
+    several = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
+    if not all(map(_is_token, several)):
+        raise InputError(f"config.json: {name} {value!r} should be a token's id, or a list of such")
+    return tuple(several)
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def check_plain(config: Mapping[str, Any]) -> None:
+    """Raises InputError if the checkpoint's weights are quantized, which no family reads."""
+    for name in ("quantization_config", "compression_config"):
+        if (found := config.get(name)) is not None:
+            kind = found.get("quant_method") if isinstance(found, Mapping) else None
+            raise InputError(
+                f"config.json: the weights are quantized ({name}{f', {kind}' if kind else ''}); give the original "
+                "checkpoint, which --method quantize+lora packs while it is read"
+            )
+
+
+def one_of(config: Mapping[str, Any], name: str, supported: Iterable[Any], default: Any) -> Any:
+    """A field of which only some values are supported; null is the default.
+
+    Raises:
+      InputError: for another value.
+    """
+    value, supported = config.get(name), list(supported)
+    value = default if value is None else value
     if value not in supported:
         raise InputError(f"config.json: {name} {value!r} is not supported; supported: {', '.join(map(str, supported))}")
     return value
@@ -44,7 +138,7 @@ def head_of(config: Mapping[str, Any], heads: Mapping[str, str]) -> str:
     Raises:
       InputError: for an architecture that is not among `heads`.
     """
-    name = next(iter(config.get("architectures") or heads))
+    name = next(iter(names(config, "architectures") or heads))
     if name not in heads:
         raise InputError(f"config.json: architecture {name!r} is not supported; supported: {', '.join(heads)}")
     return heads[name]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxpeft.errors import InputError
+from jaxpeft.models import fields
 
 _CLASSIFY = ("ForSequenceClassification", "ForImageClassification")
 SCOPE = "classifier/"  # every family's parameters of a classifier lie here
@@ -17,13 +17,9 @@ def num_labels(config: Mapping[str, Any]) -> int:
     Raises:
       InputError: if it names none, or not a whole number of them.
     """
-    if not any(str(name).endswith(_CLASSIFY) for name in config.get("architectures") or ()):
+    if not any(name.endswith(_CLASSIFY) for name in fields.names(config, "architectures")):
         return 0
-    names = config.get("id2label")
-    count = len(names) if isinstance(names, Mapping) else config.get("num_labels", 2)
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise InputError(f"config.json: num_labels {count!r} should be a whole number of at least 1")
-    return count
+    return len(fields.mapping(config, "id2label")) or fields.count(config, "num_labels", 2)
 
 
 def names(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -31,8 +27,7 @@ def names(config: Mapping[str, Any]) -> tuple[str, ...]:
 
     One that does not name them has LABEL_0, LABEL_1, ..., as transformers calls them.
     """
-    given = config.get("id2label")
-    given = given if isinstance(given, Mapping) else {}
+    given = fields.mapping(config, "id2label")
     return tuple(str(given.get(str(i), f"LABEL_{i}")) for i in range(num_labels(config)))
 
 

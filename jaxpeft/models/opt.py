@@ -91,7 +91,6 @@ class OPTConfig:
         fields.one_of(config, "layer_norm_elementwise_affine", (True,), True)
         fields.one_of(config, "tie_word_embeddings", (True,), True)
         heads, head_dim = fields.heads_of(config)
-        eos = config.get("eos_token_id", 2)
         return cls(
             model_type=config["model_type"],
             vocab_size=fields.count(config, "vocab_size"),
@@ -104,8 +103,8 @@ class OPTConfig:
             max_position_embeddings=fields.count(config, "max_position_embeddings", 2048),
             hidden_act=fields.one_of(config, "activation_function", ACTIVATIONS, "relu"),
             head=fields.head_of(config, HEADS),
-            bos_token_id=config.get("bos_token_id", 2),
-            eos_token_id=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+            bos_token_id=fields.token(config, "bos_token_id", 2),
+            eos_token_id=fields.tokens(config, "eos_token_id", 2),
             num_labels=num_labels(config),
             dtype=dtype,
         )

@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxpeft.model import Model
+from jaxpeft.models import fields
 from jaxpeft.models.bert import BertConfig, bert, shapes, trunk_names
 from jaxpeft.models.names import dense, norm
 
@@ -41,5 +42,5 @@ NAMES = (
 
 def from_hf(config: Mapping[str, Any], dtype: Any = jnp.float32) -> Model:
     """The Model of a parsed config.json; see `BertConfig.from_hf`."""
-    padding = config.get("pad_token_id", 1)
+    padding = fields.token(config, "pad_token_id", 1)
     return bert(BertConfig.from_hf(config, dtype, HEADS, (1 if padding is None else padding) + 1))

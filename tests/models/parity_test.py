@@ -11,7 +11,9 @@ import pytest
 from safetensors.numpy import load_file
 
 import jaxpeft as jp
-from jaxpeft.models import rotary
+from jaxpeft import models
+from jaxpeft.errors import InputError
+from jaxpeft.models import decoder, rotary
 from jaxpeft.models.decoder import DecoderConfig
 
 torch = pytest.importorskip("torch")
@@ -36,6 +38,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 # name: (model_type, changes to SMALL, sequence length)
@@ -49,6 +52,11 @@ CASES = {
     "llama3 scaling, one key head": ("llama", {"rope_parameters": LLAMA3, "num_key_value_heads": 1}, 40),
     "linear scaling": ("llama", {"rope_parameters": LINEAR}, 40),
     "yarn scaling": ("llama", {"rope_parameters": YARN, "head_dim": 16}, 40),
+    "dynamic scaling, beyond the original context": (
+        "llama",
+        {"rope_parameters": DYNAMIC, "head_dim": 16, "max_position_embeddings": 16, "num_hidden_layers": 2},
+        40,
+    ),
     "mistral": ("mistral", {"sliding_window": 7}, 24),
     "mistral over several tiles": (
         "mistral",
@@ -233,7 +241,9 @@ def test_a_real_checkpoint(shared_data):
 ROPES = {
     "default": {"rope_type": "default", "rope_theta": 5000.0},
     "linear": LINEAR,
+    "dynamic": DYNAMIC,
     "llama3": LLAMA3,
+    "llama3, its context not named": {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"},
     "llama 3.2": {**LLAMA3, "rope_theta": 500000.0, "factor": 32.0, "original_max_position_embeddings": 8192},
     "yarn": YARN,
     "yarn, its own numbers": {**YARN, "beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.3},
@@ -272,3 +282,39 @@ def test_older_spellings_of_the_configuration(name):
     for frequencies, factor in found[1:]:
         np.testing.assert_array_equal(frequencies, found[0][0])
         assert factor == found[0][1]
+
+
+@pytest.mark.parametrize("kind", rotary.EXTENSIONS)
+@pytest.mark.parametrize(
+    "spelt", [{"rope_parameters": {"rope_type": "default", "rope_theta": 5000.0}}, {"rope_theta": 5e3}]
+)
+def test_a_model_extended_by_a_flag_has_the_rotary_tables_that_transformers_reads_in_its_configuration(kind, spelt):
+    raw = {**SMALL, "model_type": "llama", "head_dim": 16, **spelt}
+    new = models.for_longer(raw, f"{kind}=2.5")
+    config = transformers.AutoConfig.for_model(**new)
+    positions = np.tile(np.arange(150, dtype=np.int32), (2, 1))
+    theirs = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(config)
+    cos, sin = theirs(torch.zeros(()), torch.tensor(positions))
+    ours = DecoderConfig.from_hf(new)
+    assert ours.max_position_embeddings == 160
+    _, ctx = decoder.decoder(ours).stack.embed(
+        {"embed_tokens": {"embedding": np.zeros((61, 32))}}, {"tokens": positions}, None
+    )
+    close(ctx.rows["rotary"]["cos"][:, :, 0], cos[..., :8], 1e-4, "cos")
+    close(ctx.rows["rotary"]["sin"][:, :, 0], sin[..., :8], 1e-4, "sin")
+    with pytest.raises(InputError, match=f"scales its rotary positions already \\(rope_type {kind}\\)"):
+        models.for_longer(new, "yarn=2")
+
+
+@pytest.mark.parametrize("text", ["yarn", "yarn=", "yarn=1", "yarn=nan", "yarn=inf", "llama3=2", "=2", "yarn=4=2"])
+def test_a_scaling_that_makes_no_sense_is_one_line(text):
+    with pytest.raises(InputError, match="--rope-scaling .*should be linear.dynamic.yarn=FACTOR"):
+        rotary.parse(text)
+
+
+def test_dynamic_scaling_is_that_of_each_text():
+    """Packed, padded and alone, a text has the same positions."""
+    positions = jnp.array([[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]], jnp.int32)
+    segments = jnp.array([[1, 1, 1, 2, 2, 0, 0], [1, 1, 1, 1, 1, 1, 1]], jnp.int32)
+    assert rotary.lengths(positions, segments).tolist() == [[3, 3, 3, 2, 2, 1, 1], [7] * 7]
+    assert rotary.lengths(positions, None).tolist() == [[3] * 7, [7] * 7]
