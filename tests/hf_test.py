@@ -117,9 +117,9 @@ def test_dtypes_are_cast_once(tmp_path, source, dtype):
     assert bits(params["layers"]["mlp"]["down_proj"]["kernel"][1].T) == bits(expected)
 
 
-def test_the_default_dtype_is_bfloat16(tmp_path):
+def test_the_default_dtype_on_a_cpu_is_float32(tmp_path):
     _, params = jp.load_pretrained(str(write(tmp_path / "model")))
-    assert params["norm"]["scale"].dtype == jnp.bfloat16
+    assert params["norm"]["scale"].dtype == jnp.float32
 
 
 def test_old_buffers_and_a_missing_prefix_are_accepted(tmp_path):

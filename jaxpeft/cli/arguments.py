@@ -40,8 +40,8 @@ class StepArguments:
     accumulate: int = 1
     """Parts that a step's batch is cut into; divides --batch-size."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Type of the frozen weights and of the computation; what trains is float32. Default: bfloat16, or float32 with the
-    embedded model."""
+    """Type of the frozen weights and of the computation; what trains is float32. Default: float32 for the target cpu,
+    else the checkpoint's, bfloat16 for one in float16."""
     save: str | None = None
     """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION. Default:
     matmuls, or everything where the method runs the layers in its own way."""

@@ -28,7 +28,7 @@ class Generate:
     seed: int = 0
     """Seed of the drawing."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Type of the weights and of the computation. Default: the checkpoint's."""
+    """Type of the weights and of the computation. Default: float32 on a CPU, else the checkpoint's."""
     json: bool = False
     """Print one JSON document on stdout and nothing else there."""
 

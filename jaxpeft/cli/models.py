@@ -22,7 +22,7 @@ def load(model: str, adapter: Path | None = None, dtype: str | None = None) -> t
     Args:
       model: folder or hub id.
       adapter: folder of a PEFT adapter.
-      dtype: "bfloat16" or "float32"; None: the type that config.json names, float32 where that is neither.
+      dtype: "bfloat16" or "float32"; None: float32 on a CPU, elsewhere the checkpoint's.
 
     Returns:
       (Model, nested parameters, method); the method is None without an adapter.
@@ -36,10 +36,6 @@ def load(model: str, adapter: Path | None = None, dtype: str | None = None) -> t
 
     if adapter is not None and not adapter.is_dir():
         raise InputError(f"--adapter {adapter}: no such directory")
-    if dtype is None:
-        raw = hf.load_config(model)
-        named = raw.get("dtype") or raw.get("torch_dtype")
-        dtype = "bfloat16" if named == "bfloat16" else "float32"
     base, params = hf.load_pretrained(model, dtype, labels_of(adapter))
     if adapter is None:
         return base, params, None

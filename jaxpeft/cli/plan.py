@@ -60,7 +60,7 @@ def run(args: Plan) -> dict[str, Any]:
     if not args.check:
         describe_only()
 
-    from jaxpeft import assets
+    from jaxpeft import assets, models
     from jaxpeft.backward.plan import parse
     from jaxpeft.memory import planner, search, targets
     from jaxpeft.models import geometries
@@ -72,9 +72,12 @@ def run(args: Plan) -> dict[str, Any]:
     for device in devices:
         targets.devices(device)  # a missing compiler is said before the first compilation
 
+    def dtype_on(device):
+        return models.compute_dtype(config, args.dtype, device.platform)
+
     def make(method, device, plan, batch_size=args.batch_size, seq_len=args.seq_len):
         layout = (True, args.accumulate, device.chips, args.task, args.num_labels)
-        return planner.make_step(config, method, batch_size, seq_len, plan, args.dtype, *layout)
+        return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout)
 
     rows = []
     for name, method in chosen:
@@ -92,7 +95,7 @@ def run(args: Plan) -> dict[str, Any]:
                     made |= _largest(args, make, method, device, step.plan, config, budget or device.usable_bytes)
                 if args.check:
                     made["measured_bytes"] = _measured(step, device)
-                rows.append({"method": name, **made, "dtype": args.dtype})
+                rows.append({"method": name, **made, "dtype": dtype_on(device)})
     document = {"model": args.model or "embedded", "task": args.task, "rows": rows}
     if args.picture is not None:
         from jaxpeft.memory.bars import write_bars
@@ -177,9 +180,9 @@ def show(document: dict[str, Any]) -> None:
             f"{share:.1%}",
         )
     console = rich.console.Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
-    first = rows[0]
+    first, dtypes = rows[0], "/".join(dict.fromkeys(row["dtype"] for row in rows))
     console.print(
-        f"{document['model']}, batch {first['batch_size']} x {first['seq_len']} tokens, {first['dtype']}, {unit}; "
+        f"{document['model']}, batch {first['batch_size']} x {first['seq_len']} tokens, {dtypes}, {unit}; "
         f"compiled by JAX {first['jax']}\n"
     )
     console.print(table)

@@ -48,7 +48,7 @@ def run(args: Profile) -> dict[str, Any]:
 
     import jax
 
-    from jaxpeft import assets, files
+    from jaxpeft import assets, files, models
     from jaxpeft.memory import draw, planner, profile, targets
     from jaxpeft.models import geometries
 
@@ -60,19 +60,20 @@ def run(args: Profile) -> dict[str, Any]:
     if len(chosen) > 1:
         raise InputError(f"--method {args.method}: one at a time; `jaxpeft plan` compares several")
     name, method = chosen[0]
+    dtype = models.compute_dtype(config, args.dtype, device.platform)
     layout = (True, args.accumulate, device.chips, args.task, args.num_labels)
-    step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, args.dtype, *layout)
+    step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout)
     print(f"compiling {name} for {device.name}, {step.plan}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="jaxpeft-profile-") as scratch:
         dump = args.dump or Path(scratch)
         made = planner.row(step, device, dump=dump)
         metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
         found = profile.read(dump, profile.step_owners(step.state, step.batch, step.base, metrics))
-    document = {"model": args.model or "embedded", "task": args.task, "method": name, **made, "dtype": args.dtype}
+    document = {"model": args.model or "embedded", "task": args.task, "method": name, **made, "dtype": dtype}
     document["profile"] = profile.to_json(found, args.limit)
     if args.out is not None:
         title = (
-            f"{document['model']}, {name}, batch {args.batch_size} x {args.seq_len}, {args.dtype}, {device.name}, "
+            f"{document['model']}, {name}, batch {args.batch_size} x {args.seq_len}, {dtype}, {device.name}, "
             f"{step.plan}"
         )
         args.out.mkdir(parents=True, exist_ok=True)

@@ -140,7 +140,7 @@ def places_of(config: Any) -> dict[str, Place]:
 
 def load_pretrained(
     path_or_hub_id: str | os.PathLike[str],
-    dtype: Any = jnp.bfloat16,
+    dtype: Any = None,
     labels: Sequence[str] = (),
     key: jax.Array | None = None,
     convert: Callable[[tree.Params], Mapping[str, Conversion]] | None = None,
@@ -149,7 +149,7 @@ def load_pretrained(
 
     Args:
       path_or_hub_id: a local folder, or `owner/name` on the hub.
-      dtype: of the parameters and of the computation.
+      dtype: of the parameters and of the computation; None: float32 on a CPU, elsewhere as `models.compute_dtype` says.
       labels: names of what rows are classified as (a single one: a regression), for a model with a classifier in place
         of its head; what the checkpoint lacks of the classifier is initialised. Default: the checkpoint's own head.
       key: PRNG key for the parameters that are initialised.
@@ -168,7 +168,7 @@ def load_pretrained(
     raw = load_config(folder)
     family = models.family(raw)
     raw = models.for_classification(raw, labels) if labels else raw
-    model = family.from_hf(raw, jnp.dtype(dtype))
+    model = family.from_hf(raw, jnp.dtype(models.compute_dtype(raw) if dtype is None else dtype))
     shapes = family.shapes(model.config)
     places = places_of(model.config)
     tied = fields.switch(raw, "tie_word_embeddings", family.TIES)

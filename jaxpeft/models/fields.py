@@ -63,6 +63,20 @@ def mapping(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(value or {})
 
 
+def dtype(config: Mapping[str, Any]) -> str | None:
+    """The type that the checkpoint's weights are in, as it says itself; None where it does not.
+
+    Raises:
+      InputError: for a value that is no text.
+    """
+    for name in ("dtype", "torch_dtype"):
+        if (value := config.get(name)) is not None:
+            if not isinstance(value, str):
+                raise InputError(f"config.json: {name} {value!r} should be a text, such as bfloat16")
+            return value.removeprefix("torch.")
+    return None
+
+
 def names(config: Mapping[str, Any], name: str) -> list[str]:
     """A list of texts; missing or null is an empty one.
 

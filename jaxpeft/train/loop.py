@@ -19,6 +19,7 @@ is always something good to go back to.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import math
 import sys
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft import files, recipe, tree
+from jaxpeft import files, hf, models, recipe, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
@@ -37,7 +38,7 @@ from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
 from jaxpeft.train.metrics import MetricsLog
 from jaxpeft.train.metrics import read as read_metrics
-from jaxpeft.train.prepare import Job, asked_method, prepare
+from jaxpeft.train.prepare import Job, asked_method, prepare, sources
 from jaxpeft.train.progress import Progress
 from jaxpeft.train.report import build_report, write_curve
 from jaxpeft.train.run import Run
@@ -65,7 +66,8 @@ def train(args: Run) -> dict[str, Any]:
     """Trains, or continues, and returns the report (see `jaxpeft.train.report`).
 
     Args:
-      args: the run, settled and checked, with `out` set (`jaxpeft.train.run.run` sees to these).
+      args: the run, settled and checked, with `out` set (`jaxpeft.train.run.run` sees to these). Without a dtype it has
+        that of the run to be continued, else `models.compute_dtype`'s.
 
     Raises:
       InputError: for arguments or files that cannot be used; nothing has been written then.
@@ -79,6 +81,7 @@ def train(args: Run) -> dict[str, Any]:
         config.check_new(out)
     else:
         old = config.read(out)
+        args = dataclasses.replace(args, dtype=args.dtype or old.get("arguments", {}).get("dtype"))
         method = asked_method(args)
         asked = config.describe(args, method.specs if method else (), {})
         config.check_arguments(out, old, asked)
@@ -86,6 +89,9 @@ def train(args: Run) -> dict[str, Any]:
             _say(f"{out}: the run is finished; this is its report")
             return config.read(out, config.REPORT)
     started = time.monotonic()
+    if args.dtype is None:
+        chosen: Any = models.compute_dtype(hf.load_config(sources(args).model))
+        args = dataclasses.replace(args, dtype=chosen)
     job = prepare(args)
     if old is not None:
         config.check_same(out, old, job.document)
@@ -313,6 +319,7 @@ class _Run:
             memory=memory.step_memory(
                 program, job.model, job.method, state, batch, job.base, self.args.accumulate, job.task.loss
             ),
+            dtype=str(self.args.dtype),
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,

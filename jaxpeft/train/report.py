@@ -128,10 +128,14 @@ def print_report(report: Mapping[str, Any]) -> None:
             console.print(f"{part}:\n{_indented(report['sample'][part])}")
         console.print()
     console.print(
-        f"{report['method']}: {report['steps']:,} steps, {report['tokens']:,} tokens, "
+        f"{report['method']}: {report['steps']:,} steps, {report['tokens']:,} tokens{_computed(report)}, "
         f"last training loss {report['train_loss']:.4f}\nwritten to {report['out']}",
         soft_wrap=True,
     )
+
+
+def _computed(report: Mapping[str, Any]) -> str:
+    return f" in {report['dtype']}" if report.get("dtype") else ""
 
 
 def human_bytes(size: float) -> str:

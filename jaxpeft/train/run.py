@@ -90,8 +90,8 @@ class Run:
     clip: float | None = 1.0
     """Largest global norm of the gradients; None leaves them as they are."""
     dtype: Literal["bfloat16", "float32"] | None = None
-    """Type of the frozen weights and of the computation; what trains is float32. Default: bfloat16, with the embedded
-    model float32, which processors without bfloat16 units compute faster."""
+    """Type of the frozen weights and of the computation; what trains is float32. Default: float32 on a CPU, which it
+    computes faster, else the checkpoint's, bfloat16 for one in float16."""
     save: str | None = None
     """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION, as
     `jaxpeft plan` prints it. Default: matmuls, or everything where the method runs the layers in its own way."""
@@ -217,9 +217,7 @@ def flag(name: str) -> str:
 
 def defaults_of(model: str | None) -> dict[str, Any]:
     """The defaults that depend on whether the model is the embedded one."""
-    if model is None:
-        return {"seq_len": 256, "dtype": "float32"}  # bfloat16 is slow on a CPU
-    return {"seq_len": 512, "dtype": "bfloat16"}
+    return {"seq_len": 256 if model is None else 512}
 
 
 def check_least(args: Any, least: Mapping[str, float]) -> None:

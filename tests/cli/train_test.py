@@ -25,7 +25,7 @@ def seen(monkeypatch, tmp_path):
 def test_run_hands_the_loop_a_run_with_an_output_folder(seen, capsys):
     assert cli.main(["train", "--steps", "3", "--json"]) == 0
     assert cli.main(["train", "--steps", "3", "--out", "here", "--json"]) == 0
-    settled = {"steps": 3, "seq_len": 256, "lr": 2e-3, "weight_decay": 0.0, "dtype": "float32"}
+    settled = {"steps": 3, "seq_len": 256, "lr": 2e-3, "weight_decay": 0.0}
     assert seen == [Run(out=Path("out/run-1"), **settled), Run(out=Path("here"), **settled)]
     assert all(type(run) is Run for run in seen)
     assert capsys.readouterr().out == '{\n  "steps": 3\n}\n' * 2

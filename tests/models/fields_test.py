@@ -44,12 +44,20 @@ def test_each_field_is_read_or_refused_in_one_line(name):
     raw = GOOD[name]
     models.family(raw).from_hf(raw)
     inside = [(key, inner) for key in ("rope_parameters", "rope_scaling") for inner in raw.get(key) or ()]
-    for path in [*((key,) for key in raw), *inside, ("quantization_config",), ("pad_token_id",), ("rope_scaling",)]:
+    for path in [
+        *((key,) for key in raw),
+        *inside,
+        ("quantization_config",),
+        ("dtype",),
+        ("pad_token_id",),
+        ("rope_scaling",),
+    ]:
         for value in (*ODD, MISSING):
             config = changed(raw, path, value)
             try:
                 models.family(config).from_hf(config)
                 names(config)
+                models.compute_dtype(config, None, "cuda")
             except InputError as error:
                 assert "\n" not in str(error) and str(error).startswith("config.json: "), (path, value, error)
 
@@ -91,6 +99,26 @@ def test_what_is_wrong_is_said(name, path, value, said):
     config = changed(GOOD[name], path, value)
     with pytest.raises(InputError, match=said):
         models.family(config).from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("config", "given", "platform", "expected"),
+    [
+        ({"dtype": "bfloat16"}, None, "cpu", "float32"),
+        ({"torch_dtype": "float16"}, None, "cpu", "float32"),
+        ({}, None, "cpu", "float32"),
+        ({"dtype": "bfloat16"}, None, None, "float32"),  # the tests run on a CPU
+        ({"dtype": "bfloat16"}, "bfloat16", "cpu", "bfloat16"),
+        ({"dtype": "bfloat16"}, None, "cuda", "bfloat16"),
+        ({"torch_dtype": "float32"}, None, "tpu", "float32"),
+        ({"dtype": "torch.float32", "torch_dtype": "bfloat16"}, None, "tpu", "float32"),
+        ({"torch_dtype": "float16"}, None, "cuda", "bfloat16"),
+        ({"dtype": None}, None, "cuda", "bfloat16"),
+        ({"dtype": "bfloat16"}, "float32", "cuda", "float32"),
+    ],
+)
+def test_what_a_model_computes_in(config, given, platform, expected):
+    assert models.compute_dtype(config, given, platform) == expected
 
 
 def test_null_is_what_goes_without_saying():

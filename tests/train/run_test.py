@@ -18,9 +18,9 @@ from jaxpeft.train.run import Run
 def test_no_arguments_are_a_whole_run():
     Run().check()
     settled = Run().settled().rated()
-    assert (settled.seq_len, settled.lr, settled.dtype) == (256, 2e-3, "float32")
+    assert (settled.seq_len, settled.lr, settled.dtype) == (256, 2e-3, None)
     other = Run(model="other", lr=1.0).settled().rated()
-    assert (other.seq_len, other.lr, other.dtype) == (512, 1.0, "bfloat16")
+    assert (other.seq_len, other.lr, other.dtype) == (512, 1.0, None)
 
 
 @pytest.mark.parametrize(
