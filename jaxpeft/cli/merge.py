@@ -20,20 +20,22 @@ class Merge:
 
 
 def run(args: Merge) -> dict[str, Any]:
-    """Returns {"out", "model", "adapter", "dtype"}; the checkpoint keeps the type of its base.
+    """Returns {"out", "model", "adapter", "dtype"}; each tensor keeps the type that it has in the base.
 
     Raises:
       InputError: for arguments or input that cannot be used.
     """
-    from jaxpeft import hf
+    from jaxpeft import hf, tree
     from jaxpeft.cli.models import labels_of, load, model_or_default
     from jaxpeft.files import check_target
 
     check_target(args.out)
     name = model_or_default(args.model)
-    model, params, method = load(name, args.adapter)
-    hf.save_pretrained(args.out, name, method.merge(params), labels=labels_of(args.adapter))
-    return {"out": args.out, "model": name, "adapter": args.adapter, "dtype": str(model.config.dtype)}
+    _, params, method = load(name, args.adapter, hf.STORED)
+    before, merged = tree.flatten(params), method.merge(params)
+    unchanged = {path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf}
+    hf.save_pretrained(args.out, name, merged, labels=labels_of(args.adapter), as_stored=True, unchanged=unchanged)
+    return {"out": args.out, "model": name, "adapter": args.adapter, "dtype": ", ".join(hf.types_of(args.out))}
 
 
 def show(document: dict[str, Any]) -> None:

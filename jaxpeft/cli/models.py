@@ -22,7 +22,7 @@ def load(model: str, adapter: Path | None = None, dtype: str | None = None) -> t
     Args:
       model: folder or hub id.
       adapter: folder of a PEFT adapter.
-      dtype: "bfloat16" or "float32"; None: float32 on a CPU, elsewhere the checkpoint's.
+      dtype: as `hf.load_pretrained` takes it.
 
     Returns:
       (Model, nested parameters, method); the method is None without an adapter.

@@ -9,16 +9,28 @@ Host memory stays near one tensor above the model in both directions, as it is s
 packed while they are read (`load_pretrained(convert=...)`) never lies in memory as the file has it.
 """
 
-from jaxpeft.hf.read import INDEX, WEIGHTS, load_config, load_pretrained, load_tokenizer, resolve, weight_files
+from jaxpeft.hf.read import (
+    INDEX,
+    STORED,
+    WEIGHTS,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    resolve,
+    types_of,
+    weight_files,
+)
 from jaxpeft.hf.write import save_pretrained
 
 __all__ = [
     "INDEX",
+    "STORED",
     "WEIGHTS",
     "load_config",
     "load_pretrained",
     "load_tokenizer",
     "resolve",
     "save_pretrained",
+    "types_of",
     "weight_files",
 ]

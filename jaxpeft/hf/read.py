@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +44,7 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # safetensors' names of the types that weights come in -> their names in numpy and config.json
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}
+STORED = "stored"  # a dtype of `load_pretrained`
 # Buffers that old versions of transformers saved.
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*embeddings\.(position_ids|token_type_ids)")
 # A norm's parameters in checkpoints as old as BERT's own.
@@ -149,7 +152,9 @@ def load_pretrained(
 
     Args:
       path_or_hub_id: a local folder, or `owner/name` on the hub.
-      dtype: of the parameters and of the computation; None: float32 on a CPU, elsewhere as `models.compute_dtype` says.
+      dtype: of the parameters and of the computation; None: float32 on a CPU, elsewhere as `models.compute_dtype` says;
+        STORED: each leaf's is that of its tensors, the widest where layers differ (float32 at most), to be written
+        again.
       labels: names of what rows are classified as (a single one: a regression), for a model with a classifier in place
         of its head; what the checkpoint lacks of the classifier is initialised. Default: the checkpoint's own head.
       key: PRNG key for the parameters that are initialised.
@@ -168,11 +173,12 @@ def load_pretrained(
     raw = load_config(folder)
     family = models.family(raw)
     raw = models.for_classification(raw, labels) if labels else raw
-    model = family.from_hf(raw, jnp.dtype(models.compute_dtype(raw) if dtype is None else dtype))
+    as_stored = isinstance(dtype, str) and dtype == STORED
+    given = "float32" if as_stored else models.compute_dtype(raw) if dtype is None else dtype
+    model = family.from_hf(raw, jnp.dtype(given))
     shapes = family.shapes(model.config)
     places = places_of(model.config)
-    tied = fields.switch(raw, "tie_word_embeddings", family.TIES)
-    sources = _check(folder, places, family, tied, may_lack=family.CLASSIFIER if labels else None)
+    sources = sources_of(folder, raw, places, labels)
     conversions = convert(tree.unflatten(dict(shapes))) if convert is not None else {}
     by_path: dict[str, list[str]] = {}
     for name, place in places.items():
@@ -185,6 +191,9 @@ def load_pretrained(
             flat[path] = fresh[path]
             continue
         like = shapes[path]
+        if as_stored:
+            found = {DTYPES[stored_code(sources[name])] for name in names}
+            like = jax.ShapeDtypeStruct(like.shape, functools.reduce(jnp.promote_types, map(_held, sorted(found))))
         tensors = ((places[name], sources[name]) for name in names)
         if path in conversions:
             flat[path] = _converted(like, tensors, conversions[path])
@@ -196,9 +205,46 @@ def load_pretrained(
     return model, tree.unflatten(flat)
 
 
+def sources_of(
+    folder: Path, config: Mapping[str, Any], places: Mapping[str, Place], labels: Sequence[str] = ()
+) -> dict[str, tuple[Path, str]]:
+    """Hugging Face's name -> (file, name there) of a checkpoint's tensors, whose headers are compared with `places`.
+
+    Args:
+      folder: of the checkpoint.  config: its parsed config.json.  places: of the family's configuration of it.
+      labels: as `load_pretrained` takes them: a classifier may be lacking then.
+
+    Raises:
+      InputError: for tensors that are missing, unexpected, or of another shape or type.
+    """
+    family = models.family(config)
+    tied = fields.switch(config, "tie_word_embeddings", family.TIES)
+    return _check(folder, places, family, tied, may_lack=family.CLASSIFIER if labels else None)
+
+
+def _held(dtype: str) -> Any:
+    """The type in which arrays here hold one of DTYPES."""
+    return jnp.dtype("float32" if dtype == "float64" else dtype)
+
+
+def types_of(folder: Path) -> list[str]:
+    """The types of a checkpoint's tensors, that of most first."""
+    found: Counter[str] = Counter()
+    for file in weight_files(folder):
+        with _open(file) as opened:
+            found.update(DTYPES[opened.get_slice(name).get_dtype()] for name in opened.keys())  # noqa: SIM118
+    return [name for name, _ in found.most_common()]
+
+
+def stored_code(source: tuple[Path, str]) -> str:
+    """safetensors' name of the type that a tensor is stored in, a key of DTYPES."""
+    with _open(source[0]) as opened:
+        return opened.get_slice(source[1]).get_dtype()
+
+
 def _fill(row: np.ndarray, place: Place, source: tuple[Path, str]) -> None:
     """Reads a tensor into the leaf, or the layer of one, that it is."""
-    tensor = _read(source)
+    tensor = read_tensor(source)
     tensor = tensor.reshape(row.shape[::-1]).T if place.transposed else tensor.reshape(row.shape)
     np.copyto(row, tensor, casting="unsafe")
 
@@ -307,7 +353,7 @@ def _check(
     if problems:
         raise InputError(f"{folder}: tensors do not fit config.json: {'; '.join(problems)}")
     for stored, (of, copy) in copies.items():
-        if of in sources and not np.array_equal(_read(copy), _read(sources[of])):
+        if of in sources and not np.array_equal(read_tensor(copy), read_tensor(sources[of])):
             raise InputError(
                 f"{folder}: config.json ties the head to the embeddings, but {stored} differs from {sources[of][1]}; "
                 "set tie_word_embeddings to false there"
@@ -322,7 +368,8 @@ def _names(stored: str, prefix: str) -> list[str]:
     return [stored, prefix + stored, stored.removeprefix(prefix)]
 
 
-def _read(source: tuple[Path, str]) -> np.ndarray:
+def read_tensor(source: tuple[Path, str]) -> np.ndarray:
+    """A tensor as it is stored."""
     with _open(source[0]) as opened:
         return opened.get_tensor(source[1])
 

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,9 +18,22 @@ import numpy as np
 
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
-from jaxpeft.hf.read import COPIED, DTYPES, INDEX, WEIGHTS, load_config, places_of, resolve
+from jaxpeft.hf.read import (
+    COPIED,
+    DTYPES,
+    INDEX,
+    WEIGHTS,
+    load_config,
+    places_of,
+    read_tensor,
+    resolve,
+    sources_of,
+    stored_code,
+)
 from jaxpeft.quant import is_packed
 
+# Fields that transformers reads as there if they are null.
+_NOT_NULL = ("quantization_config", "compression_config")
 _CODES = {name: code for code, name in DTYPES.items()}
 
 
@@ -31,10 +45,19 @@ class _Tensor(NamedTuple):
     row: int | None
     transposed: bool
     shape: tuple[int, ...]  # in the file
+    dtype: str  # in the file
+    source: tuple[Path, str] | None = None  # where the same tensor lies already
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * np.dtype(self.leaf.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+    def array(self) -> np.ndarray:
+        """As it is written."""
+        if self.source is not None:
+            return read_tensor(self.source)
+        array = np.asarray(self.leaf if self.row is None else self.leaf[self.row])
+        return (array.T if self.transposed else array).astype(self.dtype)
 
 
 def save_pretrained(
@@ -43,6 +66,8 @@ def save_pretrained(
     params: Mapping[str, Any],
     max_shard_gb: float = 5.0,
     labels: Sequence[str] = (),
+    as_stored: bool = False,
+    unchanged: Collection[str] = (),
 ) -> Path:
     """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
 
@@ -53,6 +78,9 @@ def save_pretrained(
       params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype.
       max_shard_gb: the largest file, in units of 10^9 bytes; larger models are cut into several files with an index.
       labels: names of what rows are classified as, for parameters that were loaded with them.
+      as_stored: each tensor is written in the type that it has in the checkpoint `config`; one that is not there (a new
+        classifier) in the type of most.
+      unchanged: paths of leaves that are as in that checkpoint: their tensors are copied from there. With `as_stored`.
 
     Returns:
       `directory`.
@@ -66,8 +94,12 @@ def save_pretrained(
     source = None if isinstance(config, Mapping) else resolve(config)
     raw = dict(config) if isinstance(config, Mapping) else load_config(config)
     raw = models.for_classification(raw, labels) if labels else raw
+    raw = {key: value for key, value in raw.items() if value is not None or key not in _NOT_NULL}
     tensors = _tensors(raw, params)
-    raw |= {key: str(tensors[0].leaf.dtype) for key in ("dtype", "torch_dtype") if key in raw}
+    if as_stored and source is not None:
+        tensors = _as_stored(tensors, source, raw, labels, unchanged)
+    else:
+        raw |= {key: tensors[0].dtype for key in ("dtype", "torch_dtype") if key in raw}
     try:
         with files.appearing(target) as folder:
             files.write_json(folder / "config.json", raw)
@@ -102,12 +134,33 @@ def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tens
             shape, expected = (x.shape if row is None else x.shape[1:] for x in (leaf, shapes[place.path]))
             if shape != expected:
                 raise ValueError(f"{path}: shape {leaf.shape} does not fit the configuration")
-            tensors.append(_Tensor(name, leaf, row, place.transposed, place.shape))
+            tensors.append(_Tensor(name, leaf, row, place.transposed, place.shape, str(leaf.dtype)))
     if by_place:
         raise ValueError(f"params lack {', '.join(sorted({path for path, _ in by_place}))}")
     order = {name: (place.layer is None, place.layer or 0) for name, place in places.items()}
     embeddings = [tensor for tensor in tensors if "embed" in tensor.name and tensor.row is None]
     return embeddings + sorted((t for t in tensors if t not in embeddings), key=lambda tensor: order[tensor.name])
+
+
+def _as_stored(
+    tensors: Sequence[_Tensor],
+    folder: Path,
+    config: Mapping[str, Any],
+    labels: Sequence[str],
+    unchanged: Collection[str],
+) -> list[_Tensor]:
+    """The tensors in the types that they have in a checkpoint; those of unchanged leaves are the checkpoint's own."""
+    places = places_of(models.family(config).from_hf(config).config)
+    sources = sources_of(folder, config, places, labels)
+    types = {name: DTYPES[stored_code(source)] for name, source in sources.items()}
+    usual = Counter(types.values()).most_common(1)[0][0]
+    return [
+        tensor._replace(
+            dtype=types.get(tensor.name, usual),
+            source=sources.get(tensor.name) if places[tensor.name].path in unchanged else None,
+        )
+        for tensor in tensors
+    ]
 
 
 def _write_weights(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> None:
@@ -141,14 +194,13 @@ def _write_safetensors(file: Path, tensors: Sequence[_Tensor]) -> None:
     end = 0
     for tensor in tensors:
         begin, end = end, end + tensor.num_bytes
-        code = _CODES[str(tensor.leaf.dtype)]
+        code = _CODES[tensor.dtype]
         header[tensor.name] = {"dtype": code, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as out:
         out.write(len(encoded).to_bytes(8, "little") + encoded)
         for tensor in tensors:
-            array = np.asarray(tensor.leaf if tensor.row is None else tensor.leaf[tensor.row])
-            out.write(np.ascontiguousarray(array.T if tensor.transposed else array).view(np.uint8).data)
+            out.write(np.ascontiguousarray(tensor.array()).reshape(-1).view(np.uint8).data)
         out.flush()
         os.fsync(out.fileno())

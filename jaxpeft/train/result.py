@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
 from jaxpeft import tree
 from jaxpeft.hf import save_pretrained
 from jaxpeft.method import Method
@@ -24,7 +22,7 @@ def write(
     source: str,
     labels: Sequence[str] = (),
 ) -> Path:
-    """Writes the result of a run, or of one of its checkpoints.
+    """Writes the result of a run, or of one of its checkpoints. A whole model's tensors keep the base's types.
 
     Args:
       where: the folders for an adapter and for a whole checkpoint; what is there is replaced.
@@ -41,7 +39,9 @@ def write(
         return export_adapter(adapter, params, method, config, source, replace=True, labels=labels)
     # It may be there already, from a process that was killed between this and the report.
     shutil.rmtree(model, ignore_errors=True)
-    own, merged = jnp.dtype(config.dtype), tree.flatten(method.merge(params))
-    typed = {path: leaf.astype(base[path].dtype if path in base else own) for path, leaf in merged.items()}
-    save_pretrained(model, source, tree.unflatten(typed), labels=labels)
+    before, merged = tree.flatten(params), method.merge(params)
+    unchanged = {
+        path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf and not method.changes(path)
+    }
+    save_pretrained(model, source, merged, labels=labels, as_stored=True, unchanged=unchanged)
     return model

@@ -1,6 +1,7 @@
 """generate, merge, import and export: what they print and leave, and that a mistake leaves nothing."""
 
 import json
+import shutil
 from types import SimpleNamespace
 
 import jax
@@ -13,7 +14,7 @@ import transformers
 import jaxpeft as jp
 from jaxpeft import cli, files, tree
 from jaxpeft.peft import attach, import_adapter
-from jaxpeft.train import loop
+from jaxpeft.train import loop, result
 from tests import runs
 from tests.peft import reference
 
@@ -88,6 +89,56 @@ def test_merge_writes_what_the_adapted_model_computes(base, adapter, tmp_path, c
     assert document == {"out": str(out), "model": str(base), "adapter": str(adapter), "dtype": "float32"}
     reference.assert_close(reference.torch_logits(reference.torch_base(out)), reference.with_adapter(base, adapter))
     assert (out / "tokenizer.json").is_file()
+
+
+@pytest.fixture(scope="module")
+def mixed(base, tmp_path_factory):
+    """(The checkpoint with tensors of every type in turn, {name: tensor}); float64 has digits beyond float32."""
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(base, tmp_path_factory.mktemp("mixed") / "llama")
+    types = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensors[name].to(types[i % 4]) for i, name in enumerate(sorted(tensors))}
+    tensors = {name: x + 1e-9 if x.dtype == torch.float64 else x for name, x in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder, tensors
+
+
+def same_but(written, tensors, touched):
+    """The tensors of a checkpoint have their types, and but for those whose names end so their bits."""
+    from safetensors.torch import load_file
+
+    found = load_file(written / "model.safetensors")
+    assert {name: x.dtype for name, x in found.items()} == {name: x.dtype for name, x in tensors.items()}
+    changed = {name for name in found if not torch.equal(found[name], tensors[name])}
+    assert changed == {name for name in tensors if name.endswith(touched)}
+    return found
+
+
+def test_merge_keeps_the_types_that_tensors_are_stored_in(mixed, base, adapter, tmp_path, capsys):
+    folder, tensors = mixed
+    document = succeeds(capsys, "merge", "--model", folder, "--adapter", adapter, "--out", tmp_path / "merged")
+    assert sorted(document["dtype"].split(", ")) == ["bfloat16", "float16", "float32", "float64"]
+    found = same_but(tmp_path / "merged", tensors, ("q_proj.weight", "up_proj.weight"))
+    import peft
+
+    plain = reference.torch_base(folder)
+    wide = peft.PeftModel.from_pretrained(plain, adapter).merge_and_unload().state_dict()
+    for name, x in found.items():
+        torch.testing.assert_close(x, wide[name].to(x.dtype), rtol=2**-8, atol=2**-8)
+    assert json.loads((tmp_path / "merged" / "config.json").read_text())["dtype"] == "float32"  # as it said before
+
+
+def test_a_whole_model_keeps_the_types_that_tensors_are_stored_in(mixed, tmp_path):
+    folder, tensors = mixed
+    model, params = jp.load_pretrained(folder)
+    method = jp.full(which="v_proj")
+    _, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+    changed = tree.combine({path: leaf + 1 for path, leaf in trainable.items()}, frozen)
+    where = (tmp_path / "adapter", tmp_path / "model")
+    result.write(where, method, changed, tree.flatten(params), model.config, folder)
+    same_but(tmp_path / "model", tensors, ("v_proj.weight",))
 
 
 def test_import_writes_an_adapter_of_ours(base, adapter, tmp_path, capsys):
