@@ -7,7 +7,7 @@ import re
 from typing import Any, Literal
 
 from jaxpeft.errors import InputError
-from jaxpeft.train.run import check_least, check_parts, defaults_of
+from jaxpeft.train.run import check_least, check_parts, check_rope_scaling, defaults_of
 
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
@@ -42,6 +42,8 @@ class StepArguments:
     dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the frozen weights and of the computation; what trains is float32. Default: float32 for the target cpu,
     else the checkpoint's, bfloat16 for one in float16."""
+    rope_scaling: str | None = None
+    """Scales rotary positions for texts longer than the model's: linear|dynamic|yarn=FACTOR."""
     save: str | None = None
     """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION. Default:
     matmuls, or everything where the method runs the layers in its own way."""
@@ -62,6 +64,7 @@ def check_step(args: StepArguments) -> None:
         why = "must be at least 1" if args.num_labels < 1 else "belongs to --task classify"
         raise InputError(f"--num-labels {args.num_labels}: {why}")
     check_parts(args)
+    check_rope_scaling(args)
 
 
 def methods(args: StepArguments) -> list[tuple[str, Any]]:

@@ -53,7 +53,8 @@ def run(args: Export) -> dict[str, Any]:
     name = model_or_default(args.model or document["arguments"]["model"])
     method = from_specs(document["method"])
     labels = document.get("labels", [])
-    base, params, digest = load(name, document["arguments"]["dtype"], method, labels)
+    scaling = document["arguments"].get("rope_scaling")
+    base, params, digest = load(name, document["arguments"]["dtype"], method, labels, rope_scaling=scaling)
     if digest != document["content"]["model"]:
         raise InputError(f"{name}: is not the base of the run {args.run}; name that one with --model")
     leaves = tree.flatten(params)
@@ -63,7 +64,7 @@ def run(args: Export) -> dict[str, Any]:
         _, trainable, rest = setup(method, base, params, jax.random.key(0))  # a stack may have been cut
         leaves = {**rest, **trainable}
     changed = tree.unflatten({**leaves, **saved})
-    result.write((args.out, args.out), method, changed, own, base.config, name, labels)
+    result.write((args.out, args.out), method, changed, own, base.config, name, labels, scaling)
     return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"]}
 
 

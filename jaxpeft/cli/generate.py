@@ -29,6 +29,8 @@ class Generate:
     """Seed of the drawing."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the weights and of the computation. Default: float32 on a CPU, else the checkpoint's."""
+    rope_scaling: str | None = None
+    """Scales rotary positions for longer texts: linear|dynamic|yarn=FACTOR. Default: as the adapter has them."""
     json: bool = False
     """Print one JSON document on stdout and nothing else there."""
 
@@ -48,12 +50,12 @@ def run(args: Generate) -> dict[str, Any]:
     import jax
 
     from jaxpeft import hf
-    from jaxpeft.cli.models import load, model_or_default
+    from jaxpeft.cli.models import load, model_or_default, scaling_of
     from jaxpeft.generate import generate
 
     name = model_or_default(args.model)
     tokenizer = hf.load_tokenizer(name)
-    model, params, _ = load(name, args.adapter, args.dtype)
+    model, params, _ = load(name, args.adapter, args.dtype, scaling_of(args.adapter, args.rope_scaling))
     if model.config.num_labels:
         raise InputError(f"{args.adapter or name}: classifies rows and continues no text")
     prompt = (

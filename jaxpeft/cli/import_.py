@@ -26,14 +26,16 @@ def run(args: Import) -> dict[str, Any]:
       InputError: for arguments or input that cannot be used.
     """
     from jaxpeft import tree
-    from jaxpeft.cli.models import labels_of, load, model_or_default
+    from jaxpeft.cli.models import labels_of, load, model_or_default, scaling_of
     from jaxpeft.files import check_target
     from jaxpeft.peft import export_adapter
 
     check_target(args.out)
     name = model_or_default(args.model)
-    model, params, method = load(name, args.adapter)
-    export_adapter(args.out, params, method, model.config, name, labels=labels_of(args.adapter))
+    scaling = scaling_of(args.adapter)
+    model, params, method = load(name, args.adapter, rope_scaling=scaling)
+    labels = labels_of(args.adapter)
+    export_adapter(args.out, params, method, model.config, name, labels=labels, rope_scaling=scaling)
     trainable, _ = tree.split(params, method.trainable)
     return {
         "out": args.out,

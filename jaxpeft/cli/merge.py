@@ -15,6 +15,8 @@ class Merge:
     """Folder to make; it may exist if it is empty."""
     model: str | None = None
     """Directory or hub id of the base. Default: the embedded model."""
+    rope_scaling: str | None = None
+    """Scales rotary positions for longer texts: linear|dynamic|yarn=FACTOR. Default: as the adapter has them."""
     json: bool = False
     """Print one JSON document on stdout and nothing else there."""
 
@@ -26,15 +28,17 @@ def run(args: Merge) -> dict[str, Any]:
       InputError: for arguments or input that cannot be used.
     """
     from jaxpeft import hf, tree
-    from jaxpeft.cli.models import labels_of, load, model_or_default
+    from jaxpeft.cli.models import labels_of, load, model_or_default, scaling_of
     from jaxpeft.files import check_target
 
     check_target(args.out)
     name = model_or_default(args.model)
-    _, params, method = load(name, args.adapter, hf.STORED)
+    scaling = scaling_of(args.adapter, args.rope_scaling)
+    _, params, method = load(name, args.adapter, hf.STORED, scaling)
     before, merged = tree.flatten(params), method.merge(params)
     unchanged = {path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf}
-    hf.save_pretrained(args.out, name, merged, labels=labels_of(args.adapter), as_stored=True, unchanged=unchanged)
+    how: dict[str, Any] = {"as_stored": True, "unchanged": unchanged, "rope_scaling": scaling}
+    hf.save_pretrained(args.out, name, merged, labels=labels_of(args.adapter), **how)
     return {"out": args.out, "model": name, "adapter": args.adapter, "dtype": ", ".join(hf.types_of(args.out))}
 
 

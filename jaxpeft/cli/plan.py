@@ -67,7 +67,8 @@ def run(args: Plan) -> dict[str, Any]:
 
     devices = targets.targets(args.target)
     plans = [None] if args.save is None else [parse(text) for text in args.save.split(";")]
-    config = geometries.load(str(assets.MODEL) if args.model is None else args.model)
+    raw = geometries.load(str(assets.MODEL) if args.model is None else args.model)
+    config = models.for_longer(raw, args.rope_scaling)
     chosen = methods(args)
     for device in devices:
         targets.devices(device)  # a missing compiler is said before the first compilation
@@ -105,6 +106,7 @@ def run(args: Plan) -> dict[str, Any]:
 
 
 def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config: Any, room: int) -> dict[str, int]:
+    from jaxpeft import models
     from jaxpeft.memory import planner, search
 
     def total(**sizes):
@@ -118,7 +120,7 @@ def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config:
         return {"largest_batch": batch}
     assert args.seq_len is not None
     step = 128 if args.seq_len >= 128 else 1
-    limit = config.get("max_position_embeddings")
+    limit = models.family(config).from_hf(config).config.max_position_embeddings
     start = max(args.seq_len // step * step, step)
     return {
         "largest_batch": batch,

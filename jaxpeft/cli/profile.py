@@ -55,7 +55,8 @@ def run(args: Profile) -> dict[str, Any]:
     assert args.seq_len is not None
     device = targets.target(args.target)
     targets.devices(device)
-    config = geometries.load(str(assets.MODEL) if args.model is None else args.model)
+    raw = geometries.load(str(assets.MODEL) if args.model is None else args.model)
+    config = models.for_longer(raw, args.rope_scaling)
     chosen = methods(args)
     if len(chosen) > 1:
         raise InputError(f"--method {args.method}: one at a time; `jaxpeft plan` compares several")

@@ -147,6 +147,7 @@ def load_pretrained(
     labels: Sequence[str] = (),
     key: jax.Array | None = None,
     convert: Callable[[tree.Params], Mapping[str, Conversion]] | None = None,
+    rope_scaling: str | None = None,
 ) -> tuple[Model, tree.Params]:
     """The model of a checkpoint and its parameters.
 
@@ -161,6 +162,7 @@ def load_pretrained(
       convert: which leaves are stored otherwise, a `Method.convert`: nested shapes -> {path: function}. A function is
         given the leaf in `dtype`, or a stacked leaf's layers one by one in their order, and what it returns is what is
         kept.
+      rope_scaling: KIND=FACTOR, for texts longer than the checkpoint has positions for (see `models.for_longer`).
 
     Returns:
       (Model, nested dict of parameters in `dtype`, or as they were converted).
@@ -170,7 +172,7 @@ def load_pretrained(
         don't fit the configuration.
     """
     folder = resolve(path_or_hub_id, ["*.safetensors", INDEX])
-    raw = load_config(folder)
+    raw = models.for_longer(load_config(folder), rope_scaling)
     family = models.family(raw)
     raw = models.for_classification(raw, labels) if labels else raw
     as_stored = isinstance(dtype, str) and dtype == STORED

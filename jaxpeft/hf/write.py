@@ -68,6 +68,7 @@ def save_pretrained(
     labels: Sequence[str] = (),
     as_stored: bool = False,
     unchanged: Collection[str] = (),
+    rope_scaling: str | None = None,
 ) -> Path:
     """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
 
@@ -81,6 +82,7 @@ def save_pretrained(
       as_stored: each tensor is written in the type that it has in the checkpoint `config`; one that is not there (a new
         classifier) in the type of most.
       unchanged: paths of leaves that are as in that checkpoint: their tensors are copied from there. With `as_stored`.
+      rope_scaling: KIND=FACTOR, with which the parameters were loaded; it becomes part of config.json.
 
     Returns:
       `directory`.
@@ -93,6 +95,7 @@ def save_pretrained(
     files.check_target(target)
     source = None if isinstance(config, Mapping) else resolve(config)
     raw = dict(config) if isinstance(config, Mapping) else load_config(config)
+    raw = dict(models.for_longer(raw, rope_scaling))
     raw = models.for_classification(raw, labels) if labels else raw
     raw = {key: value for key, value in raw.items() if value is not None or key not in _NOT_NULL}
     tensors = _tensors(raw, params)

@@ -7,8 +7,8 @@ An adapter is a folder:
                                 .lora_A.weight (r, n) and .lora_B.weight (m, r) per layer, and those of a classifier of
                                 rows under their own names; float32
     jaxpeft.json                ours, which PEFT does not read: the method's arguments, what its leaves need beyond the
-                                tensors (seeds), the labels of rows, and a fingerprint of the base; it speaks of exactly
-                                the adapter_model.safetensors whose hash it holds
+                                tensors (seeds), the labels of rows, how rotary positions are scaled, and a fingerprint
+                                of the base; it speaks of exactly the adapter_model.safetensors whose hash it holds
 
 The forms are in the methods' own files (see `jaxpeft.peft.form`).
 
@@ -22,8 +22,8 @@ is needed to read them.
 Source: the format as huggingface/peft 0.21 writes and reads it.
 """
 
-from jaxpeft.peft.base import adapter_labels, fingerprint
+from jaxpeft.peft.base import adapter_labels, adapter_rope_scaling, fingerprint
 from jaxpeft.peft.export import export_adapter
 from jaxpeft.peft.read import attach, import_adapter
 
-__all__ = ["adapter_labels", "attach", "export_adapter", "fingerprint", "import_adapter"]
+__all__ = ["adapter_labels", "adapter_rope_scaling", "attach", "export_adapter", "fingerprint", "import_adapter"]

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
+from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.quant import is_packed
 
@@ -106,6 +107,23 @@ def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mappi
                 f"{where}: an adapter for another base: the values of {path} differ from those it was trained beside "
                 f"(remove its {OWN} to use it nevertheless)"
             )
+
+
+def adapter_rope_scaling(directory: str | os.PathLike[str], given: str | None = None) -> str | None:
+    """The scaling of rotary positions, KIND=FACTOR, that an adapter was trained with; None where it names none.
+
+    Args:
+      directory: of the adapter.
+      given: by the user; it is right where the adapter names none.
+
+    Raises:
+      InputError: if that is another.
+    """
+    file = Path(directory).expanduser() / OWN
+    own = files.read_json(file, "").get("rope_scaling") if file.is_file() else None
+    if own is not None and given is not None and rotary.parse(own) != rotary.parse(given):
+        raise InputError(f"--rope-scaling {given}: the adapter {directory} was trained with {own}")
+    return given if own is None else own
 
 
 def is_own(path: str, config: Any) -> bool:

@@ -32,6 +32,7 @@ def export_adapter(
     base_name: str | os.PathLike[str] = "",
     replace: bool = False,
     labels: Sequence[str] = (),
+    rope_scaling: str | None = None,
 ) -> Path:
     """Writes the adapters in `params` for PEFT and for `import_adapter`. The folder appears whole or not at all.
 
@@ -50,6 +51,7 @@ def export_adapter(
       base_name: folder or hub id of the base, for PEFT's `base_model_name_or_path`.
       replace: an adapter that is already in `directory` may be replaced; nothing else ever is.
       labels: names of what a model that classifies rows tells apart, in order; they are kept with the adapter.
+      rope_scaling: KIND=FACTOR, with which the base was loaded; jaxpeft.json keeps it, as PEFT has no place for it.
 
     Returns:
       `directory`.
@@ -67,6 +69,7 @@ def export_adapter(
         "base": fingerprint(base_config, params, kernels=kernels),
         "labels": list(labels) or [f"LABEL_{i}" for i in range(base_config.num_labels)],
     }
+    own |= {} if rope_scaling is None else {"rope_scaling": rope_scaling}
     config: dict[str, Any] = {"base_model_name_or_path": os.fspath(base_name) or None}
     if found is None:
         tensors = _leaves(params, method, base_config)

@@ -22,11 +22,12 @@ def load(
     method: Method | None = None,
     labels: Sequence[str] = (),
     key: jax.Array | None = None,
+    rope_scaling: str | None = None,
 ) -> tuple[Model, tree.Params, str]:
     """A checkpoint's model; what the method packs is packed while it is read.
 
     Args:
-      path_or_hub_id, dtype, labels, key: as `hf.load_pretrained` takes them.
+      path_or_hub_id, dtype, labels, key, rope_scaling: as `hf.load_pretrained` takes them.
       method: that is going to be put on it; None: nothing is packed.
 
     Returns:
@@ -37,7 +38,7 @@ def load(
     """
     sums: dict[str, jax.Array] = {}
     convert = None if method is None else _watched(method.convert, sums)
-    model, params = hf.load_pretrained(path_or_hub_id, dtype, labels, key, convert)
+    model, params = hf.load_pretrained(path_or_hub_id, dtype, labels, key, convert, rope_scaling)
     return model, params, config.digest_of_base(params, sums)
 
 

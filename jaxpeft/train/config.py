@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxpeft import files, recipe, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Spec
+from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.train.run import Run, flag
 
@@ -82,6 +83,11 @@ def check_new(out: Path) -> None:
         )
 
 
+def with_steps(document: Mapping[str, Any], steps: int) -> dict[str, Any]:
+    """The document of a run that is continued to more steps."""
+    return {**document, "arguments": {**document.get("arguments", {}), "steps": steps}}
+
+
 def check_arguments(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """`check_same` of what the arguments alone say, before anything is read; new["method"] is [] if they name none."""
     before, now = old.get("arguments", {}), new["arguments"]
@@ -93,10 +99,14 @@ def check_arguments(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -
 def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """Raises InputError with every field in which a run is to be continued otherwise than it began (old -> new).
 
-    A method may be spelt otherwise: `--rank 4`, `rank=4` and `lora.rank=4` are the same.
+    A method may be spelt otherwise: `--rank 4`, `rank=4` and `lora.rank=4` are the same. More steps are no difference
+    where the schedule is constant; a falling one has the number of steps in every rate.
     """
     before, now = old.get("arguments", {}), new["arguments"]
     same_method = old.get("method") == new["method"]
+    constant = before.get("schedule") == now.get("schedule") == "constant"
+    if constant and now.get("steps", 0) > before.get("steps", 0):
+        before = {**before, "steps": now["steps"]}  # a rate that is constant goes on
     changes = [
         f"{flag(name)} {_words(before.get(name))} -> {_words(now.get(name))}"
         for name in [*now, *(name for name in before if name not in now)]
@@ -113,11 +123,18 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
     if not changes and not same_method:
         changes.append(f"the method's defaults {old.get('method')} -> {new['method']}")
     if changes:
-        raise InputError(f"--resume {out}: the run was begun otherwise: {'; '.join(changes)}")
+        ends = ""
+        if now.get("steps", 0) > before.get("steps", 0):
+            ends = (
+                f" (the {before.get('schedule')} schedule ends at step {before.get('steps')}; a constant one goes on)"
+            )
+        raise InputError(f"--resume {out}: the run was begun otherwise: {'; '.join(changes)}{ends}")
 
 
 def _meaning(name: str, value: Any) -> Any:
     """What a field is compared by: options by their values, in any order."""
+    if name == "rope_scaling" and value is not None:
+        return rotary.parse(value)
     return recipe.read(value or ()) if name == "method_options" else value
 
 

@@ -33,6 +33,7 @@ from jaxpeft import files, hf, models, recipe, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
+from jaxpeft.peft import adapter_rope_scaling
 from jaxpeft.train import config, memory, result
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
@@ -76,6 +77,8 @@ def train(args: Run) -> dict[str, Any]:
     """
     assert args.out is not None
     out = args.out
+    if args.adapter is not None:
+        args = dataclasses.replace(args, rope_scaling=adapter_rope_scaling(args.adapter, args.rope_scaling))
     old = None
     if not args.resume:
         config.check_new(out)
@@ -85,9 +88,10 @@ def train(args: Run) -> dict[str, Any]:
         method = asked_method(args)
         asked = config.describe(args, method.specs if method else (), {})
         config.check_arguments(out, old, asked)
-        if (out / config.REPORT).exists():
+        if (out / config.REPORT).exists() and config.read(out, config.REPORT)["steps"] >= args.steps:
             _say(f"{out}: the run is finished; this is its report")
             return config.read(out, config.REPORT)
+        old = config.with_steps(old, args.steps)
     started = time.monotonic()
     if args.dtype is None:
         chosen: Any = models.compute_dtype(hf.load_config(sources(args).model))
@@ -100,6 +104,7 @@ def train(args: Run) -> dict[str, Any]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         files.write_json(out / config.FILE, old or job.document, allow_nan=False)
+        (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
         with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints:
             return _Run(args, job, checkpoints, signals).whole(started)
     except OSError as error:
@@ -299,7 +304,8 @@ class _Run:
         answers = self._answer()
         state, job = self.state, self.job
         where = (self.out / "adapter", self.out / "model")
-        result.write(where, job.method, state.params, job.base, job.model.config, job.source.model, job.data.labels)
+        of_base = (job.base, job.model.config, job.source.model, job.data.labels, self.args.rope_scaling)
+        result.write(where, job.method, state.params, *of_base)
         # A run that is resumed after its last step has compiled nothing yet.
         batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)

@@ -71,7 +71,9 @@ def prepare(args: Run) -> Job:
         _check_labels(args.adapter, order, source.train, data.labels)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     classifier_key = jax.random.fold_in(init_key, 0)
-    base, params, model_digest = load(source.model, jnp.dtype(args.dtype), method, data.labels, classifier_key)
+    base, params, model_digest = load(
+        source.model, jnp.dtype(args.dtype), method, data.labels, classifier_key, args.rope_scaling
+    )
     check_head(args.task, source.model, base, args.seq_len)
     _check_vocabulary(source.model, tokenizer, base)
     flat = tree.flatten(params)

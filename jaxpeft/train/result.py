@@ -21,6 +21,7 @@ def write(
     config: Any,
     source: str,
     labels: Sequence[str] = (),
+    rope_scaling: str | None = None,
 ) -> Path:
     """Writes the result of a run, or of one of its checkpoints. A whole model's tensors keep the base's types.
 
@@ -30,18 +31,22 @@ def write(
       params: nested parameters of the adapted model.
       base: the base's leaves or their shapes, by path.
       config: the model's configuration.  source: the base's folder or hub id.  labels: names that a classifier gives.
+      rope_scaling: with which the base was loaded.
 
     Returns:
       The folder that was written.
     """
     adapter, model = where
     if not any(tree.canonical(path) in base and method.changes(path) for path in tree.flatten(params)):
-        return export_adapter(adapter, params, method, config, source, replace=True, labels=labels)
+        return export_adapter(
+            adapter, params, method, config, source, replace=True, labels=labels, rope_scaling=rope_scaling
+        )
     # It may be there already, from a process that was killed between this and the report.
     shutil.rmtree(model, ignore_errors=True)
     before, merged = tree.flatten(params), method.merge(params)
     unchanged = {
         path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf and not method.changes(path)
     }
-    save_pretrained(model, source, merged, labels=labels, as_stored=True, unchanged=unchanged)
+    how: dict[str, Any] = {"as_stored": True, "unchanged": unchanged, "rope_scaling": rope_scaling}
+    save_pretrained(model, source, merged, labels=labels, **how)
     return model

@@ -72,7 +72,7 @@ class Run:
     """PEFT adapter to train on; it brings its method, rank and targets with it."""
 
     steps: int = 120
-    """Optimizer steps to take."""
+    """Optimizer steps to take. With --resume it may grow if --schedule is constant."""
     batch_size: int = 8
     """Sequences in one step, over all of its accumulated parts."""
     seq_len: int | None = None
@@ -92,6 +92,9 @@ class Run:
     dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the frozen weights and of the computation; what trains is float32. Default: float32 on a CPU, which it
     computes faster, else the checkpoint's, bfloat16 for one in float16."""
+    rope_scaling: str | None = None
+    """Scales rotary positions, for longer texts: linear|dynamic|yarn=FACTOR. Default: as the model, or --adapter, has
+    them."""
     save: str | None = None
     """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION, as
     `jaxpeft plan` prints it. Default: matmuls, or everything where the method runs the layers in its own way."""
@@ -137,6 +140,7 @@ class Run:
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"{flag(name)} {value}: must be a finite number above 0")
         check_parts(run)
+        check_rope_scaling(run)
         if run.task == "classify" and run.data is None:
             raise InputError(
                 "--task classify: needs --data, a file of rows with text and label (see `jaxpeft train --help`)"
@@ -232,6 +236,14 @@ def check_parts(args: Any) -> None:
     """Raises InputError if a step's batch cannot be cut into its parts."""
     if args.batch_size % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
+
+
+def check_rope_scaling(args: Any) -> None:
+    """Raises InputError if --rope-scaling is given and is not KIND=FACTOR."""
+    if args.rope_scaling is not None:
+        from jaxpeft.models import rotary
+
+        rotary.parse(args.rope_scaling)
 
 
 def fresh_directory(parent: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -188,12 +189,16 @@ def config_for(task: str, config: Mapping[str, Any], num_labels: int | None = No
 
 
 def check_head(task: str, path: str, model: Model, seq_len: int) -> None:
-    """Raises InputError if a model is none for the task, or has no positions for so many tokens.
-
-    Decoders that continue texts may be trained on longer ones than they have seen, if their positions are rotary.
-    """
+    """Raises InputError if a model is none for the task, or has no positions for so many tokens."""
     if task == "lm" and (model.config.num_labels or model.stack.init_cache is None):
         raise InputError(f"{path}: continues no text; add --task classify")
     most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and seq_len > most and (task == "classify" or not hasattr(model.config, "rope_theta")):
-        raise InputError(f"--seq-len {seq_len}: {path} has {most} positions")
+    if most is None or seq_len <= most:
+        return
+    if not hasattr(model.config, "rope_theta"):
+        remedy = ", which are learned: no scaling makes room"
+    elif model.config.rope_scaling:
+        remedy = ", and scales them already"
+    else:
+        remedy = f"; --rope-scaling yarn={math.ceil(seq_len / most)} (or linear, dynamic) makes room"
+    raise InputError(f"--seq-len {seq_len}: {path} has {most} positions{remedy}")

@@ -37,6 +37,9 @@ def refused(args, capsys) -> str:
         ({"method_options": ("dropout=2",)}, "dropout 2 must be at least 0 and below 1"),
         ({"method_options": ("dropout=high",)}, "method lora: "),
         ({"seq_len": 2, "too_long": "drop"}, "no example left of 60 lines"),
+        ({"seq_len": 150}, "model has 64 positions; --rope-scaling yarn=3 (or linear, dynamic) makes room"),
+        ({"seq_len": 150, "rope_scaling": "yarn=2"}, "model has 128 positions, and scales them already"),
+        ({"rope_scaling": "yarn"}, "--rope-scaling 'yarn': should be linear|dynamic|yarn=FACTOR, such as yarn=4"),
         ({"keep": 0}, "--keep 0: must be at least 1"),
         ({"method": "meft+", "rank": None}, "method 'meft+': a name is missing beside +"),
         ({"method": "lora+lora"}, "lora+lora: lora stands twice"),
@@ -93,6 +96,7 @@ def test_resume_lists_every_field_that_differs(begun, files, capsys):
     changed = runs.arguments(files, begun.out, resume=True, lr=0.5, steps=9, rank=None, buckets=())
     line = refused(changed, capsys)
     assert "the run was begun otherwise: --rank 2 -> None; --steps 6 -> 9; --lr 0.01 -> 0.5" in line
+    assert line.endswith("(the cosine schedule ends at step 6; a constant one goes on)")
     assert [path.name for path in begun.out.iterdir()] == ["config.json"]
 
 
