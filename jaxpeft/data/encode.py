@@ -8,20 +8,22 @@ where prompt and completion are tokenized apart. The prompt's ids are then exact
 tokenizer gives for the prompt alone, which is what the model is given when it generates; tokenizing
 the joined text would merge characters across the boundary (a line break with the word after it).
 A tokenizer that opens every text with a space marker (Llama 2) opens the completion with it too.
-BOS is there if the tokenizer puts it before a text, EOS if the tokenizer has one.
+BOS is there if the tokenizer puts it before a text, EOS if the model has one, and neither where the
+text brings it (see `jaxpeft.special`).
 
 A conversation is tokenized as the one text that its chat template writes (which has its own BOS);
 a token counts as completion if any of its characters is in an assistant turn.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from jaxpeft.data.chat import Chat
 from jaxpeft.data.formats import Text
+from jaxpeft.special import SpecialTokens, from_parts
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -37,24 +39,34 @@ class Encoded(NamedTuple):
     completion: npt.NDArray[np.bool_]
 
 
-def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens | None = None) -> list[int]:
     """The ids that a prompt has in training: what to give the model to generate from."""
-    return _bos(tokenizer) + _tokenize([prompt], tokenizer)[0]
+    special = from_parts(tokenizer) if special is None else special
+    (ids,) = _tokenize([prompt], tokenizer)
+    return special.opening(ids) + ids
 
 
-def encode_texts(rows: Sequence[Text], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
-    """Token ids and masks of text rows, in their order."""
-    bos = _bos(tokenizer)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+def encode_texts(
+    rows: Sequence[Text], tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens | None = None
+) -> list[Encoded]:
+    """Token ids and masks of text rows, in their order.
+
+    Args:
+      rows: the texts.
+      tokenizer: a Hugging Face tokenizer.
+      special: the model's special tokens; None: those that the tokenizer names.
+    """
+    special = from_parts(tokenizer) if special is None else special
     prompts = _tokenize([row.prompt for row in rows], tokenizer)
     completions = _tokenize([row.completion for row in rows], tokenizer)
-    return [
-        Encoded(
-            np.array(bos + prompt + completion + eos, np.int32),
-            np.arange(len(bos + prompt + completion + eos)) >= len(bos + prompt),
-        )
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+    encoded = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        text = prompt + completion
+        opening, closing = special.opening(text), special.closing(text)
+        untrained = max(len(opening) + len(prompt), len(special.before))
+        ids = np.array(opening + text + closing, np.int32)
+        encoded.append(Encoded(ids, np.arange(len(ids)) >= untrained))
+    return encoded
 
 
 def encode_chats(rows: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
@@ -81,12 +93,6 @@ def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
     for span_first, span_end in spans:
         mask |= (first < span_end) & (end > span_first)
     return mask
-
-
-def _bos(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
-    """[BOS] if the tokenizer puts its BOS before a text by itself, else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
 
 
 def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:

@@ -21,6 +21,7 @@ from jaxpeft.data.encode import Encoded, encode_chats, encode_texts
 from jaxpeft.data.formats import Conversation, Text, read_record
 from jaxpeft.data.jsonl import parse_line, read_lines
 from jaxpeft.errors import InputError
+from jaxpeft.special import SpecialTokens, from_parts
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -67,6 +68,7 @@ class Report:
     positions: int = 0  # over the examples
     target_tokens: int = 0  # positions that count in the loss
     labels: int = 0  # that rows are classified as; 0 for examples to continue
+    without_end: int = 0  # texts that no EOS ends, as the model names none
 
     def summary(self) -> str:
         """One line for people; what did not happen is left out."""
@@ -79,6 +81,8 @@ class Report:
             parts.append(f"{self.dropped_too_long} too long and dropped")
         if self.dropped_without_target:
             parts.append(f"{self.dropped_without_target} dropped with nothing left to train on")
+        if self.without_end:
+            parts.append(f"{self.without_end} end without EOS, as neither the tokenizer nor the checkpoint names one")
         if self.bad_lines:
             parts.append(f"{self.bad_lines} bad lines skipped (first: {self.first_bad_line})")
         return f"{self.path}: " + "; ".join(parts)
@@ -100,6 +104,7 @@ def load_examples(
     *,
     skip_bad_lines: bool = False,
     too_long: Literal["truncate", "drop"] = "truncate",
+    special: SpecialTokens | None = None,
 ) -> tuple[list[Example], Report]:
     """Reads and tokenizes a JSONL file (shapes: see `formats.py`).
 
@@ -110,6 +115,7 @@ def load_examples(
       skip_bad_lines: count a faulty line in the report rather than stop at it.
       too_long: cut a longer example at its end, or drop it; both are counted. An example whose
         completion is cut off whole has nothing to train on and is dropped either way.
+      special: the model's special tokens (`jaxpeft.special`); None: those that the tokenizer names.
 
     Returns:
       The examples in the file's order, and the report.
@@ -120,11 +126,14 @@ def load_examples(
     """
     if seq_len < 1:
         raise InputError(f"sequence length must be at least 1, got {seq_len}")
+    special = from_parts(tokenizer) if special is None else special
     report = Report(str(path))
     examples = []
     rows = _read_rows(path, tokenizer, skip_bad_lines, report)
     while chunk := list(itertools.islice(rows, ROWS_PER_CALL)):
-        for line, encoded in _encode(chunk, tokenizer):
+        if special.end is None:
+            report.without_end += sum(isinstance(row.content, Text) for row in chunk)
+        for line, encoded in _encode(chunk, tokenizer, special):
             example = _fit(line, encoded, seq_len, too_long, report)
             if example is not None:
                 examples.append(example)
@@ -181,11 +190,13 @@ def count_bad_line(error: InputError, skip_bad_lines: bool, report: Report) -> N
     report.first_bad_line = report.first_bad_line or str(error)
 
 
-def _encode(rows: Sequence[_Row], tokenizer: "PreTrainedTokenizerBase") -> Iterable[tuple[int, Encoded]]:
+def _encode(
+    rows: Sequence[_Row], tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
+) -> Iterable[tuple[int, Encoded]]:
     """(line, ids and mask) in the rows' order, with one tokenizer call for each kind of row."""
     texts = [row.content for row in rows if isinstance(row.content, Text)]
     chats = [row.content for row in rows if isinstance(row.content, Chat)]
-    encoded_texts = iter(encode_texts(texts, tokenizer))
+    encoded_texts = iter(encode_texts(texts, tokenizer, special))
     encoded_chats = iter(encode_chats(chats, tokenizer))
     for row in rows:
         if isinstance(row.content, Text):

@@ -9,13 +9,23 @@ Host memory stays near one tensor above the model in both directions, as it is s
 packed while they are read (`load_pretrained(convert=...)`) never lies in memory as the file has it.
 """
 
-from jaxpeft.hf.read import INDEX, WEIGHTS, load_config, load_pretrained, load_tokenizer, resolve, weight_files
+from jaxpeft.hf.read import (
+    INDEX,
+    WEIGHTS,
+    load_config,
+    load_generation_config,
+    load_pretrained,
+    load_tokenizer,
+    resolve,
+    weight_files,
+)
 from jaxpeft.hf.write import save_pretrained
 
 __all__ = [
     "INDEX",
     "WEIGHTS",
     "load_config",
+    "load_generation_config",
     "load_pretrained",
     "load_tokenizer",
     "resolve",

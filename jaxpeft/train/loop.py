@@ -254,7 +254,8 @@ class _Run:
             yield batch
 
     def _answer(self) -> Answers:
-        return answer(self.job.model, self.state, self.job.data.asked, self.job.tokenizer)
+        data = self.job.data
+        return answer(self.job.model, self.state, data.asked, self.job.tokenizer, data.ends)
 
     def _evaluation_due(self) -> bool:
         every = self.args.eval_every
