@@ -1,10 +1,12 @@
 """The tokens of a model that begin and end a text: one answer for training, which teaches them, and for decoding.
 
-ends    what decoding stops at: the EOS of config.json, of generation_config.json and of the tokenizer, and the
-        token with which the chat template ends an assistant's turn
-end     what training appends: the tokenizer's EOS, else the first of config.json's or generation_config.json's
-before  what both put before a text: the tokenizer's BOS where the tokenizer puts it there by itself
-begin   what stands for an empty text: the tokenizer's BOS, else config.json's
+    ends    what decoding stops at: the EOS of config.json, of generation_config.json and of the tokenizer, and the
+            token with which the chat template ends an assistant's turn
+    end     what training appends: the tokenizer's EOS, else the first of config.json's or generation_config.json's
+    before  what both put before a text: the tokenizer's BOS where the tokenizer puts it there by itself
+    begin   what stands for an empty text: the tokenizer's BOS, else config.json's
+
+A field may hold a token id or a list of them; a negative one stands for none.
 """
 
 from __future__ import annotations
