@@ -17,14 +17,13 @@ A conversation is tokenized as the one text that its chat template writes (which
 completion if any of its characters is in an assistant turn.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from jaxpeft.data.chat import Chat
+from jaxpeft.data.chat import Chat, shared
 from jaxpeft.data.formats import Text
 from jaxpeft.special import SpecialTokens, from_parts
 
@@ -97,8 +96,7 @@ def _start(prompt: list[int], text: list[int], offsets: Sequence[tuple[int, int]
         return len(prompt)
     if offsets is not None:
         return next((i for i, (_, end) in enumerate(offsets) if end > characters), len(text))
-    shared = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(prompt, text, strict=False))
-    return sum(1 for _ in shared)
+    return shared(prompt, text)
 
 
 def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
