@@ -16,6 +16,7 @@ import contextlib
 import dataclasses
 import datetime
 import functools
+import hashlib
 import json
 import os
 import re
@@ -56,9 +57,14 @@ class Template:
         """What FILE holds."""
         return {"template": self.kind, "date": self.date, "source": self.source}
 
+    def digest(self) -> str:
+        """Tells templates apart that make other texts of a row, whatever the day."""
+        return self.kind if self.source is None else hashlib.sha256(self.source.encode()).hexdigest()
+
     def beside(self) -> dict[str, str]:
         """{name: text} of the files that belong beside a run's result."""
-        return {FILE: json.dumps(self.document(), indent=2, ensure_ascii=False) + "\n"}
+        own = {} if self.source is None else {JINJA: self.source}
+        return {FILE: json.dumps(self.document(), indent=2, ensure_ascii=False) + "\n", **own}
 
 
 def today() -> str:
@@ -126,12 +132,26 @@ def find(*folders: str | os.PathLike[str] | None) -> Template | None:
     """
     for folder in folders:
         if folder is not None and (file := Path(folder).expanduser() / FILE).is_file():
-            stored = files.read_json(file, f"{file}: no such file")
-            kind, source = stored.get("template"), stored.get("source")
-            if kind not in ("chat", "alpaca") or not isinstance(source, str | None):
-                raise InputError(f"{file}: template must be chat or alpaca, and source text or null")
-            return Template(kind, _day(stored.get("date"), f"{file}: date"), source)
+            return from_document(files.read_json(file, f"{file}: no such file"), str(file))
     return None
+
+
+def from_document(document: Mapping[str, Any], where: str) -> Template:
+    """The template that `Template.document` describes.
+
+    Raises:
+      InputError: for a document that is none; the line begins with `where`.
+    """
+    kind, source = document.get("template"), document.get("source")
+    if kind not in ("chat", "alpaca") or not isinstance(source, str | None):
+        raise InputError(f"{where}: template must be chat or alpaca, and source text or null")
+    return Template(kind, _day(document.get("date"), f"{where}: date"), source)
+
+
+def beside(folder: str | os.PathLike[str] | None) -> dict[str, str]:
+    """`Template.beside` of the template that a folder stores; {} where it stores none."""
+    stored = find(folder)
+    return {} if stored is None else stored.beside()
 
 
 def source_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]] | None = None) -> str:

@@ -29,11 +29,13 @@ def run(args: Import) -> dict[str, Any]:
     from jaxpeft.cli.models import labels_of, load, model_or_default
     from jaxpeft.files import check_target
     from jaxpeft.peft import export_adapter
+    from jaxpeft.template import beside
 
     check_target(args.out)
     name = model_or_default(args.model)
     model, params, method = load(name, args.adapter)
-    export_adapter(args.out, params, method, model.config, name, labels=labels_of(args.adapter))
+    labels, further = labels_of(args.adapter), beside(args.adapter)
+    export_adapter(args.out, params, method, model.config, name, labels=labels, beside=further)
     trainable, _ = tree.split(params, method.trainable)
     return {
         "out": args.out,

@@ -28,11 +28,13 @@ def run(args: Merge) -> dict[str, Any]:
     from jaxpeft import hf
     from jaxpeft.cli.models import labels_of, load, model_or_default
     from jaxpeft.files import check_target
+    from jaxpeft.template import beside
 
     check_target(args.out)
     name = model_or_default(args.model)
     model, params, method = load(name, args.adapter)
-    hf.save_pretrained(args.out, name, method.merge(params), labels=labels_of(args.adapter))
+    labels, further = labels_of(args.adapter), beside(args.adapter)
+    hf.save_pretrained(args.out, name, method.merge(params), labels=labels, beside=further)
     return {"out": args.out, "model": name, "adapter": args.adapter, "dtype": str(model.config.dtype)}
 
 

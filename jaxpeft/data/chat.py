@@ -84,7 +84,7 @@ def unread_fields(conversation: Conversation, tokenizer: "PreTrainedTokenizerBas
 def render_chat(
     conversation: Conversation, tokenizer: "PreTrainedTokenizerBase", template: Template, where: str
 ) -> list[Chat]:
-    """The examples that a conversation makes (see above); none where no turn is to be trained on.
+    """The examples that a conversation makes (see above); one without spans where no turn is to be trained on.
 
     Args:
       conversation: from a file.
@@ -104,11 +104,10 @@ def render_chat(
             chats[-1] = Chat(turn.text, (*chats[-1].spans, *turn.spans))
         else:
             chats.append(turn)
-    if chats:
-        whole = writer.write(len(conversation.messages))
-        if whole.startswith(chats[-1].text):
-            chats[-1] = chats[-1]._replace(text=whole)
-    return chats
+    whole = writer.write(len(conversation.messages))
+    if chats and whole.startswith(chats[-1].text):
+        chats[-1] = chats[-1]._replace(text=whole)
+    return chats or [Chat(whole, ())]
 
 
 class _Writer:

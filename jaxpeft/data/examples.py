@@ -72,6 +72,7 @@ class Report:
     positions: int = 0  # over the examples
     target_tokens: int = 0  # positions that count in the loss
     labels: int = 0  # that rows are classified as; 0 for examples to continue
+    templated: int = 0  # lines that a template made text of: conversations and instructions
     split: int = 0  # examples beyond one a line: of conversations whose earlier turns the template rewrites
     ignored: Counter[str] = dataclasses.field(default_factory=Counter)  # field that nothing is made of -> lines with it
     without_end: int = 0  # texts that no EOS ends, as the model names none
@@ -191,9 +192,8 @@ def _read_rows(
             continue
         report.formats[shape] += 1
         report.ignored.update({*ignored_fields(record, shape, content), *unread})
-        if not rows:
-            report.dropped_without_target += 1
-        report.split += max(len(rows) - 1, 0)
+        report.templated += not isinstance(content, Text)
+        report.split += len(rows) - 1
         for row in rows:
             yield _Row(line, row)
 

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import files, models, tree
+from jaxpeft import files, models, template, tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.model import Model
 from jaxpeft.special import eos_ids
@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-COPIED = (*TOKENIZER_FILES, GENERATION)
+COPIED = (*TOKENIZER_FILES, GENERATION, template.FILE)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # safetensors' names of the types that weights come in -> their names in numpy and config.json

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ def save_pretrained(
     params: Mapping[str, Any],
     max_shard_gb: float = 5.0,
     labels: Sequence[str] = (),
+    beside: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Path:
     """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
 
@@ -53,6 +55,7 @@ def save_pretrained(
       params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype.
       max_shard_gb: the largest file, in units of 10^9 bytes; larger models are cut into several files with an index.
       labels: names of what rows are classified as, for parameters that were loaded with them.
+      beside: further files of the folder, {name: text}, in place of the checkpoint's own of these names.
 
     Returns:
       `directory`.
@@ -75,6 +78,8 @@ def save_pretrained(
             for name in COPIED:
                 if source is not None and (source / name).is_file():
                     shutil.copyfile(source / name, folder / name)
+            for name, text in beside.items():
+                files.write(folder / name, text.encode())
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def export_adapter(
     base_name: str | os.PathLike[str] = "",
     replace: bool = False,
     labels: Sequence[str] = (),
+    beside: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Path:
     """Writes the adapters in `params` for PEFT and for `import_adapter`. The folder appears whole or not at all.
 
@@ -50,6 +52,7 @@ def export_adapter(
       base_name: folder or hub id of the base, for PEFT's `base_model_name_or_path`.
       replace: an adapter that is already in `directory` may be replaced; nothing else ever is.
       labels: names of what a model that classifies rows tells apart, in order; they are kept with the adapter.
+      beside: further files of the folder, {name: text}.
 
     Returns:
       `directory`.
@@ -92,6 +95,8 @@ def export_adapter(
             files.write_json(folder / CONFIG, config, sort_keys=True)
             files.write(folder / WEIGHTS, weights)
             files.write_json(folder / OWN, own, sort_keys=True)
+            for name, text in beside.items():
+                files.write(folder / name, text.encode())
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target

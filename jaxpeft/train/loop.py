@@ -19,6 +19,7 @@ is always something good to go back to.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import math
 import sys
@@ -79,6 +80,7 @@ def train(args: Run) -> dict[str, Any]:
         config.check_new(out)
     else:
         old = config.read(out)
+        args = dataclasses.replace(args, template_date=args.template_date or config.stored_date(old))
         method = asked_method(args)
         asked = config.describe(args, method.specs if method else (), {})
         config.check_arguments(out, old, asked)
@@ -294,7 +296,9 @@ class _Run:
         answers = self._answer()
         state, job = self.state, self.job
         where = (self.out / "adapter", self.out / "model")
-        result.write(where, job.method, state.params, job.base, job.model.config, job.source.model, job.data.labels)
+        beside = job.data.template.beside() if job.data.template else {}
+        source, labels = job.source.model, job.data.labels
+        result.write(where, job.method, state.params, job.base, job.model.config, source, labels, beside)
         # A run that is resumed after its last step has compiled nothing yet.
         batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import types
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ def write(
     config: Any,
     source: str,
     labels: Sequence[str] = (),
+    beside: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Path:
     """Writes the result of a run, or of one of its checkpoints.
 
@@ -32,16 +34,17 @@ def write(
       params: nested parameters of the adapted model.
       base: the base's leaves or their shapes, by path.
       config: the model's configuration.  source: the base's folder or hub id.  labels: names that a classifier gives.
+      beside: further files of the folder, {name: text}.
 
     Returns:
       The folder that was written.
     """
     adapter, model = where
     if not any(tree.canonical(path) in base and method.changes(path) for path in tree.flatten(params)):
-        return export_adapter(adapter, params, method, config, source, replace=True, labels=labels)
+        return export_adapter(adapter, params, method, config, source, replace=True, labels=labels, beside=beside)
     # It may be there already, from a process that was killed between this and the report.
     shutil.rmtree(model, ignore_errors=True)
     own, merged = jnp.dtype(config.dtype), tree.flatten(method.merge(params))
     typed = {path: leaf.astype(base[path].dtype if path in base else own) for path, leaf in merged.items()}
-    save_pretrained(model, source, tree.unflatten(typed), labels=labels)
+    save_pretrained(model, source, tree.unflatten(typed), labels=labels, beside=beside)
     return model

@@ -150,7 +150,7 @@ def test_a_turn_that_is_not_trained_on(
     chat_tokenizer.chat_template = template
     messages = [*CONVERSATION[:2], {**CONVERSATION[2], **flag}, *CONVERSATION[3:]]
     assert [turn.strip() for turn in turns(messages, chat_tokenizer)[0]] == ["Paris.<|im_end|>"]
-    assert turns(messages[:3], chat_tokenizer) == []
+    assert turns(messages[:3], chat_tokenizer) == [[]]
 
 
 @pytest.mark.parametrize(
