@@ -12,6 +12,7 @@ content, the end-of-turn token, and a line break after it if there is one. Where
   that both share; how long that is, a turn of other words tells.
 - A template may leave a thought out of the turn (R1 does, of every one), though the model writes it. The turn is then
   g(i), the content as it is in the file behind a thought that g(i) has opened, and the end that the template puts.
+- The turn itself may change what stands before it (gpt-oss drops the thoughts before an answer): it is put behind g(i).
 
 Turns whose texts continue each other are one example. A template that rewrites earlier turns (Qwen3 drops their
 thoughts, others move the system's words) makes the conversation several examples; each turn is trained on in one.
@@ -110,6 +111,15 @@ def render_chat(
     return chats or [Chat(whole, ())]
 
 
+def has_lost_words(conversation: Conversation, chats: list[Chat]) -> bool:
+    """Whether the template leaves out words of a turn that is trained on, as some do beside tool calls."""
+    turns = zip(conversation.messages, conversation.trained, strict=True)
+    said = [turn["content"].strip() for turn, trained in turns if trained]
+    missing = [words for words in said if not any(words in chat.text for chat in chats)]
+    written = [_squeeze(chat.text) for chat in chats] if missing else []
+    return any(not any(_squeeze(words) in text for text in written) for words in missing)
+
+
 class _Writer:
     """A conversation's template, and what it writes of the first messages."""
 
@@ -133,13 +143,10 @@ class _Writer:
         seen, upto = self._seen(i), self.write(i + 1)
         start = len(seen)
         if not upto.startswith(seen):
-            start = shared(seen, self._probe(i))
-            if start < len(self.write(i)) or not upto.startswith(seen[:start]):
-                raise InputError(
-                    f"{self.where}: the chat template writes what comes before messages[{i}] differently once that"
-                    " follows, so its tokens cannot be told apart: mark the assistant's words in the template with"
-                    " {% generation %} ... {% endgeneration %}, or split the conversation"
-                )
+            start = min(shared(seen, self._probe(i)), shared(seen, upto))
+            if start < len(self.write(i)):
+                upto = seen + upto[self._start(i, seen, upto) :]
+                start = len(seen)
         return self._with_thought(i, seen, upto, start) or Chat(upto, ((start, len(upto)),))
 
     def _seen(self, i: int) -> str:
@@ -147,11 +154,27 @@ class _Writer:
         if i:
             return self.write(i, add_generation_prompt=True)
         # There is no empty conversation to render: what a generation prompt adds to one that is there.
-        upto = self.write(1)
-        added = self.write(1, add_generation_prompt=True).removeprefix(upto)
-        probe = self._probe(0)
-        header = probe[: probe.find(_PROBE)] if _PROBE in probe else ""
-        return header[: header.rfind(added) + len(added)] if added and added in header else header
+        prompt = self.write(1, add_generation_prompt=True).removeprefix(self.write(1))
+        header = self._header(0)
+        return header[: _end_of(prompt, header) or len(header)]
+
+    def _start(self, i: int, seen: str, upto: str) -> int:
+        """Where message i starts in r(i + 1), where this rewrites what comes before: behind the generation prompt."""
+        header = self._header(i)
+        prompt = seen.removeprefix(self.write(i))
+        start = _end_of(prompt, header) if prompt != seen else None
+        if start is None or not upto.startswith(header[:start]):
+            raise InputError(
+                f"{self.where}: the chat template writes what comes before messages[{i}] differently once that"
+                " follows, so its tokens cannot be told apart: mark the assistant's words in the template with"
+                " {% generation %} ... {% endgeneration %}, or split the conversation"
+            )
+        return start
+
+    def _header(self, i: int) -> str:
+        """What r(i + 1) puts before the words of message i."""
+        header, found, _ = self._probe(i).partition(_PROBE)
+        return header if found else ""
 
     def _probe(self, i: int) -> str:
         """r(i + 1) if message i had other words."""
@@ -180,6 +203,12 @@ class _Writer:
         except InputError as error:
             raise InputError(f"{self.where}: {error}") from error.__cause__
         return check_text(written, "messages", self.where), spans
+
+
+def _end_of(prompt: str, header: str) -> int | None:
+    """Where the last generation prompt in a turn's header ends; None without one."""
+    at = header.rfind(prompt) if prompt else -1
+    return None if at < 0 else at + len(prompt)
 
 
 def shared(one: Sequence[Any], other: Sequence[Any]) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxpeft.data.chat import Chat, check_tokenizer, render_chat, unread_fields
+from jaxpeft.data.chat import Chat, check_tokenizer, has_lost_words, render_chat, unread_fields
 from jaxpeft.data.encode import Encoded, encode_chats, encode_texts
 from jaxpeft.data.formats import (
     Content,
@@ -216,7 +216,8 @@ def _as_text(
         messages = instruction_messages(content)
         content = Conversation(messages, tuple(turn["role"] == "assistant" for turn in messages))
     unread = unread_fields(content, tokenizer, where)
-    return render_chat(content, tokenizer, template, where), unread
+    chats = render_chat(content, tokenizer, template, where)
+    return chats, [*unread, *(("messages.content in part",) if has_lost_words(content, chats) else ())]
 
 
 def count_bad_line(error: InputError, skip_bad_lines: bool, report: Report) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from jaxpeft.data.chat import Chat, render_chat, unread_fields
+from jaxpeft.data.chat import Chat, has_lost_words, render_chat, unread_fields
 from jaxpeft.data.encode import encode_chats
 from jaxpeft.data.messages import Conversation, read_conversation
 from jaxpeft.errors import InputError
@@ -71,6 +71,18 @@ CALLS = (
     "{% for c in m.tool_calls or [] %}{{ c.function.name }}({{ c.function.arguments | tojson }}){% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# As Qwen3.5's without thinking: the generation prompt has an empty thought, and turns may have one with words.
+CLOSES_THOUGHT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and '</think>' not in m.content %}"
+    "<think>\n\n</think>\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n\n</think>\n{% endif %}"
+)
+# As gpt-oss's: once an answer is there, what was said before it is written without its thoughts.
+DROPS_BEFORE_ANSWER = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+    "{{ m.content if messages[-1].role != 'assistant' or loop.last else m.content.split('</think>\n')[-1] }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 THOUGHTS = [
     {"role": "user", "content": "q1"},
     {"role": "assistant", "content": "<think>\nhm\n</think>\na1"},
@@ -110,6 +122,7 @@ def turns(record: Any, tokenizer: PreTrainedTokenizerBase) -> list[list[str]]:
         ),
         # The thought is opened already; the template would lose it.
         (OPENS_THOUGHT, THOUGHTS, [["hm\n</think>\na1<|im_end|>"], ["ho\n</think>\na2<|im_end|>"]]),
+        (CLOSES_THOUGHT, THOUGHTS[:2], [["hm\n</think>\na1<|im_end|>\n"]]),
         (OPENS_THOUGHT, CONVERSATION[1:], [["hi<|im_end|>", "Paris.<|im_end|>"]]),
         (OPENS_THOUGHT, [THOUGHTS[0], {"role": "assistant", "content": "<b>4</b>"}], [["<b>4</b><|im_end|>"]]),
         (
@@ -133,7 +146,7 @@ def test_what_the_assistant_wrote(
     assert turns(messages, chat_tokenizer) == expected
 
 
-@pytest.mark.parametrize("template", [CHATML, DROPS_THOUGHTS, OPENS_THOUGHT])
+@pytest.mark.parametrize("template", [CHATML, DROPS_THOUGHTS, OPENS_THOUGHT, DROPS_BEFORE_ANSWER])
 def test_a_turn_comes_after_what_the_model_sees_then(chat_tokenizer: PreTrainedTokenizerBase, template: str) -> None:
     chat_tokenizer.chat_template = template
     found = [chat.text[:first] for chat in render(THOUGHTS, chat_tokenizer) for first, _ in chat.spans]
@@ -208,6 +221,13 @@ def test_what_a_template_would_lose_is_refused(
 def test_fields_that_a_template_does_not_read_are_told(chat_tokenizer: PreTrainedTokenizerBase) -> None:
     conversation = Conversation([{**CONVERSATION[2], "name": "Ann"}], (True,))
     assert unread_fields(conversation, chat_tokenizer, "f:1") == ["messages.name"]
+
+
+def test_words_that_a_template_leaves_out_are_told(chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    conversation = Conversation(CONVERSATION[1:3], (False, True))
+    chats = render_chat(conversation, chat_tokenizer, Template("chat", "2026-03-01"), "f:1")
+    assert not has_lost_words(conversation, chats)
+    assert has_lost_words(Conversation([{**CONVERSATION[2], "content": "hi there"}], (True,)), chats)
 
 
 @pytest.mark.parametrize(
