@@ -47,6 +47,7 @@ def run(args: Export) -> dict[str, Any]:
     from jaxpeft.cli.models import model_or_default
     from jaxpeft.method import from_specs, setup
     from jaxpeft.models.labels import SCOPE
+    from jaxpeft.template import from_document
     from jaxpeft.train import result
     from jaxpeft.train.base import load
 
@@ -64,7 +65,8 @@ def run(args: Export) -> dict[str, Any]:
         _, trainable, rest = setup(method, base, params, jax.random.key(0))  # a stack may have been cut
         leaves = {**rest, **trainable}
     changed = tree.unflatten({**leaves, **saved})
-    result.write((args.out, args.out), method, changed, own, base.config, name, labels, scaling)
+    beside = from_document(document["text"], str(args.run)).beside() if document.get("text") else {}
+    result.write((args.out, args.out), method, changed, own, base.config, name, labels, scaling, beside)
     return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"]}
 
 

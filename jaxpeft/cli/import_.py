@@ -29,13 +29,14 @@ def run(args: Import) -> dict[str, Any]:
     from jaxpeft.cli.models import labels_of, load, model_or_default, scaling_of
     from jaxpeft.files import check_target
     from jaxpeft.peft import export_adapter
+    from jaxpeft.template import beside
 
     check_target(args.out)
     name = model_or_default(args.model)
     scaling = scaling_of(args.adapter)
     model, params, method = load(name, args.adapter, rope_scaling=scaling)
-    labels = labels_of(args.adapter)
-    export_adapter(args.out, params, method, model.config, name, labels=labels, rope_scaling=scaling)
+    how: dict[str, Any] = {"labels": labels_of(args.adapter), "rope_scaling": scaling, "beside": beside(args.adapter)}
+    export_adapter(args.out, params, method, model.config, name, **how)
     trainable, _ = tree.split(params, method.trainable)
     return {
         "out": args.out,

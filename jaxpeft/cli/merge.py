@@ -30,6 +30,7 @@ def run(args: Merge) -> dict[str, Any]:
     from jaxpeft import hf, tree
     from jaxpeft.cli.models import labels_of, load, model_or_default, scaling_of
     from jaxpeft.files import check_target
+    from jaxpeft.template import beside
 
     check_target(args.out)
     name = model_or_default(args.model)
@@ -38,7 +39,7 @@ def run(args: Merge) -> dict[str, Any]:
     before, merged = tree.flatten(params), method.merge(params)
     unchanged = {path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf}
     how: dict[str, Any] = {"as_stored": True, "unchanged": unchanged, "rope_scaling": scaling}
-    hf.save_pretrained(args.out, name, merged, labels=labels_of(args.adapter), **how)
+    hf.save_pretrained(args.out, name, merged, labels=labels_of(args.adapter), beside=beside(args.adapter), **how)
     return {"out": args.out, "model": name, "adapter": args.adapter, "dtype": ", ".join(hf.types_of(args.out))}
 
 

@@ -2,20 +2,48 @@
 
 jsonl.py (lines) -> formats.py, chat.py (text) -> encode.py (ids) -> examples.py -> batches.py
                  -> classify.py (rows with a label)                              -> batches.py
+
+Names are imported at their first use: batches need grain, which takes seconds to import, and a prompt needs none.
 """
 
-from jaxpeft.data.batches import Batch as Batch
-from jaxpeft.data.batches import Batches as Batches
-from jaxpeft.data.batches import Lines as Lines
-from jaxpeft.data.batches import eval_batches as eval_batches
-from jaxpeft.data.batches import make_batches as make_batches
-from jaxpeft.data.batches import power_of_two_buckets as power_of_two_buckets
-from jaxpeft.data.classify import Labels as Labels
-from jaxpeft.data.classify import Row as Row
-from jaxpeft.data.classify import collate_rows as collate_rows
-from jaxpeft.data.classify import load_rows as load_rows
-from jaxpeft.data.encode import encode_prompt as encode_prompt
-from jaxpeft.data.examples import Example as Example
-from jaxpeft.data.examples import Report as Report
-from jaxpeft.data.examples import load_examples as load_examples
-from jaxpeft.data.formats import instruction_prompt as instruction_prompt
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxpeft.data.batches import Batch as Batch
+    from jaxpeft.data.batches import Batches as Batches
+    from jaxpeft.data.batches import Lines as Lines
+    from jaxpeft.data.batches import eval_batches as eval_batches
+    from jaxpeft.data.batches import make_batches as make_batches
+    from jaxpeft.data.batches import power_of_two_buckets as power_of_two_buckets
+    from jaxpeft.data.classify import Labels as Labels
+    from jaxpeft.data.classify import Row as Row
+    from jaxpeft.data.classify import collate_rows as collate_rows
+    from jaxpeft.data.classify import load_rows as load_rows
+    from jaxpeft.data.encode import encode_prompt as encode_prompt
+    from jaxpeft.data.examples import Example as Example
+    from jaxpeft.data.examples import Report as Report
+    from jaxpeft.data.examples import load_examples as load_examples
+    from jaxpeft.data.formats import instruction_prompt as instruction_prompt
+
+_MODULES = {
+    "batches": ("Batch", "Batches", "Lines", "eval_batches", "make_batches", "power_of_two_buckets"),
+    "classify": ("Labels", "Row", "collate_rows", "load_rows"),
+    "encode": ("encode_prompt",),
+    "examples": ("Example", "Report", "load_examples"),
+    "formats": ("instruction_prompt",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = [*_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'jaxpeft.data' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"jaxpeft.data.{_MODULE_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,14 +4,17 @@ A text row becomes
 
     [BOS] prompt completion [EOS]        mask:  0  0...0  1...1  1
 
-where prompt and completion are tokenized apart. The prompt's ids are then exactly those that the
-tokenizer gives for the prompt alone, which is what the model is given when it generates; tokenizing
-the joined text would merge characters across the boundary (a line break with the word after it).
-A tokenizer that opens every text with a space marker (Llama 2) opens the completion with it too.
-BOS is there if the tokenizer puts it before a text, EOS if the tokenizer has one.
+where prompt and completion are tokenized as the one text that they are. Where the ids of the prompt alone begin those
+of the whole, which is the rule, the completion begins behind them: training shows before it what a model is given when
+it generates. Otherwise a token lies across the boundary ("foot", "ball" -> "football"), and the completion begins with
+the first token that ends in it, so that all of its characters are trained on. A slow tokenizer doesn't say where tokens
+end: there the completion begins with the first token that the prompt alone doesn't have.
 
-A conversation is tokenized as the one text that its chat template writes (which has its own BOS);
-a token counts as completion if any of its characters is in an assistant turn.
+BOS is there if the tokenizer puts it before a text, EOS if the model has one, and neither where the text brings it (see
+`jaxpeft.special`).
+
+A conversation is tokenized as the one text that its chat template writes (which has its own BOS); a token counts as
+completion if any of its characters is in an assistant turn.
 """
 
 from collections.abc import Sequence
@@ -20,8 +23,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from jaxpeft.data.chat import Chat
+from jaxpeft.data.chat import Chat, shared
 from jaxpeft.data.formats import Text
+from jaxpeft.special import SpecialTokens, from_parts
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -37,41 +41,62 @@ class Encoded(NamedTuple):
     completion: npt.NDArray[np.bool_]
 
 
-def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase") -> list[int]:
+def encode_prompt(prompt: str, tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens | None = None) -> list[int]:
     """The ids that a prompt has in training: what to give the model to generate from."""
-    return _bos(tokenizer) + _tokenize([prompt], tokenizer)[0]
+    special = from_parts(tokenizer) if special is None else special
+    (ids,) = _tokenize([prompt], tokenizer)["input_ids"]
+    return special.opening(ids) + ids
 
 
-def encode_texts(rows: Sequence[Text], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
-    """Token ids and masks of text rows, in their order."""
-    bos = _bos(tokenizer)
-    eos = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    prompts = _tokenize([row.prompt for row in rows], tokenizer)
-    completions = _tokenize([row.completion for row in rows], tokenizer)
-    return [
-        Encoded(
-            np.array(bos + prompt + completion + eos, np.int32),
-            np.arange(len(bos + prompt + completion + eos)) >= len(bos + prompt),
-        )
-        for prompt, completion in zip(prompts, completions, strict=True)
-    ]
+def encode_texts(
+    rows: Sequence[Text], tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens | None = None
+) -> list[Encoded]:
+    """Token ids and masks of text rows, in their order.
+
+    Args:
+      rows: the texts.
+      tokenizer: a Hugging Face tokenizer.
+      special: the model's special tokens; None: those that the tokenizer names.
+    """
+    if not rows:
+        return []
+    special = from_parts(tokenizer) if special is None else special
+    prompts = _tokenize([row.prompt for row in rows], tokenizer)["input_ids"]
+    wholes = _tokenize([row.prompt + row.completion for row in rows], tokenizer, offsets=tokenizer.is_fast)
+    encoded = []
+    for i, (row, prompt, text) in enumerate(zip(rows, prompts, wholes["input_ids"], strict=True)):
+        start = _start(prompt, text, wholes["offset_mapping"][i] if tokenizer.is_fast else None, len(row.prompt))
+        opening, closing = special.opening(text), special.closing(text)
+        untrained = max(len(opening) + start, len(special.before))
+        ids = np.array(opening + text + closing, np.int32)
+        encoded.append(Encoded(ids, np.arange(len(ids)) >= untrained))
+    return encoded
 
 
 def encode_chats(rows: Sequence[Chat], tokenizer: "PreTrainedTokenizerBase") -> list[Encoded]:
     """Token ids and masks of rendered conversations, in their order (needs a fast tokenizer)."""
     if not rows:
         return []
-    encoded = tokenizer(
-        [row.text for row in rows],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    encoded = _tokenize([row.text for row in rows], tokenizer, offsets=True)
     return [
         Encoded(np.array(ids, np.int32), _overlaps(offsets, row.spans))
         for row, ids, offsets in zip(rows, encoded["input_ids"], encoded["offset_mapping"], strict=True)
     ]
+
+
+def _start(prompt: list[int], text: list[int], offsets: Sequence[tuple[int, int]] | None, characters: int) -> int:
+    """Where the completion begins among the ids of the whole text (see the module's docstring).
+
+    Args:
+      prompt: ids of the prompt alone.
+      text: of the whole.  offsets: the [first, end) characters of these, None where the tokenizer doesn't know them.
+      characters: of the prompt.
+    """
+    if text[: len(prompt)] == prompt:
+        return len(prompt)
+    if offsets is not None:
+        return next((i for i, (_, end) in enumerate(offsets) if end > characters), len(text))
+    return shared(prompt, text)
 
 
 def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
@@ -83,14 +108,8 @@ def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
     return mask
 
 
-def _bos(tokenizer: "PreTrainedTokenizerBase") -> list[Any]:
-    """[BOS] if the tokenizer puts its BOS before a text by itself, else []."""
-    bos = tokenizer.bos_token_id
-    return [bos] if bos is not None and tokenizer("a")["input_ids"][0] == bos else []
-
-
-def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase") -> list[list[int]]:
-    if not texts:
-        return []
-    encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-    return list(encoded["input_ids"])
+def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase", offsets: bool = False) -> Any:
+    """What the tokenizer gives for texts, without the special tokens that it adds by itself."""
+    return tokenizer(
+        texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=offsets, verbose=False
+    )

@@ -1,23 +1,45 @@
-"""The accepted shapes of a record, and the text that each becomes.
+"""The accepted shapes of a record, and what each becomes.
 
     shape                      fields                                  trained on
     messages                   [{"role", "content"}, ...]              every assistant turn, its end
+    conversations              [{"from", "value"}, ...]                the same
     prompt/completion          prompt, completion                      completion, EOS
+    prompt/completion          both lists of messages                  assistant turns of the completion
     instruction/input/output   instruction, input (optional), output   output, EOS
     text                       text                                    everything, EOS
 
-A record that has the fields of several shapes is read as the first of them in this order; other
-fields are ignored.
+A record that has the fields of several shapes is read as the first of them in this order. Of other fields those that
+would change what is trained on are refused, and the rest are ignored; which, the file's report says. What turns may
+hold is in `jaxpeft.data.messages`.
 """
 
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, NamedTuple
 
-from jaxpeft.data.jsonl import json_type
+from jaxpeft.data.messages import Conversation, check_text, read_conversation, read_system
 from jaxpeft.errors import InputError
 
-Format = Literal["messages", "prompt/completion", "instruction/input/output", "text"]
+Format = Literal["messages", "conversations", "prompt/completion", "instruction/input/output", "text"]
 
-SHAPES = "messages | prompt, completion | instruction, [input,] output | text"
+SHAPES = "messages | conversations | prompt, completion | instruction, [input,] output | text"
+
+_OF_CONVERSATIONS = ("tools", "documents", "chat_template_kwargs", "system")
+# Shape -> the fields that it reads.
+FIELDS: dict[Format, tuple[str, ...]] = {
+    "messages": ("messages",),
+    "conversations": ("conversations", "conversation"),
+    "prompt/completion": ("prompt", "completion"),
+    "instruction/input/output": ("instruction", "output", "input", "system"),
+    "text": ("text",),
+}
+# Fields that would change what a row teaches, and what to do about them; where they say nothing (null, []), they pass.
+_REFUSED = {
+    "functions": "write them as tools",
+    "history": "write earlier turns as messages",
+    "images": "rows are text",
+    "image": "rows are text",
+    "videos": "rows are text",
+    "audios": "rows are text",
+}
 
 
 class Text(NamedTuple):
@@ -27,10 +49,16 @@ class Text(NamedTuple):
     completion: str
 
 
-class Conversation(NamedTuple):
-    """A `messages` row: dicts with the strings "role" and "content"; at least one by assistant."""
+class Instruction(NamedTuple):
+    """An instruction row, which a chat template or the headings of `instruction_prompt` make a text of."""
 
-    messages: list[dict[str, Any]]
+    instruction: str
+    input: str
+    output: str
+    system: str = ""
+
+
+Content = Text | Instruction | Conversation
 
 
 def instruction_prompt(instruction: str, input: str = "") -> str:
@@ -44,7 +72,14 @@ def instruction_prompt(instruction: str, input: str = "") -> str:
     return f"### Instruction:\n{instruction}\n\n{section}### Response:\n"
 
 
-def read_record(record: dict[str, Any], where: str) -> tuple[Format, Text | Conversation]:
+def instruction_messages(row: Instruction) -> list[dict[str, Any]]:
+    """An instruction row as a conversation: the input follows the instruction after a blank line."""
+    asked = f"{row.instruction}\n\n{row.input}" if row.input else row.instruction
+    system = [{"role": "system", "content": row.system}] if row.system else []
+    return [*system, {"role": "user", "content": asked}, {"role": "assistant", "content": row.output}]
+
+
+def read_record(record: dict[str, Any], where: str) -> tuple[Format, Content]:
     """Recognises a record's shape and checks its fields.
 
     Args:
@@ -52,21 +87,35 @@ def read_record(record: dict[str, Any], where: str) -> tuple[Format, Text | Conv
       where: "file:line", which opens every message.
 
     Raises:
-      InputError: no shape fits, or a field has the wrong type.
+      InputError: no shape fits, or a field has the wrong type, or asks for what is not done here.
     """
-    if "messages" in record:
-        return "messages", Conversation(_messages(record["messages"], where))
-    if "prompt" in record and "completion" in record:
-        return "prompt/completion", Text(read_string(record, "prompt", where), read_string(record, "completion", where))
-    if "instruction" in record and "output" in record:
+    if record.get("messages") is not None:
+        _refuse(record, where)
+        return "messages", read_conversation(record, ("messages",), where)
+    for field in ("conversations", "conversation"):
+        if record.get(field) is not None:
+            _refuse(record, where)
+            return "conversations", read_conversation(record, (field,), where)
+    if _has(record, "prompt", "completion"):
+        _refuse(record, where)
+        return "prompt/completion", _prompt_and_completion(record, where)
+    if _has(record, "instruction", "output"):
+        _refuse(record, where)
         instruction = read_string(record, "instruction", where)
         input = "" if record.get("input") is None else read_string(record, "input", where)
         output = read_string(record, "output", where)
-        return "instruction/input/output", Text(instruction_prompt(instruction, input), output)
+        return "instruction/input/output", Instruction(instruction, input, output, read_system(record, where))
     if "text" in record:
         return "text", Text("", read_string(record, "text", where))
     found = ", ".join(list(record)[:8]) or "none"
-    raise InputError(f"{where}: fields must be {SHAPES}; this line has: {found}")
+    preferences = "; preferences are not trained on: give the chosen text as completion" if "chosen" in record else ""
+    raise InputError(f"{where}: fields must be {SHAPES}; this line has: {found}{preferences}")
+
+
+def ignored_fields(record: dict[str, Any], shape: Format, content: Content) -> list[str]:
+    """The fields of a record that reading it made nothing of."""
+    read = (*FIELDS[shape], *(_OF_CONVERSATIONS if isinstance(content, Conversation) else ()))
+    return [name for name, value in record.items() if name not in read and value is not None]
 
 
 def read_string(record: dict[str, Any], field: str, where: str, path: str = "") -> str:
@@ -75,26 +124,29 @@ def read_string(record: dict[str, Any], field: str, where: str, path: str = "") 
     if field not in record:
         found = ", ".join(record) or "none"
         raise InputError(f"{where}: field {name} is missing; found: {found}")
-    value = record[field]
-    if not isinstance(value, str):
-        raise InputError(f"{where}: field {name} must be a string, found {json_type(value)}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair; no tokenizer takes it
-        raise InputError(f"{where}: field {name} holds an unpaired surrogate at character {error.start + 1}") from error
-    return value
+    return check_text(record[field], name, where)
 
 
-def _messages(value: object, where: str) -> list[dict[str, Any]]:
-    if not isinstance(value, list):
-        raise InputError(f"{where}: field messages must be an array, found {json_type(value)}")
-    for index, message in enumerate(value):
-        path = f"messages[{index}]"
-        if not isinstance(message, dict):
-            raise InputError(f"{where}: field {path} must be an object, found {json_type(message)}")
-        for field in ("role", "content"):
-            read_string(message, field, where, path + ".")
-    if not any(message["role"] == "assistant" for message in value):
-        roles = ", ".join(message["role"] for message in value) or "none"
-        raise InputError(f"{where}: messages must have a turn whose role is assistant; roles found: {roles}")
-    return cast(list[dict[str, Any]], value)
+def _has(record: dict[str, Any], *fields: str) -> bool:
+    """Whether a record has some fields, and not only because all records of its file name them."""
+    return all(field in record for field in fields) and any(record[field] is not None for field in fields)
+
+
+def _refuse(record: dict[str, Any], where: str) -> None:
+    """Raises InputError for the fields that would change what a row teaches."""
+    for name, instead in _REFUSED.items():
+        if record.get(name) not in (None, "", [], {}):
+            raise InputError(f"{where}: field {name} is not read: {instead}")
+    if record.get("weight") not in (None, 1):
+        raise InputError(f"{where}: field weight {record['weight']!r}: all rows weigh the same; leave it out")
+    if record.get("label") is False:
+        raise InputError(f"{where}: field label is false: a completion that is not wanted cannot be trained on")
+
+
+def _prompt_and_completion(record: dict[str, Any], where: str) -> Text | Conversation:
+    lists = [isinstance(record[field], list) for field in ("prompt", "completion")]
+    if all(lists):
+        return read_conversation(record, ("prompt", "completion"), where, trained=("completion",))
+    if any(lists):
+        raise InputError(f"{where}: prompt and completion must both be text, or both be arrays of messages")
+    return Text(read_string(record, "prompt", where), read_string(record, "completion", where))

@@ -21,12 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import files, models, tree
+from jaxpeft import files, models, template, tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.model import Model
 from jaxpeft.models import fields
+from jaxpeft.special import eos_ids
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+GENERATION = "generation_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -39,7 +41,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-COPIED = (*TOKENIZER_FILES, "generation_config.json")
+COPIED = (*TOKENIZER_FILES, GENERATION, template.FILE)
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # safetensors' names of the types that weights come in -> their names in numpy and config.json
@@ -91,6 +93,16 @@ def load_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, Any]:
     """
     folder = resolve(path_or_hub_id)
     return files.read_json(folder / "config.json", missing=f"{folder}: has no config.json; is it a model checkpoint?")
+
+
+def load_generation_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, Any]:
+    """The parsed generation_config.json of a checkpoint, {} where it has none.
+
+    Raises:
+      InputError: for no such checkpoint, or a file that is not a JSON object.
+    """
+    file = resolve(path_or_hub_id) / GENERATION
+    return files.read_json(file, missing=f"{file}: no such file") if file.is_file() else {}
 
 
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
@@ -165,7 +177,8 @@ def load_pretrained(
       rope_scaling: KIND=FACTOR, for texts longer than the checkpoint has positions for (see `models.for_longer`).
 
     Returns:
-      (Model, nested dict of parameters in `dtype`, or as they were converted).
+      (Model, nested dict of parameters in `dtype`, or as they were converted). The EOS in the model's configuration are
+      those of config.json and of generation_config.json; see `jaxpeft.special` for the tokenizer's.
 
     Raises:
       InputError: for no such checkpoint, a configuration that is not supported, weights that are pickled, damaged, or
@@ -175,6 +188,8 @@ def load_pretrained(
     raw = models.for_longer(load_config(folder), rope_scaling)
     family = models.family(raw)
     raw = models.for_classification(raw, labels) if labels else raw
+    if ends := eos_ids(raw, load_generation_config(folder)):
+        raw = {**raw, "eos_token_id": list(ends)}
     as_stored = isinstance(dtype, str) and dtype == STORED
     given = "float32" if as_stored else models.compute_dtype(raw) if dtype is None else dtype
     model = family.from_hf(raw, jnp.dtype(given))

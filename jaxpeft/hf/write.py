@@ -9,6 +9,7 @@ import json
 import math
 import os
 import shutil
+import types
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ def save_pretrained(
     as_stored: bool = False,
     unchanged: Collection[str] = (),
     rope_scaling: str | None = None,
+    beside: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Path:
     """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
 
@@ -83,6 +85,7 @@ def save_pretrained(
         classifier) in the type of most.
       unchanged: paths of leaves that are as in that checkpoint: their tensors are copied from there. With `as_stored`.
       rope_scaling: KIND=FACTOR, with which the parameters were loaded; it becomes part of config.json.
+      beside: further files of the folder, {name: text}, in place of the checkpoint's own of these names.
 
     Returns:
       `directory`.
@@ -110,6 +113,8 @@ def save_pretrained(
             for name in COPIED:
                 if source is not None and (source / name).is_file():
                     shutil.copyfile(source / name, folder / name)
+            for name, text in beside.items():
+                files.write(folder / name, text.encode())
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target

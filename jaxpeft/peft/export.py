@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ def export_adapter(
     replace: bool = False,
     labels: Sequence[str] = (),
     rope_scaling: str | None = None,
+    beside: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Path:
     """Writes the adapters in `params` for PEFT and for `import_adapter`. The folder appears whole or not at all.
 
@@ -52,6 +54,7 @@ def export_adapter(
       replace: an adapter that is already in `directory` may be replaced; nothing else ever is.
       labels: names of what a model that classifies rows tells apart, in order; they are kept with the adapter.
       rope_scaling: KIND=FACTOR, with which the base was loaded; jaxpeft.json keeps it, as PEFT has no place for it.
+      beside: further files of the folder, {name: text}.
 
     Returns:
       `directory`.
@@ -95,6 +98,8 @@ def export_adapter(
             files.write_json(folder / CONFIG, config, sort_keys=True)
             files.write(folder / WEIGHTS, weights)
             files.write_json(folder / OWN, own, sort_keys=True)
+            for name, text in beside.items():
+                files.write(folder / name, text.encode())
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target

@@ -1,7 +1,7 @@
 """A run's configuration on disk, OUT/config.json: what `--resume` compares with, and what other commands read a run by.
 
     {"jax": version, "arguments": {flag's field: value}, "method": [[name, arguments], ...], "content": {name: digest},
-     "labels": [names of what rows are classified as]}
+     "labels": [names of what rows are classified as], "text": what `jaxpeft.template` keeps beside a result, or null}
 
 Files are compared by content, so that a run continues where its model and data have been moved to.
 """
@@ -23,6 +23,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Spec
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
+from jaxpeft.template import Template
 from jaxpeft.train.run import Run, flag
 
 FILE = "config.json"
@@ -32,21 +33,28 @@ TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "model", "ten
 # Fields that may differ when a run is continued: they don't bear on its numbers ...
 _FREE = {"out", "resume"}
 # ... or are compared by what the files hold ...
-_BY_CONTENT = {"model", "data", "eval_data", "adapter"}
+_BY_CONTENT = {"model", "data", "eval_data", "adapter", "template"}
+# ... or by what the run began with, where the one that continues it doesn't say ...
+_FROM_BEGIN = {"template_date"}
 # ... or by the method that they make together.
 _OF_METHOD = {"method", "rank", "alpha", "targets", "method_options"}
 
 
 def describe(
-    args: Run, specs: Iterable[Spec], content: Mapping[str, str | None], labels: Sequence[str] = ()
+    args: Run,
+    specs: Iterable[Spec],
+    content: Mapping[str, str | None],
+    labels: Sequence[str] = (),
+    template: Template | None = None,
 ) -> dict[str, Any]:
     """The document of a run.
 
     Args:
       args: the run.
       specs: `Method.specs`.
-      content: digests of "model", "adapter", "data" and "eval_data" (None without).
+      content: digests of "model", "adapter", "data", "eval_data" and "template" (None without).
       labels: names of what rows are classified as, in order; none where none are.
+      template: what conversations and instructions became text by; None where there are none.
     """
     names = [field.name for field in dataclasses.fields(Run) if field.name not in _FREE]
     arguments = {name: getattr(args, name) for name in names}
@@ -56,6 +64,7 @@ def describe(
         "method": [[spec.name, spec.config] for spec in specs],
         "content": dict(content),
         "labels": list(labels),
+        "text": template.document() if template else None,
     }
     return json.loads(json.dumps(document, default=str))  # as it will be read: tuples are lists, paths text
 
@@ -67,6 +76,11 @@ def read(out: Path, name: str = FILE) -> dict[str, Any]:
       InputError: if there is none.
     """
     return files.read_json(out / name, missing=f"{out}: holds no run (no {name})")
+
+
+def stored_date(document: Mapping[str, Any]) -> str | None:
+    """The day that a run's templates have been told; None where it tells none."""
+    return document.get("arguments", {}).get("template_date")
 
 
 def check_new(out: Path) -> None:
@@ -111,6 +125,7 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
         f"{flag(name)} {_words(before.get(name))} -> {_words(now.get(name))}"
         for name in [*now, *(name for name in before if name not in now)]
         if name not in _BY_CONTENT
+        and not (name in _FROM_BEGIN and now.get(name) is None)
         and not (same_method and name in _OF_METHOD)
         and _meaning(name, before.get(name)) != _meaning(name, now.get(name))
     ]

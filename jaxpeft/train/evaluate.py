@@ -98,11 +98,17 @@ class Answers(NamedTuple):
 
 
 def answer(
-    model: Model, state: TrainState, asked: Sequence[Question], tokenizer: Any, most_tokens: int = 64
+    model: Model,
+    state: TrainState,
+    asked: Sequence[Question],
+    tokenizer: Any,
+    ends: Sequence[int] | None = None,
+    most_tokens: int = 64,
 ) -> Answers:
     """Greedy answers to the questions, scored by `rouge_l`; the overlap is None without questions.
 
-    An answer may be a quarter longer than the longest reference, and has at most `most_tokens`.
+    An answer may be a quarter longer than the longest reference, and has at most `most_tokens`; `ends` are the tokens
+    that end it, by default those of the model's configuration.
     """
     if not asked:
         return Answers([], None)
@@ -110,7 +116,7 @@ def answer(
     max_new_tokens = min(most_tokens, max(question.length for question in asked) * 5 // 4 + 1)
     room = model.config.max_position_embeddings - max_new_tokens
     prompts = [question.prompt[-max(room, 1) :] for question in asked]  # the end of a prompt that leaves no room
-    new = generate(model, params, prompts, max_new_tokens)
+    new = generate(model, params, prompts, max_new_tokens, eos=ends)
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
     scores = [rouge_l(text, question.reference) for text, question in zip(texts, asked, strict=True)]
     return Answers(texts, sum(scores) / len(scores))

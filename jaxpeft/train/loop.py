@@ -84,7 +84,8 @@ def train(args: Run) -> dict[str, Any]:
         config.check_new(out)
     else:
         old = config.read(out)
-        args = dataclasses.replace(args, dtype=args.dtype or old.get("arguments", {}).get("dtype"))
+        day = args.template_date or config.stored_date(old)
+        args = dataclasses.replace(args, dtype=args.dtype or old.get("arguments", {}).get("dtype"), template_date=day)
         method = asked_method(args)
         asked = config.describe(args, method.specs if method else (), {})
         config.check_arguments(out, old, asked)
@@ -265,7 +266,8 @@ class _Run:
             yield batch
 
     def _answer(self) -> Answers:
-        return answer(self.job.model, self.state, self.job.data.asked, self.job.tokenizer)
+        data = self.job.data
+        return answer(self.job.model, self.state, data.asked, self.job.tokenizer, data.ends)
 
     def _evaluation_due(self) -> bool:
         every = self.args.eval_every
@@ -305,7 +307,8 @@ class _Run:
         state, job = self.state, self.job
         where = (self.out / "adapter", self.out / "model")
         of_base = (job.base, job.model.config, job.source.model, job.data.labels, self.args.rope_scaling)
-        result.write(where, job.method, state.params, *of_base)
+        beside = job.data.template.beside() if job.data.template else {}
+        result.write(where, job.method, state.params, *of_base, beside)
         # A run that is resumed after its last step has compiled nothing yet.
         batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)

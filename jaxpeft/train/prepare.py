@@ -5,6 +5,7 @@ Whatever can be refused is refused here, before anything is written.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import checkpoint, hf, tree
+from jaxpeft import checkpoint, hf, template, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import parse
 from jaxpeft.errors import InputError
@@ -62,6 +63,8 @@ def prepare(args: Run) -> Job:
     Raises:
       InputError: for arguments or files that cannot be used.
     """
+    if args.task == "lm" and args.template_date is None:  # written down: a run resumed tomorrow has the same texts
+        args = dataclasses.replace(args, template_date=template.today())
     assert args.seq_len is not None and args.lr is not None
     source, task, method = sources(args), TASKS[args.task], asked_method(args)
     tokenizer = hf.load_tokenizer(source.model)
@@ -88,6 +91,7 @@ def prepare(args: Run) -> Job:
         "adapter": config.digest(added) if added else None,
         "data": data.train.get_state()["identity"],
         "eval_data": data.validation().get_state()["identity"] if data.validation else None,
+        "template": data.template.digest() if data.template else None,
     }
     model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, data.batches)
     plan = residuals.default_plan(model) if args.save is None else parse(args.save)
@@ -111,7 +115,7 @@ def prepare(args: Run) -> Job:
         state=state,
         own=checkpoint.not_in_base(state.frozen, flat),
         base=jax.eval_shape(lambda: own_of_base),
-        document=config.describe(args, method.specs, content, data.labels),
+        document=config.describe(args, method.specs, content, data.labels, data.template),
     )
 
 

@@ -105,6 +105,10 @@ class Run:
     """Put several short examples in one sequence; they do not see each other. Rows to classify are never packed."""
     buckets: tuple[int, ...] = ()
     """Sequence lengths to pad up to without packing, each at most --seq-len. Default: --seq-len."""
+    template: str = "auto"
+    """What instruction rows go through: auto, chat, alpaca, or a file with a chat template for all rows."""
+    template_date: str | None = None
+    """The day, YYYY-MM-DD, that a template which writes the date is told. Default: that of the run's begin."""
     too_long: Literal["truncate", "drop"] = "truncate"
     """What happens to an example longer than --seq-len."""
     skip_bad_lines: bool = False
@@ -145,6 +149,9 @@ class Run:
             raise InputError(
                 "--task classify: needs --data, a file of rows with text and label (see `jaxpeft train --help`)"
             )
+        for name in ("template", "template_date"):
+            if run.task == "classify" and getattr(self, name) != getattr(Run, name):
+                raise InputError(f"{flag(name)} {getattr(self, name)}: has no effect with --task classify")
         if run.buckets and run.pack and run.task == "lm":
             raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
         assert run.seq_len is not None

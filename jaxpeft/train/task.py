@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpeft import hf
 from jaxpeft import method as contract
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method
@@ -17,6 +18,8 @@ from jaxpeft.methods.full import full
 from jaxpeft.model import Model
 from jaxpeft.models import for_classification
 from jaxpeft.models.labels import SCOPE, names
+from jaxpeft.special import special_tokens
+from jaxpeft.template import Template, choose, find
 from jaxpeft.train import evaluate
 from jaxpeft.train.loss import classification_loss, completion_loss
 from jaxpeft.train.run import Run
@@ -38,7 +41,8 @@ class Data(NamedTuple):
 
     train: batches from the first on.  validation: one pass over the validation examples, anew each time; None without.
     asked: validation examples to answer.  labels: names of what rows are classified as, () for texts.
-    reports: what became of the files' lines.
+    reports: what became of the files' lines.  ends: tokens that end an answer.
+    template: what conversations and instructions became text by; None where there are none.
     """
 
     train: data.Batches
@@ -46,6 +50,8 @@ class Data(NamedTuple):
     asked: list[evaluate.Question]
     labels: tuple[str, ...]
     reports: dict[str, data.Report]
+    ends: tuple[int, ...] = ()
+    template: Template | None = None
 
     def batches(self, count: int = 8) -> Iterator[dict[str, Any]]:
         """The first batches of the training data, for a method that calibrates on some; the position stays."""
@@ -90,16 +96,20 @@ def _read_texts(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
 
     del order
     assert args.seq_len is not None
+    template = choose(args.template, tokenizer, args.template_date, find(args.adapter, hf.resolve(source.model)))
+    special = special_tokens(source.model, tokenizer)  # after `choose`, which may give the tokenizer another template
     read: dict[str, Any] = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
+    read |= {"special": special, "template": template}
     layout: dict[str, Any] = {"pack": args.pack, "buckets": args.buckets}
     examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
     train = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, **layout)
+    used = template if report.templated else None
     if not source.validation:
-        return Data(train, None, [], (), {"data": report})
+        return Data(train, None, [], (), {"data": report}, special.ends, used)
     held_out, other = data.load_examples(source.validation, tokenizer, args.seq_len, **read)
     asked = evaluate.questions(held_out, args.samples, tokenizer)
     validation = functools.partial(data.eval_batches, held_out, args.batch_size, args.seq_len, **layout)
-    return Data(train, validation, asked, (), {"data": report, "eval_data": other})
+    return Data(train, validation, asked, (), {"data": report, "eval_data": other}, special.ends, used)
 
 
 def _text_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,11 +1,13 @@
-"""The prompt's ids are those it has alone, and the completion's decode to the completion."""
+"""Prompt and completion are one text; what is shown before the completion is what the prompt alone gives."""
+
+from typing import Any
 
 import hypothesis
 import hypothesis.strategies as st
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from jaxpeft.data.encode import encode_prompt, encode_texts
+from jaxpeft.data.encode import _start, encode_prompt, encode_texts
 from jaxpeft.data.formats import Text, instruction_prompt
 
 
@@ -23,11 +25,36 @@ def test_boundary_is_stable(tokenizer: PreTrainedTokenizerBase, prompt: str, com
     completion_ids = encoded.ids[encoded.completion]
     assert encoded.completion.tolist() == sorted(encoded.completion.tolist())
     assert completion_ids[-1] == tokenizer.eos_token_id
-    assert tokenizer.decode(completion_ids[:-1]) == completion
+    assert tokenizer.decode(encoded.ids, skip_special_tokens=True).lstrip(" ") == (prompt + completion).lstrip(" ")
+    assert tokenizer(prompt + completion)["input_ids"] == encoded.ids[:-1].tolist()
+
+
+def test_nothing_comes_between_prompt_and_completion(llama_tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = [Text("foot", "ball"), Text("def f():\n", "    return 1")]
+    football, code = encode_texts(rows, llama_tokenizer)
+    assert llama_tokenizer.decode(football.ids, skip_special_tokens=True).strip() == "football"
+    assert llama_tokenizer.decode(code.ids, skip_special_tokens=True).strip() == "def f():\n    return 1"
+    assert llama_tokenizer.convert_ids_to_tokens(code.ids[code.completion].tolist())[:4] == ["▁"] * 4
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "offsets", "start"),
+    [
+        ([1, 2], [1, 2, 3], [(0, 1), (1, 2), (2, 3)], 2),
+        ([], [3], [(0, 3)], 0),
+        ([1, 2], [1, 4, 3], [(0, 1), (1, 3), (3, 4)], 1),  # a token across the boundary, which is character 2
+        ([1, 2], [1, 4, 3], None, 1),  # the same where the tokenizer doesn't say where tokens lie
+        ([5, 2], [1, 3, 4], [(0, 1), (1, 2), (2, 3)], 2),  # other tokens, but none across it
+        ([1, 2], [1], [(0, 2)], 1),  # a completion that leaves nothing
+        ([1, 2], [1], None, 1),
+    ],
+)
+def test_where_a_completion_begins(prompt: list[int], text: list[int], offsets: Any, start: int) -> None:
+    assert _start(prompt, text, offsets, 2) == start
 
 
 def test_bytes_outside_the_vocabulary_survive(llama_tokenizer: PreTrainedTokenizerBase) -> None:
-    (encoded,) = encode_texts([Text("p", "été 🙂")], llama_tokenizer)
+    (encoded,) = encode_texts([Text("p", " été 🙂")], llama_tokenizer)
     assert llama_tokenizer.decode(encoded.ids[encoded.completion][:-1]) == "été 🙂"
 
 

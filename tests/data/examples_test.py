@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from jaxpeft.data import Report, load_examples
 from jaxpeft.errors import InputError
+from jaxpeft.template import choose
 
 GOOD = [
     {"prompt": "one plus one is", "completion": "two"},
@@ -34,7 +35,7 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 def balanced(report: Report) -> bool:
     parts = (report.bad_lines, report.dropped_too_long, report.dropped_without_target)
-    return report.lines == report.examples + sum(parts)
+    return report.lines + report.split == report.examples + sum(parts)
 
 
 @pytest.mark.parametrize("name", ["e2e_nlg.train", "dolly.test", "dolly.train"])
@@ -58,7 +59,7 @@ def test_real_files_are_accounted_for(
         output = rows[example.line - 1]["output"]
         trained = example.ids[example.completion]
         if trained[-1] == eos:
-            assert llama_tokenizer.decode(trained[:-1]) == output
+            assert llama_tokenizer.decode(trained[:-1]).lstrip(" ") == output.lstrip(" ")
         else:  # cut
             assert len(example.ids) == 257
     assert sum(example.ids[-1] != eos for example in examples) == report.truncated
@@ -89,6 +90,31 @@ def test_messages_and_texts_in_one_file(tmp_path: Path, chat_tokenizer: PreTrain
     decoded = [chat_tokenizer.decode(e.ids[e.completion]) for e in examples]
     assert decoded == ["hello<|im_end|>\n", "two<|im_end|>", "hello<|im_end|>\n"]
     assert report.formats == {"messages": 2, "prompt/completion": 1}
+
+
+def test_instructions_go_through_the_chat_template(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
+    row = {"instruction": "Add.", "input": "1 1", "output": "2", "category": "sums"}
+    file = write(tmp_path / "rows.jsonl", [row])
+    for choice, expected in [
+        ("auto", "<|im_start|>user\nAdd.\n\n1 1<|im_end|>\n<|im_start|>assistant\n2<|im_end|>\n"),
+        ("alpaca", "### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n2<|im_end|>"),
+    ]:
+        (example,), report = load_examples(file, chat_tokenizer, 64, template=choose(choice, chat_tokenizer))
+        assert chat_tokenizer.decode(example.ids) == expected
+        assert chat_tokenizer.decode(example.ids[example.completion]).strip() == "2<|im_end|>"
+        assert report.ignored == {"category": 1} and "ignored fields: category" in report.summary()
+
+
+def test_a_conversation_may_make_several_examples_or_none(
+    tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    last = "{{ '!' if loop.last and not add_generation_prompt }}"
+    chat_tokenizer.chat_template = f"{{% for m in messages %}}{{{{ m.content }}}}{last}\n{{% endfor %}}"
+    said = {"role": "assistant", "content": "hello"}
+    file = write(tmp_path / "rows.jsonl", [{"messages": [said, said]}, {"messages": [{**said, "weight": 0}]}])
+    examples, report = load_examples(file, chat_tokenizer, 64)
+    assert [chat_tokenizer.decode(e.ids) for e in examples] == ["hello!\n", "hello\nhello!\n"]
+    assert (report.split, report.dropped_without_target) == (1, 1) and balanced(report)
 
 
 def test_marked_template(tmp_path: Path, chat_tokenizer: PreTrainedTokenizerBase) -> None:
