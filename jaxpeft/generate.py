@@ -6,9 +6,9 @@ A batch of prompts is padded on the left, so that all rows write the same cache 
     segment   0 in the padding, 1 elsewhere: nothing that counts sees the padding
     position  slot - (P - len_b): each row counts from its own first token
 
-One pass over all prompts fills the cache, then one `lax.while_loop` takes a token per row and step and ends early when
-every row has ended. P and the number of slots are rounded up to a few sizes, so calls of similar lengths share one
-compilation.
+One pass over all prompts fills the cache, then a `lax.while_loop` takes a token per row and step and ends early when
+every row has ended, or after some steps: `stream` shows what there is and goes on. P and the number of slots are
+rounded up to a few sizes, so calls of similar lengths share a compilation.
 
 Randomness belongs to a prompt and not to its batch: token t of prompt i is drawn with fold_in(fold_in(key, i), t).
 """
@@ -16,7 +16,9 @@ Randomness belongs to a prompt and not to its batch: token t of prompt i is draw
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +29,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.model import Model
 
 _TILE = 256  # of attention: a cache of more slots is a multiple of it, or each step would pad it
+_MOMENT = 0.1  # seconds: about what passes between two looks at what `stream` has made
 
 
 def generate(
@@ -64,27 +67,73 @@ def generate(
         `max_position_embeddings`, or settings out of range.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size)
+    how = _how(model, temperature, top_k, top_p, key, eos)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    results: list[list[int]] = [[] for _ in prompts]
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        state = _first(model, params, how, [prompts[i] for i in chosen], max_new_tokens, chosen)
+        state = _steps(model, how.kind, params, how.settings, state, np.int32(max_new_tokens))
+        for i, ids, length in zip(chosen, np.asarray(state["new"]), np.asarray(state["count"]), strict=False):
+            results[i] = ids[:length].tolist()
+    return results
+
+
+def stream(
+    model: Model,
+    params: tree.Params,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    *,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    key: jax.Array | None = None,
+    eos: Sequence[int] | None = None,
+) -> Iterator[list[int]]:
+    """The tokens of `generate` for one prompt as they come: a few of them at a time, about ten times a second.
+
+    Arguments and errors are those of `generate`; errors are raised at the call.
+    """
+    _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, key, 1)
+    how = _how(model, temperature, top_k, top_p, key, eos)
+
+    def pieces() -> Iterator[list[int]]:
+        state = _first(model, params, how, [prompt], max_new_tokens, [0])
+        shown, until, steps = 0, 0, 1
+        finished = False
+        while not finished:
+            until += steps
+            started = time.monotonic()
+            state = _steps(model, how.kind, params, how.settings, state, np.int32(until))
+            count, finished = int(state["count"][0]), bool(state["done"].all())
+            if until > 1:  # the first call may compile
+                steps = max(1, min(4 * steps, int(steps * _MOMENT / (time.monotonic() - started))))
+            if count > shown:
+                yield np.asarray(state["new"][0])[shown:count].tolist()
+            shown = count
+
+    return pieces()
+
+
+class _How(NamedTuple):
+    """How tokens are chosen: kind (whether the likeliest is taken, whether unlikely ones are left out), and numbers."""
+
+    kind: tuple[bool, bool]
+    settings: dict[str, Any]
+    key: jax.Array
+
+
+def _how(model: Model, temperature, top_k, top_p, key, eos) -> _How:
     greedy = temperature == 0
     settings = {
         "temperature": np.float32(temperature or 1),
         "top_k": np.int32(min(top_k or model.config.vocab_size, model.config.vocab_size)),
         "top_p": np.float32(1 if top_p is None else top_p),
+        "ends": np.asarray(model.config.eos_token_id if eos is None else tuple(eos), np.int32),
     }
     filtered = not greedy and (top_k is not None or top_p is not None)
-    ends = np.asarray(model.config.eos_token_id if eos is None else tuple(eos), np.int32)
-    key = jax.random.key(0) if key is None else key
-
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    results: list[list[int]] = [[] for _ in prompts]
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch, slots = _padded([prompts[i] for i in chosen], max_new_tokens, model.config.max_position_embeddings)
-        rows = np.zeros(len(batch["limit"]), np.int32)
-        rows[: len(chosen)] = chosen
-        new, count = _decode(model, slots, greedy, filtered, params, batch, ends, settings, key, rows)
-        for i, ids, length in zip(chosen, np.asarray(new), np.asarray(count), strict=False):
-            results[i] = ids[:length].tolist()
-    return results
+    return _How((greedy, filtered), settings, jax.random.key(0) if key is None else key)
 
 
 def _check(model: Model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size) -> None:
@@ -113,9 +162,8 @@ def _check(model: Model, prompts, max_new_tokens, temperature, top_k, top_p, key
 
 
 def _round_up(length: int) -> int:
-    """The size that stands for `length`: the next multiple of 32, from 256 on of 256."""
-    unit = 32 if length <= _TILE else _TILE
-    return -(-length // unit) * unit
+    """The size that stands for `length`: a power of two from 32 to 256, beyond that a multiple of 256."""
+    return -(-length // _TILE) * _TILE if length > _TILE else max(32, 1 << (length - 1).bit_length())
 
 
 def _padded(prompts: Sequence[Sequence[int]], max_new_tokens: int, room: int) -> tuple[dict[str, np.ndarray], int]:
@@ -136,62 +184,82 @@ def _padded(prompts: Sequence[Sequence[int]], max_new_tokens: int, room: int) ->
     return {**batch, "limit": limit}, _round_up(width + int(limit.max()))
 
 
-@functools.partial(jax.jit, static_argnames=("model", "slots", "greedy", "filtered"))
-def _decode(model, slots, greedy, filtered, params, batch, ends, settings, key, rows):
-    """(new ids (B, N), how many of them count (B,)), N the slots after the prompts."""
+def _first(model: Model, params, how: _How, prompts, max_new_tokens: int, numbers: Sequence[int]) -> dict[str, Any]:
+    """The state when the prompts have been read; `numbers` are theirs, to draw by.
+
+    t (): steps taken.  token (B,): chosen and not taken in yet.  new (B, slots), of which count (B,) are the text's.
+    limit (B,): the most it gets.  done (B,).  lengths (B,): of the prompts.  keys (B,).  cache.
+    """
+    batch, slots = _padded(prompts, max_new_tokens, model.config.max_position_embeddings)
+    rows = np.zeros(len(batch["limit"]), np.int32)
+    rows[: len(numbers)] = numbers
+    return _read(model, slots, how.kind, params, batch, how.settings, how.key, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "slots", "kind"))
+def _read(model, slots, kind, params, batch, settings, key, rows):
+    """One pass over the prompts; see `_first`."""
     batch, limit = dict(batch), batch["limit"]
     del batch["limit"]
-    b, width = batch["tokens"].shape
-    lengths = batch["segment_ids"].sum(1)
+    b = len(limit)
+    x, cache = model.stack.run(model.stack, params, batch, None, model.stack.init_cache(b, slots))
+    zero = jnp.zeros((), jnp.int32)
     keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    cache = model.stack.init_cache(b, slots)
+    return {
+        "t": zero,
+        "token": _choose(model, kind, params, settings, keys, x, zero),
+        "done": limit == 0,
+        "count": jnp.zeros_like(limit),
+        "limit": limit,
+        "lengths": batch["segment_ids"].sum(1),
+        "keys": keys,
+        "new": jnp.zeros((b, slots), jnp.int32),
+        "cache": cache,
+    }
 
-    def choose(x, t):
-        """The next token of each row, from the last hidden state (B, 1, d)."""
-        logits = model.head(params, x[:, -1])
-        if greedy:
-            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-        logits = logits / settings["temperature"]
-        if filtered:
-            logits = keep_likeliest(logits, settings["top_k"], settings["top_p"])
-        own = jax.vmap(lambda k: jax.random.fold_in(k, t))(keys)
-        return jax.vmap(jax.random.categorical)(own, logits).astype(jnp.int32)
+
+@functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames=("state",))
+def _steps(model, kind, params, settings, state, until):
+    """The state after `until` steps, or when every text has ended."""
+    b = len(state["token"])
 
     def unfinished(state):
-        return ~state["done"].all()
+        return ~state["done"].all() & (state["t"] < until)
 
     def step(state):
         """Takes in the token that was chosen and chooses the next."""
         t, token = state["t"], state["token"]
-        ended = state["done"] | jnp.isin(token, ends)
+        ended = state["done"] | jnp.isin(token, settings["ends"])
         count = state["count"] + ~ended
-        done = ended | (count >= limit)
+        done = ended | (count >= state["limit"])
         new = state["new"].at[:, t].set(token)
 
         def following():
             one = {
                 "tokens": token[:, None],
-                "positions": (lengths + t)[:, None],
+                "positions": (state["lengths"] + t)[:, None],
                 "segment_ids": jnp.ones((b, 1), jnp.int32),
             }
             x, cache = model.stack.run(model.stack, params, one, None, state["cache"])
-            return choose(x, t + 1), cache
+            return _choose(model, kind, params, settings, state["keys"], x, t + 1), cache
 
         token, cache = jax.lax.cond(done.all(), lambda: (token, state["cache"]), following)
-        return {"t": t + 1, "token": token, "done": done, "count": count, "new": new, "cache": cache}
+        return {**state, "t": t + 1, "token": token, "done": done, "count": count, "new": new, "cache": cache}
 
-    x, cache = model.stack.run(model.stack, params, batch, None, cache)
-    zero = jnp.zeros((), jnp.int32)
-    state = {
-        "t": zero,
-        "token": choose(x, zero),
-        "done": limit == 0,
-        "count": jnp.zeros_like(limit),
-        "new": jnp.zeros((b, slots - width), jnp.int32),
-        "cache": cache,
-    }
-    state = jax.lax.while_loop(unfinished, step, state)
-    return state["new"], state["count"]
+    return jax.lax.while_loop(unfinished, step, state)
+
+
+def _choose(model, kind, params, settings, keys, x, t):
+    """The next token of each row, from the last hidden state (B, S, d); the t-th of its text."""
+    greedy, filtered = kind
+    logits = model.head(params, x[:, -1])
+    if greedy:
+        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    logits = logits / settings["temperature"]
+    if filtered:
+        logits = keep_likeliest(logits, settings["top_k"], settings["top_p"])
+    own = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys)
+    return jax.vmap(jax.random.categorical)(own, logits).astype(jnp.int32)
 
 
 def keep_likeliest(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -43,6 +43,19 @@ def test_the_result_does_not_depend_on_the_batch():
     )
 
 
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.0, "top_p": 0.9, "key": jax.random.key(3)}])
+def test_a_stream_brings_the_same_tokens_in_pieces(settings):
+    model, params = tiny.model()
+    whole = generate(model, params, PROMPTS[1:2], 40, eos=(), **settings)[0]
+    pieces = list(decoding.stream(model, params, PROMPTS[1], 40, eos=(), **settings))
+    assert [token for piece in pieces for token in piece] == whole and pieces[0] == whole[:1] and [] not in pieces
+    end = whole[20]
+    cut = decoding.stream(model, params, PROMPTS[1], 40, eos=[end], **settings)
+    assert [token for piece in cut for token in piece] == whole[: whole.index(end)]
+    with pytest.raises(InputError, match="prompt 0 is empty"):
+        decoding.stream(model, params, [], 4)  # at the call, before anything is shown
+
+
 def test_a_real_model_tells_its_documented_story(shared_data):
     folder = shared_data / "checkpoints" / "stories260K"
     model, params = hf.load_pretrained(folder, jnp.float32)
@@ -91,10 +104,10 @@ def test_a_prompt_near_the_limit_gets_the_tokens_that_fit():
 
 def test_lengths_that_are_rounded_alike_share_a_compilation():
     model, params = tiny.model(rms_norm_eps=1e-4)
-    before = decoding._decode._cache_size()
+    before = decoding._read._cache_size(), decoding._steps._cache_size()
     for length, new in ((3, 5), (20, 9), (32, 1), (7, 32)):
         generate(model, params, [[1] * length], new, eos=())
-    assert decoding._decode._cache_size() == before + 1
+    assert (decoding._read._cache_size(), decoding._steps._cache_size()) == (before[0] + 1, before[1] + 1)
 
 
 def test_one_choice_is_no_choice():
