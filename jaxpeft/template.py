@@ -205,12 +205,13 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
     tools: Sequence[Mapping[str, Any]] | None = None,
+    **options: Any,
 ) -> list[int]:
     """The ids that training shows before the assistant's next turn.
 
     Args:
       messages: the turns so far.
-      tokenizer, template, tools: as `render` takes them.
+      tokenizer, template, tools, options: as `render` takes them.
 
     Raises:
       InputError: if the template refuses the messages; under the headings of alpaca, for anything but one user turn.
@@ -223,7 +224,7 @@ def prompt_ids(
             roles = ", ".join(message["role"] for message in messages) or "none"
             raise InputError(f"this model knows single instructions (alpaca), no conversation; turns given: {roles}")
         return encode_prompt(instruction_prompt(messages[0]["content"]), tokenizer)
-    text = render(messages, tokenizer, template, tools, add_generation_prompt=True)
+    text = render(messages, tokenizer, template, tools, add_generation_prompt=True, **options)
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 

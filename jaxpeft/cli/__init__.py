@@ -2,8 +2,9 @@
 
 A command's file holds a frozen dataclass whose fields are the flags (one of them `json`),
 `run(args) -> dict`, which does the work and returns the document, and `show(document)`, which
-prints it for a reader. With --json the document itself is printed instead, and whatever else is
-printed meanwhile goes to stderr.
+prints it for a reader; `live(args)`, where there is one, prints while the work is done and takes the
+place of both. With --json the document itself is printed instead, and whatever else is printed
+meanwhile goes to stderr.
 
 Only the named command's file is imported, and heavy imports stay inside its `run`: help and
 mistakes answer at once.
@@ -35,7 +36,8 @@ COMMANDS = {
     "train": ("train:Train", "fine-tune a model on a file of examples"),
     "plan": ("plan:Plan", "say what a step needs on a device, before the run; fit a budget"),
     "profile": ("profile:Profile", "say who owns the bytes at a step's peak"),
-    "generate": ("generate:Generate", "continue a prompt, with or without an adapter"),
+    "generate": ("generate:Generate", "continue prompts or answer them, with or without an adapter"),
+    "chat": ("chat:Chat", "talk with a model on the terminal, switching adapters"),
     "merge": ("merge:Merge", "fold an adapter into the weights of its base"),
     "export": ("export:Export", "write a run's checkpoint as a Hugging Face PEFT adapter"),
     "import": ("import_:Import", "read a Hugging Face PEFT adapter and check it against its base"),
@@ -132,6 +134,8 @@ def _main(argv: list[str]) -> int:
         with contextlib.redirect_stdout(sys.stderr):
             document = module.run(args)
         print_json(document)
+    elif hasattr(module, "live"):
+        module.live(args)
     else:
         module.show(module.run(args))
     return 0

@@ -225,6 +225,7 @@ class Head(nn.Module):
         return logits.astype(jnp.float32)
 
 
+@functools.cache  # models of one configuration share what is compiled of them
 def decoder(config: DecoderConfig) -> Model:
     """The Model of a configuration: pure functions, nothing allocated."""
     embed_module, block_module, head_module = Embed(config), Block(config), Head(config)

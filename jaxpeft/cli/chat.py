@@ -1,0 +1,141 @@
+"""`jaxpeft chat`: a conversation on the terminal, with adapters that can be switched meanwhile."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from jaxpeft.cli import decoding
+from jaxpeft.cli.decoding import DecodingArguments, Words
+from jaxpeft.errors import InputError, did_you_mean
+
+HELP = """\
+/adapter FOLDER   go on with this adapter; /adapter none: without one
+/system TEXT      what the system turn says; without a text: no system turn
+/reset            forget what was said
+/quit             end, as the end of the input does"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat(DecodingArguments):
+    """Talk with a model. Each line is a user's turn; /help lists the commands, the end of the input ends it."""
+
+    json: bool = False
+    """Print the conversation as one JSON document on stdout at the end, and nothing else there."""
+
+
+def run(args: Chat) -> dict[str, Any]:
+    """Reads turns from stdin and prints what is answered to each, until the input ends.
+
+    Returns:
+      {"messages": what was said since the last /reset, "model", "adapter": the last one}.
+
+    Raises:
+      InputError: for arguments that cannot be used. What cannot be done of a turn or a command is said on stderr.
+    """
+    decoding.check(args)
+    talk = _Talk(args)
+    while (line := _read_line()) is not None:
+        command, _, rest = line.partition(" ")
+        try:
+            if command in ("/quit", "/exit"):
+                break
+            if line.startswith("/"):
+                talk.obey(command, rest.strip())
+            elif line:
+                talk.answer(line)
+        except InputError as error:
+            decoding.note(f"error: {error}")
+    return {"messages": talk.messages(), "model": talk.base.name, "adapter": talk.adapter}
+
+
+def show(document: dict[str, Any]) -> None:
+    """Nothing: it has been said."""
+    del document
+
+
+class _Talk:
+    """A conversation: its turns, and who answers."""
+
+    def __init__(self, args: Chat):
+        self.args, self.base = args, decoding.base_of(args)
+        self.system = args.system
+        self.turns: list[dict[str, Any]] = []
+        self.answers = 0
+        words = self._checked(args.adapter)
+        self.plain: dict[str | None, tuple[Any, Any]] = {}  # by the scaling of positions, which an adapter may have
+        self.ready: dict[Path | None, tuple[Words, Any, Any]] = {}  # attached once, and compiled once
+        self._use(args.adapter, words)
+
+    def _checked(self, adapter: Path | None) -> Words:
+        words = self.base.words(adapter)
+        words.check_talks()
+        return words
+
+    def _use(self, adapter: Path | None, words: Words | None = None) -> None:
+        if adapter not in self.ready:
+            words = words or self._checked(adapter)
+            scaling = self.base.scaling(adapter)
+            if scaling not in self.plain:
+                self.plain[scaling] = self.base.load(scaling)
+            self.ready[adapter] = (words, *decoding.adapted(adapter, *self.plain[scaling]))
+        self.adapter = adapter
+
+    def messages(self) -> list[dict[str, Any]]:
+        """All turns, the system's first."""
+        system = [] if self.system is None else [{"role": "system", "content": self.system}]
+        return [*system, *self.turns]
+
+    def answer(self, said: str) -> None:
+        """A user's turn, and what is answered; a turn that cannot be answered is forgotten."""
+        from jaxpeft.generate import stream
+
+        words, model, params = self.ready[self.adapter]
+        user = {"role": "user", "content": said}
+        alone = words.template.kind == "alpaca"  # which knows single instructions
+        ids = words.chat_ids([user] if alone else [*self.messages(), user])
+        how = decoding.settings(self.args, words, self.answers)
+        try:
+            tokens = stream(model, params, ids, self.args.most(chat=True), **how)
+        except InputError as error:
+            raise InputError(f"{error}; /reset forgets what was said") from None
+        self.answers += 1
+        text, _ = decoding.say(words, ids, tokens, stoppable=True)
+        self.turns += [user, {"role": "assistant", "content": text}]
+
+    def obey(self, command: str, rest: str) -> None:
+        """A command."""
+        if command == "/adapter":
+            if rest:
+                self._use(None if rest == "none" else Path(rest).expanduser())
+            decoding.note(f"adapter: {self.adapter or 'none'}")
+        elif command == "/system":
+            self.system = rest or None
+            decoding.note(f"system turn: {self.system or 'none'}")
+        elif command == "/reset":
+            self.turns.clear()
+            decoding.note("what was said is forgotten")
+        elif command == "/help":
+            print(HELP, file=sys.stderr, flush=True)
+        else:
+            known = ["/adapter", "/system", "/reset", "/quit", "/help"]
+            raise InputError(f"unknown command {command}" + did_you_mean(command, known))
+
+
+def _read_line() -> str | None:
+    """The next line of the input without white space around it; None at its end."""
+    try:
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401 - input() then edits lines and remembers them
+            line = input("> " if sys.stdout.isatty() else "") + "\n"
+        else:
+            line = sys.stdin.readline()
+    except EOFError:
+        return None
+    except UnicodeDecodeError as error:
+        raise InputError(f"standard input: not UTF-8: {error}") from None
+    return line.strip().encode("utf-8", "replace").decode() if line else None

@@ -1,0 +1,79 @@
+"""A file of prompts: a text per line, or rows of JSON Lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jaxpeft.errors import InputError
+
+
+class Prompt(NamedTuple):
+    """What is asked: a text to continue, or the turns of a conversation up to the assistant's next, or both.
+
+    An instruction is both: which it becomes depends on the template.
+
+    tools: what the assistant may call.  options: further words for the chat template.  where: opens errors.
+    """
+
+    text: str = ""
+    messages: tuple[Mapping[str, Any], ...] = ()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    options: Mapping[str, Any] = {}
+    where: str = "--prompt"
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """The prompts of a file, in its order; blank lines at its end are no prompts.
+
+    Rows of a .jsonl file have `prompt` (text, or a list of messages), `messages`, `conversations`, or `instruction` and
+    `input`. Rows to train on will do: what the assistant says last is left out, and so are `completion` and `output`.
+
+    Raises:
+      InputError: for a file that cannot be read, or a line that is none of these.
+    """
+    from jaxpeft.data.jsonl import parse_line, read_lines
+
+    lines = [(f"{path}:{number}", raw) for number, raw in read_lines(path)]
+    while lines and not lines[-1][1].strip():
+        lines.pop()
+    if not lines:
+        raise InputError(f"{path}: holds no prompt")
+    if path.suffix in (".jsonl", ".ndjson", ".json"):
+        return [_of_row(parse_line(raw, where), where) for where, raw in lines]
+    return [Prompt(_text(raw, where), where=where) for where, raw in lines]
+
+
+def _text(raw: bytes, where: str) -> str:
+    if not raw.strip():
+        raise InputError(f"{where}: empty line; every line is a prompt")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where}: not UTF-8: byte 0x{raw[error.start]:02x} at column {error.start + 1}") from error
+
+
+def _of_row(record: dict[str, Any], where: str) -> Prompt:
+    from jaxpeft.data.formats import Instruction, instruction_messages, instruction_prompt, read_string
+    from jaxpeft.data.messages import read_conversation, read_system
+
+    for field in ("messages", "conversations", "conversation", "prompt"):
+        if isinstance(record.get(field), list):
+            turns = {**record, field: [*record[field], {"role": "assistant", "content": ""}]}  # which is asked for
+            read = read_conversation(turns, (field,), where)
+            messages = list(read.messages)
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            if not messages:
+                raise InputError(f"{where}: {field} holds no turn to answer")
+            return Prompt("", tuple(messages), read.tools, read.options, where)
+    if "prompt" in record:
+        return Prompt(read_string(record, "prompt", where), where=where)
+    if "instruction" in record:
+        asked = "" if record.get("input") is None else read_string(record, "input", where)
+        row = Instruction(read_string(record, "instruction", where), asked, "", read_system(record, where))
+        text = instruction_prompt(row.instruction, row.input)
+        return Prompt(text, tuple(instruction_messages(row)[:-1]), where=where)
+    found = ", ".join(list(record)[:8]) or "none"
+    raise InputError(f"{where}: fields must be prompt | messages | instruction, [input]; this line has: {found}")
