@@ -38,6 +38,10 @@ def run(args: Chat) -> dict[str, Any]:
     """
     decoding.check(args)
     talk = _Talk(args)
+    if sys.stdin.isatty():
+        decoding.note(
+            f"{talk.base.name}; /help lists what else can be said, Ctrl-C ends an answer, Ctrl-D the conversation"
+        )
     while (line := _read_line()) is not None:
         command, _, rest = line.partition(" ")
         try:
@@ -135,6 +139,7 @@ def _read_line() -> str | None:
         else:
             line = sys.stdin.readline()
     except EOFError:
+        print()  # after the prompt
         return None
     except UnicodeDecodeError as error:
         raise InputError(f"standard input: not UTF-8: {error}") from None
