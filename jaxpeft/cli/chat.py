@@ -70,7 +70,7 @@ class _Talk:
         self.turns: list[dict[str, Any]] = []
         self.answers = 0
         words = self._checked(args.adapter)
-        self.plain = self.base.load()
+        self.plain: dict[str | None, tuple[Any, Any]] = {}  # by the scaling of positions, which an adapter may have
         self.ready: dict[Path | None, tuple[Words, Any, Any]] = {}  # attached once, and compiled once
         self._use(args.adapter, words)
 
@@ -82,7 +82,10 @@ class _Talk:
     def _use(self, adapter: Path | None, words: Words | None = None) -> None:
         if adapter not in self.ready:
             words = words or self._checked(adapter)
-            self.ready[adapter] = (words, *decoding.adapted(adapter, *self.plain))
+            scaling = self.base.scaling(adapter)
+            if scaling not in self.plain:
+                self.plain[scaling] = self.base.load(scaling)
+            self.ready[adapter] = (words, *decoding.adapted(adapter, *self.plain[scaling]))
         self.adapter = adapter
 
     def messages(self) -> list[dict[str, Any]]:

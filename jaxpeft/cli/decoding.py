@@ -112,26 +112,30 @@ class Base(NamedTuple):
           InputError: for an adapter that is none, or continues no text.
         """
         from jaxpeft import hf, template
-        from jaxpeft.cli.models import labels_of, scaling_of
+        from jaxpeft.cli.models import labels_of
         from jaxpeft.special import special_tokens
 
         if adapter is not None and not adapter.is_dir():
             raise InputError(f"--adapter {adapter}: no such directory")
         if labels_of(adapter):
             raise InputError(f"{adapter}: classifies rows and continues no text")
-        if (scaling := scaling_of(adapter, self.rope_scaling)) != self.rope_scaling:
-            raise InputError(f"{adapter}: is for positions scaled by --rope-scaling {scaling}, which the model has not")
         folders = (adapter, hf.resolve(self.name))
         tokenizer = copy.copy(self.tokenizer)  # which an adapter's template is put on
         found = template.read(tokenizer, *folders)
         special = special_tokens(self.name, tokenizer)
         return Words(self.name, tokenizer, special, found, template.find(*folders) is not None)
 
-    def load(self) -> tuple[Any, Any]:
-        """(Model, parameters) without an adapter."""
+    def scaling(self, adapter: Path | None) -> str | None:
+        """How rotary positions are scaled: as was asked for, else as the adapter was trained."""
+        from jaxpeft.cli.models import scaling_of
+
+        return scaling_of(adapter, self.rope_scaling)
+
+    def load(self, scaling: str | None = None) -> tuple[Any, Any]:
+        """(Model, parameters) without an adapter; `scaling` is that of the adapter that is going to be put on it."""
         from jaxpeft.cli.models import load
 
-        model, params, _ = load(self.name, None, self.dtype, self.rope_scaling)
+        model, params, _ = load(self.name, None, self.dtype, scaling)
         if model.config.num_labels:
             raise InputError(f"{self.name}: classifies rows and continues no text")
         return model, params
@@ -140,12 +144,10 @@ class Base(NamedTuple):
 def base_of(args: DecodingArguments) -> Base:
     """The checkpoint that the arguments name, with its tokenizer."""
     from jaxpeft import hf
-    from jaxpeft.cli.models import model_or_default, scaling_of
+    from jaxpeft.cli.models import model_or_default
 
     name = model_or_default(args.model)
-    if args.adapter is not None and not args.adapter.is_dir():
-        raise InputError(f"--adapter {args.adapter}: no such directory")
-    return Base(name, args.dtype, hf.load_tokenizer(name), scaling_of(args.adapter, args.rope_scaling))
+    return Base(name, args.dtype, hf.load_tokenizer(name), args.rope_scaling)
 
 
 def adapted(adapter: Path | None, model: Any, params: Any) -> tuple[Any, Any]:

@@ -117,7 +117,7 @@ def _prepare(args: Generate) -> _Asked:
         if args.system is not None and not is_chat:
             raise InputError(f"--system: {prompt.where} is a text to continue, which has no system turn; add --chat")
     ids = [_encode(words, *pair, args.system) for pair in zip(prompts, chats, strict=True)]
-    model, params = decoding.adapted(args.adapter, *base.load())
+    model, params = decoding.adapted(args.adapter, *base.load(base.scaling(args.adapter)))
     return _Asked(args, words, prompts, ids, chats, model, params)
 
 
