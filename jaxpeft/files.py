@@ -15,6 +15,13 @@ from typing import Any
 from jaxpeft.errors import InputError
 
 
+def cache_folder() -> Path:
+    """Where what can be made again is kept: $JAXPEFT_CACHE, else jaxpeft in the user's cache folder."""
+    if own := os.environ.get("JAXPEFT_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxpeft"
+
+
 def read_json(file: Path, missing: str) -> dict[str, Any]:
     """A JSON object.
 

@@ -18,10 +18,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
+import tempfile
 from pathlib import Path
 
 import jax
 import pytest
+
+# What is cached for the next run stays out of the user's folder, and goes with the tests.
+_cache = tempfile.TemporaryDirectory(prefix="jaxpeft-cache-")
+os.environ.setdefault("JAXPEFT_CACHE", _cache.name)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -1,4 +1,4 @@
-"""A file of prompts: a text per line, or rows of JSON Lines."""
+"""A file of prompts: a text per line, or rows."""
 
 from __future__ import annotations
 
@@ -27,22 +27,23 @@ class Prompt(NamedTuple):
 def read_prompts(path: Path) -> list[Prompt]:
     """The prompts of a file, in its order; blank lines at its end are no prompts.
 
-    Rows of a .jsonl file have `prompt` (text, or a list of messages), `messages`, `conversations`, or `instruction` and
-    `input`. Rows to train on will do: what the assistant says last is left out, and so are `completion` and `output`.
+    Rows (see `jaxpeft.data.sources`) have `prompt` (text, or a list of messages), `messages`, `conversations`, or
+    `instruction` and `input`. Rows to train on will do: what the assistant says last is left out, and so are
+    `completion` and `output`.
 
     Raises:
       InputError: for a file that cannot be read, or a line that is none of these.
     """
-    from jaxpeft.data.jsonl import parse_line, read_lines
+    from jaxpeft.data import sources
 
-    lines = [(f"{path}:{number}", raw) for number, raw in read_lines(path)]
-    while lines and not lines[-1][1].strip():
-        lines.pop()
-    if not lines:
+    if sources.is_named(path):
+        prompts = [_of_row(record.fields(), record.where) for record in sources.find(path).records()]
+    else:
+        lines = [(f"{path}:{number}", raw.rstrip(b"\r\n")) for number, raw in sources.read_lines(path)]
+        prompts = [Prompt(_text(raw, where), where=where) for where, raw in lines]
+    if not prompts:
         raise InputError(f"{path}: holds no prompt")
-    if path.suffix in (".jsonl", ".ndjson", ".json"):
-        return [_of_row(parse_line(raw, where), where) for where, raw in lines]
-    return [Prompt(_text(raw, where), where=where) for where, raw in lines]
+    return prompts
 
 
 def _text(raw: bytes, where: str) -> str:

@@ -1,8 +1,9 @@
-"""Tokenized, padded or bucketed or packed, checkpointable batches from JSONL files.
+"""Tokenized, padded or bucketed or packed, checkpointable batches from files of rows.
 
-jsonl.py (lines) -> formats.py, chat.py (text) -> encode.py (ids) -> examples.py -> batches.py
-                 -> classify.py (rows with a label)                              -> batches.py
+sources.py (records) -> formats.py, chat.py (text) -> encode.py (ids) -> examples.py -> batches.py
+                     -> classify.py (rows with a label)                              -> batches.py
 
+Between encode.py and examples.py, encodings.py holds the tokens of all rows, and cache.py keeps them on disk.
 Names are imported at their first use: batches need grain, which takes seconds to import, and a prompt needs none.
 """
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from jaxpeft.data.classify import load_rows as load_rows
     from jaxpeft.data.encode import encode_prompt as encode_prompt
     from jaxpeft.data.examples import Example as Example
+    from jaxpeft.data.examples import Examples as Examples
     from jaxpeft.data.examples import Report as Report
     from jaxpeft.data.examples import load_examples as load_examples
     from jaxpeft.data.formats import instruction_prompt as instruction_prompt
@@ -30,7 +32,7 @@ _MODULES = {
     "batches": ("Batch", "Batches", "Lines", "eval_batches", "make_batches", "power_of_two_buckets"),
     "classify": ("Labels", "Row", "collate_rows", "load_rows"),
     "encode": ("encode_prompt",),
-    "examples": ("Example", "Report", "load_examples"),
+    "examples": ("Example", "Examples", "Report", "load_examples"),
     "formats": ("instruction_prompt",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -25,7 +25,7 @@ import grain
 import numpy as np
 import numpy.typing as npt
 
-from jaxpeft.data.examples import Example
+from jaxpeft.data.examples import Example, Examples
 from jaxpeft.errors import InputError
 
 Batch = dict[str, npt.NDArray[Any]]
@@ -161,7 +161,7 @@ def make_batches(
     if shuffle:
         indices = indices.shuffle(seed=mixed_seed)
     indices = indices.repeat(epochs or _ENDLESS_EXAMPLES // len(examples))
-    lengths = [example.positions for example in examples]
+    lengths = _lengths(examples)
     if pack:
         rows = _packed_rows(indices, lengths, batch_size, seq_len, mixed_seed, shuffle)
     elif buckets:
@@ -242,7 +242,7 @@ def _single_rows(indices: Sequence[int]) -> list[list[int]]:
 
 def _bucketed_rows(
     indices: "grain.MapDataset[int]",
-    lengths: Sequence[int],
+    lengths: npt.NDArray[np.int64],
     batch_size: int,
     seed: int,
     shuffle: bool,
@@ -269,7 +269,7 @@ class _Flatten(grain.experimental.FlatMapTransform):
 
 def _packed_rows(
     indices: "grain.MapDataset[int]",
-    lengths: Sequence[int],
+    lengths: npt.NDArray[np.int64],
     batch_size: int,
     seq_len: int,
     seed: int,
@@ -303,9 +303,19 @@ def _in_memory(dataset: "grain.MapDataset[Any]") -> "grain.IterDataset[Any]":
 def _identity(examples: Sequence[Item], settings: tuple[Any, ...]) -> str:
     """A digest of all that the order of the batches depends on."""
     digest = hashlib.blake2b(repr(settings).encode(), digest_size=8)
-    for example in examples:
-        digest.update(example.tobytes())
+    if isinstance(examples, Examples):
+        digest.update(examples.digest.encode())
+    else:
+        for example in examples:
+            digest.update(example.tobytes())
     return digest.hexdigest()
+
+
+def _lengths(examples: Sequence[Item]) -> npt.NDArray[np.int64]:
+    """(n,), the positions of each."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([example.positions for example in examples], np.int64)
 
 
 def _check(
@@ -329,7 +339,7 @@ def _check(
         raise InputError("packing fills rows of the sequence length: give either pack or buckets")
     if any(width < 1 or width > seq_len for width in buckets):
         raise InputError(f"buckets must lie between 1 and the sequence length {seq_len}, got {tuple(buckets)}")
-    longest = max(examples, key=lambda example: example.positions)
+    longest = examples[int(_lengths(examples).argmax())]
     if longest.positions > seq_len:
         raise InputError(
             f"the example of line {longest.line} has {longest.positions} tokens, more than the"

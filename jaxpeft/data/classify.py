@@ -26,7 +26,8 @@ import numpy.typing as npt
 from jaxpeft.data.batches import Batch, width_of
 from jaxpeft.data.examples import ROWS_PER_CALL, Report, count_bad_line
 from jaxpeft.data.formats import read_string
-from jaxpeft.data.jsonl import json_type, parse_line, read_lines
+from jaxpeft.data.jsonl import json_type
+from jaxpeft.data.sources import Source, find
 from jaxpeft.errors import InputError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -81,9 +82,10 @@ class Labels(NamedTuple):
 
 
 class _Record(NamedTuple):
-    """A parsed line; `name` is None where the label has a number only."""
+    """A parsed line; `name` is None where the label has a number only, `where` opens messages."""
 
     line: int
+    where: str
     text: str
     text2: str
     label: int | float | None
@@ -100,10 +102,10 @@ def load_rows(
     skip_bad_lines: bool = False,
     too_long: Literal["truncate", "drop"] = "truncate",
 ) -> tuple[list[Row], Labels, Report]:
-    """Reads and tokenizes a JSONL file of rows to classify.
+    """Reads and tokenizes rows to classify.
 
     Args:
-      path: the file.
+      path: a file, a folder of files, or the name of a dataset of the hub (see `sources.py`).
       tokenizer: a Hugging Face tokenizer.
       seq_len: most tokens of a row, special ones included.
       labels: of the file that is trained on; None collects them over this one.
@@ -121,14 +123,15 @@ def load_rows(
     special = tokenizer.num_special_tokens_to_add(pair=True)
     if seq_len <= special:
         raise InputError(f"--seq-len {seq_len}: leaves no room for text beside {special} special tokens")
-    report = Report(str(path))
-    records = list(_read_records(path, skip_bad_lines, report))
+    source = find(path)
+    report = Report(source.name)
+    records = list(_read_records(source, skip_bad_lines, report))
     if labels is None:
         records, labels = _collect(path, records, skip_bad_lines, report)
         labels = labels.ordered_as(order)
     report.labels = len(labels.names)
     rows = []
-    remaining = _labelled(path, records, labels, skip_bad_lines, report)
+    remaining = _labelled(records, labels, skip_bad_lines, report)
     while chunk := list(itertools.islice(remaining, ROWS_PER_CALL)):
         rows += _encode(chunk, tokenizer, seq_len, too_long, report)
     report.examples = len(rows)
@@ -169,13 +172,12 @@ def collate_rows(rows: Sequence[Sequence[Row]], batch_size: int, widths: Sequenc
     return batch
 
 
-def _read_records(path: str | Path, skip_bad_lines: bool, report: Report) -> Iterator[_Record]:
+def _read_records(source: Source, skip_bad_lines: bool, report: Report) -> Iterator[_Record]:
     """The good lines; counts lines, shapes and bad lines in the report."""
-    for line, raw in read_lines(path):
+    for found in source.records():
         report.lines += 1
-        where = f"{path}:{line}"
         try:
-            record = _record(parse_line(raw, where), where, line)
+            record = _record(found.fields(), found.where, found.number)
         except InputError as error:
             count_bad_line(error, skip_bad_lines, report)
             continue
@@ -196,7 +198,7 @@ def _record(fields: dict[str, Any], where: str, line: int) -> _Record:
         shown = label if isinstance(label, float) else json_type(label)
         raise InputError(f"{where}: field label must be a number or a name, found {shown}")
     text2 = read_string(fields, "text2", where) if "text2" in given else ""
-    return _Record(line, read_string(fields, "text", where), text2, label, name)
+    return _Record(line, where, read_string(fields, "text", where), text2, label, name)
 
 
 def _collect(
@@ -216,7 +218,7 @@ def _collect(
             kept.append(record)
             continue
         before = f"line {line} has it with label {number}" if number != record.label else f"{owner!r} has it before"
-        error = InputError(f"{path}:{record.line}: label {record.label} with the name {name!r}; {before}")
+        error = InputError(f"{record.where}: label {record.label} with the name {name!r}; {before}")
         count_bad_line(error, skip_bad_lines, report)
     found = [(number, name) for name, (number, _) in numbers.items()]
     if len(found) < 2:
@@ -233,7 +235,7 @@ def _name(record: _Record) -> str:
 
 
 def _labelled(
-    path: str | Path, records: Iterable[_Record], labels: Labels, skip_bad_lines: bool, report: Report
+    records: Iterable[_Record], labels: Labels, skip_bad_lines: bool, report: Report
 ) -> Iterator[tuple[_Record, int | float]]:
     """(record, index of its label or its value)."""
     by_name = {name: i for i, name in enumerate(labels.names)}
@@ -248,7 +250,7 @@ def _labelled(
             shown = ", ".join(labels.names[:8]) + (", ..." if len(labels.names) > 8 else "")
             wanted = f"is not one of those trained on: {shown}"
         if found is None:
-            error = InputError(f"{path}:{record.line}: label {_name(record)!r} {wanted}")
+            error = InputError(f"{record.where}: label {_name(record)!r} {wanted}")
             count_bad_line(error, skip_bad_lines, report)
             continue
         yield record, found

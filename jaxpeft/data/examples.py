@@ -1,17 +1,21 @@
-"""A JSONL file to examples in memory, with an account of every line that is not one of them."""
+"""A file of rows to examples, with an account of every line that is not one of them."""
 
 import dataclasses
+import hashlib
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 
 import numpy as np
 import numpy.typing as npt
 
+from jaxpeft.data import cache as disk
+from jaxpeft.data import workers
 from jaxpeft.data.chat import Chat, check_tokenizer, has_lost_words, render_chat, unread_fields
 from jaxpeft.data.encode import Encoded, encode_chats, encode_texts
+from jaxpeft.data.encodings import Chunk, Encodings, pack
 from jaxpeft.data.formats import (
     Content,
     Instruction,
@@ -21,11 +25,11 @@ from jaxpeft.data.formats import (
     instruction_prompt,
     read_record,
 )
-from jaxpeft.data.jsonl import parse_line, read_lines
 from jaxpeft.data.messages import Conversation
+from jaxpeft.data.sources import Record, Source, find
 from jaxpeft.errors import InputError
 from jaxpeft.special import SpecialTokens, from_parts
-from jaxpeft.template import Template, choose
+from jaxpeft.template import Template, choose, names
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +41,7 @@ class Example(NamedTuple):
     """One document to train on: n positions predict ids[1:], those of them that are completion.
 
     ids: int32 (n + 1,);  completion: bool (n + 1,), true somewhere after its first entry;
-    line: the source line, from 1.
+    line: the source line (or row) from 1, counted on over the files of a folder.
     """
 
     ids: npt.NDArray[np.int32]
@@ -52,6 +56,32 @@ class Example(NamedTuple):
     def tobytes(self) -> bytes:
         """All that it holds."""
         return self.ids.tobytes() + self.completion.tobytes() + b"%d;" % self.line
+
+
+class Examples(Sequence[Example]):
+    """A file's examples, in its order; each is cut out of the encoded rows when it is asked for.
+
+    lengths: int64 (n,), the positions of each.  digest: of all that they hold.
+    """
+
+    def __init__(self, encodings: Encodings, rows: npt.NDArray[np.int64], limit: int):
+        """Rows by their numbers, cut to `limit` ids."""
+        self._encodings, self._rows, self._limit = encodings, rows, limit
+        self.lengths = np.minimum(encodings.lengths[rows], limit).astype(np.int64) - 1
+        self.digest = hashlib.sha256(f"{encodings.digest}:{limit}:".encode() + rows.tobytes()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        line, encoded = self._encodings.row(int(self._rows[index]), self._limit)
+        return Example(encoded.ids, encoded.completion, line)
 
 
 @dataclasses.dataclass
@@ -102,6 +132,19 @@ class Report:
         """The counts as plain JSON values."""
         return dataclasses.asdict(self) | {"formats": dict(self.formats), "ignored": dict(self.ignored)}
 
+    @classmethod
+    def of_json(cls, counts: Mapping[str, Any]) -> "Report":
+        """A report whose `to_json` this is."""
+        fields: dict[str, Any] = {name: Counter(x) if isinstance(x, dict) else x for name, x in counts.items()}
+        return cls(**fields)
+
+    def add(self, other: "Report") -> None:
+        """Counts what became of further lines too."""
+        for field in dataclasses.fields(self):
+            mine, theirs = getattr(self, field.name), getattr(other, field.name)
+            # Of texts the first counts: the path, the first bad line.
+            setattr(self, field.name, mine or theirs if isinstance(mine, str) else mine + theirs)
+
 
 class _Row(NamedTuple):
     line: int
@@ -117,11 +160,12 @@ def load_examples(
     too_long: Literal["truncate", "drop"] = "truncate",
     special: SpecialTokens | None = None,
     template: Template | None = None,
-) -> tuple[list[Example], Report]:
-    """Reads and tokenizes a JSONL file (shapes: see `formats.py`).
+    cache: bool = True,
+) -> tuple[Examples, Report]:
+    """Reads and tokenizes rows (kinds of files: see `sources.py`; shapes of rows: `formats.py`).
 
     Args:
-      path: the file.
+      path: a file, a folder of files, or the name of a dataset of the hub.
       tokenizer: a Hugging Face tokenizer.
       seq_len: most positions of an example; n + 1 ids make n positions.
       skip_bad_lines: count a faulty line in the report rather than stop at it.
@@ -129,6 +173,7 @@ def load_examples(
         completion is cut off whole has nothing to train on and is dropped either way.
       special: the model's special tokens (`jaxpeft.special`); None: those that the tokenizer names.
       template: what makes conversations and instructions text (`jaxpeft.template`); None: what `auto` chooses, today.
+      cache: keep the tokens of long data in the user's cache folder, and take them from there (see `cache.py`).
 
     Returns:
       The examples in the file's order, and the report.
@@ -141,19 +186,10 @@ def load_examples(
         raise InputError(f"sequence length must be at least 1, got {seq_len}")
     special = from_parts(tokenizer) if special is None else special
     template = choose("auto", tokenizer) if template is None else template
-    report = Report(str(path))
-    examples = []
-    rows = _read_rows(path, tokenizer, template, skip_bad_lines, report)
-    while chunk := list(itertools.islice(rows, ROWS_PER_CALL)):
-        if special.end is None:
-            report.without_end += sum(isinstance(row.content, Text) for row in chunk)
-        for line, encoded in _encode(chunk, tokenizer, special):
-            example = _fit(line, encoded, seq_len, too_long, report)
-            if example is not None:
-                examples.append(example)
-    report.examples = len(examples)
-    report.positions = sum(example.positions for example in examples)
-    report.target_tokens = sum(int(example.completion[1:].sum()) for example in examples)
+    source, encoder = find(path), Encoder(tokenizer, special, template, skip_bad_lines)
+    folder = disk.place(source, tokenizer, encoder.identity()) if cache else None
+    encodings, report = _read(source, encoder, folder)
+    examples = _fit(encodings, seq_len, too_long, report)
     if not examples:
         why = f"; first bad line: {report.first_bad_line}" if report.bad_lines else ""
         raise InputError(
@@ -164,8 +200,87 @@ def load_examples(
     return examples, report
 
 
+def _read(source: Source, encoder: "Encoder", folder: Path | None) -> tuple[Encodings, Report]:
+    """All rows of a source, uncut, and what became of its lines so far; through a folder of the cache if there is one.
+
+    A cached report names its first bad line without the source's name, which may be another by now.
+    """
+
+    def make() -> tuple[Iterator[Chunk], Callable[[], dict[str, Any]]]:
+        report = Report(source.name)
+        chunks = _chunks(source, encoder, report)
+        return chunks, lambda: {**report.to_json(), "first_bad_line": report.first_bad_line.removeprefix(source.name)}
+
+    if folder is None:
+        chunks, made = make()
+        encodings, stored = Encodings.in_memory(chunks), made()
+    else:
+        encodings, stored = disk.read_or_make(folder, make)
+    report = Report.of_json({**stored, "path": source.name})
+    if report.bad_lines:
+        report.first_bad_line = source.name + report.first_bad_line
+        if not encoder.skip_bad_lines:
+            raise InputError(report.first_bad_line)
+    return encodings, report
+
+
+def _chunks(source: Source, encoder: "Encoder", report: Report) -> Iterator[Chunk]:
+    """The good rows as tokens; fills the report."""
+    records = source.records()
+    parts = iter(lambda: list(itertools.islice(records, ROWS_PER_CALL)), [])
+    processes = workers.count(source, encoder)
+    done = workers.encode(parts, encoder, processes) if processes > 1 else map(encoder.part, parts)
+    for chunk, own in done:
+        report.add(own)
+        yield chunk
+
+
+class Encoder(NamedTuple):
+    """What makes tokens of records."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    special: SpecialTokens
+    template: Template
+    skip_bad_lines: bool
+
+    def part(self, records: Sequence[Record]) -> tuple[Chunk, Report]:
+        """The good rows among a file's records as tokens, and what became of all of them.
+
+        Raises:
+          InputError: a record is faulty, and these are not skipped; a `messages` row meets a tokenizer without a chat
+            template.
+        """
+        report = Report("")
+        rows = list(_read_rows(records, self.tokenizer, self.template, self.skip_bad_lines, report))
+        if self.special.end is None:
+            report.without_end += sum(isinstance(row.content, Text) for row in rows)
+        return pack(_encode(rows, self.tokenizer, self.special)), report
+
+    def settings(self) -> dict[str, Any]:
+        """All but the tokenizer, as plain JSON."""
+        special = {name: sorted(x) if isinstance(x, frozenset) else x for name, x in self.special._asdict().items()}
+        template = dataclasses.asdict(self.template)
+        return {"special": special, "template": template, "skip_bad_lines": self.skip_bad_lines}
+
+    @classmethod
+    def of_settings(cls, tokenizer: "PreTrainedTokenizerBase", settings: dict[str, Any]) -> "Encoder":
+        special: dict[str, Any] = dict(settings["special"])
+        special |= {name: tuple(x) for name, x in special.items() if isinstance(x, list)}
+        special["blanks"] = frozenset(special["blanks"])
+        template = Template(**settings["template"])
+        return cls(tokenizer, SpecialTokens(**special), template, settings["skip_bad_lines"])
+
+    def identity(self) -> dict[str, Any]:
+        """What good rows' tokens follow from besides the tokenizer; the day only where a template asks for it."""
+        settings = self.settings()
+        del settings["skip_bad_lines"]
+        if not names(str(self.tokenizer.chat_template), "strftime_now"):
+            settings["template"]["date"] = None
+        return settings
+
+
 def _read_rows(
-    path: str | Path,
+    records: Iterable[Record],
     tokenizer: "PreTrainedTokenizerBase",
     template: Template,
     skip_bad_lines: bool,
@@ -173,11 +288,11 @@ def _read_rows(
 ) -> Iterator[_Row]:
     """The good lines as rows to tokenize; counts lines, shapes, bad lines and what else there is to say of them."""
     checked = False
-    for line, raw in read_lines(path):
+    for source_record in records:
+        line, where, _ = source_record
         report.lines += 1
-        where = f"{path}:{line}"
         try:
-            record = parse_line(raw, where)
+            record = source_record.fields()
             shape, content = read_record(record, where)
         except InputError as error:
             count_bad_line(error, skip_bad_lines, report)
@@ -240,21 +355,21 @@ def _encode(
         yield row.line, next(encoded_texts if isinstance(row.content, Text) else encoded_chats)
 
 
-def _fit(
-    line: int,
-    encoded: Encoded,
-    seq_len: int,
-    too_long: Literal["truncate", "drop"],
-    report: Report,
-) -> Example | None:
-    """The row as an example of at most seq_len positions, or None; counts what it did."""
-    ids, completion = encoded
-    is_long = len(ids) > seq_len + 1
-    if is_long and too_long == "drop":
-        report.dropped_too_long += 1
-        return None
-    if not completion[1 : seq_len + 1].any():
-        report.dropped_without_target += 1
-        return None
-    report.truncated += is_long
-    return Example(ids[: seq_len + 1].copy(), completion[: seq_len + 1].copy(), line)
+def _fit(encodings: Encodings, seq_len: int, too_long: Literal["truncate", "drop"], report: Report) -> Examples:
+    """The rows as examples of at most seq_len positions; counts what became of all of them."""
+    limit = seq_len + 1
+    targets = encodings.targets(limit)
+    is_long = encodings.lengths > limit
+    if too_long == "drop":
+        dropped, is_long = is_long, np.zeros_like(is_long)
+    else:
+        dropped = np.zeros_like(is_long)
+    kept = ~dropped & (targets > 0)
+    examples = Examples(encodings, np.flatnonzero(kept), limit)
+    report.dropped_too_long = int(dropped.sum())
+    report.dropped_without_target = int((~dropped & (targets == 0)).sum())
+    report.truncated = int((is_long & kept).sum())
+    report.examples = len(examples)
+    report.positions = int(examples.lengths.sum())
+    report.target_tokens = int(targets[kept].sum())
+    return examples

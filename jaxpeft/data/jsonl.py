@@ -1,37 +1,22 @@
 """JSON Lines: one JSON object a line, UTF-8; every fault is reported as `file:line`.
 
-The file is read in binary and decoded line by line, so that a line that is not UTF-8 is located
-exactly and a large file never has to fit in memory.
+Lines are read in binary and decoded one by one, so that one that is not UTF-8 is located exactly and a large file never
+has to fit in memory.
 """
 
 import codecs
 import json
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from jaxpeft.errors import InputError
 
 
-def read_lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
-    r"""Yields (line number from 1, raw line without its end); a `\n` that ends the file opens none.
-
-    Raises:
-      InputError: there is no such file, it is a directory, or it cannot be read.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise InputError(f"{path}: is a directory; give a JSONL file")
-    if not path.exists():
-        raise InputError(f"{path}: no such file")
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, start=1):
-                if number == 1:  # Windows editors put a byte order mark before the first line.
-                    raw = raw.removeprefix(codecs.BOM_UTF8)
-                yield number, raw.rstrip(b"\r\n")
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror or error}") from error
+def number_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    r"""(line number from 1, the line with its end) of a binary file; a `\n` that ends the file opens no line."""
+    for number, raw in enumerate(file, start=1):
+        # Windows editors put a byte order mark before the first line.
+        yield number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
 
 
 def parse_line(raw: bytes, where: str) -> dict[str, Any]:
@@ -56,15 +41,25 @@ def parse_line(raw: bytes, where: str) -> dict[str, Any]:
         raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}: {_excerpt(text)}") from error
     except (RecursionError, ValueError) as error:  # nested too deeply; a number too long
         raise InputError(f"{where}: JSON that cannot be read ({error}): {_excerpt(text)}") from error
-    if not isinstance(record, dict):
-        raise InputError(f"{where}: must be a JSON object, found {json_type(record)}: {_excerpt(text)}")
-    return record
+    return as_object(record, where, text)
+
+
+def as_object(value: object, where: str, text: str | None = None) -> dict[str, Any]:
+    """A parsed value that must be a JSON object; `text` is what it was parsed from.
+
+    Raises:
+      InputError: it is something else.
+    """
+    if not isinstance(value, dict):
+        shown = json.dumps(value) if text is None else text
+        raise InputError(f"{where}: must be a JSON object, found {json_type(value)}: {_excerpt(shown)}")
+    return value
 
 
 def json_type(value: object) -> str:
-    """The JSON name of a parsed value's type, for messages."""
-    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
-    return names.get(type(value), "number")
+    """The JSON name of a value's type, for messages; Python's where JSON has none."""
+    names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null", int: "number"}
+    return {**names, float: "number"}.get(type(value), type(value).__name__)  # columns hold more than JSON
 
 
 def _excerpt(text: str, width: int = 60) -> str:

@@ -79,15 +79,15 @@ class Question(NamedTuple):
 
 def questions(examples: Sequence[Example], count: int, tokenizer: Any) -> list[Question]:
     """Up to `count` examples, evenly spread, each cut before its first completion; without a prompt it is left out."""
+    prompted = [i for i, example in enumerate(examples) if not example.completion[0]]
+    places = np.linspace(0, len(prompted) - 1, min(count, len(prompted))).round().astype(int)
     asked = []
-    for example in examples:
+    for example in (examples[prompted[i]] for i in places):
         start = int(np.argmax(example.completion))
-        if start:
-            end = start + int(np.argmin(np.append(example.completion[start:], False)))
-            reference = tokenizer.decode(example.ids[start:end].tolist(), skip_special_tokens=True)
-            asked.append(Question(example.ids[:start].tolist(), reference.strip(), end - start))
-    places = np.linspace(0, len(asked) - 1, min(count, len(asked))).round().astype(int)
-    return [asked[i] for i in places]
+        end = start + int(np.argmin(np.append(example.completion[start:], False)))
+        reference = tokenizer.decode(example.ids[start:end].tolist(), skip_special_tokens=True)
+        asked.append(Question(example.ids[:start].tolist(), reference.strip(), end - start))
+    return asked
 
 
 class Answers(NamedTuple):

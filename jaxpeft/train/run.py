@@ -49,9 +49,10 @@ class Run:
     model: str | None = None
     """Directory or hub id of a Hugging Face checkpoint. Default: the embedded model."""
     data: str | None = None
-    """Training examples, JSON lines. Default: the embedded examples."""
+    """Training examples: .jsonl, .json, .csv, .tsv (or .gz, .zst of these), .parquet, .arrow, a folder of these, or a
+    dataset of the hub, owner/name[:config][:split]. Default: the embedded examples."""
     eval_data: str | None = None
-    """Validation examples, JSON lines. Default: none, or the embedded ones with embedded data."""
+    """Validation examples, in any of these forms. Default: none, or the embedded ones with embedded data."""
     out: Path | None = None
     """Folder for adapter/, checkpoints/, metrics.jsonl and plots. Default: out/run-1, -2, ..."""
     resume: bool = False
@@ -113,6 +114,8 @@ class Run:
     """What happens to an example longer than --seq-len."""
     skip_bad_lines: bool = False
     """Count lines that cannot be read instead of stopping at the first."""
+    data_cache: bool = True
+    """Keep the tokens of long data in the user's cache folder ($JAXPEFT_CACHE), so that the next run starts at once."""
 
     eval_every: int = 50
     """Steps between two evaluations; 0 evaluates before and after the run only."""

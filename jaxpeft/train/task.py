@@ -99,7 +99,7 @@ def _read_texts(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
     template = choose(args.template, tokenizer, args.template_date, find(args.adapter, hf.resolve(source.model)))
     special = special_tokens(source.model, tokenizer)  # after `choose`, which may give the tokenizer another template
     read: dict[str, Any] = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
-    read |= {"special": special, "template": template}
+    read |= {"special": special, "template": template, "cache": args.data_cache}
     layout: dict[str, Any] = {"pack": args.pack, "buckets": args.buckets}
     examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
     train = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, **layout)

@@ -52,6 +52,24 @@ def test_rows_are_what_the_tokenizer_makes_of_a_pair(bert_tokenizer, tmp_path):
     assert "3 examples (2 text, 1 text, text2) with 13 tokens, 2 labels" in report.summary()
 
 
+@pytest.mark.parametrize(
+    ("labels", "found"),
+    [
+        (("1", "0"), Labels(("0", "1"), (0, 1))),
+        (("yes", "no"), Labels(("no", "yes"))),
+        (("3", "2.5"), Labels((VALUE,))),
+    ],
+)
+def test_cells_of_csv_are_labels(bert_tokenizer, tmp_path, labels, found):
+    file = tmp_path / "rows.csv"
+    file.write_text("label,text,text2\n" + "".join(f"{label},a b,\n" for label in labels) + "\n")
+    rows, known, report = data.load_rows(file, bert_tokenizer, 16)
+    assert (known, len(rows), report.lines, report.formats) == (found, 2, 2, {"text": 2})
+    file.write_text("label,text\n0,a\n1,b\n,c\n")
+    with pytest.raises(InputError, match=r"rows\.csv:4: fields must be text, \[text2,\] label or label_name; .*: text"):
+        data.load_rows(file, bert_tokenizer, 16)
+
+
 def test_a_tokenizer_that_joins_without_a_mark_gets_a_line_break(chat_tokenizer, llama_tokenizer, tmp_path):
     rows, _, _ = load(tmp_path, chat_tokenizer, {"text": "one", "text2": "two", "label": 0}, {"text": "x", "label": 1})
     assert chat_tokenizer.decode(rows[0].ids) == "one\ntwo"
