@@ -147,9 +147,11 @@ def asked_method(args: Run) -> Method | None:
 
 
 def _check_vocabulary(path: str | Path, tokenizer: Any, model: Model) -> None:
-    if len(tokenizer) > model.config.vocab_size:
-        size = model.config.vocab_size
-        raise InputError(f"{path}: the tokenizer has {len(tokenizer)} tokens, more than the model's vocab_size {size}")
+    """Refuses a tokenizer that can give an id for which the model has no row; ids may have holes between them."""
+    size = model.config.vocab_size
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if largest >= size:
+        raise InputError(f"{path}: the tokenizer gives {token!r} the id {largest}; the model's vocab_size is {size}")
 
 
 def _check_labels(adapter: Path, known: Sequence[str], path: str, found: Sequence[str]) -> None:

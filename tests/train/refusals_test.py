@@ -70,6 +70,17 @@ def test_a_bad_line_is_named_by_file_and_line(files, tmp_path, capsys):
     assert f"{data}:61: not JSON" in refused(runs.arguments(files, tmp_path / "run", data=str(data)), capsys)
 
 
+def test_an_id_beyond_the_model_is_refused_though_there_are_fewer_tokens(files, tmp_path, capsys):
+    shutil.copytree(files / "model", tmp_path / "model")
+    rules = json.loads((tmp_path / "model" / "tokenizer.json").read_text())
+    vocabulary = rules["model"]["vocab"]
+    assert len(vocabulary) == 40 == runs.CONFIG["vocab_size"]
+    vocabulary["z"] = 40  # and none has its old one
+    write_json(tmp_path / "model" / "tokenizer.json", rules)
+    line = refused(runs.arguments(files, tmp_path / "run", model=str(tmp_path / "model")), capsys)
+    assert line.endswith("/model: the tokenizer gives 'z' the id 40; the model's vocab_size is 40")
+
+
 def test_a_folder_with_a_run_is_left_alone(files, tmp_path, capsys):
     (tmp_path / "metrics.jsonl").write_text("mine\n")
     line = refused(runs.arguments(files, tmp_path), capsys)
