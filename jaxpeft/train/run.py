@@ -50,7 +50,7 @@ class Run:
     """Directory or hub id of a Hugging Face checkpoint. Default: the embedded model."""
     data: str | None = None
     """Training examples: .jsonl, .json, .csv, .tsv (or .gz, .zst of these), .parquet, .arrow, a folder of these, or a
-    dataset of the hub, owner/name[:config][:split]. Default: the embedded examples."""
+    dataset of the hub, owner/name, owner/name:split or owner/name:config:split. Default: the embedded examples."""
     eval_data: str | None = None
     """Validation examples, in any of these forms. Default: none, or the embedded ones with embedded data."""
     out: Path | None = None
