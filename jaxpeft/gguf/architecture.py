@@ -71,7 +71,7 @@ def config_of(container: Container) -> dict[str, Any]:
         raise InputError(f"{file}: has no tensor token_embd.weight")
     at_most(0, "expert_count", 0)
     heads, hidden = field("attention.head_count"), field("embedding_length")
-    head_dim = field("attention.key_length", field("rope.dimension_count", hidden // max(heads, 1)))
+    head_dim = field("attention.key_length", hidden // max(heads, 1))
     for name in ("attention.value_length", "rope.dimension_count"):
         if (value := field(name, head_dim)) != head_dim:
             raise InputError(

@@ -255,7 +255,7 @@ def fields_of_tokenizer(where: Any, tokenizer: Any, vocab_size: int) -> dict[str
             "tokenizer.ggml.model": "llama",
             "tokenizer.ggml.pre": "default",
             "tokenizer.ggml.scores": [-float(ranks.get(token, len(merges))) for token in tokens],
-            "tokenizer.ggml.add_space_prefix": tokenizer.tokenize("x") == tokenizer.tokenize(f"{_SPACE}x"),
+            "tokenizer.ggml.add_space_prefix": tokenizer.tokenize("x")[0].startswith(_SPACE),
         }
     return fields | {
         "tokenizer.ggml.model": "gpt2",
