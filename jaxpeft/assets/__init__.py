@@ -13,6 +13,9 @@ _HERE = Path(__file__).resolve().parent
 MODEL = _HERE / "tiny_llama"
 TRAIN = _HERE / "docstrings" / "train.jsonl"
 VALIDATION = _HERE / "docstrings" / "validation.jsonl"
+# The same task as conversations, for chat models.
+CHAT_TRAIN = _HERE / "docstrings" / "chat_train.jsonl"
+CHAT_VALIDATION = _HERE / "docstrings" / "chat_validation.jsonl"
 
 
 def smollm2() -> Path:
