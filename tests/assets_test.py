@@ -49,7 +49,19 @@ def test_smollm2_is_a_llama_with_a_chat_template():
     text = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False)
     assert text.endswith("<|im_start|>user\n1 + 1?<|im_end|>\n")
     ids = tokenizer("<|im_start|>user\n1 + 12?<|im_end|>\n").input_ids
-    assert tokenizer.convert_ids_to_tokens(ids) == ["<|im_start|>", "user", "Ċ", "1", "Ġ+", "Ġ", "1", "2", "?", "<|im_end|>", "Ċ"]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "<|im_start|>",
+        "user",
+        "Ċ",
+        "1",
+        "Ġ+",
+        "Ġ",
+        "1",
+        "2",
+        "?",
+        "<|im_end|>",
+        "Ċ",
+    ]
 
 
 def read_rows(path):

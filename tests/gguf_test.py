@@ -15,6 +15,7 @@ import jaxpeft as jp
 from jaxpeft import assets, hf, models, tree
 from jaxpeft.cli import merge
 from jaxpeft.gguf import architecture, container, tokenizer, write
+from jaxpeft.models import geometries
 from jaxpeft.train.base import load
 from tests import runs
 
@@ -263,6 +264,7 @@ def test_a_configuration_comes_back(tmp_path, fields):
     own = models.family(config).from_hf(config).config
     header = architecture.fields_of(config, own)
     tensors = {"token_embd.weight": np.zeros((own.vocab_size, own.hidden_size), np.float32)}
+    tensors |= {f"blk.{i}.attn_norm.weight": np.zeros(own.hidden_size, np.float32) for i in range(2)}
     if (divisors := architecture.rope_freqs(own)) is not None:
         tensors[architecture.ROPE_FREQS] = divisors
     write._write(
@@ -270,7 +272,7 @@ def test_a_configuration_comes_back(tmp_path, fields):
         {**header, "tokenizer.ggml.bos_token_id": 0, "tokenizer.ggml.eos_token_id": 1},
         [write.Outgoing(name, "F32", x.shape, lambda x=x: x) for name, x in tensors.items()],
     )
-    back = hf.load_config(tmp_path / "m.gguf")
+    back = geometries.load(tmp_path / "m.gguf")
     assert models.family(back).from_hf(back).config == own
 
 
@@ -339,6 +341,8 @@ def test_a_tokenizer_that_is_not_known_is_one_line(tmp_path, fields, message):
     "fields, message",
     [
         ({"llama.expert_count": 8}, "expert_count 8"),
+        ({"llama.expert_count": "8"}, "expert_count is '8'; should be of type int"),
+        ({"llama.block_count": 10**9}, "block_count is 1000000000, of 20 tensors"),
         ({"llama.rope.dimension_count": 4}, "should be the same"),
         ({"llama.rope.scaling.type": "longrope"}, "longrope"),
         ({"llama.attention.head_count_kv": [1, 2]}, "differs between layers"),

@@ -52,14 +52,16 @@ def config_of(container: Container) -> dict[str, Any]:
             f"{file}: architecture {architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
 
-    def field(name: str, default: Any = None) -> Any:
-        value = fields.get(f"{architecture}.{name}", default)
+    def field(name: str, default: Any = None, kind: type = int) -> Any:
+        value: Any = fields.get(f"{architecture}.{name}", default)
         if isinstance(value, list):
             if len(set(value)) != 1:
                 raise InputError(f"{file}: {architecture}.{name} differs between layers, which is not supported")
             value = value[0]
         if value is None:
             raise InputError(f"{file}: the field {architecture}.{name} is missing")
+        if type(value) is not kind:
+            raise InputError(f"{file}: {architecture}.{name} is {value!r}; should be of type {kind.__name__}")
         return shortest(value) if isinstance(value, float) else value
 
     def at_most(limit: int, name: str, default: int) -> int:
@@ -78,7 +80,9 @@ def config_of(container: Container) -> dict[str, Any]:
                 f"{file}: {architecture}.{name} is {value}, heads have {head_dim}; they should be the same"
             )
     name, model_type = ARCHITECTURES[architecture]
-    theta, context = field("rope.freq_base", 10000.0), field("context_length")
+    layers, theta = field("block_count"), field("rope.freq_base", 10000.0, float)
+    if layers > len(tensors):
+        raise InputError(f"{file}: {architecture}.block_count is {layers}, of {len(tensors)} tensors")
     window = field("attention.sliding_window", 0) if architecture == "llama" else 0
     if window:
         name, model_type = "MistralForCausalLM", "mistral"
@@ -88,13 +92,13 @@ def config_of(container: Container) -> dict[str, Any]:
         "vocab_size": tensors["token_embd.weight"].shape[0],
         "hidden_size": hidden,
         "intermediate_size": field("feed_forward_length"),
-        "num_hidden_layers": field("block_count"),
+        "num_hidden_layers": layers,
         "num_attention_heads": heads,
         "num_key_value_heads": field("attention.head_count_kv", heads),
         "head_dim": head_dim,
         "hidden_act": "silu",
-        "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
-        "max_position_embeddings": context,
+        "rms_norm_eps": field("attention.layer_norm_rms_epsilon", kind=float),
+        "max_position_embeddings": field("context_length"),
         "rope_theta": theta,
         "rope_scaling": _scaling(container, field, head_dim, theta),
         "sliding_window": window or None,
@@ -228,12 +232,12 @@ def shortest(value: float) -> float:
 def _scaling(container: Container, field: Any, head_dim: int, theta: float) -> dict[str, Any] | None:
     if ROPE_FREQS in container.tensors:
         return _llama3(container, head_dim, theta)
-    kind = field("rope.scaling.type", "none")
+    kind = field("rope.scaling.type", "none", str)
     if kind == "none":
         return None
     if kind not in ("linear", "yarn"):
         raise InputError(f"{container.file}: rope.scaling.type {kind!r} is not supported; supported: linear, yarn")
-    scaling = {"rope_type": kind, "factor": field("rope.scaling.factor")}
+    scaling = {"rope_type": kind, "factor": field("rope.scaling.factor", kind=float)}
     if original := field("rope.scaling.original_context_length", 0):
         scaling["original_max_position_embeddings"] = original
     return scaling

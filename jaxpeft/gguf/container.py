@@ -155,6 +155,8 @@ class _Cursor:
         if kind != _ARRAY:
             raise _Damaged(f"a field of type {kind} at byte {self.at}; types go up to {max(_SCALARS)}")
         of, count = self.number("I"), self.number("Q")
+        if of == _ARRAY:
+            raise _Damaged(f"an array of arrays at byte {self.at}")
         if of in _SCALARS:
             dtype = np.dtype(_SCALARS[of]).newbyteorder("<")
             return np.frombuffer(self.take(dtype.itemsize * count), dtype).tolist()
@@ -181,7 +183,7 @@ def _parse(file: Path, data: mmap.mmap) -> Container:
         name, rank = cursor.text(), cursor.number("I")
         shape = tuple(cursor.number("Q") for _ in range(rank))[::-1] if rank <= 4 else ()
         number, offset = cursor.number("I"), cursor.number("Q")
-        if rank > 4 or math.prod(shape) == 0:
+        if not 1 <= rank <= 4 or math.prod(shape) == 0:
             raise _Damaged(f"{name} has {rank} dimensions{f', {shape}' if shape else ''}")
         entries.append((name, shape, number, offset))
     alignment = fields.get("general.alignment", ALIGNMENT)

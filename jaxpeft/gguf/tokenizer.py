@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, first_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _SPACE = "\u2581"
@@ -92,13 +92,22 @@ def tokenizer_of(where: Any, fields: Mapping[str, Any]) -> Any:
     Raises:
       InputError: for a header without a tokenizer, or one of a kind that is not known here.
     """
-    import transformers
-
     kind, tokens = fields.get("tokenizer.ggml.model"), fields.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list) or not tokens:
         raise InputError(f"{where}: has no tokenizer (tokenizer.ggml.tokens)")
     if kind not in ("gpt2", "llama"):
         raise InputError(f"{where}: tokenizer.ggml.model {kind!r} is not supported; supported: gpt2, llama")
+    try:
+        return _tokenizer(where, fields, kind, tokens)
+    except InputError:
+        raise
+    except Exception as error:  # tokenizers raises bare Exception for merges that do not fit the vocabulary
+        raise InputError(f"{where}: the tokenizer's fields cannot be used: {first_line(error)}") from error
+
+
+def _tokenizer(where: Any, fields: Mapping[str, Any], kind: str, tokens: Sequence[str]) -> Any:
+    import transformers
+
     types = fields.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
     keys = {name: f"tokenizer.ggml.{field}_token_id" for name, field in _SPECIAL.items()}
     ids = {name: fields[key] for name, key in keys.items() if key in fields}
@@ -107,24 +116,13 @@ def tokenizer_of(where: Any, fields: Mapping[str, Any]) -> Any:
     if len(types) != len(tokens) or any(i >= len(tokens) for i in ids.values()):
         raise InputError(f"{where}: token types or special tokens do not fit the {len(tokens)} tokens")
     special = {name: tokens[i] for name, i in ids.items()}
-    try:
-        if kind == "gpt2":
-            made, bos = _byte_level(where, fields, tokens)
-        else:
-            made, bos = _sentencepiece(fields, tokens, special["unk_token"]), True
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise InputError(f"{where}: the tokenizer's fields cannot be used: {error!r}") from None
-    except Exception as error:  # tokenizers raises bare Exception for merges that do not fit the vocabulary
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{where}: the tokenizer's fields cannot be used: {error}") from None
-    for flag, wanted in ((True, CONTROL), (False, USER_DEFINED)):
-        own = [
-            AddedToken(x, normalized=False, special=flag)
-            for x, type_ in zip(tokens, types, strict=True)
-            if type_ == wanted
-        ]
-        made.add_special_tokens(own) if flag else made.add_tokens(own)
+    if kind == "gpt2":
+        made, bos = _byte_level(where, fields, tokens)
+    else:
+        made, bos = _sentencepiece(fields, tokens, special["unk_token"]), True
+    pairs = list(zip(tokens, types, strict=True))
+    made.add_special_tokens([AddedToken(x, normalized=False, special=True) for x, t in pairs if t == CONTROL])
+    made.add_tokens([AddedToken(x, normalized=False, special=False) for x, t in pairs if t == USER_DEFINED])
     ends = {
         "bos_token": bool(fields.get("tokenizer.ggml.add_bos_token", bos)),
         "eos_token": bool(fields.get("tokenizer.ggml.add_eos_token", False)),
