@@ -1,7 +1,5 @@
 """GGUF files, made here with the `gguf` package: read as PyTorch's transformers does, refused in one line, written."""
 
-import json
-
 import gguf
 import jax
 import jax.numpy as jnp
@@ -18,6 +16,7 @@ from jaxpeft.gguf import architecture, container, tokenizer, write
 from jaxpeft.models import geometries
 from jaxpeft.train.base import load
 from tests import runs
+from tests.peft import reference
 
 WORDS = "a the cat sat on mat 12 and it's 2024, dog! naïve café über 日本\n\n  if x:\n\treturn y"
 SIZES = {"heads": 4, "kv": 2, "head_dim": 8, "hidden": 32, "inner": 64, "layers": 2, "vocab": 300}
@@ -132,9 +131,9 @@ def test_logits_are_those_of_transformers(tmp_path, arch, kinds, tied):
     # It takes Qwen3's heads to have 128 rows, whatever the file says.
     own = {"config": transformers.Qwen3Config(**hf.load_config(tmp_path / "m.gguf"))} if arch == "qwen3" else {}
     auto = transformers.AutoModelForCausalLM
-    reference = auto.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32, **own)
+    theirs = auto.from_pretrained(tmp_path, gguf_file="m.gguf", dtype=torch.float32, **own)
     with torch.no_grad():
-        expected = reference(torch.tensor(IDS)).logits.numpy()
+        expected = theirs(torch.tensor(IDS)).logits.numpy()
     np.testing.assert_allclose(logits(tmp_path / "m.gguf", IDS), expected, atol=2e-5)
 
 
@@ -142,12 +141,12 @@ def test_logits_are_those_of_transformers(tmp_path, arch, kinds, tied):
 def test_smollm2_is_what_transformers_makes_of_it():
     file, text = assets.smollm2(), "The capital of France is 1234.\n\ndef f(x):\n    return x + 1  # 日本"
     ours = hf.load_tokenizer(file)
-    theirs = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    tokenized = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     ids = np.array([ours(text).input_ids], np.int32)
-    assert ids[0].tolist() == theirs(text).input_ids
-    reference = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    assert ids[0].tolist() == tokenized(text).input_ids
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     with torch.no_grad():
-        expected = reference(torch.tensor(ids)).logits.numpy()
+        expected = theirs(torch.tensor(ids)).logits.numpy()
     np.testing.assert_allclose(logits(file, ids), expected, atol=1e-3)
 
 
@@ -364,29 +363,31 @@ def test_a_folder_of_gguf_files_says_to_name_one(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """(GGUF base, run): two steps of LoRA on it."""
+def adapted(tmp_path_factory):
+    """(GGUF base, adapter): a LoRA whose modules differ in rank and alpha."""
     folder = tmp_path_factory.mktemp("gguf")
     make(folder / "base.gguf", kinds="Q8_0")
-    rows = [{"messages": [{"role": "user", "content": f"cat {i}"}]} for i in range(8)]
-    rows = [{"prompt": f"cat {i}", "completion": " sat"} for i in range(8)]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    jp.run(
-        model=str(folder / "base.gguf"), data=str(folder / "rows.jsonl"), out=folder / "run", rank=2, steps=2,
-        batch_size=2, seq_len=16, lr=1e-1, warmup=0, dtype="float32", samples=0, method_options=["targets=all-linear"],
-    )  # fmt: skip
-    return folder / "base.gguf", folder / "run"
+    base, params = jp.load_pretrained(folder / "base.gguf", jnp.float32)
+    patterns = {"rank_pattern": {"layers/mlp/up_proj": 4}, "alpha_pattern": {"layers/self_attn/k_proj": 16}}
+    method = jp.lora(rank=2, alpha=6, targets="all-linear", **patterns)
+    _, trainable, frozen = jp.setup(method, base, params, jax.random.key(0))
+    params = tree.combine(reference.randomise(trainable), frozen)
+    return folder / "base.gguf", jp.export_adapter(folder / "adapter", params, method, base.config)
 
 
-def test_a_merged_model_is_written_as_gguf(trained, tmp_path):
-    base, run = trained
+def test_a_merged_model_is_written_as_gguf(adapted, tmp_path):
+    base, adapter = adapted
     for out, kind in (("m.gguf", None), ("f16.gguf", "float16"), ("q8.gguf", "q8_0"), ("folder", None)):
-        args = merge.Merge(adapter=run / "adapter", out=tmp_path / out, model=str(base), gguf_type=kind)
+        args = merge.Merge(adapter=adapter, out=tmp_path / out, model=str(base), gguf_type=kind)
         assert merge.run(args)["format"] == ("safetensors" if out == "folder" else "gguf")
-    expected = logits(tmp_path / "folder", IDS)
-    assert np.abs(expected - logits(base, IDS)).max() > 0.1  # it has learnt something
-    np.testing.assert_array_equal(logits(tmp_path / "m.gguf", IDS), expected)
-    np.testing.assert_allclose(logits(tmp_path / "f16.gguf", IDS), expected, atol=2e-2)
+    params = {name: jp.load_pretrained(tmp_path / name, jnp.float32)[1] for name in ("folder", "m.gguf", "f16.gguf")}
+    kernel = lambda params: params["layers"]["self_attn"]["k_proj"]["kernel"]
+    before = kernel(jp.load_pretrained(base, jnp.float32)[1])
+    assert np.abs(kernel(params["folder"]) - before).max() > 0.01  # it has learnt something
+    jax.tree.map(np.testing.assert_array_equal, params["m.gguf"], params["folder"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), params["f16.gguf"], params["folder"]
+    )
     assert hf.load_config(tmp_path / "f16.gguf")["torch_dtype"] == "float16"
     assert container.read_header(tmp_path / "q8.gguf").tensors["blk.0.attn_q.weight"].kind == "Q8_0"
     for path in ("m.gguf", "folder"):
@@ -396,18 +397,16 @@ def test_a_merged_model_is_written_as_gguf(trained, tmp_path):
         assert hf.load_config(tmp_path / "m.gguf")[name] == value
 
 
-def test_an_adapter_is_written_as_llama_cpp_reads_it(trained, tmp_path):
+def test_an_adapter_is_written_as_llama_cpp_reads_it(adapted, tmp_path):
     """Added to the file's own tensors by llama.cpp's rule, W + alpha / rank B A, it is the merged model."""
-    from jaxpeft.cli import export
-
-    base, run = trained
-    export.run(export.Export(run=run, out=tmp_path / "lora.gguf", model=str(base)))
+    base, adapter = adapted
+    write.save_adapter(tmp_path / "lora.gguf", adapter, jp.load_pretrained(base)[0].config)
     read = gguf.GGUFReader(tmp_path / "lora.gguf")
     field = lambda name: read.fields[name].contents()
     assert [field(f"general.{x}") for x in ("architecture", "type")] == ["llama", "adapter"]
     assert field("adapter.type") == "lora"
     found = {tensor.name: tensor.data for tensor in read.tensors}
-    args = merge.Merge(adapter=run / "adapter", out=tmp_path / "merged.gguf", model=str(base))
+    args = merge.Merge(adapter=adapter, out=tmp_path / "merged.gguf", model=str(base))
     merge.run(args)
     before, after = (container.read_header(file).tensors for file in (base, tmp_path / "merged.gguf"))
     changed = {name for name in after if not np.array_equal(before[name].read(), after[name].read())}
