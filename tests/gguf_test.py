@@ -275,6 +275,12 @@ def test_a_configuration_comes_back(tmp_path, fields):
     assert models.family(back).from_hf(back).config == own
 
 
+def test_a_rotation_that_llama_cpp_does_not_know_is_one_line():
+    config = runs.CONFIG | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}
+    with pytest.raises(jp.InputError, match="'dynamic' has no GGUF form"):
+        architecture.fields_of(config, models.family(config).from_hf(config).config)
+
+
 # Mistakes.
 
 
@@ -379,7 +385,7 @@ def test_a_merged_model_is_written_as_gguf(adapted, tmp_path):
     base, adapter = adapted
     for out, kind in (("m.gguf", None), ("f16.gguf", "float16"), ("q8.gguf", "q8_0"), ("folder", None)):
         args = merge.Merge(adapter=adapter, out=tmp_path / out, model=str(base), gguf_type=kind)
-        assert merge.run(args)["format"] == ("safetensors" if out == "folder" else "gguf")
+        assert merge.run(args)["dtype"] == (kind or "float32")
     params = {name: jp.load_pretrained(tmp_path / name, jnp.float32)[1] for name in ("folder", "m.gguf", "f16.gguf")}
     kernel = lambda params: params["layers"]["self_attn"]["k_proj"]["kernel"]
     before = kernel(jp.load_pretrained(base, jnp.float32)[1])

@@ -28,7 +28,7 @@ class Merge:
 
 
 def run(args: Merge) -> dict[str, Any]:
-    """Returns {"out", "model", "adapter", "dtype", "format"}; each tensor keeps the type that it has in the base.
+    """Returns {"out", "model", "adapter", "dtype"}; each tensor keeps the type that it has in the base.
 
     Raises:
       InputError: for arguments or input that cannot be used.
@@ -46,7 +46,7 @@ def run(args: Merge) -> dict[str, Any]:
     name = model_or_default(args.model)
     scaling = scaling_of(args.adapter, args.rope_scaling)
     _, params, method = load(name, args.adapter, hf.STORED, scaling)
-    document = {"out": args.out, "model": name, "adapter": args.adapter, "format": form}
+    document = {"out": args.out, "model": name, "adapter": args.adapter}
     if form == "gguf":
         if labels_of(args.adapter):
             raise InputError(f"--format gguf: {args.adapter} classifies rows, and llama.cpp has no form for that")

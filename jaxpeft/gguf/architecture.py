@@ -139,12 +139,15 @@ def fields_of(config: Mapping[str, Any], own: Any) -> dict[str, Any]:
         "vocab_size": own.vocab_size,
     }
     scaling = dict(own.rope_scaling)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type", "default")
+    if kind == "dynamic" or (kind == "yarn" and not scaling.get("truncate", True)):
+        raise InputError(f"config.json: rope_type {kind!r}{' without truncate' * (kind == 'yarn')} has no GGUF form")
     if kind in ("linear", "yarn"):
         fields |= {"rope.scaling.type": kind, "rope.scaling.factor": float(scaling["factor"])}
         original = scaling.get("original_max_position_embeddings")
         fields |= {"rope.scaling.original_context_length": original} if original else {}
-    if kind == "yarn" and (more := set(scaling) - {"rope_type", "type", "factor", "original_max_position_embeddings"}):
+    known = {"rope_type", "factor", "original_max_position_embeddings", "truncate"}
+    if kind == "yarn" and (more := set(scaling) - known):
         raise InputError(f"config.json: YaRN's {', '.join(sorted(more))} has no GGUF form here")
     if own.model_type == "mistral" and own.window is not None:
         fields["attention.sliding_window"] = own.window
@@ -154,7 +157,7 @@ def fields_of(config: Mapping[str, Any], own: Any) -> dict[str, Any]:
 def rope_freqs(own: Any) -> np.ndarray | None:
     """Llama 3's scaling as llama.cpp has it: float32 (D / 2,), what each frequency is divided by; None without one."""
     scaling = dict(own.rope_scaling)
-    if scaling.get("rope_type", scaling.get("type")) != "llama3":
+    if scaling.get("rope_type") != "llama3":
         return None
     return _divisors(own.head_dim, own.rope_theta, scaling)
 

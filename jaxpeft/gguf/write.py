@@ -71,7 +71,7 @@ def save_model(
     check_file(file)
     path = hf.resolve(source)
     header = read_header(path) if is_gguf(path) else None
-    config = models.for_longer(hf.load_config(path), rope_scaling)
+    config = dict(models.for_longer(hf.load_config(path), rope_scaling))
     own = models.family(config).from_hf(config).config
     fields = {**_general(header, Path(source)), **architecture.fields_of(config, own)}
     fields |= _tokenizer(header, path, own.vocab_size)

@@ -73,7 +73,9 @@ def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()
     if given and (folder.is_dir() or gguf.is_gguf(folder)):
         return folder
     if given and folder.exists():
-        raise InputError(f"{given}: is a file; a checkpoint is a directory with config.json and {WEIGHTS}, or a GGUF file")
+        raise InputError(
+            f"{given}: is a file; a checkpoint is a directory with config.json and {WEIGHTS}, or a GGUF file"
+        )
     if not _HUB_ID.fullmatch(given) or Path(given).parts[0] in (".", "..") or folder.parent.is_dir():
         raise InputError(f"{given or repr(given)}: no such directory (and not a hub id, which reads owner/name)")
     import huggingface_hub
@@ -237,7 +239,8 @@ def sources_of(
     """Hugging Face's name -> tensor, of a checkpoint, whose headers are compared with `places`.
 
     Args:
-      folder: of the checkpoint, or its GGUF file.  config: its parsed config.json.  places: of the family's configuration of it.
+      folder: of the checkpoint, or its GGUF file.  config: its parsed config.json.
+      places: of the family's configuration of it.
       labels: as `load_pretrained` takes them: a classifier may be lacking then.
 
     Raises:
