@@ -31,6 +31,39 @@ def rows():
     return {name: read_rows(path) for name, path in (("train", assets.TRAIN), ("validation", assets.VALIDATION))}
 
 
+@pytest.mark.parametrize("name, count", [("train", 480), ("validation", 32)])
+def test_the_conversations_are_the_first_short_rows(rows, name, count):
+    ask = "Write a one-line docstring for this Python function.\n\n```python\n{}\n```"
+    sources = [(row["prompt"].removesuffix("\n\nSummary:\n"), row["completion"]) for row in rows[name]]
+    short = [pair for pair in sources if len(pair[0]) <= 240][:count]
+    expected = [
+        [{"role": "user", "content": ask.format(source)}, {"role": "assistant", "content": summary}]
+        for source, summary in short
+    ]
+    assert [row["messages"] for row in read_rows(TASK / f"chat_{name}.jsonl")] == expected
+
+
+def test_smollm2_is_a_llama_with_a_chat_template():
+    assert hf.load_config(assets.smollm2())["num_hidden_layers"] == 30
+    tokenizer = hf.load_tokenizer(assets.smollm2())
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "1 + 1?"}], tokenize=False)
+    assert text.endswith("<|im_start|>user\n1 + 1?<|im_end|>\n")
+    ids = tokenizer("<|im_start|>user\n1 + 12?<|im_end|>\n").input_ids
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "<|im_start|>",
+        "user",
+        "Ċ",
+        "1",
+        "Ġ+",
+        "Ġ",
+        "1",
+        "2",
+        "?",
+        "<|im_end|>",
+        "Ċ",
+    ]
+
+
 def read_rows(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 

@@ -17,7 +17,7 @@ class StepArguments:
     """A fine-tuning step that is planned, not run: nothing is downloaded or allocated."""
 
     model: str | None = None
-    """Built-in geometry (llama2-7b, ...), folder with a config.json, or the file. Default: the embedded model."""
+    """Built-in geometry (llama2-7b, ...), folder, config.json or GGUF file. Default: the embedded model."""
     task: Literal["lm", "classify"] = "lm"
     """lm: continue texts. classify: a classifier of rows (or images) in place of the model's head."""
     num_labels: int | None = None

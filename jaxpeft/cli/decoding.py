@@ -23,7 +23,7 @@ class DecodingArguments:
     """The model, and how its tokens are chosen."""
 
     model: str | None = None
-    """Directory or hub id of a Hugging Face checkpoint. Default: the embedded model."""
+    """Directory or hub id of a Hugging Face checkpoint, or GGUF file. Default: the embedded model."""
     adapter: Path | None = None
     """Folder of a PEFT adapter for it."""
     system: str | None = None

@@ -1,8 +1,9 @@
 """`jaxpeft export`: a checkpoint of a training run as a PEFT adapter, or as a whole model where the base trained."""
 
 import dataclasses
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxpeft.errors import InputError
 
@@ -16,13 +17,15 @@ class Export:
     run: Path
     """Folder of the run, the --out of `jaxpeft train`."""
     out: Path
-    """Folder to make; it may exist if it is empty."""
+    """Folder to make (it may exist if it is empty), or NAME.gguf."""
+    format: Literal["peft", "gguf"] | None = None
+    """PEFT's format, or a file for llama.cpp (LoRA alone). Default: gguf where --out ends so."""
     step: int | None = None
     """Step of the checkpoint. Default: the newest."""
     best: bool = False
     """Take the checkpoint with the lowest validation loss."""
     model: str | None = None
-    """Directory or hub id of the base, if it has moved since. Default: the run's."""
+    """Directory, GGUF file or hub id of the base, if it has moved since. Default: the run's."""
     json: bool = False
     """Print one JSON document on stdout and nothing else there."""
 
@@ -34,16 +37,18 @@ def run(args: Export) -> dict[str, Any]:
       InputError: for arguments or input that cannot be used.
     """
     from jaxpeft.files import check_target
+    from jaxpeft.gguf import write
     from jaxpeft.train import config
 
-    check_target(args.out)
+    gguf = args.format == "gguf" or (args.format is None and args.out.suffix == write.SUFFIX)
+    write.check_file(args.out) if gguf else check_target(args.out)
     document = config.read(args.run)
     folder = args.run / "checkpoints"
     step = chosen_step(folder, args.step, args.best)
 
     import jax
 
-    from jaxpeft import tree
+    from jaxpeft import hf, tree
     from jaxpeft.cli.models import model_or_default
     from jaxpeft.method import from_specs, setup
     from jaxpeft.models.labels import SCOPE
@@ -66,7 +71,16 @@ def run(args: Export) -> dict[str, Any]:
         leaves = {**rest, **trainable}
     changed = tree.unflatten({**leaves, **saved})
     beside = from_document(document["text"], str(args.run)).beside() if document.get("text") else {}
-    result.write((args.out, args.out), method, changed, own, base.config, name, labels, scaling, beside)
+    what = method, changed, own, base.config, name, labels, scaling, beside
+    if gguf:
+        with tempfile.TemporaryDirectory() as scratch:
+            written = result.write((Path(scratch) / "adapter", Path(scratch) / "model"), *what)
+            if written.name == "adapter":
+                write.save_adapter(args.out, written, base.config)
+            else:
+                write.save_model(args.out, written, hf.load_pretrained(written, hf.STORED)[1])
+    else:
+        result.write((args.out, args.out), *what)
     return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"]}
 
 

@@ -14,7 +14,7 @@ class Import:
     out: Path
     """Folder to make; it may exist if it is empty."""
     model: str | None = None
-    """Directory or hub id of the base. Default: the embedded model."""
+    """Directory, GGUF file or hub id of the base. Default: the embedded model."""
     json: bool = False
     """Print one JSON document on stdout and nothing else there."""
 

@@ -2,19 +2,25 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from jaxpeft.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    """Fold an adapter into its base; the result is a Hugging Face checkpoint that needs no adapter."""
+    """Fold an adapter into its base; the result is a checkpoint that needs no adapter."""
 
     adapter: Path
     """Folder of a PEFT adapter."""
     out: Path
-    """Folder to make; it may exist if it is empty."""
+    """Folder to make (it may exist if it is empty), or NAME.gguf."""
     model: str | None = None
-    """Directory or hub id of the base. Default: the embedded model."""
+    """Directory, GGUF file or hub id of the base. Default: the embedded model."""
+    format: Literal["safetensors", "gguf"] | None = None
+    """A Hugging Face checkpoint, or one file for llama.cpp. Default: gguf where --out ends so."""
+    gguf_type: Literal["float32", "float16", "bfloat16", "q8_0"] | None = None
+    """Type of a GGUF file's matrices. Default: the base's."""
     rope_scaling: str | None = None
     """Scales rotary positions for longer texts: linear|dynamic|yarn=FACTOR. Default: as the adapter has them."""
     json: bool = False
@@ -30,17 +36,28 @@ def run(args: Merge) -> dict[str, Any]:
     from jaxpeft import hf, tree
     from jaxpeft.cli.models import labels_of, load, model_or_default, scaling_of
     from jaxpeft.files import check_target
-    from jaxpeft.template import beside
+    from jaxpeft.gguf import SUFFIX, write
+    from jaxpeft.template import JINJA, beside
 
-    check_target(args.out)
+    form = args.format or ("gguf" if args.out.suffix == SUFFIX else "safetensors")
+    if args.gguf_type is not None and form != "gguf":
+        raise InputError(f"--gguf-type {args.gguf_type}: belongs to --format gguf")
+    write.check_file(args.out) if form == "gguf" else check_target(args.out)
     name = model_or_default(args.model)
     scaling = scaling_of(args.adapter, args.rope_scaling)
     _, params, method = load(name, args.adapter, hf.STORED, scaling)
+    document = {"out": args.out, "model": name, "adapter": args.adapter}
+    if form == "gguf":
+        if labels_of(args.adapter):
+            raise InputError(f"--format gguf: {args.adapter} classifies rows, and llama.cpp has no form for that")
+        own_template = beside(args.adapter).get(JINJA)
+        write.save_model(args.out, name, method.merge(params), args.gguf_type, scaling, own_template)
+        return document | {"dtype": args.gguf_type or str(tree.flatten(params)["embed_tokens/embedding"].dtype)}
     before, merged = tree.flatten(params), method.merge(params)
     unchanged = {path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf}
     how: dict[str, Any] = {"as_stored": True, "unchanged": unchanged, "rope_scaling": scaling}
     hf.save_pretrained(args.out, name, merged, labels=labels_of(args.adapter), beside=beside(args.adapter), **how)
-    return {"out": args.out, "model": name, "adapter": args.adapter, "dtype": ", ".join(hf.types_of(args.out))}
+    return document | {"dtype": ", ".join(hf.types_of(args.out))}
 
 
 def show(document: dict[str, Any]) -> None:

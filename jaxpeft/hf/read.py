@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import files, models, template, tree
+from jaxpeft import files, gguf, models, template, tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.model import Model
 from jaxpeft.models import fields
@@ -60,7 +60,8 @@ Conversion = Callable[[jax.Array], Any]  # an array -> what it is stored as: a p
 
 
 def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()) -> Path:
-    """The local folder of a checkpoint; a hub id is downloaded first: `patterns`, configuration and tokenizer.
+    """The local folder of a checkpoint, or its GGUF file; a hub id is downloaded first: `patterns`, configuration and
+    tokenizer.
 
     What looks like a path is never sent to the hub: an id is `owner/name`, where no folder `owner` lies here.
 
@@ -69,10 +70,12 @@ def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()
     """
     given = os.fspath(path_or_hub_id)
     folder = Path(given).expanduser()
-    if given and folder.is_dir():
+    if given and (folder.is_dir() or gguf.is_gguf(folder)):
         return folder
     if given and folder.exists():
-        raise InputError(f"{given}: is a file; a checkpoint is a directory with config.json and {WEIGHTS}")
+        raise InputError(
+            f"{given}: is a file; a checkpoint is a directory with config.json and {WEIGHTS}, or a GGUF file"
+        )
     if not _HUB_ID.fullmatch(given) or Path(given).parts[0] in (".", "..") or folder.parent.is_dir():
         raise InputError(f"{given or repr(given)}: no such directory (and not a hub id, which reads owner/name)")
     import huggingface_hub
@@ -86,13 +89,17 @@ def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()
 
 
 def load_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parsed config.json of a checkpoint.
+    """The parsed config.json of a checkpoint; what it would be of a GGUF file.
 
     Raises:
       InputError: for no such checkpoint, no config.json, or one that is not a JSON object.
     """
     folder = resolve(path_or_hub_id)
-    return files.read_json(folder / "config.json", missing=f"{folder}: has no config.json; is it a model checkpoint?")
+    if folder.is_file():
+        return gguf.config_of(gguf.read_header(folder))
+    others = sorted(file.name for file in folder.glob(f"*{gguf.SUFFIX}"))
+    why = f"give the GGUF file itself ({others[0]})" if others else "is it a model checkpoint?"
+    return files.read_json(folder / "config.json", missing=f"{folder}: has no config.json; {why}")
 
 
 def load_generation_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, Any]:
@@ -112,6 +119,10 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
       InputError: for no such checkpoint, or one whose tokenizer is missing or not readable.
     """
     folder = resolve(path_or_hub_id)
+    if folder.is_file():
+        from jaxpeft.gguf.tokenizer import tokenizer_of
+
+        return tokenizer_of(folder, gguf.read_header(folder).fields)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)")
     import transformers
@@ -164,7 +175,7 @@ def load_pretrained(
     """The model of a checkpoint and its parameters.
 
     Args:
-      path_or_hub_id: a local folder, or `owner/name` on the hub.
+      path_or_hub_id: a local folder or GGUF file, or `owner/name` on the hub.
       dtype: of the parameters and of the computation; None: float32 on a CPU, elsewhere as `models.compute_dtype` says;
         STORED: each leaf's is that of its tensors, the widest where layers differ (float32 at most), to be written
         again.
@@ -209,8 +220,8 @@ def load_pretrained(
             continue
         like = shapes[path]
         if as_stored:
-            found = {DTYPES[stored_code(sources[name])] for name in names}
-            like = jax.ShapeDtypeStruct(like.shape, functools.reduce(jnp.promote_types, map(_held, sorted(found))))
+            found = sorted({sources[name].dtype or "" for name in names})
+            like = jax.ShapeDtypeStruct(like.shape, functools.reduce(jnp.promote_types, map(_held, found)))
         tensors = ((places[name], sources[name]) for name in names)
         if path in conversions:
             flat[path] = _converted(like, tensors, conversions[path])
@@ -224,11 +235,12 @@ def load_pretrained(
 
 def sources_of(
     folder: Path, config: Mapping[str, Any], places: Mapping[str, Place], labels: Sequence[str] = ()
-) -> dict[str, tuple[Path, str]]:
-    """Hugging Face's name -> (file, name there) of a checkpoint's tensors, whose headers are compared with `places`.
+) -> dict[str, gguf.Stored]:
+    """Hugging Face's name -> tensor, of a checkpoint, whose headers are compared with `places`.
 
     Args:
-      folder: of the checkpoint.  config: its parsed config.json.  places: of the family's configuration of it.
+      folder: of the checkpoint, or its GGUF file.  config: its parsed config.json.
+      places: of the family's configuration of it.
       labels: as `load_pretrained` takes them: a classifier may be lacking then.
 
     Raises:
@@ -236,7 +248,11 @@ def sources_of(
     """
     family = models.family(config)
     tied = fields.switch(config, "tie_word_embeddings", family.TIES)
-    return _check(folder, places, family, tied, may_lack=family.CLASSIFIER if labels else None)
+    if folder.is_file():
+        stored = gguf.tensors_of(gguf.read_header(folder), (*places, *family.TIED))
+    else:
+        stored = _stored(folder)
+    return _check(folder, stored, places, family, tied, may_lack=family.CLASSIFIER if labels else None)
 
 
 def _held(dtype: str) -> Any:
@@ -253,20 +269,14 @@ def types_of(folder: Path) -> list[str]:
     return [name for name, _ in found.most_common()]
 
 
-def stored_code(source: tuple[Path, str]) -> str:
-    """safetensors' name of the type that a tensor is stored in, a key of DTYPES."""
-    with _open(source[0]) as opened:
-        return opened.get_slice(source[1]).get_dtype()
-
-
-def _fill(row: np.ndarray, place: Place, source: tuple[Path, str]) -> None:
+def _fill(row: np.ndarray, place: Place, source: gguf.Stored) -> None:
     """Reads a tensor into the leaf, or the layer of one, that it is."""
-    tensor = read_tensor(source)
+    tensor = source.read()
     tensor = tensor.reshape(row.shape[::-1]).T if place.transposed else tensor.reshape(row.shape)
     np.copyto(row, tensor, casting="unsafe")
 
 
-def _converted(like: Any, tensors: Iterable[tuple[Place, tuple[Path, str]]], conversion: Conversion) -> Any:
+def _converted(like: Any, tensors: Iterable[tuple[Place, gguf.Stored]], conversion: Conversion) -> Any:
     """A leaf of which one layer at a time is as it was in the file; what each becomes is put into its place."""
     stacks: Any = None
     for place, source in tensors:
@@ -333,32 +343,45 @@ def _open(file: Path) -> Iterator[Any]:
         raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {first_line(error)}") from None
 
 
+def _stored(folder: Path) -> Iterator[gguf.Stored]:
+    """The tensors of a folder's files."""
+    for file in weight_files(folder):
+        with _open(file) as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                header = opened.get_slice(name)
+                code, shape = header.get_dtype(), tuple(header.get_shape())
+                yield gguf.Stored(name, code, DTYPES.get(code), shape, functools.partial(_read, file, name))
+
+
 def _check(
-    folder: Path, places: Mapping[str, Place], family: ModuleType, tied: bool, may_lack: str | None
-) -> dict[str, tuple[Path, str]]:
-    """Name -> (file, name there), after the headers alone have been compared with the configuration.
+    path: Path,
+    stored: Iterable[gguf.Stored],
+    places: Mapping[str, Place],
+    family: ModuleType,
+    tied: bool,
+    may_lack: str | None,
+) -> dict[str, gguf.Stored]:
+    """Name -> tensor, after the headers alone have been compared with the configuration.
 
     Paths that `may_lack` matches may be absent, if no others are.
     """
-    sources: dict[str, tuple[Path, str]] = {}
-    unexpected, wrong, copies = [], [], {}
-    for file in weight_files(folder):
-        with _open(file) as opened:
-            for stored in opened.keys():  # noqa: SIM118 (not a dict)
-                names = _names(stored, family.PREFIX)
-                name = next((name for name in names if name in places), None)
-                if name is None:
-                    if of := next((family.TIED[name] for name in names if tied and name in family.TIED), None):
-                        copies[stored] = of, (file, stored)
-                    elif not any(re.fullmatch(family.OTHER_HEADS, name) for name in names):
-                        unexpected += [] if _IGNORED.fullmatch(stored) else [stored]
-                    continue
-                header = opened.get_slice(stored)
-                if header.get_dtype() not in DTYPES:
-                    wrong.append(f"{stored} is {header.get_dtype()}, expected one of {', '.join(DTYPES)}")
-                elif tuple(header.get_shape()) != places[name].shape:
-                    wrong.append(f"{stored} has shape {tuple(header.get_shape())}, expected {places[name].shape}")
-                sources[name] = (file, stored)
+    sources: dict[str, gguf.Stored] = {}
+    unexpected, wrong, copies = [], [], []
+    kinds, says = (gguf.KINDS, "its header") if path.is_file() else (tuple(DTYPES), "config.json")
+    for tensor in stored:
+        names = _names(tensor.name, family.PREFIX)
+        name = next((name for name in names if name in places), None)
+        if name is None:
+            if of := next((family.TIED[name] for name in names if tied and name in family.TIED), None):
+                copies.append((of, tensor))
+            elif not any(re.fullmatch(family.OTHER_HEADS, name) for name in names):
+                unexpected += [] if _IGNORED.fullmatch(tensor.name) else [tensor.name]
+            continue
+        if tensor.dtype is None:
+            wrong.append(f"{tensor.name} is {tensor.kind}, expected one of {', '.join(kinds)}")
+        elif tensor.shape != places[name].shape:
+            wrong.append(f"{tensor.name} has shape {tensor.shape}, expected {places[name].shape}")
+        sources[name] = tensor
     missing = [name for name in places if name not in sources]
     if may_lack is not None and all(re.fullmatch(may_lack, places[name].path) for name in missing):
         missing = []
@@ -368,12 +391,12 @@ def _check(
         if names
     ]
     if problems:
-        raise InputError(f"{folder}: tensors do not fit config.json: {'; '.join(problems)}")
-    for stored, (of, copy) in copies.items():
-        if of in sources and not np.array_equal(read_tensor(copy), read_tensor(sources[of])):
+        raise InputError(f"{path}: tensors do not fit {says}: {'; '.join(problems)}")
+    for of, copy in copies:
+        if of in sources and not np.array_equal(copy.read(), sources[of].read()):
             raise InputError(
-                f"{folder}: config.json ties the head to the embeddings, but {stored} differs from {sources[of][1]}; "
-                "set tie_word_embeddings to false there"
+                f"{path}: config.json ties the head to the embeddings, but {copy.name} differs from "
+                f"{sources[of].name}; set tie_word_embeddings to false there"
             )
     return sources
 
@@ -385,10 +408,9 @@ def _names(stored: str, prefix: str) -> list[str]:
     return [stored, prefix + stored, stored.removeprefix(prefix)]
 
 
-def read_tensor(source: tuple[Path, str]) -> np.ndarray:
-    """A tensor as it is stored."""
-    with _open(source[0]) as opened:
-        return opened.get_tensor(source[1])
+def _read(file: Path, name: str) -> np.ndarray:
+    with _open(file) as opened:
+        return opened.get_tensor(name)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -19,17 +19,17 @@ import numpy as np
 
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
+from jaxpeft.gguf import Stored
 from jaxpeft.hf.read import (
     COPIED,
     DTYPES,
     INDEX,
     WEIGHTS,
     load_config,
+    load_tokenizer,
     places_of,
-    read_tensor,
     resolve,
     sources_of,
-    stored_code,
 )
 from jaxpeft.quant import is_packed
 
@@ -38,7 +38,7 @@ _NOT_NULL = ("quantization_config", "compression_config")
 _CODES = {name: code for code, name in DTYPES.items()}
 
 
-class _Tensor(NamedTuple):
+class Tensor(NamedTuple):
     """A tensor to write: row `row` of `leaf` (all of it if None)."""
 
     name: str
@@ -47,7 +47,7 @@ class _Tensor(NamedTuple):
     transposed: bool
     shape: tuple[int, ...]  # in the file
     dtype: str  # in the file
-    source: tuple[Path, str] | None = None  # where the same tensor lies already
+    source: Stored | None = None  # the same tensor, where it lies already
 
     @property
     def num_bytes(self) -> int:
@@ -56,7 +56,7 @@ class _Tensor(NamedTuple):
     def array(self) -> np.ndarray:
         """As it is written."""
         if self.source is not None:
-            return read_tensor(self.source)
+            return self.source.read().astype(self.dtype, copy=False)
         array = np.asarray(self.leaf if self.row is None else self.leaf[self.row])
         return (array.T if self.transposed else array).astype(self.dtype)
 
@@ -76,8 +76,8 @@ def save_pretrained(
 
     Args:
       directory: the folder to make; it may exist if it is empty.
-      config: a parsed config.json, or the checkpoint (folder or hub id) that the parameters began as: then its
-        tokenizer and generation settings are copied too.
+      config: a parsed config.json, or the checkpoint (folder, GGUF file or hub id) that the parameters began as: then
+        its tokenizer and generation settings are copied too.
       params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype.
       max_shard_gb: the largest file, in units of 10^9 bytes; larger models are cut into several files with an index.
       labels: names of what rows are classified as, for parameters that were loaded with them.
@@ -101,7 +101,7 @@ def save_pretrained(
     raw = dict(models.for_longer(raw, rope_scaling))
     raw = models.for_classification(raw, labels) if labels else raw
     raw = {key: value for key, value in raw.items() if value is not None or key not in _NOT_NULL}
-    tensors = _tensors(raw, params)
+    tensors = tensors_of(raw, params)
     if as_stored and source is not None:
         tensors = _as_stored(tensors, source, raw, labels, unchanged)
     else:
@@ -110,6 +110,8 @@ def save_pretrained(
         with files.appearing(target) as folder:
             files.write_json(folder / "config.json", raw)
             _write_weights(folder, tensors, int(max_shard_gb * 1e9))
+            if source is not None and source.is_file():
+                load_tokenizer(source).save_pretrained(folder)
             for name in COPIED:
                 if source is not None and (source / name).is_file():
                     shutil.copyfile(source / name, folder / name)
@@ -120,7 +122,7 @@ def save_pretrained(
     return target
 
 
-def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tensor]:
+def tensors_of(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[Tensor]:
     """Every tensor of the file in the order of the forward pass: embeddings, layer by layer, head."""
     family = models.family(config)
     own = family.from_hf(config).config
@@ -142,7 +144,7 @@ def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tens
             shape, expected = (x.shape if row is None else x.shape[1:] for x in (leaf, shapes[place.path]))
             if shape != expected:
                 raise ValueError(f"{path}: shape {leaf.shape} does not fit the configuration")
-            tensors.append(_Tensor(name, leaf, row, place.transposed, place.shape, str(leaf.dtype)))
+            tensors.append(Tensor(name, leaf, row, place.transposed, place.shape, str(leaf.dtype)))
     if by_place:
         raise ValueError(f"params lack {', '.join(sorted({path for path, _ in by_place}))}")
     order = {name: (place.layer is None, place.layer or 0) for name, place in places.items()}
@@ -151,16 +153,16 @@ def _tensors(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[_Tens
 
 
 def _as_stored(
-    tensors: Sequence[_Tensor],
+    tensors: Sequence[Tensor],
     folder: Path,
     config: Mapping[str, Any],
     labels: Sequence[str],
     unchanged: Collection[str],
-) -> list[_Tensor]:
+) -> list[Tensor]:
     """The tensors in the types that they have in a checkpoint; those of unchanged leaves are the checkpoint's own."""
     places = places_of(models.family(config).from_hf(config).config)
     sources = sources_of(folder, config, places, labels)
-    types = {name: DTYPES[stored_code(source)] for name, source in sources.items()}
+    types = {name: source.dtype for name, source in sources.items() if source.dtype is not None}
     usual = Counter(types.values()).most_common(1)[0][0]
     return [
         tensor._replace(
@@ -171,9 +173,9 @@ def _as_stored(
     ]
 
 
-def _write_weights(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> None:
+def _write_weights(folder: Path, tensors: Sequence[Tensor], max_bytes: int) -> None:
     """One file, or shards of at most `max_bytes` (a larger tensor has a file to itself) and their index."""
-    shards: list[list[_Tensor]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     filled = 0
     for tensor in tensors:
         if shards[-1] and filled + tensor.num_bytes > max_bytes:
@@ -193,7 +195,7 @@ def _write_weights(folder: Path, tensors: Sequence[_Tensor], max_bytes: int) -> 
     files.write_json(folder / INDEX, index)
 
 
-def _write_safetensors(file: Path, tensors: Sequence[_Tensor]) -> None:
+def _write_safetensors(file: Path, tensors: Sequence[Tensor]) -> None:
     """The format as its README gives it: length of the header (uint64), header (JSON), data; here one tensor at a time.
 
     The library's own writer wants all tensors of a file in memory at once.

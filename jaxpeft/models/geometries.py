@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxpeft import files, hf, tree
 from jaxpeft.errors import InputError
+from jaxpeft.gguf import is_gguf
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any) -> dict[str, Any]:
@@ -218,7 +219,7 @@ def load(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     if given in GEOMETRIES:
         return copy.deepcopy(GEOMETRIES[given])
     path = Path(given).expanduser()
-    if given and path.is_dir():
+    if given and (path.is_dir() or is_gguf(path)):
         return hf.load_config(path)
     if given and path.exists():
         return files.read_json(path, missing=f"{given}: no such file")

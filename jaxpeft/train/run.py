@@ -47,7 +47,7 @@ class Run:
     """lm: continue texts. classify: rows with text, text2 (optional) and label or label_name; trains a classifier in
     place of the model's head, besides the method's own parameters. A label with a decimal point is a regression."""
     model: str | None = None
-    """Directory or hub id of a Hugging Face checkpoint. Default: the embedded model."""
+    """Directory or hub id of a Hugging Face checkpoint, or GGUF file. Default: the embedded model."""
     data: str | None = None
     """Training examples: .jsonl, .json, .csv, .tsv (or .gz, .zst of these), .parquet, .arrow, a folder of these, or a
     dataset of the hub, owner/name, owner/name:split or owner/name:config:split. Default: the embedded examples."""

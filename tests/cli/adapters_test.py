@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import jax
 import numpy as np
+import peft
 import pytest
 import tokenizers
 import torch
@@ -13,6 +14,7 @@ import transformers
 
 import jaxpeft as jp
 from jaxpeft import cli, files, tree
+from jaxpeft.gguf import read_header
 from jaxpeft.peft import attach, import_adapter
 from jaxpeft.train import loop, result
 from tests import runs
@@ -195,6 +197,29 @@ def test_export_writes_the_adapter_of_a_checkpoint(flags, step, run, base, tmp_p
     theirs = reference.with_adapter(base, tmp_path / "adapter")
     reference.assert_close(reference.logits(run.model, run.params[step]), theirs)
     assert sorted(run.out.rglob("*")) == before
+
+
+def test_export_writes_a_lora_for_llama_cpp(run, base, tmp_path, capsys):
+    """alpha / rank B A is what PEFT adds to the kernel of v, whose rows have the same order in both."""
+    for out in ("peft", "lora.gguf"):
+        succeeds(capsys, "export", "--run", run.out, "--out", tmp_path / out)
+    header = read_header(tmp_path / "lora.gguf")
+    a, b = (header.tensors[f"blk.1.attn_v.weight.lora_{x}"].read() for x in "ab")
+    added = header.fields["adapter.lora.alpha"] / a.shape[0] * b @ a
+    name = "model.layers.1.self_attn.v_proj.weight"
+    theirs = peft.PeftModel.from_pretrained(reference.torch_base(base), tmp_path / "peft").merge_and_unload()
+    before, after = (model.state_dict()[name].numpy() for model in (reference.torch_base(base), theirs))
+    np.testing.assert_allclose(before + added, after, atol=1e-5)
+
+
+def test_mistakes_in_writing_gguf(base, adapter, capsys, tmp_path):
+    flags = ["merge", "--model", base, "--adapter", adapter]
+    assert "'WordLevel' has no GGUF form" in fails(capsys, *flags, "--out", tmp_path / "x.gguf")
+    assert "should end in .gguf" in fails(capsys, *flags, "--out", tmp_path / "x", "--format", "gguf")
+    assert "belongs to --format gguf" in fails(capsys, *flags, "--out", tmp_path / "x", "--gguf-type", "q8_0")
+    (tmp_path / "there.gguf").write_text("work")
+    assert "there.gguf: exists" in fails(capsys, *flags, "--out", tmp_path / "there.gguf")
+    assert [path.name for path in tmp_path.iterdir()] == ["there.gguf"]
 
 
 def test_mistakes_in_generate(base, adapter, capsys, tmp_path):

@@ -152,6 +152,11 @@ def _check_lora(fields: Fields) -> None:
         )
 
 
+def scale_of(fields: Fields, name: str, rank: int) -> float:
+    """The factor of a module's A B, from adapter_config.json."""
+    return _alpha(fields, name) / _divisor(rank, bool(fields.get("use_rslora")))
+
+
 def _divisor(rank: int, rslora: bool) -> float:
     """alpha over the scale."""
     return math.sqrt(rank) if rslora else rank
