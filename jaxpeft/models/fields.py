@@ -9,16 +9,22 @@ from typing import Any
 from jaxpeft.errors import InputError
 
 
+def _given(config: Mapping[str, Any], name: str, default: float | None) -> Any:
+    """The field, or its default where it is missing or null; without one that is an InputError."""
+    value = config.get(name)
+    value = default if value is None else value
+    if value is None:
+        raise InputError(f"config.json: the field {name!r} is missing")
+    return value
+
+
 def count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
     """A whole number of at least 1.
 
     Raises:
       InputError: if it is another, or missing where there is no default.
     """
-    value = config.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise InputError(f"config.json: the field {name!r} is missing")
+    value = _given(config, name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise InputError(f"config.json: {name} {value!r} should be a whole number of at least 1")
     return value
@@ -30,10 +36,7 @@ def number(config: Mapping[str, Any], name: str, default: float | None = None) -
     Raises:
       InputError: if it is another, or missing where there is no default.
     """
-    value = config.get(name)
-    value = default if value is None else value
-    if value is None:
-        raise InputError(f"config.json: the field {name!r} is missing")
+    value = _given(config, name, default)
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
         raise InputError(f"config.json: {name} {value!r} should be a number above 0")
     return value
