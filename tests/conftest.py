@@ -18,7 +18,6 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
 
-import tempfile
 from pathlib import Path
 
 import jax
@@ -29,6 +28,14 @@ _cache = tempfile.TemporaryDirectory(prefix="jaxpeft-cache-")
 os.environ.setdefault("JAXPEFT_CACHE", _cache.name)
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """The part of a test's name that `val` gives: bytes give none of their own, None leaves the rest to pytest.
+
+    A file's bytes may hold the time at which they were made (gzip's do), and workers must agree on every test's name.
+    """
+    return "bytes" if isinstance(val, bytes) else None
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ def test_cells_are_text_but_labels_may_be_numbers(tmp_path: Path) -> None:
         ("rows.csv", "messages\nhello\n", ":2: column messages must hold JSON"),
         ("rows.parquet", "PAR1", ": is not Parquet that can be read"),
         ("rows.arrow", "{}", ": is not Arrow that can be read"),
-        ("rows.jsonl.gz", gzip.compress(LINES)[:-12], ": cannot be read"),
+        ("rows.jsonl.gz", gzip.compress(LINES, mtime=0)[:-12], ": cannot be read"),
         ("rows.jsonl.zst", pa.compress(LINES, "zstd", asbytes=True)[:-4], ": cannot be read"),
         ("rows.xlsx", "PK", "kinds: .jsonl, .json (an array, or lines), .csv, .tsv"),
         ("rows.parquet.gz", "PK", "kinds: .jsonl"),
