@@ -3,8 +3,9 @@
 Names are imported at their first use, so that the command line can answer before JAX is loaded.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxpeft.on_demand import imports
 
 if TYPE_CHECKING:
     from jaxpeft.backward.residuals import remat
@@ -86,14 +87,4 @@ _MODULE_OF = {
 }
 __all__ = [*_MODULE_OF]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'jaxpeft' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"jaxpeft.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imports(__name__, _MODULE_OF)

@@ -1,4 +1,4 @@
-"""The two exceptions that the command line prints as one line, without a traceback; and what such lines are made of."""
+"""What the command line prints as one line, without a traceback or a place in code; and what such lines are made of."""
 
 import difflib
 from collections.abc import Iterable
@@ -20,6 +20,10 @@ class RunError(RuntimeError):
     def __init__(self, message: str, status: int = 1):
         super().__init__(message)
         self.status = status
+
+
+class Notice(UserWarning):
+    """A warning for the user of a command: one line, which leads to no line of code."""
 
 
 def first_line(error: BaseException) -> str:

@@ -22,6 +22,32 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxpeft"
 
 
+def prune(folder: Path, most_bytes: int) -> None:
+    """Deletes what was not used for longest, files and folders in `folder`, until half of `most_bytes` is left.
+
+    Nothing is deleted while they have no more than `most_bytes`. Used is what was read or written (file systems note
+    the reading once a day).
+    """
+    if not folder.is_dir():
+        return
+    found = []
+    for entry in folder.iterdir():
+        within = [path.stat() for path in (entry, *entry.rglob("*")) if path.is_file()]
+        used = max((max(file.st_atime, file.st_mtime) for file in within), default=0.0)
+        found.append((used, sum(file.st_size for file in within), entry))
+    total = sum(size for _, size, _ in found)
+    if total <= most_bytes:
+        return
+    for _, size, entry in sorted(found):
+        if total <= most_bytes // 2:
+            break
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        else:
+            entry.unlink(missing_ok=True)
+        total -= size
+
+
 def read_json(file: Path, missing: str) -> dict[str, Any]:
     """A JSON object.
 

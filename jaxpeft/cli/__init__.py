@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli.output import print_error, print_json
-from jaxpeft.errors import InputError, RunError, did_you_mean
+from jaxpeft.errors import InputError, Notice, RunError, did_you_mean
 from jaxpeft.memory.kinds import GPU_FRACTION
 
 # Command name -> the module in this package and its dataclass, and a line for the help.
@@ -62,10 +62,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments after the program's name; those of the process by default.
     """
+    own_process = argv is None
     argv = list(sys.argv[1:] if argv is None else argv)
     try:
         with _plain_warnings():
-            return _main(argv)
+            return _main(argv, own_process)
     except InputError as error:
         print_error(str(error))
         return 2
@@ -84,11 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """A kernel that does not serve is said in one line, without a place in our code."""
+    """A notice, as that a kernel does not serve, is said in one line, without a place in our code."""
     before = warnings.formatwarning
 
     def form(message: Warning | str, category: type[Warning], *place: Any) -> str:
-        return f"{message}\n" if category.__name__ == "KernelFallback" else before(message, category, *place)
+        plain = issubclass(category, Notice) or category.__name__ == "KernelFallback"
+        return f"jaxpeft: {message}\n" if plain else before(message, category, *place)
 
     warnings.formatwarning = form  # type: ignore[assignment]
     try:
@@ -103,7 +105,13 @@ def _without_accelerator() -> bool:
     return sys.platform == "linux" and not any(True for node in nodes for _ in Path("/dev").glob(node))
 
 
-def _main(argv: list[str]) -> int:
+def _without_torch() -> None:
+    """Transformers, of which we want the tokenizers, would import it where it is installed: three seconds."""
+    sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # none is found then
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is none, and what it is needed for
+
+
+def _main(argv: list[str], own_process: bool = False) -> int:
     if _without_accelerator():
         os.environ.setdefault("JAX_PLATFORMS", "cpu")
     if not os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION"):  # the old name; JAX refuses both at a time
@@ -130,6 +138,8 @@ def _main(argv: list[str]) -> int:
         return 0
 
     args = parse(kind, name, flags)
+    if own_process:
+        _without_torch()
     if args.json:
         with contextlib.redirect_stdout(sys.stderr):
             document = module.run(args)

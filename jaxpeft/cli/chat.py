@@ -37,23 +37,26 @@ def run(args: Chat) -> dict[str, Any]:
       InputError: for arguments that cannot be used. What cannot be done of a turn or a command is said on stderr.
     """
     decoding.check(args)
-    talk = _Talk(args)
-    if sys.stdin.isatty():
-        decoding.note(
-            f"{talk.base.name}; /help lists what else can be said, Ctrl-C ends an answer, Ctrl-D the conversation"
-        )
-    while (line := _read_line()) is not None:
-        command, _, rest = line.partition(" ")
-        try:
-            if command in ("/quit", "/exit"):
-                break
-            if line.startswith("/"):
-                talk.obey(command, rest.strip())
-            elif line:
-                talk.answer(line)
-        except InputError as error:
-            decoding.note(f"error: {error}")
-    return {"messages": talk.messages(), "model": talk.base.name, "adapter": talk.adapter}
+    from jaxpeft import compilation
+
+    with compilation.cached(args.compile_cache):
+        talk = _Talk(args)
+        if sys.stdin.isatty():
+            decoding.note(
+                f"{talk.base.name}; /help lists what else can be said, Ctrl-C ends an answer, Ctrl-D the conversation"
+            )
+        while (line := _read_line()) is not None:
+            command, _, rest = line.partition(" ")
+            try:
+                if command in ("/quit", "/exit"):
+                    break
+                if line.startswith("/"):
+                    talk.obey(command, rest.strip())
+                elif line:
+                    talk.answer(line)
+            except InputError as error:
+                decoding.note(f"error: {error}")
+        return {"messages": talk.messages(), "model": talk.base.name, "adapter": talk.adapter}
 
 
 def show(document: dict[str, Any]) -> None:

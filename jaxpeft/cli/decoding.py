@@ -43,6 +43,9 @@ class DecodingArguments:
     rope_scaling: str | None = None
     """Scales rotary positions for longer texts: linear|dynamic|yarn=FACTOR. Default: as the adapter has them."""
 
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder ($JAXPEFT_CACHE), so that the next call starts at once."""
+
     def most(self, chat: bool) -> int:
         """The most tokens to add."""
         return self.max_new_tokens if self.max_new_tokens is not None else 512 if chat else 64

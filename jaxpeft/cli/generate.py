@@ -61,28 +61,34 @@ def run(args: Generate) -> dict[str, Any]:
     Raises:
       InputError: for arguments or input that cannot be used.
     """
+    prompts = _prompts(args)
+    from jaxpeft import compilation
     from jaxpeft.detokenize import continuation
     from jaxpeft.generate import generate
 
-    asked = _prepare(args)
-    how = decoding.settings(args, asked.words)
-    new = generate(asked.model, asked.params, asked.ids, asked.most, batch_size=args.batch_size, **how)
+    with compilation.cached(args.compile_cache):
+        asked = _prepare(args, prompts)
+        how = decoding.settings(args, asked.words)
+        new = generate(asked.model, asked.params, asked.ids, asked.most, batch_size=args.batch_size, **how)
     texts = [continuation(asked.words.tokenizer, *pair) for pair in zip(asked.ids, new, strict=True)]
     return _document(asked, texts, new)
 
 
 def live(args: Generate) -> None:
     """Prints the prompt and its continuation as it comes, or only the answer; those of a file at the end."""
-    from jaxpeft.generate import stream
-
     if args.prompts is not None:
         show(run(args))
         return
-    asked = _prepare(args)
-    how = decoding.settings(args, asked.words)
-    tokens = stream(asked.model, asked.params, asked.ids[0], asked.most, **how)
-    before = "" if asked.chats[0] else asked.prompts[0].text
-    text, ids = decoding.say(asked.words, asked.ids[0], tokens, before)
+    prompts = _prompts(args)
+    from jaxpeft import compilation
+    from jaxpeft.generate import stream
+
+    with compilation.cached(args.compile_cache):
+        asked = _prepare(args, prompts)
+        how = decoding.settings(args, asked.words)
+        tokens = stream(asked.model, asked.params, asked.ids[0], asked.most, **how)
+        before = "" if asked.chats[0] else asked.prompts[0].text
+        text, ids = decoding.say(asked.words, asked.ids[0], tokens, before)
     _document(asked, [text], [ids])
 
 
@@ -94,8 +100,8 @@ def show(document: dict[str, Any]) -> None:
         print("\n" * (number > 0) + opening + result["continuation"])
 
 
-def _prepare(args: Generate) -> _Asked:
-    """Everything that decoding needs; whatever can be refused is refused before the weights are read."""
+def _prompts(args: Generate) -> list[Prompt]:
+    """What is asked; arguments that make no sense are refused before anything is loaded."""
     decoding.check(args)
     if (args.prompt is None) == (args.prompts is None):
         raise InputError("generate: give either --prompt TEXT or --prompts FILE")
@@ -103,7 +109,11 @@ def _prepare(args: Generate) -> _Asked:
         raise InputError("generate: --chat and --plain contradict each other; give one of them")
     if args.batch_size < 1:
         raise InputError(f"--batch-size {args.batch_size}: must be at least 1")
-    prompts = [Prompt(args.prompt)] if args.prompt is not None else read_prompts(args.prompts)  # type: ignore[arg-type]
+    return [Prompt(args.prompt)] if args.prompt is not None else read_prompts(args.prompts)  # type: ignore[arg-type]
+
+
+def _prepare(args: Generate, prompts: list[Prompt]) -> _Asked:
+    """Everything that decoding needs; whatever can be refused is refused before the weights are read."""
     base = decoding.base_of(args)
     words = base.words(args.adapter)
     chat = args.chat or (words.trained and not args.plain)

@@ -7,8 +7,9 @@ Between encode.py and examples.py, encodings.py holds the tokens of all rows, an
 Names are imported at their first use: batches need grain, which takes seconds to import, and a prompt needs none.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from jaxpeft.on_demand import imports
 
 if TYPE_CHECKING:
     from jaxpeft.data.batches import Batch as Batch
@@ -38,14 +39,4 @@ _MODULES = {
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module 'jaxpeft.data' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"jaxpeft.data.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = imports(__name__, _MODULE_OF)

@@ -7,7 +7,8 @@
 CACHE is `files.cache_folder()`. KEY is a digest of all that the rows follow from: what the files hold, the tokenizer
 with its template, the settings that the caller names, the versions of the libraries, and our code. The
 sequence length is none of it: rows are kept whole, and cut when they are read. So that a cached row is what would be
-made anew, the file is compared with its digest before it is used, and one that is damaged is made again.
+made anew, the file is compared with its digest before it is used, and one that is damaged is made again. What was not
+used for longest goes when there is more than MOST_BYTES.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from jaxpeft import files, special, template
 from jaxpeft.data.encodings import Chunk, Digest, Encodings
 from jaxpeft.data.sources import Source
+from jaxpeft.errors import Notice
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -30,6 +32,8 @@ FORMAT = 1
 ROWS, ABOUT = "rows.arrow", "about.json"
 # Smaller files are tokenized in a second or two, sooner than anybody would look for where the disk's space went.
 LEAST_BYTES = 2**20
+# Of all rows in the cache, when new ones are written.
+MOST_BYTES = 16 * 2**30
 
 
 class Cached(NamedTuple):
@@ -105,12 +109,13 @@ def read_or_make(folder: Path, make: Callable[[], tuple[Iterator[Chunk], Callabl
     if found is not None:
         return found
     try:
+        files.prune(folder.parent, MOST_BYTES)
         _write(folder, *make())
         found = _read(folder)
     except OSError as error:
         found = _read(folder)  # another run may have been faster
         if found is None:
-            warnings.warn(f"{folder}: the tokenized data are not cached: {error.strerror or error}", stacklevel=3)
+            warnings.warn(f"{folder}: the tokenized data are not cached: {error.strerror or error}", Notice, 3)
     if found is None:
         chunks, report = make()
         found = Cached(Encodings.in_memory(chunks), report())
@@ -149,7 +154,7 @@ def _read(folder: Path) -> Cached | None:
         chunks = [_chunk(file.get_batch(i)) for i in range(file.num_record_batches)]
         return Cached(Encodings(chunks, about["rows"]), dict(about["report"]))
     except (OSError, ValueError, KeyError, TypeError) as error:  # pyarrow's errors are of these
-        warnings.warn(f"{folder}: the cached data are damaged and made again: {error}", stacklevel=4)
+        warnings.warn(f"{folder}: the cached data are damaged and made again: {error}", Notice, 4)
         return None
 
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.backward import residuals
+from jaxpeft.compilation import compiled
 from jaxpeft.model import Batch
 from jaxpeft.train.state import TrainState
 
@@ -42,7 +43,7 @@ class Compiled:
         if width not in self._programs:
             with residuals.recorded() as segments:
                 lowered = self._jitted.lower(state, batch)
-            self._programs[width] = Program(lowered.compile(), segments)
+            self._programs[width] = Program(compiled(lowered), segments)
         return self._programs[width]
 
     def widest(self) -> Program | None:

@@ -129,13 +129,18 @@ def print_report(report: Mapping[str, Any]) -> None:
         console.print()
     console.print(
         f"{report['method']}: {report['steps']:,} steps, {report['tokens']:,} tokens{_computed(report)}, "
-        f"last training loss {report['train_loss']:.4f}\nwritten to {report['out']}",
+        f"last training loss {report['train_loss']:.4f}\nwritten to {report['out']}{_kept(report)}",
         soft_wrap=True,
     )
 
 
 def _computed(report: Mapping[str, Any]) -> str:
     return f" in {report['dtype']}" if report.get("dtype") else ""
+
+
+def _kept(report: Mapping[str, Any]) -> str:
+    folder = report.get("compile_cache")
+    return f"\ncompiled programs kept in {folder} (--no-compile-cache keeps none)" if folder else ""
 
 
 def human_bytes(size: float) -> str:

@@ -114,6 +114,8 @@ class Run:
     """What happens to an example longer than --seq-len."""
     skip_bad_lines: bool = False
     """Count lines that cannot be read instead of stopping at the first."""
+    compile_cache: bool = True
+    """Keep compiled programs in the user's cache folder ($JAXPEFT_CACHE), so that the next run starts at once."""
     data_cache: bool = True
     """Keep the tokens of long data in the user's cache folder ($JAXPEFT_CACHE), so that the next run starts at once."""
 
@@ -219,9 +221,11 @@ def run(run: Run | None = None, /, **fields: Any) -> dict[str, Any]:
     if settled.out is None:
         settled = dataclasses.replace(settled, out=fresh_directory(Path("out")))
 
+    from jaxpeft import compilation
     from jaxpeft.train.loop import train
 
-    return train(settled)
+    with compilation.cached(settled.compile_cache) as folder:
+        return train(settled, None if folder is None else str(folder))
 
 
 def flag(name: str) -> str:
