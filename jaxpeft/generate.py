@@ -8,7 +8,7 @@ A batch of prompts is padded on the left, so that all rows write the same cache 
 
 One pass over all prompts fills the cache, then a `lax.while_loop` takes a token per row and step and ends early when
 every row has ended, or after some steps: `stream` shows what there is and goes on. P and the number of slots are
-rounded up to a few sizes, so calls of similar lengths share a compilation.
+rounded up to a few sizes, at most a quarter above, so calls of similar lengths share a compilation.
 
 Randomness belongs to a prompt and not to its batch: token t of prompt i is drawn with fold_in(fold_in(key, i), t).
 """
@@ -28,7 +28,6 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Model
 
-_TILE = 256  # of attention: a cache of more slots is a multiple of it, or each step would pad it
 _MOMENT = 0.1  # seconds: about what passes between two looks at what `stream` has made
 
 
@@ -162,8 +161,13 @@ def _check(model: Model, prompts, max_new_tokens, temperature, top_k, top_p, key
 
 
 def _round_up(length: int) -> int:
-    """The size that stands for `length`: a power of two from 32 to 256, beyond that a multiple of 256."""
-    return -(-length // _TILE) * _TILE if length > _TILE else max(32, 1 << (length - 1).bit_length())
+    """The size that stands for `length`: a multiple of 32, from 128 on four between a power of two and the next.
+
+    >>> [_round_up(length) for length in (1, 33, 150, 257, 1025)]
+    [32, 64, 160, 320, 1280]
+    """
+    step = max(32, 1 << max((length - 1).bit_length() - 3, 0))
+    return -(-length // step) * step
 
 
 def _padded(prompts: Sequence[Sequence[int]], max_new_tokens: int, room: int) -> tuple[dict[str, np.ndarray], int]:

@@ -55,7 +55,7 @@ def _tiled(query, key, value, where, window, tile):
     b, s = query.shape[:2]
     k, n = key.shape[1:3]
     tile = tile or 256
-    tile_q, tile_k = min(tile, s), min(tile, k)
+    tile_q, tile_k = min(tile, s), _one_querys_tile(k) if s == 1 else min(tile, k)
     pad_q, pad_k = -s % tile_q, -k % tile_k
     if where.query_index is None:
         where = where._replace(query_index=jnp.arange(s, dtype=jnp.int32), key_index=jnp.arange(k, dtype=jnp.int32))
@@ -72,6 +72,17 @@ def _tiled(query, key, value, where, window, tile):
     )
     key, value = (jnp.pad(x, ((0, 0), (0, pad_k), (0, 0), (0, 0))) for x in (key, value))
     return _Tiles(_grouped(query, n, pad_q), key, value, where, (tile_q, tile_k))
+
+
+def _one_querys_tile(keys: int, most: int = 2048) -> int:
+    """Keys in a tile of a single query, as in decoding: few scores, and keys that were copied if they were padded.
+
+    The most, up to `most`, that need no padding; 256 where fewer than that would.
+    """
+    for count in range(-(-keys // most), keys // 256 + 1):
+        if keys % count == 0:
+            return keys // count
+    return min(256, keys) if keys > most else keys
 
 
 def _grouped(x, n, pad):

@@ -186,6 +186,17 @@ def test_a_cache_with_unwritten_slots(start, s, window):
     check(inputs(s=s, k=slots), mask)
 
 
+@pytest.mark.parametrize(
+    ("keys", "tile"), [(11, 11), (320, 320), (2048, 2048), (2560, 1280), (14336, 2048), (4099, 256)]
+)
+def test_a_single_query_copies_no_cache(keys, tile):
+    """Padding it to whole tiles would, for every token that is decoded; only a prime number of slots is padded."""
+    cached = jnp.zeros((1, keys, 1, 8))
+    tiles = chunked._tiled(jnp.zeros((1, 1, 2, 8)), cached, cached, Where(None, None), None, None)
+    assert tiles.sizes == (1, tile)
+    assert tiles.key.shape[1] == (keys if keys != 4099 else 4352)
+
+
 def test_a_query_that_sees_no_key_gets_zero_and_no_gradient():
     segments = np.array([[1] * 10 + [2] * 10] * 2, np.int32)
     mask = where(2, 20)._replace(query_segment=segments, key_segment=np.where(segments == 2, 3, 1).astype(np.int32))
