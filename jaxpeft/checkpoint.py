@@ -5,6 +5,10 @@
                            change, so they are written once, before step 1
     FOLDER/<step>/state/   step, trainable leaves, optimizer state, key
     FOLDER/<step>/meta/    JSON: the data position, and what the run has to report later
+    FOLDER/damaged/<step>  a checkpoint that was found not to be what was written
+
+frozen/ and <step>/ hold the sums of their files (`jaxpeft.checksums`), which are compared before anything is read: what
+is damaged is put aside, and the run goes on from the newest checkpoint that is whole.
 
 The base weights are in none of them. A checkpoint is written under a temporary name and renamed when it is whole, and
 an older one goes only after that, so that a process killed at any moment leaves the last good one as it was. Kept are
@@ -15,6 +19,7 @@ puts them there, whatever devices had written them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -27,11 +32,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxpeft import tree
+from jaxpeft import checksums, tree
 from jaxpeft.errors import RunError
 from jaxpeft.train.state import TrainState
 
-FROZEN = "frozen"
+FROZEN, DAMAGED = "frozen", "damaged"
+_UNFINISHED = "*.orbax-checkpoint-tmp*"
 _SEGMENT = re.compile(r"layers_(\d+)_(\d+)/")
 
 
@@ -39,8 +45,12 @@ class Checkpoints:
     """The checkpoints in a folder; a context manager that waits for the last write at its end.
 
     Args:
-      folder: where they lie; created when absent. What a killed process left half-written is removed.
+      folder: where they lie; created when absent. What a killed process left half-written is removed, and what is
+        damaged put aside.
       keep: how many of the newest to keep, besides the best.
+
+    Attributes:
+      damaged: {step: what is wrong with it}, of those put aside.
     """
 
     def __init__(self, folder: Path, keep: int = 2):
@@ -48,10 +58,14 @@ class Checkpoints:
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder.absolute()
         _remove_unfinished(self.folder)
+        self.damaged = faults(self.folder)
+        for step in self.damaged:
+            _put_aside(self.folder, step)
         self._losses: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Preserve(keep, self.best),
             enable_async_checkpointing=True,
+            async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         for step in self.steps():
@@ -67,6 +81,8 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as checkpointer:
                 self._guard(FROZEN, lambda: checkpointer.save(self.folder / FROZEN, dict(leaves), force=True))
                 self._guard(FROZEN, checkpointer.wait_until_finished)
+            if jax.process_index() == 0:
+                self._guard(FROZEN, lambda: checksums.write(self.folder / FROZEN))
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
         """Begins to write a checkpoint of the state and returns; the state's buffers may be donated from then on.
@@ -86,6 +102,12 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardSave(_changing(state)), meta=ocp.args.JsonSave(dict(meta)))
         self._guard(step, lambda: self._manager.save(step, args=args))
 
+    def _sum_up(self) -> None:
+        """The sums of the checkpoint whose files are written, before it gets its name."""
+        if jax.process_index() == 0:
+            for path in self.folder.glob(_UNFINISHED):
+                checksums.write(path, named=False)
+
     def check(self) -> None:
         """Raises the RunError of a write that has failed meanwhile."""
         self._guard(self._manager.latest_step(), self._manager.check_for_errors)
@@ -97,6 +119,9 @@ class Checkpoints:
           RunError: if it cannot be written.
         """
         self._guard(self._manager.latest_step(), self._manager.wait_until_finished)
+        if jax.process_index() == 0:
+            for step in on_disk(self.folder):
+                self._guard(step, functools.partial(checksums.complete, self.folder / str(step)))
 
     def steps(self) -> list[int]:
         """The steps with a checkpoint, ascending; the one being written among them."""
@@ -128,7 +153,7 @@ class Checkpoints:
           step: which; the newest by default.
 
         Raises:
-          RunError: if there is no such checkpoint, or it is not of such a state.
+          RunError: if there is no such checkpoint, it is not of such a state, or the run's frozen leaves are damaged.
         """
         step = self.latest() if step is None else step
         if step not in self.steps():
@@ -145,6 +170,8 @@ class Checkpoints:
         folder = self.folder / FROZEN
         if not folder.exists():
             return {}
+        if reason := checksums.fault(folder):
+            raise RunError(f"{folder}: damaged ({reason}); every checkpoint needs it: begin the run anew", 2)
         with ocp.StandardCheckpointer() as checkpointer:
             paths = checkpointer.metadata(folder).item_metadata.tree
             return checkpointer.restore(folder, _abstract({path: like[path] for path in paths}))
@@ -194,13 +221,36 @@ class _Preserve:
 def _remove_unfinished(folder: Path) -> None:
     """Deletes what orbax began to write and never renamed."""
     if jax.process_index() == 0:
-        for path in folder.glob("*.orbax-checkpoint-tmp*"):
+        for path in folder.glob(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def on_disk(folder: Path) -> list[int]:
     """The steps of the whole checkpoints in a folder, ascending, without opening any."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def faults(folder: Path) -> dict[int, str]:
+    """What is wrong with checkpoints in a folder, {step: reason}.
+
+    Of those before the newest whole one only the files of meta are compared, which alone are read of each.
+    """
+    found, whole = {}, False
+    for step in reversed(on_disk(folder)):
+        at = folder / str(step)
+        if reason := checksums.fault(at, within="meta" if whole else ""):
+            found[step] = reason
+        else:
+            whole = True
+    return found
+
+
+def _put_aside(folder: Path, step: int) -> None:
+    if jax.process_index() == 0:
+        target = folder / DAMAGED / str(step)
+        shutil.rmtree(target, ignore_errors=True)
+        target.parent.mkdir(exist_ok=True)
+        (folder / str(step)).replace(target)
 
 
 def not_in_base(frozen: Mapping[str, Any], base: Mapping[str, Any]) -> tree.Flat:

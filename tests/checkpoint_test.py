@@ -3,6 +3,7 @@
 import contextlib
 import os
 import resource
+import shutil
 import subprocess
 import sys
 
@@ -12,7 +13,8 @@ import numpy as np
 import optax
 import pytest
 
-from jaxpeft.checkpoint import Checkpoints, not_in_base, on_disk
+from jaxpeft import checksums
+from jaxpeft.checkpoint import Checkpoints, faults, not_in_base, on_disk
 from jaxpeft.errors import RunError
 from jaxpeft.train.state import TrainState
 from tests import runs
@@ -110,6 +112,70 @@ def test_what_was_half_written_is_ignored_and_removed(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         assert checkpoints.steps() == [1]
     assert [path.name for path in tmp_path.iterdir()] == ["1"]
+
+
+def damages(folder):
+    """(name, a function that damages that file) for every file of a checkpoint, in every way."""
+
+    def changed(file):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+    ways = {
+        "changed": changed,
+        "cut": lambda file: os.truncate(file, file.stat().st_size // 2),
+        "emptied": lambda file: os.truncate(file, 0),
+        "gone": lambda file: file.unlink(),
+        "a folder": lambda file: (file.unlink(), file.mkdir()),
+    }
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return [(name, way) for name in names for way in ways.values()]
+
+
+def test_whatever_is_damaged_is_put_aside_and_the_older_one_used(tmp_path):
+    whole = tmp_path / "whole"
+    with Checkpoints(whole) as checkpoints:
+        checkpoints.save_frozen({"layers/q_proj/lora/a": make().frozen["layers/q_proj/lora/a"]})
+        for step in (5, 10):
+            checkpoints.save(make(step, seed=step), {"eval_loss": 1.0})
+    assert faults(whole) == {}
+    cases = damages(whole / "10")
+    assert {name for name, _ in cases} >= {"sha256.json", "meta/metadata", "state/manifest.ocdbt"}
+    for number, (name, damage) in enumerate(cases):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        damage(folder / "10" / name)
+        found = faults(folder)
+        assert list(found) == [10] and (name in found[10] or name == checksums.NAME)
+        if number % 7:  # opening takes longer than finding
+            continue
+        with Checkpoints(folder) as checkpoints:
+            assert list(checkpoints.damaged) == [10] and checkpoints.latest() == checkpoints.best() == 5
+            assert as_bytes(checkpoints.restore(make())[0]) == as_bytes(make(5, seed=5))
+            checkpoints.save(make(10, seed=10), {})
+        assert faults(folder) == {} and on_disk(folder) == [5, 10] and on_disk(folder / "damaged") == [10]
+
+
+def test_a_file_that_was_not_written_with_a_checkpoint_is_damage(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (5, 10):
+            checkpoints.save(make(step), {})
+    (tmp_path / "10" / "state" / "more").write_text("")
+    assert faults(tmp_path) == {10: "state/more was not written with it"}
+    (tmp_path / "5" / "meta" / "metadata").write_text('{"n": 1}')
+    assert list(faults(tmp_path)) == [10, 5]
+
+
+def test_damaged_frozen_leaves_are_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_frozen({"layers/lora/a": jnp.arange(3.0)})
+        checkpoints.save(make(5), {})
+    for file in (tmp_path / "frozen").rglob("*"):
+        if file.is_file() and file.name != checksums.NAME:
+            file.write_bytes(file.read_bytes()[:-1])
+    with Checkpoints(tmp_path) as checkpoints, pytest.raises(RunError, match=r"frozen: damaged \(.*begin the run anew"):
+        checkpoints.restore(make()._replace(frozen={"layers/lora/a": jnp.zeros(3)}))
 
 
 def test_a_state_of_another_shape_is_refused_in_one_line(tmp_path):

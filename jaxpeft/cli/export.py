@@ -2,10 +2,11 @@
 
 import dataclasses
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, Notice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,26 +93,44 @@ def show(document: dict[str, Any]) -> None:
 def chosen_step(folder: Path, step: int | None, best: bool) -> int:
     """The step of a run's checkpoint: the one named, the one with the lowest validation loss, or the newest.
 
+    Those that are damaged are passed over, which a `Notice` says of newer ones.
+
     Raises:
-      InputError: if there is none such.
+      InputError: if there is none such, or what is named is damaged.
     """
     import json
 
-    from jaxpeft.checkpoint import on_disk
+    from jaxpeft.checkpoint import FROZEN, faults, on_disk
+    from jaxpeft.checksums import fault
 
-    if not (steps := on_disk(folder)):
+    def check(at: Path) -> None:
+        if reason := fault(at):
+            others = ", ".join(str(other) for other in whole if str(other) != at.name) or "none"
+            raise InputError(f"{at}: damaged ({reason}); whole checkpoints: {others}")
+
+    steps, damaged = on_disk(folder), faults(folder)
+    whole = [found for found in steps if found not in damaged]
+    if not steps:
         raise InputError(f"{folder}: holds no checkpoint yet")
     if step is not None and best:
         raise InputError(f"--step {step}: and --best choose two checkpoints; give one of them")
     if step is not None and step not in steps:
         raise InputError(f"--step {step}: {folder} has no such checkpoint; it has {', '.join(map(str, steps))}")
+    if (folder / FROZEN).is_dir():
+        check(folder / FROZEN)
+    if step is not None or not whole:
+        check(folder / str(steps[-1] if step is None else step))
+    for newer in (found for found in sorted(damaged) if whole and step is None and found > whole[-1]):
+        warnings.warn(f"{folder / str(newer)}: damaged ({damaged[newer]}); passed over", Notice, stacklevel=2)
     if not best:
-        return steps[-1] if step is None else step
-    metas = {s: json.loads((folder / str(s) / "meta" / "metadata").read_text(encoding="utf-8")) for s in steps}
+        return whole[-1] if step is None else step
+    metas = {s: json.loads((folder / str(s) / "meta" / "metadata").read_text(encoding="utf-8")) for s in whole}
     losses = {s: meta["eval_loss"] for s, meta in metas.items() if meta.get("eval_loss") is not None}
     if not losses:
         raise InputError(f"--best: no checkpoint in {folder} was evaluated; name one with --step")
-    return min(losses, key=lambda s: (losses[s], s))
+    chosen = min(losses, key=lambda s: (losses[s], s))
+    check(folder / str(chosen))
+    return chosen
 
 
 def saved_leaves(folder: Path, step: int) -> dict[str, Any]:

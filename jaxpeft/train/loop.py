@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import jax
 
 from jaxpeft import files, hf, models, recipe, tree
-from jaxpeft.checkpoint import Checkpoints, on_disk
+from jaxpeft.checkpoint import DAMAGED, Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
 from jaxpeft.peft import adapter_rope_scaling
@@ -154,6 +154,7 @@ class _Run:
     def _restore(self) -> int | None:
         """Continues from the newest checkpoint; its step, None where there is none."""
         latest = self.checkpoints.latest()
+        self._say_damaged(latest)
         if latest is None:
             if self.args.resume:
                 _say(f"{self.out}: no checkpoint yet: from the beginning")
@@ -164,7 +165,20 @@ class _Run:
         self.done, self.tokens, self.loss = latest, meta["tokens"], meta["loss"]
         self.before, self.scores, self.eval_step_number = meta["before"], meta["last_scores"], meta["eval_step"]
         _say(f"{self.out}: continuing from step {latest}")
+        log = self.out / "metrics.jsonl"
+        there = {row["step"] for row in read_metrics(log) if row.get("split") == "train"} if log.exists() else set()
+        if lost := sorted(set(range(1, latest + 1)) - there):
+            _say(f"{log}: the rows of steps {ranges([lost])} are missing; the run goes on without them")
         return latest
+
+    def _say_damaged(self, latest: int | None) -> None:
+        """The checkpoints that could not be used, and what that costs."""
+        lost = max(self.checkpoints.damaged, default=0) - (latest or 0)
+        for step, reason in sorted(self.checkpoints.damaged.items()):
+            folder = self.out / "checkpoints"
+            _say(f"{folder / str(step)}: damaged ({reason}); put aside in {folder / DAMAGED}")
+        if lost > 0:
+            _say(f"{self.out}: {lost} steps are lost and taken again")
 
     def _begin(self) -> None:
         """Scores the model as it was, before the first step."""

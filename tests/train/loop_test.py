@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import time
@@ -12,6 +13,8 @@ import numpy as np
 import pytest
 
 from jaxpeft.checkpoint import Checkpoints, on_disk
+from jaxpeft.cli.export import chosen_step
+from jaxpeft.errors import InputError
 from jaxpeft.train import loop
 from jaxpeft.train.metrics import read
 from jaxpeft.train.prepare import prepare
@@ -147,6 +150,36 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_bits(uninterrupted, fil
     assert own_meta == meta
     adapter = "adapter/adapter_model.safetensors"
     assert (args.out / adapter).read_bytes() == (uninterrupted[0].out / adapter).read_bytes()
+
+
+def test_a_damaged_checkpoint_is_not_trained_on(uninterrupted, files, tmp_path, capsys):
+    finished, _ = uninterrupted
+    out = tmp_path / "run"
+    shutil.copytree(finished.out, out)
+    (out / "report.json").unlink()
+    lines = (out / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (out / "metrics.jsonl").write_text("".join(line for line in lines if '"step": 7,' not in line))
+    checkpoints = out / "checkpoints"
+    *_, older, newest = on_disk(checkpoints)
+    file = max(
+        (checkpoints / str(newest) / "state").rglob("*"), key=lambda path: path.is_file() and path.stat().st_size
+    )
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert chosen_step(checkpoints, None, best=False) == older
+    with pytest.raises(
+        InputError, match=rf"/{newest}: damaged \(state/.* is not what was written\); whole checkpoints: "
+    ):
+        chosen_step(checkpoints, newest, best=False)
+
+    report = loop.train(runs.arguments(files, out, resume=True, **LONG))
+    said = capsys.readouterr().err
+    assert f"{newest}: damaged (state/" in said and f"put aside in {checkpoints / 'damaged'}" in said
+    assert f"{newest - older} steps are lost and taken again" in said and "rows of steps 7 are missing" in said
+    assert report["resumed_from"] == older
+    adapter = "adapter/adapter_model.safetensors"
+    assert (out / adapter).read_bytes() == (finished.out / adapter).read_bytes()
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
