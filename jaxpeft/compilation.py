@@ -12,6 +12,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import platform
+import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -29,6 +31,7 @@ MOST_BYTES = 2 * 2**30
 _SETTINGS: dict[str, Any] = {
     "jax_persistent_cache_min_compile_time_secs": 0.0,
     "jax_persistent_cache_min_entry_size_bytes": -1,
+    "jax_raise_persistent_cache_errors": False,
 }
 _READING, _WRITING = (f"Error {doing} persistent compilation cache" for doing in ("reading", "writing"))
 
@@ -44,6 +47,11 @@ def folder() -> Path:
     return files.cache_folder() / "compiled" / digest[:16]
 
 
+def in_use() -> str | None:
+    """The folder in which JAX keeps compiled programs now, None where it keeps none."""
+    return jax.config.jax_compilation_cache_dir if jax.config.jax_enable_compilation_cache else None
+
+
 @contextlib.contextmanager
 def cached(wanted: bool = True) -> Iterator[Path | None]:
     """Within it, what JAX compiles is kept on disk, and what is there is not compiled; gives the folder, None without.
@@ -53,10 +61,13 @@ def cached(wanted: bool = True) -> Iterator[Path | None]:
 
     Warns if the folder cannot be written, or holds damaged files, which are removed; programs are compiled then.
     """
-    theirs = jax.config.jax_compilation_cache_dir
-    if theirs is not None or not wanted:
-        with _settings({} if wanted else {"jax_enable_compilation_cache": False}):
-            yield Path(theirs) if wanted and theirs and jax.config.jax_enable_compilation_cache else None
+    if not wanted or not jax.config.jax_enable_compilation_cache:
+        with _settings({"jax_enable_compilation_cache": False}):
+            yield None
+        return
+    if theirs := jax.config.jax_compilation_cache_dir:
+        with _in_one_line(Path(theirs), ours=False):
+            yield Path(theirs)
         return
     place = folder()
     try:
@@ -102,25 +113,39 @@ def _settings(values: dict[str, Any]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_one_line(place: Path) -> Iterator[None]:
-    """What JAX warns of a file in the cache is said once, and damaged files are removed: JAX would not replace them."""
+def _in_one_line(place: Path, ours: bool = True) -> Iterator[None]:
+    """What JAX warns of files in the cache is said once; damaged ones of ours go: JAX would not replace them."""
     with warnings.catch_warnings():
         show = warnings.showwarning
         said: set[str] = set()
 
         def one_line(message: Warning | str, category: type[Warning], *where: Any) -> None:
-            text, line = str(message), None
+            text = str(message)
             if text.startswith(_READING):
                 line = f"{place}: compiled programs are damaged, and made again"
-                for file in place.iterdir():
-                    file.unlink(missing_ok=True)
+                if ours:
+                    _remove(place, text)
+                else:
+                    line = f"{place}: compiled programs cannot be read: {text.partition(': ')[2]}"
             elif text.startswith(_WRITING):
                 line = f"{place}: compiled programs are not kept: {text.partition(': ')[2]}"
-            if line is None:
+            else:
                 show(message, category, *where)
-            elif not said:
+                return
+            if not said:
                 said.add(line)
                 show(Notice(line), Notice, *where)
 
         warnings.showwarning = one_line  # type: ignore[assignment]
         yield
+
+
+def _remove(place: Path, warning: str) -> None:
+    """Removes the programs of the name that a warning of JAX's names, or all of them."""
+    name = re.search(r"entry for '([\w.-]+)'", warning)
+    with contextlib.suppress(OSError):
+        for entry in place.glob(f"{name[1] if name else ''}*"):
+            if entry.is_dir():
+                shutil.rmtree(entry, ignore_errors=True)
+            else:
+                entry.unlink(missing_ok=True)

@@ -16,10 +16,17 @@ from jaxpeft.errors import InputError
 
 
 def cache_folder() -> Path:
-    """Where what can be made again is kept: $JAXPEFT_CACHE, else jaxpeft in the user's cache folder."""
-    if own := os.environ.get("JAXPEFT_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "jaxpeft"
+    """Where what can be made again is kept: $JAXPEFT_CACHE, else jaxpeft in the user's cache folder.
+
+    Raises:
+      InputError: for a home folder (~, ~name) that the system does not know.
+    """
+    own = os.environ.get("JAXPEFT_CACHE")
+    given = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "jaxpeft"
+    try:
+        return given.expanduser()
+    except RuntimeError:
+        raise InputError(f"$JAXPEFT_CACHE {given}: there is no such home folder; name one that is there") from None
 
 
 def prune(folder: Path, most_bytes: int) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxpeft import compilation, files
-from jaxpeft.errors import Notice
+from jaxpeft.errors import InputError, Notice
 
 CACHE = "jax_compilation_cache_dir"
 
@@ -60,14 +60,29 @@ def test_a_program_is_compiled_once(cache):
     assert jax.config.jax_compilation_cache_dir is None
 
 
-@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: b"", lambda data: data[::-1]])
+def folder_instead(file):
+    file.unlink()
+    (file / "below").mkdir(parents=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda file: os.truncate(file, file.stat().st_size // 2),
+        lambda file: os.truncate(file, 0),
+        lambda file: file.write_bytes(file.read_bytes()[::-1]),
+        folder_instead,
+    ],
+)
 def test_damaged_programs_are_made_again(cache, damage):
     folder, counts = compute()
-    for file in folder.iterdir():
-        file.write_bytes(damage(file.read_bytes()))
+    other = folder / "other-0-cache"
+    for file in [*folder.iterdir()]:
+        damage(file)
+    other.write_text("of another program")
     with pytest.warns(Notice, match="compiled programs are damaged, and made again") as said:
         compute()
-    assert len(said) == 1
+    assert len(said) == 1 and other.exists()
     assert compute()[1] == {"hits": counts["misses"], "misses": 0}
 
 
@@ -95,11 +110,26 @@ def test_a_folder_of_the_users_own_is_left_as_it_is(cache, tmp_path):
     with compilation.cached(False) as folder:
         assert folder is None and not jax.config.jax_enable_compilation_cache
     assert jax.config.jax_enable_compilation_cache
+    compute()
+    for file in own.iterdir():
+        file.write_bytes(b"")
+    with pytest.warns(Notice, match=f"{own}: compiled programs cannot be read: ") as said:
+        compute()
+    assert len(said) == 1 and all(file.stat().st_size == 0 for file in own.iterdir())
 
 
 def test_not_wanted(cache):
     folder, counts = compute(wanted=False)
     assert folder is None and not any(counts.values()) and not cache.exists()
+    jax.config.update("jax_enable_compilation_cache", False)  # as $JAX_ENABLE_COMPILATION_CACHE=false
+    assert compute()[0] is None and not cache.exists()
+    jax.config.update("jax_enable_compilation_cache", True)
+
+
+def test_a_home_folder_that_is_not_there(cache, monkeypatch):
+    monkeypatch.setenv("JAXPEFT_CACHE", "~nobody-of-this-name/cache")
+    with pytest.raises(InputError, match=r"\$JAXPEFT_CACHE ~nobody-of-this-name/cache: there is no such home folder"):
+        compute()
 
 
 @pytest.mark.parametrize("unknown", [lambda: None, lambda: 1 / 0])

@@ -21,6 +21,7 @@ import errno
 import importlib
 import io
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -73,6 +74,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print_error(str(error))
         return error.status
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -212,6 +216,8 @@ def _box_message(box: str) -> str:
         if line.startswith(("╭", "╰")):
             continue
         text = line.strip("│ ").strip()
+        if words and set(text) == {"-"}:
+            continue
         if words and text.startswith("──"):
             break
         words.append(text)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jaxpeft.errors import InputError
+from jaxpeft.train.run import check_seed
 
 if TYPE_CHECKING:  # help and mistakes answer before JAX and transformers are imported
     from jaxpeft.special import SpecialTokens
@@ -56,8 +57,7 @@ def check(args: DecodingArguments) -> None:
     for name, value in (("--top-k", args.top_k), ("--top-p", args.top_p)):
         if value is not None and args.temperature == 0:
             raise InputError(f"{name} {value}: has no effect at temperature 0; give --temperature as well")
-    if args.seed < 0:
-        raise InputError(f"--seed {args.seed}: must be at least 0")
+    check_seed(args.seed)
     for name, text in (("--prompt", getattr(args, "prompt", None)), ("--system", args.system)):
         if text is not None and any("\ud800" <= character <= "\udfff" for character in text):
             raise InputError(f"{name}: is not UTF-8")

@@ -47,29 +47,16 @@ def describe(name: str) -> dict[str, Any]:
 
 def show(document: dict[str, Any]) -> None:
     """Prints the methods, a few lines each."""
-    import rich.console
-    import rich.table
+    import shutil
+    import textwrap
 
-    table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 1, 0))
-    for column in ("name", "what it is", "trains", "saves", "rate", "PEFT", "reference"):
-        table.add_column(column, overflow="fold", no_wrap=column == "name")
+    width = min(shutil.get_terminal_size().columns, 120)
     for row in document["methods"]:
-        name = row["name"] + (f"\n({row['within']})" if row["within"] else "")
-        rate = "-" if row["lr"] is None else f"{row['lr']:g}"
+        within = f" ({row['within']})" if row["within"] else ""
         merged = "" if row["merges"] else "; has no merged form"
-        form = (row["peft"], row["reference"])
-        table.add_row(
-            name,
-            f"{row['level']}: {row['summary']}{merged}",
-            row["trains"],
-            row["saves"],
-            rate,
-            form[0] or "own",
-            form[1],
-        )
-    console = rich.console.Console(markup=False, highlight=False)
-    console.print(table)
-    console.print(
-        "Several in a chain, applied in order: --method meft+lora --method-options meft.width=16 lora.rank=4",
-        soft_wrap=True,
-    )
+        rate = "" if row["lr"] is None else f"; rate {row['lr']:g}"
+        form = f"PEFT's {row['peft']}" if row["peft"] else "a form of our own"
+        print(textwrap.fill(f"{row['name']}{within}: {row['level']}; {row['summary']}{merged}", width))
+        detail = f"trains {row['trains']}; saves {row['saves']}; stored in {form}{rate}; {row['reference']}"
+        print(textwrap.fill(detail, width, initial_indent="    ", subsequent_indent="    "))
+    print("\nSeveral in a chain, applied in order: --method meft+lora --method-options meft.width=16 lora.rank=4")

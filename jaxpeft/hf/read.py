@@ -77,7 +77,8 @@ def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()
             f"{given}: is a file; a checkpoint is a directory with config.json and {WEIGHTS}, or a GGUF file"
         )
     if not _HUB_ID.fullmatch(given) or Path(given).parts[0] in (".", "..") or folder.parent.is_dir():
-        raise InputError(f"{given or repr(given)}: no such directory (and not a hub id, which reads owner/name)")
+        what = "file" if folder.suffix == gguf.SUFFIX else "directory"
+        raise InputError(f"{given or repr(given)}: no such {what} (and not a hub id, which reads owner/name)")
     import huggingface_hub
 
     try:

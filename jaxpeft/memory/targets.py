@@ -138,7 +138,7 @@ def devices(target: Target) -> list[jax.Device]:
 
 def _describe_tpu(target: Target, kind: Kind) -> Any:
     if not _installed("libtpu") and not os.environ.get("TPU_LIBRARY_PATH"):
-        raise _missing(target, "tpu")
+        raise _missing(target)
     shape = target.shape or kind.host
     options = dict(kind.options)
     if set(shape) == {1}:
@@ -169,7 +169,7 @@ def _without_plugin(target: Target) -> InputError:
     """Why JAX has no plugin for NVIDIA's GPUs: where it could not be loaded, JAX has said so in its log alone."""
     installed = [name for name in _GPU_PLUGINS if _installed("jax_plugins") and _installed(name)]
     if not installed:
-        return _missing(target, "cuda")
+        return _missing(target)
     try:
         importlib.import_module(installed[0]).initialize()
         why = "was not there when JAX looked for it"
@@ -187,8 +187,8 @@ def _installed(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
 
-def _missing(target: Target, extra: str) -> InputError:
-    return InputError(f"target {target.name!r}: its compiler is not installed: pip install 'jaxpeft[{extra}]'")
+def _missing(target: Target) -> InputError:
+    return InputError(f"target {target.name!r}: its compiler is not installed: pip install 'jaxpeft[describe]'")
 
 
 # libtpu asks these of the machine's metadata, and complains where there is none; the last three are about its log.
@@ -280,7 +280,7 @@ def compile(
                 executable = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if _NO_TOOLKIT.search(str(error)):
-                raise _missing(target, "cuda") from error
+                raise _missing(target) from error
             if not _REFUSED.search(str(error)):
                 raise
             refusal = error

@@ -57,7 +57,7 @@ def import_adapter(
     folder = Path(directory).expanduser()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
-    config = files.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it a PEFT adapter?")
+    config = files.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it an adapter?")
     file = _weights(folder)
     own = _own(folder)
     if (count := len(adapter_labels(folder))) != base_config.num_labels and count:

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft import files, hf, models, recipe, tree
+from jaxpeft import compilation, files, hf, models, recipe, tree
 from jaxpeft.checkpoint import DAMAGED, Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
@@ -63,13 +63,12 @@ class _Stopped(Exception):
     """A signal came in during an evaluation."""
 
 
-def train(args: Run, compile_cache: str | None = None) -> dict[str, Any]:
+def train(args: Run) -> dict[str, Any]:
     """Trains, or continues, and returns the report (see `jaxpeft.train.report`).
 
     Args:
       args: the run, settled and checked, with `out` set (`jaxpeft.train.run.run` sees to these). Without a dtype it has
         that of the run to be continued, else `models.compute_dtype`'s.
-      compile_cache: folder of the compiled programs that are kept, for the report.
 
     Raises:
       InputError: for arguments or files that cannot be used; nothing has been written then.
@@ -108,7 +107,7 @@ def train(args: Run, compile_cache: str | None = None) -> dict[str, Any]:
         files.write_json(out / config.FILE, old or job.document, allow_nan=False)
         (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
         with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints:
-            return _Run(args, job, checkpoints, signals).whole(started, compile_cache)
+            return _Run(args, job, checkpoints, signals).whole(started)
     except OSError as error:
         if isinstance(error.__context__, RunError):  # a log that could not be closed after it
             raise error.__context__ from None
@@ -139,7 +138,7 @@ class _Run:
         self.scores: dict[str, float | None] = {}  # of the last evaluation
         self.before: dict[str, Any] = {"scores": {}, "overlap": None, "texts": []}
 
-    def whole(self, started: float, compile_cache: str | None) -> dict[str, Any]:
+    def whole(self, started: float) -> dict[str, Any]:
         """From where the newest checkpoint is to the report."""
         resumed = self._restore()
         with MetricsLog(self.out, resumed) as self.log:
@@ -149,7 +148,7 @@ class _Run:
                 self._evaluate_late()
             with Progress(self.args.steps, self.done) as self.progress:
                 self._steps()
-        return self._finish(started, resumed, compile_cache)
+        return self._finish(started, resumed)
 
     def _restore(self) -> int | None:
         """Continues from the newest checkpoint; its step, None where there is none."""
@@ -183,6 +182,10 @@ class _Run:
     def _begin(self) -> None:
         """Scores the model as it was, before the first step."""
         self.checkpoints.save_frozen(self.job.own)
+        if self.args.warmup >= self.args.steps > 1:
+            _say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
+        if self.job.data.validation or self.job.data.asked:
+            _say("before the first step: compiling, and scoring the model as it is")
         answers = self._answer()
         if self.job.data.validation:
             self._evaluate()
@@ -315,7 +318,7 @@ class _Run:
             f"{self.out}: stopped by {self.signals.name} {where}; --resume continues it", 128 + self.signals.received
         )
 
-    def _finish(self, started: float, resumed: int | None, compile_cache: str | None) -> dict[str, Any]:
+    def _finish(self, started: float, resumed: int | None) -> dict[str, Any]:
         """The result, the report and the curve."""
         self.checkpoints.wait()
         answers = self._answer()
@@ -347,7 +350,7 @@ class _Run:
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,
-            compile_cache=compile_cache,
+            compile_cache=compilation.in_use(),
             examples={name: report.to_json() for name, report in job.data.reports.items()},
         )
         write_curve(self.out / "metrics.jsonl", self.out / "loss.png", job.task.unit)

@@ -6,6 +6,7 @@ Whatever can be refused is refused here, before anything is written.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +18,7 @@ import optax
 from jaxpeft import checkpoint, hf, template, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import parse
+from jaxpeft.data.sources import find, is_named
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
@@ -67,6 +69,8 @@ def prepare(args: Run) -> Job:
         args = dataclasses.replace(args, template_date=template.today())
     assert args.seq_len is not None and args.lr is not None
     source, task, method = sources(args), TASKS[args.task], asked_method(args)
+    plan = None if args.save is None else parse(args.save)
+    check_given(source)
     tokenizer = hf.load_tokenizer(source.model)
     order = names(hf.load_config(source.model)) if args.adapter is None else adapter_labels(args.adapter)
     data = task.read(args, source, tokenizer, order)
@@ -94,7 +98,7 @@ def prepare(args: Run) -> Job:
         "template": data.template.digest() if data.template else None,
     }
     model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, data.batches)
-    plan = residuals.default_plan(model) if args.save is None else parse(args.save)
+    plan = plan or residuals.default_plan(model)
     model = residuals.remat(model, plan)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
     optimizer = make_direction(defaults(method.specs).direction or "adam", args.clip)
@@ -134,6 +138,13 @@ def sources(args: Run) -> Source:
 
     validation = args.eval_data if args.data is not None or args.eval_data is not None else str(assets.VALIDATION)
     return Source(args.model or str(assets.MODEL), args.data or str(assets.TRAIN), validation)
+
+
+def check_given(source: Source) -> None:
+    """Raises InputError for a file of rows that is not there or of no kind that is read, before anything is loaded."""
+    for given in (source.train, source.validation):
+        if given is not None and (os.path.exists(given) or is_named(Path(given))):
+            find(given)
 
 
 def asked_method(args: Run) -> Method | None:

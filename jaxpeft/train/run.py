@@ -29,9 +29,9 @@ _LEAST = {
     "checkpoint_every": 0,
     "keep": 1,
     "samples": 0,
-    "seed": 0,
     "rank": 1,
 }
+MOST_SEED = 2**32 - 1  # JAX's keys hold 32 bits, and grain shuffles by as many
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
@@ -144,6 +144,7 @@ class Run:
         for field in dataclasses.fields(Run):
             _check_kind(field.name, getattr(run, field.name), hints[field.name])
         check_least(run, _LEAST)
+        check_seed(run.seed)
         for name in ("lr", "clip", "alpha"):
             value = getattr(run, name)
             if value is not None and not 0 < value < float("inf"):
@@ -224,8 +225,8 @@ def run(run: Run | None = None, /, **fields: Any) -> dict[str, Any]:
     from jaxpeft import compilation
     from jaxpeft.train.loop import train
 
-    with compilation.cached(settled.compile_cache) as folder:
-        return train(settled, None if folder is None else str(folder))
+    with compilation.cached(settled.compile_cache):
+        return train(settled)
 
 
 def flag(name: str) -> str:
@@ -244,6 +245,12 @@ def check_least(args: Any, least: Mapping[str, float]) -> None:
         value = getattr(args, name)
         if value is not None and not value >= bound:
             raise InputError(f"{flag(name)} {value}: must be at least {bound}")
+
+
+def check_seed(seed: int) -> None:
+    """Raises InputError for a seed that is none."""
+    if not 0 <= seed <= MOST_SEED:
+        raise InputError(f"--seed {seed}: must be from 0 to {MOST_SEED}")
 
 
 def check_parts(args: Any) -> None:

@@ -106,6 +106,14 @@ def test_input_error_is_one_line_and_status_2(echo, capsys):
     assert one_line(capsys) == "jaxpeft: error: data.jsonl, line 3: not JSON\n"
 
 
+def test_a_reader_that_has_seen_enough_is_no_bug():
+    command = [sys.executable, "-m", "jaxpeft", "methods"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 141
+
+
 def test_a_bug_keeps_its_traceback(echo):
     def fail(args):
         raise ZeroDivisionError("bug")

@@ -30,7 +30,7 @@ def test_a_kernel_that_does_not_serve_is_one_line(config):
     command = [sys.executable, "-m", "jaxpeft", "plan", *SMALL, "--model", config, "--rank", "2", "--target", "a100"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     lines = [line for line in done.stderr.splitlines() if "kernel" in line]
-    assert lines == ["the mosaic_gpu kernels run on compute capability 9.x, not 8.0; plain JAX runs instead"]
+    assert lines == ["jaxpeft: the mosaic_gpu kernels run on compute capability 9.x, not 8.0; plain JAX runs instead"]
 
 
 def test_rows_for_methods_and_plans(config, capsys, tmp_path):

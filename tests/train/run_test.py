@@ -34,6 +34,8 @@ def test_no_arguments_are_a_whole_run():
         ({"clip": float("inf")}, "--clip inf"),
         ({"weight_decay": float("nan")}, "--weight-decay nan"),
         ({"rank": 0}, "--rank 0: must be at least 1"),
+        ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),
+        ({"seed": 2**70}, f"--seed {2**70}: must be from 0 to 4294967295"),
         ({"accumulate": 3}, "--accumulate 3: must divide --batch-size 8"),
         ({"buckets": (64,)}, "--no-pack"),
         ({"buckets": (1024,), "pack": False}, "--buckets 1024"),
