@@ -120,14 +120,14 @@ def test_an_empty_description_of_a_gpu_is_impossible():
 def test_a_missing_compiler_names_its_extra(monkeypatch):
     monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"'v5p'.*pip install 'jaxpeft\[tpu\]'"):
+    with pytest.raises(InputError, match=r"'v5p'.*pip install 'jaxpeft\[describe\]'"):
         targets.devices.__wrapped__(targets.target("v5p"))
 
     def absent(*args, **kwargs):
         raise NotImplementedError("topology not implemented for cuda")
 
     monkeypatch.setattr(targets.topologies, "get_topology_desc", absent)
-    with pytest.raises(InputError, match=r"'h200'.*pip install 'jaxpeft\[cuda\]'"):
+    with pytest.raises(InputError, match=r"'h200'.*pip install 'jaxpeft\[describe\]'"):
         targets.devices.__wrapped__(targets.target("h200"))
 
 
@@ -172,7 +172,7 @@ def test_a_missing_assembler_names_its_extra(monkeypatch, message):
         raise jax.errors.JaxRuntimeError(message)
 
     monkeypatch.setattr(jax.stages.Lowered, "compile", refuses)
-    with pytest.raises(InputError, match=r"pip install 'jaxpeft\[cuda\]'"):
+    with pytest.raises(InputError, match=r"pip install 'jaxpeft\[describe\]'"):
         targets.compile(target, jnp.sin, jnp.ones(8))
 
 
