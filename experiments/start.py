@@ -5,8 +5,7 @@
     python -m experiments.start --draw           # table from the data
 
 Training takes 18 CPU seconds to its first step once its programs are in the cache, and 34 before; 47 at commit 960c41b,
-without a cache. A continuation takes 4.1 and 8.5; it was 11.6. Of the 18, the scores of the model as it was are 8, its
-first two steps 2, imports and the tokenizer 4, tracing 4.
+without a cache. A continuation takes 4.1 and 8.5; it was 11.6.
 
 Both commands run as a newcomer types them, on the embedded model, each in a process of its own that is killed when
 metrics.jsonl has its first training row, or standard output its first byte. Seconds are of CPU, user and system, of

@@ -155,9 +155,12 @@ class Checkpoints:
         Raises:
           RunError: if there is no such checkpoint, it is not of such a state, or the run's frozen leaves are damaged.
         """
-        step = self.latest() if step is None else step
+        newest = self.latest()  # which was compared with its sums when the folder was opened, or written since
+        step = newest if step is None else step
         if step not in self.steps():
             raise RunError(f"{self.folder}: no checkpoint of step {step}; there are {self.steps() or 'none'}")
+        if step != newest and (reason := checksums.fault(self.folder / str(step))):
+            raise RunError(f"{self.folder / str(step)}: damaged ({reason})")
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(_changing(like))))
         try:
             changing = self._manager.restore(step, args=args)["state"]

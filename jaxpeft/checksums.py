@@ -44,7 +44,7 @@ def fault(folder: Path, within: str = "") -> str | None:
         known = json.loads((folder / NAME).read_bytes())
     except FileNotFoundError:
         return f"has no {NAME}"
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return f"{NAME} cannot be read"
     if not isinstance(known, dict):
         return f"{NAME} holds no sums"

@@ -144,7 +144,7 @@ def _remove(place: Path, warning: str) -> None:
     """Removes the programs of the name that a warning of JAX's names, or all of them."""
     name = re.search(r"entry for '([\w.-]+)'", warning)
     with contextlib.suppress(OSError):
-        for entry in place.glob(f"{name[1] if name else ''}*"):
+        for entry in place.glob(f"{name[1]}-*" if name else "*"):
             if entry.is_dir():
                 shutil.rmtree(entry, ignore_errors=True)
             else:

@@ -39,7 +39,10 @@ def prune(folder: Path, most_bytes: int) -> None:
         return
     found = []
     for entry in folder.iterdir():
-        within = [path.stat() for path in (entry, *entry.rglob("*")) if path.is_file()]
+        within = []
+        for path in (entry, *entry.rglob("*")):
+            with contextlib.suppress(FileNotFoundError):  # another process may be deleting
+                within += [path.stat()] if path.is_file() else []
         used = max((max(file.st_atime, file.st_mtime) for file in within), default=0.0)
         found.append((used, sum(file.st_size for file in within), entry))
     total = sum(size for _, size, _ in found)

@@ -276,7 +276,7 @@ def _fresh(adapter: nn.Module, key: jax.Array, kernel: Any, bias: jax.Array | No
 
 @functools.cache
 def _init_fast() -> Callable[..., tree.Params]:
-    """`_init` compiled for a single run: on a CPU the same numbers in a third of the time that optimising takes."""
+    """`_init` compiled for a single run: on a CPU in a third of the time that optimising what runs once takes."""
     once = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
     return jax.jit(_init, static_argnums=0, compiler_options=once)
 

@@ -21,6 +21,7 @@ import errno
 import importlib
 import io
 import os
+import select
 import signal
 import sys
 import warnings
@@ -74,8 +75,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RunError as error:
         print_error(str(error))
         return error.status
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout.fileno(), 0)
+        if not output.poll(0):  # some other pipe's reader has gone
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # ours has seen enough
         return 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:

@@ -1,6 +1,8 @@
 """`jaxpeft methods`: every method in jaxpeft/methods, as its file describes it (`ABOUT`, see jaxpeft/about.py)."""
 
 import dataclasses
+import shutil
+import textwrap
 from typing import Any
 
 
@@ -47,9 +49,6 @@ def describe(name: str) -> dict[str, Any]:
 
 def show(document: dict[str, Any]) -> None:
     """Prints the methods, a few lines each."""
-    import shutil
-    import textwrap
-
     width = min(shutil.get_terminal_size().columns, 120)
     for row in document["methods"]:
         within = f" ({row['within']})" if row["within"] else ""

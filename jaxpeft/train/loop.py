@@ -156,7 +156,8 @@ class _Run:
         self._say_damaged(latest)
         if latest is None:
             if self.args.resume:
-                _say(f"{self.out}: no checkpoint yet: from the beginning")
+                what = "no whole checkpoint" if self.checkpoints.damaged else "no checkpoint yet"
+                _say(f"{self.out}: {what}: from the beginning")
             return None
         self.state, meta = self.checkpoints.restore(self.state)
         self.job = self.job._replace(state=self.state, own={})  # frees what was made for the first step
