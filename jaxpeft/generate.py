@@ -8,7 +8,7 @@ A batch of prompts is padded on the left, so that all rows write the same cache 
 
 One pass over all prompts fills the cache, then a `lax.while_loop` takes a token per row and step and ends early when
 every row has ended, or after some steps: `stream` shows what there is and goes on. P and the number of slots are
-rounded up to a few sizes, at most a quarter above, so calls of similar lengths share a compilation.
+rounded up to a few sizes, from 128 on at most a quarter above, so calls of similar lengths share a compilation.
 
 Randomness belongs to a prompt and not to its batch: token t of prompt i is drawn with fold_in(fold_in(key, i), t).
 """
