@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import re
 import shutil
@@ -31,8 +30,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from typing_extensions import TypedDict
 
-from jaxpeft import checksums, tree
+from jaxpeft import checksums, documents, tree
 from jaxpeft.errors import RunError
 from jaxpeft.train.state import TrainState
 
@@ -141,7 +141,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """A checkpoint's JSON."""
-        return json.loads((self.folder / str(step) / "meta" / "metadata").read_text(encoding="utf-8"))
+        return read_meta(self.folder, step)
 
     def restore(self, like: TrainState, step: int | None = None) -> tuple[TrainState, dict[str, Any]]:
         """A checkpoint's state and meta.
@@ -231,6 +231,22 @@ def _remove_unfinished(folder: Path) -> None:
 def on_disk(folder: Path) -> list[int]:
     """The steps of the whole checkpoints in a folder, ascending, without opening any."""
     return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal()) if folder.is_dir() else []
+
+
+class Meta(TypedDict, total=False):
+    """A checkpoint's JSON, as far as it is read here."""
+
+    eval_loss: documents.Number | None
+
+
+def read_meta(folder: Path, step: int) -> Any:
+    """The `Meta` of a checkpoint in a folder.
+
+    Raises:
+      InputError: if it cannot be read, or for a field that is not what it should be.
+    """
+    file = folder / str(step) / "meta" / "metadata"
+    return documents.read_json(file, f"{file}: is missing", Meta)
 
 
 def faults(folder: Path) -> dict[int, str]:

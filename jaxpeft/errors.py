@@ -1,6 +1,7 @@
 """What the command line prints as one line, without a traceback or a place in code; and what such lines are made of."""
 
 import difflib
+import json
 from collections.abc import Iterable
 
 
@@ -30,6 +31,21 @@ def first_line(error: BaseException) -> str:
     """What another library's error says, as part of one line: its first line, or its type where it says nothing."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
+
+
+def in_one_line(error: BaseException, most: int = 300) -> str:
+    """All that another library's error says, on one line of at most `most` characters."""
+    text = " ".join(str(error).split())
+    return (text[:most] + "..." if len(text) > most else text) or type(error).__name__
+
+
+def shown(value: object, width: int = 60) -> str:
+    """A value as an error shows it: JSON, or its type where JSON has no such thing, of at most `width` characters."""
+    try:
+        text = json.dumps(value)
+    except (TypeError, ValueError, RecursionError):
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= width else text[:width] + "..."
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and JSON and YAML that are what they should be."""
+"""Files and folders that appear whole or not at all; files read up to a bound; YAML."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.errors import InputError
+
+MOST_BYTES = 2**26  # of a document; the largest known, a tokenizer's, have 2^25
 
 
 def cache_folder() -> Path:
@@ -58,25 +60,28 @@ def prune(folder: Path, most_bytes: int) -> None:
         total -= size
 
 
-def read_json(file: Path, missing: str) -> dict[str, Any]:
-    """A JSON object.
+def read_text(file: Path, missing: str, most: int = MOST_BYTES) -> str:
+    """The text of a file in UTF-8.
 
     Raises:
-      InputError: `missing` if there is no such file; what is wrong, and where, if it is not a JSON object in UTF-8.
+      InputError: `missing` if there is no such file; for one that has more than `most` bytes, cannot be read, or is not
+        UTF-8.
     """
     try:
-        parsed = json.loads(file.read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            data = opened.read(most + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(missing) from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not JSON: not UTF-8 at byte {error.start}") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}: is not JSON: line {error.lineno}: {error.msg}") from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
-    if not isinstance(parsed, dict):
-        raise InputError(f"{file}: should hold a JSON object, not a {type(parsed).__name__}")
-    return parsed
+    except ValueError as error:  # a zero byte in its name
+        raise InputError(f"{str(file)!r}: cannot be read: {error}") from None
+    if len(data) > most:
+        raise InputError(f"{file}: has more than {most} bytes; such a document has fewer")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not UTF-8 at byte {error.start}") from None
 
 
 def write_json(file: Path, value: Mapping[str, Any], **options: Any) -> None:
@@ -181,6 +186,7 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
+_DEEPEST = 50  # YAML; method options have two or three levels
 # YAML's numbers as everybody writes them: version 1.1 reads 1e-4 as text, because it has no dot.
 _NUMBER = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+")
 
@@ -194,13 +200,23 @@ def from_yaml(where: str, text: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        pass
+        depth = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):  # which could stand for exponentially much
+                raise InputError(f"{where}: holds *{self.peek_event().anchor}; aliases are not read")
+            if self.depth >= _DEEPEST:
+                raise InputError(f"{where}: is nested more than {_DEEPEST} deep")
+            self.depth += 1
+            node = super().compose_node(parent, index)
+            self.depth -= 1
+            return node
 
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)
-    except yaml.YAMLError as error:
-        raise InputError(f"{where}: is not YAML: {' '.join(str(error).split())}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, a number of 10^4 digits
+        raise InputError(f"{where}: is not YAML: {' '.join(str(error).split())[:300]}") from None
 
 
 def to_yaml(where: str, value: Any) -> str:

@@ -49,7 +49,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import tree
+from jaxpeft import factory, tree
 from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
@@ -383,7 +383,20 @@ def about(name: str) -> About:
     return check(name, module(name))
 
 
+def make(name: str, settings: Mapping[str, Any]) -> Method:
+    """The method of a name with arguments of its factory.
+
+    Raises:
+      InputError: for an unknown name or argument, or an argument of the wrong type.
+    """
+    return factory.call(name, getattr(module(name), name), settings)
+
+
 def from_specs(specs: Iterable[Spec | Sequence[Any]]) -> Method:
-    """Makes a method again from what `Method.specs` recorded; [name, config] pairs, as JSON has them, do as well."""
-    made = [getattr(module(name), name)(**config) for name, config in specs]
+    """Makes a method again from what `Method.specs` recorded; [name, config] pairs, as JSON has them, do as well.
+
+    Raises:
+      InputError: as `make` does.
+    """
+    made = [make(name, settings) for name, settings in specs]
     return made[0] if len(made) == 1 else chain(*made)

@@ -22,11 +22,12 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import jinja2
+from typing_extensions import TypedDict
 
-from jaxpeft import files
+from jaxpeft import documents
 from jaxpeft.errors import InputError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -39,6 +40,14 @@ _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 _CODES = "aAwdbBmyYHIpMSfjUWcxXGuVeDFTRhC"  # of strftime
 Spans = list[tuple[int, int]]
+
+
+class Document(TypedDict):
+    """What FILE holds, and a run's configuration as "text"."""
+
+    template: Literal["chat", "alpaca"]
+    date: documents.Text
+    source: NotRequired[documents.Text | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +141,7 @@ def find(*folders: str | os.PathLike[str] | None) -> Template | None:
     """
     for folder in folders:
         if folder is not None and (file := Path(folder).expanduser() / FILE).is_file():
-            return from_document(files.read_json(file, f"{file}: no such file"), str(file))
+            return from_document(documents.read_json(file, f"{file}: no such file"), str(file))
     return None
 
 
@@ -142,10 +151,8 @@ def from_document(document: Mapping[str, Any], where: str) -> Template:
     Raises:
       InputError: for a document that is none; the line begins with `where`.
     """
-    kind, source = document.get("template"), document.get("source")
-    if kind not in ("chat", "alpaca") or not isinstance(source, str | None):
-        raise InputError(f"{where}: template must be chat or alpaca, and source text or null")
-    return Template(kind, _day(document.get("date"), f"{where}: date"), source)
+    said = documents.checked(where, Document, document)
+    return Template(said["template"], _day(said["date"], f"{where}: date"), said.get("source"))
 
 
 def beside(folder: str | os.PathLike[str] | None) -> dict[str, str]:

@@ -311,12 +311,12 @@ def test_config_json(tmp_path):
     folder = write(tmp_path / "model")
     for content, match in (
         (b"{", "config.json: is not JSON: line 1"),
-        (b"\xff{}", "config.json: is not JSON: not UTF-8 at byte 0"),
+        (b"\xff{}", "config.json: is not UTF-8 at byte 0"),
         (b"[]", "config.json: should hold a JSON object, not a list"),
         (b'{"model_type": "mamba"}', "unsupported model_type 'mamba'; supported: bert, llama"),
         (b'{"model_type": "llama"}', "config.json: the field '.*' is missing"),
-        (json.dumps({**CONFIG, "hidden_size": "64"}).encode(), "hidden_size '64' should be a whole number"),
-        (json.dumps({**CONFIG, "num_hidden_layers": 0}).encode(), "num_hidden_layers 0 should be a whole number"),
+        (json.dumps({**CONFIG, "hidden_size": "64"}).encode(), 'hidden_size "64" should be a whole number'),
+        (json.dumps({**CONFIG, "num_hidden_layers": 0}).encode(), "num_hidden_layers 0 should be at least 1"),
         (json.dumps({**CONFIG, "num_key_value_heads": 3}).encode(), "num_attention_heads .* is not a multiple of"),
         (json.dumps({**CONFIG, "quantization_config": {}}).encode(), "the weights are quantized"),
     ):
@@ -365,8 +365,8 @@ def test_an_index_and_its_shards(tmp_path):
     refused(out, f"index.json: the shard {victim} .* is absent")
     for content, match in (
         ({"weight_map": {"model.norm.weight": "../x.safetensors"}}, "should be in a file beside the index"),
-        ({"weight_map": {"model.norm.weight": 3}}, "should be in a file beside the index"),
-        ({}, "has no weight_map"),
+        ({"weight_map": {"model.norm.weight": 3}}, r"weight_map.model.norm.weight 3 should be text"),
+        ({}, "lacks weight_map"),
     ):
         index.write_text(json.dumps(content))
         refused(out, match)

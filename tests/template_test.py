@@ -81,5 +81,5 @@ def test_the_first_folder_that_stores_one_counts(tmp_path):
     assert tokenizer.chat_template == DATED
     assert choose("auto", letters(), "2026-04-01", stored) == Template("chat", "2026-04-01", DATED)
     (tmp_path / FILE).write_text('{"template": "chat"}')
-    with pytest.raises(InputError, match=f"{FILE}: date None: must be a day"):
+    with pytest.raises(InputError, match=f"{FILE}: lacks date"):
         read(tokenizer, tmp_path)

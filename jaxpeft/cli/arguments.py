@@ -6,9 +6,10 @@ import dataclasses
 import re
 from typing import Any, Literal
 
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, shown
 from jaxpeft.train.run import check_least, check_parts, check_rope_scaling, defaults_of
 
+_MOST_BYTES = 2**62
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
@@ -94,5 +95,10 @@ def parse_bytes(flag: str, text: str) -> int:
     """
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
     if not found or found[2] not in UNITS or not float(found[1]):
-        raise InputError(f"{flag} {text!r}: should be a size such as 24GiB; units: {', '.join(u for u in UNITS if u)}")
-    return int(float(found[1]) * UNITS[found[2]])
+        raise InputError(
+            f"{flag} {shown(text)}: should be a size such as 24GiB; units: {', '.join(u for u in UNITS if u)}"
+        )
+    size = float(found[1]) * UNITS[found[2]]
+    if size > _MOST_BYTES:
+        raise InputError(f"{flag} {shown(text)}: is above {_MOST_BYTES // 2**60} EiB")
+    return int(size)

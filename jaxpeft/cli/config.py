@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.errors import InputError, did_you_mean
-from jaxpeft.files import from_yaml, to_yaml
+from jaxpeft.files import from_yaml, read_text, to_yaml
 from jaxpeft.train.run import flag
+
+_MOST_BYTES = 2**20
 
 
 def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
@@ -22,11 +24,10 @@ def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
         InputError: for a file that cannot be read, is not a mapping, or has an unknown key.
     """
     try:
-        content = from_yaml(f"--config {path}", path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"--config {path}: {error.strerror or error}") from None
-    except UnicodeDecodeError:
-        raise InputError(f"--config {path}: is not UTF-8 text") from None
+        text = read_text(path, f"{path}: No such file or directory", _MOST_BYTES)
+    except InputError as error:
+        raise InputError(f"--config {error}") from None
+    content = from_yaml(f"--config {path}", text)
     if content is None:
         return {}
     if not isinstance(content, dict):

@@ -57,11 +57,12 @@ def run(args: Export) -> dict[str, Any]:
     from jaxpeft.train import result
     from jaxpeft.train.base import load
 
-    name = model_or_default(args.model or document["arguments"]["model"])
+    arguments = document["arguments"]
+    name = model_or_default(args.model or arguments.get("model"))
     method = from_specs(document["method"])
     labels = document.get("labels", [])
-    scaling = document["arguments"].get("rope_scaling")
-    base, params, digest = load(name, document["arguments"]["dtype"], method, labels, rope_scaling=scaling)
+    scaling = arguments.get("rope_scaling")
+    base, params, digest = load(name, arguments.get("dtype"), method, labels, rope_scaling=scaling)
     if digest != document["content"]["model"]:
         raise InputError(f"{name}: is not the base of the run {args.run}; name that one with --model")
     leaves = tree.flatten(params)
@@ -71,7 +72,9 @@ def run(args: Export) -> dict[str, Any]:
         _, trainable, rest = setup(method, base, params, jax.random.key(0))  # a stack may have been cut
         leaves = {**rest, **trainable}
     changed = tree.unflatten({**leaves, **saved})
-    beside = from_document(document["text"], str(args.run)).beside() if document.get("text") else {}
+    beside = (
+        from_document(document["text"], f"{args.run / config.FILE}: text:").beside() if document.get("text") else {}
+    )
     what = method, changed, own, base.config, name, labels, scaling, beside
     if gguf:
         with tempfile.TemporaryDirectory() as scratch:
@@ -98,9 +101,7 @@ def chosen_step(folder: Path, step: int | None, best: bool) -> int:
     Raises:
       InputError: if there is none such, or what is named is damaged.
     """
-    import json
-
-    from jaxpeft.checkpoint import FROZEN, faults, on_disk
+    from jaxpeft.checkpoint import FROZEN, faults, on_disk, read_meta
     from jaxpeft.checksums import fault
 
     def check(at: Path) -> None:
@@ -124,7 +125,7 @@ def chosen_step(folder: Path, step: int | None, best: bool) -> int:
         warnings.warn(f"{folder / str(newer)}: damaged ({damaged[newer]}); passed over", Notice, stacklevel=2)
     if not best:
         return whole[-1] if step is None else step
-    metas = {s: json.loads((folder / str(s) / "meta" / "metadata").read_text(encoding="utf-8")) for s in whole}
+    metas = {s: read_meta(folder, s) for s in whole}
     losses = {s: meta["eval_loss"] for s, meta in metas.items() if meta.get("eval_loss") is not None}
     if not losses:
         raise InputError(f"--best: no checkpoint in {folder} was evaluated; name one with --step")

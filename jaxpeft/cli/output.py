@@ -6,6 +6,8 @@ import os
 import sys
 from typing import Any
 
+_WIDEST = 2000  # characters of an error
+
 
 def print_json(document: Any) -> None:
     """Prints one strict JSON document on stdout: no NaN or Infinity, which become null."""
@@ -34,5 +36,7 @@ def jsonable(value: Any) -> Any:
 
 
 def print_error(message: str) -> None:
-    """Prints a user's mistake as one line on stderr."""
-    print(f"jaxpeft: error: {' '.join(str(message).split())}", file=sys.stderr)
+    """Prints a user's mistake as one line on stderr, in which nothing of a file's text can move the cursor."""
+    text = " ".join(str(message).split())
+    text = text if len(text) <= _WIDEST else text[:_WIDEST] + "..."
+    print("jaxpeft: error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), file=sys.stderr)

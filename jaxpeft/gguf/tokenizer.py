@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from jaxpeft.errors import InputError, first_line
+from jaxpeft.errors import InputError, in_one_line
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 _SPACE = "\u2581"
@@ -102,7 +102,7 @@ def tokenizer_of(where: Any, fields: Mapping[str, Any]) -> Any:
     except InputError:
         raise
     except Exception as error:  # tokenizers raises bare Exception for merges that do not fit the vocabulary
-        raise InputError(f"{where}: the tokenizer's fields cannot be used: {first_line(error)}") from error
+        raise InputError(f"{where}: the tokenizer's fields cannot be used: {in_one_line(error)}") from error
 
 
 def _tokenizer(where: Any, fields: Mapping[str, Any], kind: str, tokens: Sequence[str]) -> Any:

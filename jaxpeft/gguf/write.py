@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpeft import files, models
+from jaxpeft import models
 from jaxpeft.errors import InputError
 from jaxpeft.gguf import architecture
 from jaxpeft.gguf.container import SUFFIX, Container, is_gguf, read_header
@@ -115,12 +115,12 @@ def save_adapter(file: Path, adapter: Path, config: Any) -> Path:
     """
     from safetensors.numpy import load_file
 
-    from jaxpeft.peft.base import CONFIG, WEIGHTS
     from jaxpeft.peft.form.lora import scale_of
     from jaxpeft.peft.form.sites import commonest
+    from jaxpeft.peft.schema import WEIGHTS, adapter_config
 
     check_file(file)
-    found = files.read_json(adapter / CONFIG, f"{adapter}: has no {CONFIG}; is it an adapter?")
+    found = adapter_config(adapter)
     others = [name for name in ("use_dora", "lora_bias", "modules_to_save") if found.get(name)]
     tensors = load_file(adapter / WEIGHTS) if found.get("peft_type") == "LORA" else {}
     if not tensors or others:

@@ -20,9 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from typing_extensions import TypedDict
 
-from jaxpeft import files, gguf, models, template, tree
-from jaxpeft.errors import InputError, first_line
+from jaxpeft import documents, gguf, models, template, tree
+from jaxpeft.errors import InputError, first_line, in_one_line
 from jaxpeft.model import Model
 from jaxpeft.models import fields
 from jaxpeft.special import eos_ids
@@ -51,6 +52,12 @@ STORED = "stored"  # a dtype of `load_pretrained`
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*embeddings\.(position_ids|token_type_ids)")
 # A norm's parameters in checkpoints as old as BERT's own.
 _OLD = {".gamma": ".weight", ".beta": ".bias"}
+
+
+class _Index(TypedDict):
+    """model.safetensors.index.json."""
+
+    weight_map: dict[documents.Text, documents.Text]
 
 
 Conversion = Callable[[jax.Array], Any]  # an array -> what it is stored as: a packed kernel
@@ -100,7 +107,7 @@ def load_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, Any]:
         return gguf.config_of(gguf.read_header(folder))
     others = sorted(file.name for file in folder.glob(f"*{gguf.SUFFIX}"))
     why = f"give the GGUF file itself ({others[0]})" if others else "is it a model checkpoint?"
-    return files.read_json(folder / "config.json", missing=f"{folder}: has no config.json; {why}")
+    return documents.read_json(folder / "config.json", missing=f"{folder}: has no config.json; {why}")
 
 
 def load_generation_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, Any]:
@@ -110,7 +117,7 @@ def load_generation_config(path_or_hub_id: str | os.PathLike[str]) -> dict[str, 
       InputError: for no such checkpoint, or a file that is not a JSON object.
     """
     file = resolve(path_or_hub_id) / GENERATION
-    return files.read_json(file, missing=f"{file}: no such file") if file.is_file() else {}
+    return documents.read_json(file, missing=f"{file}: no such file") if file.is_file() else {}
 
 
 def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
@@ -126,12 +133,15 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
         return tokenizer_of(folder, gguf.read_header(folder).fields)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)")
+    if (folder / "config.json").is_file():  # which transformers reads too, and says less of what is wrong in it
+        config = load_config(folder)
+        models.family(config).from_hf(config)
     import transformers
 
     try:
         return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
-        raise InputError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
+        raise InputError(f"{folder}: the tokenizer cannot be read: {in_one_line(error)}") from error
 
 
 # Names.
@@ -321,12 +331,12 @@ def weight_files(folder: Path) -> list[Path]:
                 "a trusted environment with transformers' model.save_pretrained(directory, safe_serialization=True)"
             )
         raise InputError(f"{folder}: has no weights ({WEIGHTS} or {INDEX})")
-    index = files.read_json(folder / INDEX, missing=f"{folder}: has no {INDEX}")
-    shards = index.get("weight_map")
-    if not isinstance(shards, dict) or not shards:
-        raise InputError(f"{folder / INDEX}: has no weight_map")
+    index = documents.read_json(folder / INDEX, f"{folder}: has no {INDEX}", _Index)
+    shards = index["weight_map"]
+    if not shards:
+        raise InputError(f"{folder / INDEX}: its weight_map is empty")
     for name, shard in shards.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if Path(shard).name != shard:
             raise InputError(f"{folder / INDEX}: {name} should be in a file beside the index, not in {shard!r}")
         if not (folder / shard).is_file():
             raise InputError(f"{folder / INDEX}: the shard {shard} (of {name}) is absent")

@@ -30,7 +30,6 @@ import dataclasses
 import functools
 import math
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -38,7 +37,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import tree
+from jaxpeft import models, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.features import (
@@ -216,9 +215,7 @@ def narrowed(model: Model, reduction: int, layers: Sequence[int] | None = None) 
             f"lst: reduction {reduction} leaves heads of {changes['head_dim']} channels; rotary needs pairs"
         )
     fields = {field.name for field in dataclasses.fields(c)}
-    family = sys.modules[type(c).__module__]
-    build = getattr(family, family.__name__.rpartition(".")[2])  # a family's file has a constructor of its own name
-    return build(dataclasses.replace(c, **{name: x for name, x in changes.items() if name in fields}))
+    return models.model_of(dataclasses.replace(c, **{name: x for name, x in changes.items() if name in fields}))
 
 
 def _head_dim(config) -> int:

@@ -20,13 +20,15 @@ A family file has
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import jax
 
 from jaxpeft.errors import InputError
+from jaxpeft.model import Model
 from jaxpeft.models import bert, decoder, fields, opt, roberta, rotary, vit
 from jaxpeft.models.labels import with_labels
 
@@ -46,6 +48,13 @@ def family(config: Mapping[str, Any]) -> ModuleType:
         raise InputError(f"config.json: unsupported model_type {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
     fields.check_plain(config)
     return FAMILIES[kind]
+
+
+def model_of(config: Any) -> Model:
+    """The Model of a family's configuration; nothing is allocated."""
+    file = sys.modules[type(config).__module__]  # RoBERTa's is BERT's
+    build: Callable[[Any], Model] = getattr(file, file.__name__.rpartition(".")[2])
+    return build(config)
 
 
 def for_classification(config: Mapping[str, Any], labels: Sequence[str]) -> dict[str, Any]:

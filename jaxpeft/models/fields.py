@@ -2,32 +2,51 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Annotated, Any
 
+from annotated_types import Gt, Le
+
+from jaxpeft import documents
 from jaxpeft.errors import InputError
 
+# The largest sizes that are taken for real; what a file merely announces is not allocated.
+_MOST = {
+    "num_hidden_layers": 10_000,
+    "num_attention_heads": 2**16,
+    "num_key_value_heads": 2**16,
+    "head_dim": 2**16,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**22,
+    "ffn_dim": 2**22,
+    "vocab_size": 2**26,
+    "image_size": 2**14,
+    "num_labels": 2**24,
+}
+_Positive = Annotated[documents.Number, Gt(0)]
+_Token = documents.Index
 
-def _given(config: Mapping[str, Any], name: str, default: float | None) -> Any:
-    """The field, or its default where it is missing or null; without one that is an InputError."""
+
+def _read(config: Mapping[str, Any], name: str, schema: Any, default: Any = None) -> Any:
+    """A field that fits a schema, or its default where it is missing or null."""
     value = config.get(name)
-    value = default if value is None else value
-    if value is None:
+    return default if value is None else documents.checked("config.json", schema, value, name)
+
+
+def _needed(config: Mapping[str, Any], name: str, schema: Any, default: Any) -> Any:
+    """`_read` of a field that must be there where there is no default."""
+    if (value := _read(config, name, schema, default)) is None:
         raise InputError(f"config.json: the field {name!r} is missing")
     return value
 
 
 def count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    """A whole number of at least 1.
+    """A whole number of at least 1 and, of a size, at most what a model may have.
 
     Raises:
       InputError: if it is another, or missing where there is no default.
     """
-    value = _given(config, name, default)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise InputError(f"config.json: {name} {value!r} should be a whole number of at least 1")
-    return value
+    return _needed(config, name, Annotated[documents.Count, Le(_MOST.get(name, 2**31 - 1))], default)
 
 
 def number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
@@ -36,10 +55,7 @@ def number(config: Mapping[str, Any], name: str, default: float | None = None) -
     Raises:
       InputError: if it is another, or missing where there is no default.
     """
-    value = _given(config, name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise InputError(f"config.json: {name} {value!r} should be a number above 0")
-    return value
+    return _needed(config, name, _Positive, default)
 
 
 def switch(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
@@ -48,10 +64,7 @@ def switch(config: Mapping[str, Any], name: str, default: bool = False) -> bool:
     Raises:
       InputError: for another value.
     """
-    value = config.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise InputError(f"config.json: {name} {value!r} should be true or false")
-    return default if value is None else value
+    return _read(config, name, documents.Flag, default)
 
 
 def mapping(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -60,10 +73,7 @@ def mapping(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     Raises:
       InputError: for another value.
     """
-    value = config.get(name)
-    if value is not None and not isinstance(value, Mapping):
-        raise InputError(f"config.json: {name} {value!r} should be an object")
-    return dict(value or {})
+    return dict(_read(config, name, dict[documents.Text, Any], {}))
 
 
 def dtype(config: Mapping[str, Any]) -> str | None:
@@ -73,9 +83,7 @@ def dtype(config: Mapping[str, Any]) -> str | None:
       InputError: for a value that is no text.
     """
     for name in ("dtype", "torch_dtype"):
-        if (value := config.get(name)) is not None:
-            if not isinstance(value, str):
-                raise InputError(f"config.json: {name} {value!r} should be a text, such as bfloat16")
+        if (value := _read(config, name, documents.Text)) is not None:
             return value.removeprefix("torch.")
     return None
 
@@ -86,10 +94,7 @@ def names(config: Mapping[str, Any], name: str) -> list[str]:
     Raises:
       InputError: for another value.
     """
-    value = config.get(name)
-    if value is not None and not (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
-        raise InputError(f"config.json: {name} {value!r} should be a list of texts")
-    return list(value or ())
+    return _read(config, name, list[documents.Text], [])
 
 
 def token(config: Mapping[str, Any], name: str, default: int | None = None) -> int | None:
@@ -98,10 +103,7 @@ def token(config: Mapping[str, Any], name: str, default: int | None = None) -> i
     Raises:
       InputError: for another value.
     """
-    value = config.get(name, default)
-    if value is not None and not _is_token(value):
-        raise InputError(f"config.json: {name} {value!r} should be a token's id")
-    return value
+    return _read(config, name, _Token, default if name not in config else None)
 
 
 def tokens(config: Mapping[str, Any], name: str, default: int | None = None) -> tuple[int, ...]:
@@ -110,15 +112,8 @@ def tokens(config: Mapping[str, Any], name: str, default: int | None = None) -> 
     Raises:
       InputError: for another value.
     """
-    value = config.get(name, default)
-    several = list(value) if isinstance(value, list | tuple) else [] if value is None else [value]
-    if not all(map(_is_token, several)):
-        raise InputError(f"config.json: {name} {value!r} should be a token's id, or a list of such")
-    return tuple(several)
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    value = _read(config, name, _Token | list[_Token], default if name not in config else None)
+    return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
 def check_plain(config: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from jaxpeft import files, hf, tree
+from jaxpeft import documents, hf, tree
 from jaxpeft.errors import InputError
 from jaxpeft.gguf import is_gguf
 
@@ -222,7 +222,7 @@ def load(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     if given and (path.is_dir() or is_gguf(path)):
         return hf.load_config(path)
     if given and path.exists():
-        return files.read_json(path, missing=f"{given}: no such file")
+        return documents.read_json(path, missing=f"{given}: no such file")
     raise InputError(
         f"{given!r} is no built-in geometry, folder or config.json; did you mean {tree.nearest(given, GEOMETRIES)}? "
         f"Built in: {', '.join(GEOMETRIES)}"

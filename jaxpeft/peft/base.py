@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import files, models, tree
+from jaxpeft import models, tree
 from jaxpeft.errors import InputError
+from jaxpeft.method import Method
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
+from jaxpeft.peft.schema import OWN, WEIGHTS, adapter_config, own_document
 from jaxpeft.quant import is_packed
 
-CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json"
-FORMAT = 1  # of jaxpeft.json
 NATIVE = "JAXPEFT"  # the peft_type of what PEFT has no form for
 
 SIZES = (
@@ -96,7 +96,7 @@ def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mappi
       InputError: if the adapter is for another base, with the first difference.
     """
     for name, value in stored["sizes"].items():
-        if getattr(config, name, None) != value:
+        if name in SIZES and getattr(config, name, None) != value:
             raise InputError(
                 f"{where}: an adapter for another base: {name} is {getattr(config, name, None)} here, {value} there"
             )
@@ -119,8 +119,8 @@ def adapter_rope_scaling(directory: str | os.PathLike[str], given: str | None = 
     Raises:
       InputError: if that is another.
     """
-    file = Path(directory).expanduser() / OWN
-    own = files.read_json(file, "").get("rope_scaling") if file.is_file() else None
+    folder = Path(directory).expanduser()
+    own = (own_document(folder) or {}).get("rope_scaling")
     if own is not None and given is not None and rotary.parse(own) != rotary.parse(given):
         raise InputError(f"--rope-scaling {given}: the adapter {directory} was trained with {own}")
     return given if own is None else own
@@ -129,6 +129,11 @@ def adapter_rope_scaling(directory: str | os.PathLike[str], given: str | None = 
 def is_own(path: str, config: Any) -> bool:
     """Whether a path is one of the base's parameters; a classifier of rows is no part of it."""
     return tree.canonical(path) in models.FAMILIES[config.model_type].shapes(config) and not path.startswith(SCOPE)
+
+
+def is_added(path: str, method: Method, config: Any) -> bool:
+    """Whether a parameter belongs to the adapter, among which is a classifier that trains."""
+    return method.changes(path) if path.startswith(SCOPE) else not is_own(path, config)
 
 
 def classifier_names(config: Any) -> dict[str, tuple[str, bool]]:
@@ -146,12 +151,10 @@ def adapter_labels(directory: str | os.PathLike[str]) -> tuple[str, ...]:
       InputError: for a folder without an adapter, or files that cannot be read.
     """
     folder = Path(directory).expanduser()
-    config = files.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it an adapter?")
-    if config.get("task_type") != "SEQ_CLS":
+    if adapter_config(folder).get("task_type") != "SEQ_CLS":
         return ()
-    own = files.read_json(folder / OWN, "") if (folder / OWN).is_file() else {}
-    if own.get("labels"):
-        return tuple(own["labels"])
+    if named := (own_document(folder) or {}).get("labels"):
+        return tuple(named)
     from safetensors import SafetensorError, safe_open
 
     try:

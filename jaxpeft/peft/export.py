@@ -16,8 +16,9 @@ from jaxpeft import method as methods
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.peft.base import CONFIG, FORMAT, NATIVE, OWN, WEIGHTS, classifier_names, fingerprint, is_own
+from jaxpeft.peft.base import NATIVE, classifier_names, fingerprint, is_added, is_own
 from jaxpeft.peft.form import Form, Written, base_of, form_of
+from jaxpeft.peft.schema import CONFIG, FORMAT, OWN, WEIGHTS
 
 # A model's head -> PEFT's name of the task, which says what class of model wraps it; None: any.
 _TASKS = {"causal_lm": "CAUSAL_LM", "none": "FEATURE_EXTRACTION"}
@@ -114,7 +115,7 @@ def adapter_of(method: Method, params: Mapping[str, Any], config: Any) -> tuple[
       InputError: if parameters of the base itself train.
     """
     names = ", ".join(spec.name for spec in method.specs) or "the method"
-    added = [path for path in tree.flatten(params) if _is_added(path, method, config)]
+    added = [path for path in tree.flatten(params) if is_added(path, method, config)]
     changed = [path for path in tree.flatten(params) if method.changes(path) and is_own(path, config)]
     if changed or not added:
         what = f"{changed[0]} trains too and has no place in an adapter" if changed and added else "is no adapter"
@@ -135,11 +136,6 @@ def _written(params: Mapping[str, Any], spec: Spec, form: Form, config: Any) -> 
         raise InputError(f"{spec.name}: {error}") from None
 
 
-def _is_added(path: str, method: Method, config: Any) -> bool:
-    """Whether a parameter belongs to the adapter, among which is a classifier that trains."""
-    return method.changes(path) if path.startswith(SCOPE) else not is_own(path, config)
-
-
 def changes_kernels(spec: Spec) -> bool:
     """Whether a method changes the base's kernels before it trains."""
     return methods.about(spec.name).changes_kernels(spec.config)
@@ -148,7 +144,7 @@ def changes_kernels(spec: Spec) -> bool:
 def _leaves(params: Mapping[str, Any], method: Method, config: Any) -> dict[str, np.ndarray]:
     """Our form: everything that is not the base's own, under its path."""
     flat = tree.flatten(params)
-    return {path: np.asarray(leaf, order="C") for path, leaf in flat.items() if _is_added(path, method, config)}
+    return {path: np.asarray(leaf, order="C") for path, leaf in flat.items() if is_added(path, method, config)}
 
 
 def _classifier(params: Mapping[str, Any], method: Method, config: Any) -> dict[str, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,19 +15,24 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import files, models, tree
-from jaxpeft.errors import InputError
+from jaxpeft import models, tree
+from jaxpeft.errors import InputError, first_line
 from jaxpeft.method import Method, Spec, chain, from_specs, setup
 from jaxpeft.methods.full import full
 from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.peft.base import CONFIG, FORMAT, NATIVE, OWN, WEIGHTS, adapter_labels, check_base, classifier_names
+from jaxpeft.peft.base import NATIVE, adapter_labels, check_base, classifier_names, is_added
 from jaxpeft.peft.form import Form, base_of, form_of, method_for
+from jaxpeft.peft.schema import CONFIG, FORMAT, OWN, WEIGHTS, Own, adapter_config, own_document
 
 # Fields of every adapter_config.json that say nothing about what the adapter computes, or that are read here.
 _ANY = (
     "peft_type auto_mapping base_model_name_or_path revision inference_mode task_type peft_version modules_to_save"
 ).split()
+
+_CUT = re.compile(r"layers_(\d{1,9})_(\d{1,9})/")
+# safetensors' names of the types that tensors come in.
+_KINDS = ("F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
 
 def import_adapter(
@@ -57,7 +63,7 @@ def import_adapter(
     folder = Path(directory).expanduser()
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
-    config = files.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it an adapter?")
+    config = adapter_config(folder)
     file = _weights(folder)
     own = _own(folder)
     if (count := len(adapter_labels(folder))) != base_config.num_labels and count:
@@ -72,7 +78,10 @@ def import_adapter(
         check_base(os.fspath(folder), own["base"], base_config, base_params)
     _check_config(folder / CONFIG, config, form, base_config)
     base = base_of(base_config, base_params)
-    tensors, classifier = _without_classifier(file, _tensors(file), base_config)
+    found = _tensors(file)
+    if integers := [name for name, tensor in found.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]:
+        raise InputError(f"{file}: {integers[0]} is {found[integers[0]].dtype}, expected floating-point numbers")
+    tensors, classifier = _without_classifier(file, found, base_config)
     tensors = _without_copies(file, tensors, base_config, base_params)
     with _of(file):
         parts = form.parse(tensors, base)
@@ -81,7 +90,12 @@ def import_adapter(
             arguments, parts = form.read(config, parts, base)
             specs = (Spec(specs[0].name, arguments),)
         method = from_specs(specs)
-        leaves = form.restore(method.specs[at].config, parts, own or {}, base)
+        try:
+            leaves = form.restore(method.specs[at].config, parts, own or {}, base)
+        except (TypeError, ValueError, KeyError, IndexError) as error:
+            if own is None or isinstance(error, InputError):
+                raise
+            raise InputError(f"does not say what {method.name} needs besides the tensors: {error}") from None
     if classifier and own is None:
         method = chain(method, full(f"^{SCOPE}"))
     return method, {**leaves, **classifier}
@@ -116,15 +130,14 @@ def _weights(folder: Path) -> Path:
     raise InputError(f"{folder}: has no {WEIGHTS}")
 
 
-def _own(folder: Path) -> dict[str, Any] | None:
+def _own(folder: Path) -> Own | None:
     """jaxpeft.json, if it speaks of these tensors.
 
     Raises:
       InputError: if it has another format.
     """
-    if not (folder / OWN).is_file():
+    if (own := own_document(folder)) is None:
         return None
-    own = files.read_json(folder / OWN, "")
     with (folder / WEIGHTS).open("rb") as file:
         if own.get("sha256") != hashlib.file_digest(file, "sha256").hexdigest():
             return None
@@ -149,14 +162,49 @@ def _of(file: Path) -> Iterator[None]:
 
 
 def _tensors(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor as it is."""
+    """Every tensor as it is; what is no finite number is refused."""
     from safetensors import SafetensorError, safe_open
 
+    tensors = {}
     try:
         with safe_open(file, framework="numpy") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {error}") from None
+            for name in opened.keys():  # noqa: SIM118 (not a dict)
+                if (kind := opened.get_slice(name).get_dtype()) not in _KINDS:
+                    raise InputError(f"{file}: {name} is {kind}, expected one of {', '.join(_KINDS)}")
+                tensors[name] = opened.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {first_line(error)}") from None
+    for name, tensor in tensors.items():
+        if not np.isfinite(tensor).all():
+            raise InputError(f"{file}: {name} holds {tensor[~np.isfinite(tensor)][0]}, expected finite numbers alone")
+    return tensors
+
+
+def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config: Any) -> None:
+    """Refuses leaves that are not exactly those that the method adds to such a base: names, shapes and types."""
+    cuts = {int(layer) for path in leaves if (found := _CUT.match(path)) for layer in found.groups()}
+
+    def added(key, params):
+        for layer in sorted(cuts):  # where a function that no file can name had cut the stack
+            params = tree.cut_layers(params, layer)
+        _, trainable, rest = setup(method, base, params, key, batches=lambda: ())
+        return {path: leaf for path, leaf in {**trainable, **rest}.items() if is_added(path, method, config)}
+
+    base = models.model_of(config)
+    params = tree.unflatten(models.FAMILIES[config.model_type].shapes(config))
+    expected = jax.eval_shape(added, jax.eval_shape(lambda: jax.random.key(0)), params)
+    if lacking := sorted(expected.keys() - leaves.keys()):
+        raise InputError(f"{where}: lacks {lacking[0]} of shape {expected[lacking[0]].shape}, which {method.name} has")
+    for path, leaf in leaves.items():
+        if path not in expected:
+            raise InputError(f"{where}: holds {path}, which is no part of {method.name} on such a base")
+        if leaf.shape != expected[path].shape:
+            raise InputError(
+                f"{where}: {path} has shape {leaf.shape}, where {method.name} on such a base has {expected[path].shape}"
+            )
+        floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, expected[path])]
+        if floats[0] != floats[1] or not (floats[0] or leaf.dtype == expected[path].dtype):
+            raise InputError(f"{where}: {path} is {leaf.dtype}, where {method.name} has {expected[path].dtype}")
 
 
 # PEFT's form.
@@ -254,5 +302,7 @@ def _as_it_is(
     _require(folder, own, ("method", "base"))
     check_base(os.fspath(folder), own["base"], config, params)
     with _of(folder / OWN):
-        method = from_specs(tuple(Spec(name, arguments) for name, arguments in own["method"]))
-    return method, {path: jnp.asarray(tensor) for path, tensor in _tensors(folder / WEIGHTS).items()}
+        method = from_specs(own["method"])
+    tensors = _tensors(folder / WEIGHTS)
+    _check_leaves(folder / WEIGHTS, tensors, method, config)
+    return method, {path: jnp.asarray(tensor) for path, tensor in tensors.items()}

@@ -11,18 +11,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, Required
 
 import jax
 import jax.numpy as jnp
+from typing_extensions import TypedDict
 
-from jaxpeft import files, recipe, tree
+from jaxpeft import documents, files, recipe, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Spec
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
+from jaxpeft.template import Document as Text
 from jaxpeft.template import Template
 from jaxpeft.train.run import Run, flag
 
@@ -69,13 +72,84 @@ def describe(
     return json.loads(json.dumps(document, default=str))  # as it will be read: tuples are lists, paths text
 
 
-def read(out: Path, name: str = FILE) -> dict[str, Any]:
-    """The document of the run in a folder, or its report.
+# A run's arguments; those of an older version may lack some.
+_Arguments = TypedDict("_Arguments", typing.get_type_hints(Run), total=False)  # type: ignore[misc]
+
+
+class _Content(TypedDict, total=False):
+    model: Required[documents.Text]
+    adapter: documents.Text | None
+    data: documents.Text
+    eval_data: documents.Text | None
+    template: documents.Text | None
+
+
+class Document(TypedDict):
+    """OUT/config.json."""
+
+    arguments: Any
+    method: documents.Specs
+    content: _Content
+    labels: NotRequired[list[documents.Text]]
+    text: NotRequired[Text | None]
+
+
+class Report(TypedDict):
+    """OUT/report.json, as far as it is read again."""
+
+    out: documents.Text
+    method: documents.Text
+    steps: documents.Index
+    tokens: documents.Whole
+    train_loss: documents.Number
+    trainable_parameters: documents.Whole
+    frozen_parameters: documents.Whole
+    total_parameters: documents.Whole
+    memory_bytes: dict[documents.Text, documents.Number]
+    sample: dict[documents.Text, documents.Text] | None
+
+
+_Scores = dict[documents.Text, documents.Number | None]
+
+
+class _Before(TypedDict):
+    """How the model was before the first step."""
+
+    scores: _Scores
+    overlap: documents.Number | None
+    texts: list[documents.Text]
+
+
+class Progress(TypedDict):
+    """A checkpoint's meta."""
+
+    data: dict[documents.Text, Any]
+    tokens: documents.Whole
+    loss: documents.Number
+    before: _Before
+    eval_loss: documents.Number | None
+    last_scores: _Scores
+    eval_step: documents.Index | None
+
+
+def read(out: Path) -> dict[str, Any]:
+    """The document of the run in a folder.
 
     Raises:
-      InputError: if there is none.
+      InputError: if there is none, or for a field that is not what it should be.
     """
-    return files.read_json(out / name, missing=f"{out}: holds no run (no {name})")
+    document = documents.read_json(out / FILE, f"{out}: holds no run (no {FILE})", Document)
+    documents.checked(str(out / FILE), _Arguments, document["arguments"], "arguments", as_json=True)
+    return document
+
+
+def read_report(out: Path) -> dict[str, Any]:
+    """The report of the run in a folder.
+
+    Raises:
+      InputError: if there is none, or for a field that is not what it should be.
+    """
+    return documents.read_json(out / REPORT, f"{out}: holds no finished run (no {REPORT})", Report)
 
 
 def stored_date(document: Mapping[str, Any]) -> str | None:

@@ -25,11 +25,12 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft import compilation, files, hf, models, recipe, tree
+from jaxpeft import compilation, documents, files, hf, models, recipe, tree
 from jaxpeft.checkpoint import DAMAGED, Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
@@ -89,9 +90,9 @@ def train(args: Run) -> dict[str, Any]:
         method = asked_method(args)
         asked = config.describe(args, method.specs if method else (), {})
         config.check_arguments(out, old, asked)
-        if (out / config.REPORT).exists() and config.read(out, config.REPORT)["steps"] >= args.steps:
+        if (finished := _report_of(out)) is not None and finished["steps"] >= args.steps:
             _say(f"{out}: the run is finished; this is its report")
-            return config.read(out, config.REPORT)
+            return finished
         old = config.with_steps(old, args.steps)
     started = time.monotonic()
     if args.dtype is None:
@@ -118,6 +119,17 @@ def train(args: Run) -> dict[str, Any]:
         if isinstance(error, PermissionError | NotADirectoryError):
             raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
         raise
+
+
+def _report_of(out: Path) -> dict[str, Any] | None:
+    """The report of a run that is finished; None where there is none, or a damaged one, which is made again."""
+    if not (out / config.REPORT).exists():
+        return None
+    try:
+        return config.read_report(out)
+    except InputError as error:
+        _say(f"{error}; it is made again")
+        return None
 
 
 class _Run:
@@ -160,6 +172,7 @@ class _Run:
                 _say(f"{self.out}: {what}: from the beginning")
             return None
         self.state, meta = self.checkpoints.restore(self.state)
+        meta = documents.checked(f"{self.out / 'checkpoints' / str(latest)}: meta", config.Progress, meta)
         self.job = self.job._replace(state=self.state, own={})  # frees what was made for the first step
         self.job.data.train.set_state(meta["data"])
         self.done, self.tokens, self.loss = latest, meta["tokens"], meta["loss"]

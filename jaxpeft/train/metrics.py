@@ -11,8 +11,11 @@ import math
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NotRequired
 
+from typing_extensions import TypedDict
+
+from jaxpeft import documents
 from jaxpeft.errors import InputError
 
 
@@ -67,6 +70,12 @@ class MetricsLog:
         self.close()
 
 
+class _Row(TypedDict):
+    step: documents.Index
+    split: Literal["train", "eval"]
+    loss: NotRequired[documents.Number | None]
+
+
 def read(path: Path) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl, without a last line that was cut off in writing.
 
@@ -76,13 +85,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     *lines, _ = path.read_bytes().split(b"\n")  # _: empty, or a line cut off
     rows = []
     for number, line in enumerate(lines, start=1):
+        where = f"{path}, line {number}: not a row of metrics"
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise InputError(f"{path}, line {number}: not a row of metrics: {line[:80]!r}")
-        rows.append(row)
+            rows.append(documents.checked(where, _Row, json.loads(line)))
+        except (ValueError, RecursionError) as error:
+            raise error if isinstance(error, InputError) else InputError(f"{where}: {line[:80]!r}") from None
     return rows
 
 

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxpeft.errors import InputError, did_you_mean
+from jaxpeft.errors import InputError, did_you_mean, shown
 
 # The least value of a field that is a number.
 _LEAST = {
@@ -31,6 +31,7 @@ _LEAST = {
     "samples": 0,
     "rank": 1,
 }
+MOST = 2**31 - 1  # of steps, tokens and whatever is counted
 MOST_SEED = 2**32 - 1  # JAX's keys hold 32 bits, and grain shuffles by as many
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
@@ -240,11 +241,13 @@ def defaults_of(model: str | None) -> dict[str, Any]:
 
 
 def check_least(args: Any, least: Mapping[str, float]) -> None:
-    """Raises InputError for the first of some fields that is below its least value; None passes."""
+    """Raises InputError for the first of some fields that is below its least value or above MOST; None passes."""
     for name, bound in least.items():
         value = getattr(args, name)
         if value is not None and not value >= bound:
-            raise InputError(f"{flag(name)} {value}: must be at least {bound}")
+            raise InputError(f"{flag(name)} {shown(value)}: must be at least {bound}")
+        if value is not None and value > MOST:
+            raise InputError(f"{flag(name)} {shown(value)}: must be at most {MOST}")
 
 
 def check_seed(seed: int) -> None:

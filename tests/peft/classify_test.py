@@ -1,6 +1,8 @@
 """Adapters that classify rows, to PEFT and back; and adapters in our own form, which PEFT has none for."""
 
+import hashlib
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
+from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
 from jaxpeft import cli, hf, tree
@@ -192,3 +195,47 @@ def test_what_is_not_whole_is_refused(tmp_path):
     refused("is an adapter in jaxpeft's own form without a jaxpeft.json")
     own.write_text(json.dumps({**json.loads(text), "method": [["lorra", {}]]}))
     refused("jaxpeft.json: unknown method 'lorra'")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An adapter in our own form, and its base."""
+    folder = tmp_path_factory.mktemp("own") / "adapter"
+    model, params, _, _ = own_form(folder)
+    return folder, model, params
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors, name: tensors | {"norm/scale": np.ones(32, np.float32)}, "holds norm/scale, which is no part"),
+        (lambda tensors, name: tensors | {"more": np.ones(3, np.float32)}, "holds more, which is no part of "),
+        (lambda tensors, name: {x: y for x, y in tensors.items() if x != name}, "lacks {name} of shape"),
+        (lambda tensors, name: {x + "x" * (x == name): y for x, y in tensors.items()}, "lacks {name} of shape"),
+        (lambda tensors, name: tensors | {name: tensors[name][..., :1].copy()}, "{name} has shape .*1.*, where .* has"),
+        (lambda tensors, name: tensors | {name: np.float32(0)[None]}, "{name} has shape .1,., where "),
+        (lambda tensors, name: tensors | {name: tensors[name].astype(np.int32)}, "{name} is int32, where .* has float"),
+        (
+            lambda tensors, name: tensors | {name: tensors[name] * np.float32("nan")},
+            "{name} holds nan, expected finite",
+        ),
+        (
+            lambda tensors, name: tensors | {name: tensors[name] + np.float32("inf")},
+            "{name} holds inf, expected finite",
+        ),
+    ],
+)
+def test_an_adapter_holds_what_its_method_adds_and_nothing_else(change, said, whole, tmp_path):
+    folder, model, params = whole
+    copied = tmp_path / "adapter"
+    shutil.copytree(folder, copied)
+    weights = copied / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = sorted(tensors)[0]
+    save_file(change(tensors, name), weights)
+    own = json.loads((copied / "jaxpeft.json").read_text())
+    own["sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+    (copied / "jaxpeft.json").write_text(json.dumps(own))
+    with pytest.raises(InputError, match=said.format(name=name)) as error:
+        import_adapter(copied, model.config, params)
+    assert "\n" not in str(error.value)

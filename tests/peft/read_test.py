@@ -191,6 +191,10 @@ def first(tensors, change):
             "lora_embedding_A.*not supported",
         ),
         (lambda ts: {}, "holds no adapter"),
+        (lambda ts: first(ts, lambda t: t.int()), "q_proj.lora_A.weight is int32, expected floating-point numbers"),
+        (lambda ts: first(ts, lambda t: t * torch.nan), "q_proj.lora_A.weight holds nan, expected finite numbers"),
+        (lambda ts: first(ts, lambda t: (t / 0).bfloat16()), "q_proj.lora_A.weight holds -?inf, expected finite"),
+        (lambda ts: first(ts, lambda t: t.to(torch.float8_e4m3fn)), "q_proj.lora_A.weight is F8_E4M3, expected one of"),
         (
             lambda ts: {k: torch.ones((40, 32) if "lora_A" in k else (32, 40)) for k in ts},
             "q_proj has rank 40, above the smaller side of its 32 x 32 kernel",
@@ -218,6 +222,14 @@ def test_tensors_that_do_not_fit_are_refused(change, reason, copy, base):
         ("trainable_token_indices", [1]),
         ("lora_bias", True),
         ("a_field_of_the_future", 3),
+        ("lora_alpha", float("nan")),
+        ("lora_alpha", "16"),
+        ("alpha_pattern", {"q_proj": float("inf")}),
+        ("rank_pattern", [4]),
+        ("r", 0),
+        ("lora_dropout", 1),
+        ("use_rslora", "yes"),
+        ("target_modules", {"q_proj": 1}),
     ],
 )
 def test_features_that_would_compute_something_else_are_refused(field, value, copy, base):
@@ -328,6 +340,21 @@ def test_jaxpeft_json_of_another_version_or_without_a_field_is_refused(base, tmp
     own.write_text(json.dumps({name: value for name, value in whole.items() if name not in ("base", "ranks")}))
     with pytest.raises(InputError, match="jaxpeft.json: lacks ranks, base; remove it"):
         import_adapter(tmp_path / "adapter", model.config)
+    site = min(whole["ranks"])
+    for change, said in (
+        ({"ranks": {**whole["ranks"], site: 10**6}}, f"ranks: {site} has 1000000, above the smaller side"),
+        ({"ranks": {site: -1}}, f"ranks.{site} -1 should be at least 1"),
+        ({"method": [["lora", {"rank": "2"}]]}, "method lora: rank '2' should be a whole number"),
+        ({"method": [["lora", {"ranks": 2}]]}, "method lora: .* unexpected keyword argument 'ranks'"),
+        ({"method": "lora"}, 'method "lora" should be a list'),
+        ({"method": []}, "method .. should be at least 1 long"),
+        ({"base": {"sizes": {}}}, "lacks base.samples"),
+        ({"spec": 7}, "its method has no form for peft_type 'LORA'"),
+    ):
+        own.write_text(json.dumps({**whole, **change}))
+        with pytest.raises(InputError, match=said) as error:
+            import_adapter(tmp_path / "adapter", model.config)
+        assert "\n" not in str(error.value)
 
 
 def test_pissa_of_pefts_converted_for_the_original_base(base, tmp_path):

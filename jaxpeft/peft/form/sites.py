@@ -250,6 +250,8 @@ def _stacked(
         _, layer, n, m = base.modules[layers[site][0]]
         present = [_size(tensors[leaf], x, "r") for part in own.values() for leaf, x in part.items()]
         sizes = {"n": n, "m": m, "r": max(ranks.get(site, 0), *present, 0)}
+        if ranks.get(site, 0) > min(n, m):
+            raise InputError(f"ranks: {site} has {ranks[site]}, above the smaller side of its {n} x {m} kernel")
         found[site] = {}
         for leaf in dict.fromkeys(leaf for part in own.values() for leaf in part):
             shape = tuple(sizes[letter] for letter in _axes(tensors[leaf]))

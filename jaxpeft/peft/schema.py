@@ -1,0 +1,91 @@
+"""What the two documents of an adapter may hold, and the reading of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le, Lt
+from typing_extensions import TypedDict
+
+from jaxpeft import documents
+from jaxpeft.documents import Count, Flag, Index, Number, Text
+
+CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json"
+FORMAT = 1  # of jaxpeft.json
+
+_Rank = Annotated[Count, Le(2**20)]
+_Names = list[Text] | Text | None  # of modules; a text is a regular expression
+
+
+class AdapterConfig(TypedDict, total=False):
+    """adapter_config.json: of PEFT's fields those that say what an adapter computes, or that decide how it is read."""
+
+    peft_type: Text
+    task_type: Text | None
+    base_model_name_or_path: Text | None
+    modules_to_save: list[Text] | None
+    # LORA
+    r: _Rank
+    lora_alpha: Number
+    lora_dropout: Annotated[Number, Ge(0), Lt(1)] | None
+    rank_pattern: dict[Text, _Rank] | None
+    alpha_pattern: dict[Text, Number] | None
+    target_modules: _Names
+    exclude_modules: _Names
+    layers_to_transform: list[Index] | Index | None
+    layers_pattern: _Names
+    bias: Text
+    fan_in_fan_out: Flag | None
+    use_rslora: Flag | None
+    use_dora: Flag | None
+    init_lora_weights: Flag | Text | None
+    # IA3
+    feedforward_modules: _Names
+    # PREFIX_TUNING
+    num_virtual_tokens: Count | None
+    num_layers: Count | None
+    num_attention_heads: Count | None
+    num_transformer_submodules: Count | None
+    token_dim: Count | None
+    prefix_projection: Flag | None
+
+
+class Base(TypedDict):
+    """A fingerprint, see `jaxpeft.peft.fingerprint`."""
+
+    sizes: dict[Text, Any]
+    samples: dict[Text, Text]
+
+
+class Own(TypedDict, total=False):
+    """jaxpeft.json."""
+
+    format: Any  # compared before the rest is used
+    sha256: Text
+    method: documents.Specs
+    base: Base
+    labels: list[Text]
+    rope_scaling: Text | None
+    spec: Index
+    ranks: dict[Text, Annotated[Count, Le(2**20)]]
+    extra: dict[Text, dict[Text, Any]]
+
+
+def adapter_config(folder: Path) -> AdapterConfig:
+    """The adapter_config.json in a folder.
+
+    Raises:
+      InputError: if there is none, or for a field that is not what it should be.
+    """
+    return documents.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it an adapter?", AdapterConfig)
+
+
+def own_document(folder: Path) -> Own | None:
+    """The jaxpeft.json in a folder, if there is one, whichever tensors it speaks of.
+
+    Raises:
+      InputError: for a field that is not what it should be.
+    """
+    file = folder / OWN
+    return documents.read_json(file, "", Own) if file.is_file() else None
