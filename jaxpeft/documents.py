@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,8 +20,10 @@ from typing import Annotated, Any
 from annotated_types import Ge, Le, MinLen
 from pydantic import AllowInfNan, Strict, StrictBool, StrictStr, TypeAdapter, ValidationError
 
-from jaxpeft.errors import InputError, shown
+from jaxpeft.errors import InputError, is_utf8, shown
 from jaxpeft.files import read_text
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 Whole = Annotated[int, Strict(), Ge(-(2**63)), Le(2**63 - 1)]
 Count = Annotated[int, Strict(), Ge(1), Le(2**31 - 1)]  # of something that there is
@@ -48,6 +51,8 @@ def from_json(where: str, text: str) -> dict[str, Any]:
         raise InputError(f"{where}: is JSON that cannot be read: {error}") from None
     if not isinstance(parsed, dict):
         raise InputError(f"{where}: should hold a JSON object, not a {type(parsed).__name__}")
+    if _SURROGATE.search(text) and not is_utf8(json.dumps(parsed, ensure_ascii=False)):
+        raise InputError(f"{where}: holds half of a character (\\ud800 to \\udfff alone), which is no text")
     return parsed
 
 

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 
 
@@ -11,6 +12,9 @@ class InputError(ValueError):
     The command line prints it without a traceback and exits with status 2.
     """
 
+    def __init__(self, message: str):
+        super().__init__(_line(message))
+
 
 class RunError(RuntimeError):
     """A job that began well and could not be finished: one line that says what happened and what is left to go on from.
@@ -19,8 +23,18 @@ class RunError(RuntimeError):
     """
 
     def __init__(self, message: str, status: int = 1):
-        super().__init__(message)
+        super().__init__(_line(message))
         self.status = status
+
+
+_LONGEST = 1500  # characters of a line
+_WORD = re.compile(r"\S{301,}")
+
+
+def _line(message: str) -> str:
+    """A message as one line that can be read: the middle of what is very long is left out."""
+    text = _WORD.sub(lambda word: f"{word[0][:160]}...{word[0][-80:]}", " ".join(str(message).split()))
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 300]} ... {text[-300:]}"
 
 
 class Notice(UserWarning):
@@ -46,6 +60,15 @@ def shown(value: object, width: int = 60) -> str:
     except (TypeError, ValueError, RecursionError):
         text = f"a {type(value).__name__}"
     return text if len(text) <= width else text[:width] + "..."
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written: bytes that were none, and halves of characters, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

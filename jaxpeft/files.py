@@ -215,7 +215,9 @@ def from_yaml(where: str, text: str) -> Any:
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
     try:
         return yaml.load(text, Loader)
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a date that is none, a number of 10^4 digits
+    except InputError:
+        raise
+    except Exception as error:  # constructors of YAML's own types raise whatever Python does
         raise InputError(f"{where}: is not YAML: {' '.join(str(error).split())[:300]}") from None
 
 

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli.output import print_error, print_json
-from jaxpeft.errors import InputError, Notice, RunError, did_you_mean, shown
+from jaxpeft.errors import InputError, Notice, RunError, did_you_mean, is_utf8, shown
 from jaxpeft.memory.kinds import GPU_FRACTION
 
 # Command name -> the module in this package and its dataclass, and a line for the help.
@@ -137,7 +137,7 @@ def _main(argv: list[str], own_process: bool = False) -> int:
         return 0
     name, *flags = argv
     for word in flags:
-        if not _is_utf8(word):  # Python hides such bytes in characters that nothing can write again
+        if not is_utf8(word):  # Python hides such bytes in characters that nothing can write again
             raise InputError(f"{name}: the argument {shown(word)} is not UTF-8")
     if name not in COMMANDS:
         raise InputError(f"unknown command {name!r}" + did_you_mean(name, COMMANDS))
@@ -161,14 +161,6 @@ def _main(argv: list[str], own_process: bool = False) -> int:
     else:
         module.show(module.run(args))
     return 0
-
-
-def _is_utf8(word: str) -> bool:
-    try:
-        word.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def parse(kind: type, name: str, flags: list[str]) -> Any:

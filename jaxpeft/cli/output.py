@@ -6,8 +6,6 @@ import os
 import sys
 from typing import Any
 
-_WIDEST = 2000  # characters of an error
-
 
 def print_json(document: Any) -> None:
     """Prints one strict JSON document on stdout: no NaN or Infinity, which become null."""
@@ -37,6 +35,5 @@ def jsonable(value: Any) -> Any:
 
 def print_error(message: str) -> None:
     """Prints a user's mistake as one line on stderr, in which nothing of a file's text can move the cursor."""
-    text = " ".join(str(message).split())
-    text = text if len(text) <= _WIDEST else text[:_WIDEST] + "..."
-    print("jaxpeft: error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), file=sys.stderr)
+    line = " ".join(str(message).split())
+    print("jaxpeft: error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)

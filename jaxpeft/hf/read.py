@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,32 @@ class _Index(TypedDict):
     """model.safetensors.index.json."""
 
     weight_map: dict[documents.Text, documents.Text]
+
+
+_Texts = dict[documents.Text, documents.Text]
+_Token = documents.Text | dict[documents.Text, Any] | None
+
+
+class _TokenizerConfig(TypedDict, total=False):
+    """tokenizer_config.json, as far as transformers takes it as it is."""
+
+    tokenizer_class: documents.Text | None
+    model_max_length: documents.Number | None
+    padding_side: Literal["left", "right"] | None
+    truncation_side: Literal["left", "right"] | None
+    add_bos_token: documents.Flag | None
+    add_eos_token: documents.Flag | None
+    add_prefix_space: documents.Flag | None
+    clean_up_tokenization_spaces: documents.Flag | None
+    bos_token: _Token
+    eos_token: _Token
+    unk_token: _Token
+    pad_token: _Token
+    added_tokens_decoder: dict[documents.Text, dict[documents.Text, Any]] | None
+    additional_special_tokens: list[documents.Text | dict[documents.Text, Any]] | None
+    chat_template: (
+        documents.Text | list[dict[documents.Text, documents.Text]] | dict[documents.Text, documents.Text] | None
+    )
 
 
 Conversion = Callable[[jax.Array], Any]  # an array -> what it is stored as: a packed kernel
@@ -136,10 +162,14 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
     if (folder / "config.json").is_file():  # which transformers reads too, and says less of what is wrong in it
         config = load_config(folder)
         models.family(config).from_hf(config)
+    if (file := folder / "tokenizer_config.json").is_file():
+        documents.read_json(file, f"{file}: no such file", _TokenizerConfig)
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)  # damage may show in the use alone
+        return tokenizer
     except Exception as error:  # tokenizers raises bare Exception for a damaged file
         raise InputError(f"{folder}: the tokenizer cannot be read: {in_one_line(error)}") from error
 
@@ -338,7 +368,7 @@ def weight_files(folder: Path) -> list[Path]:
     for name, shard in shards.items():
         if Path(shard).name != shard:
             raise InputError(f"{folder / INDEX}: {name} should be in a file beside the index, not in {shard!r}")
-        if not (folder / shard).is_file():
+        if not os.path.isfile(folder / shard):  # False, where Path's own raises, of a name that is too long
             raise InputError(f"{folder / INDEX}: the shard {shard} (of {name}) is absent")
     return [folder / shard for shard in sorted(set(shards.values()))]
 

@@ -219,9 +219,13 @@ def load(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     if given in GEOMETRIES:
         return copy.deepcopy(GEOMETRIES[given])
     path = Path(given).expanduser()
-    if given and (path.is_dir() or is_gguf(path)):
+    try:
+        there = bool(given) and path.exists()
+    except (OSError, ValueError):  # a name that is too long, or holds a zero byte
+        there = False
+    if there and (path.is_dir() or is_gguf(path)):
         return hf.load_config(path)
-    if given and path.exists():
+    if there:
         return documents.read_json(path, missing=f"{given}: no such file")
     raise InputError(
         f"{given!r} is no built-in geometry, folder or config.json; did you mean {tree.nearest(given, GEOMETRIES)}? "

@@ -27,6 +27,7 @@ from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.template import Document as Text
 from jaxpeft.template import Template
+from jaxpeft.train.report import SCORES
 from jaxpeft.train.run import Run, flag
 
 FILE = "config.json"
@@ -94,6 +95,20 @@ class Document(TypedDict):
     text: NotRequired[Text | None]
 
 
+class _Sample(TypedDict):
+    prompt: documents.Text
+    reference: documents.Text
+    before: documents.Text
+    after: documents.Text
+
+
+_Judged = TypedDict(  # type: ignore[misc]
+    "_Judged",
+    {f"{name}_{when}": documents.Number | None for name in SCORES for when in ("before", "after")},
+    total=False,
+)
+
+
 class Report(TypedDict):
     """OUT/report.json, as far as it is read again."""
 
@@ -106,7 +121,9 @@ class Report(TypedDict):
     frozen_parameters: documents.Whole
     total_parameters: documents.Whole
     memory_bytes: dict[documents.Text, documents.Number]
-    sample: dict[documents.Text, documents.Text] | None
+    sample: _Sample | None
+    dtype: NotRequired[documents.Text | None]
+    compile_cache: NotRequired[documents.Text | None]
 
 
 _Scores = dict[documents.Text, documents.Number | None]
@@ -149,7 +166,8 @@ def read_report(out: Path) -> dict[str, Any]:
     Raises:
       InputError: if there is none, or for a field that is not what it should be.
     """
-    return documents.read_json(out / REPORT, f"{out}: holds no finished run (no {REPORT})", Report)
+    report = documents.read_json(out / REPORT, f"{out}: holds no finished run (no {REPORT})", Report)
+    return documents.checked(str(out / REPORT), _Judged, report)
 
 
 def stored_date(document: Mapping[str, Any]) -> str | None:
