@@ -15,8 +15,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-
+from jaxpeft import template
 from jaxpeft.errors import InputError
 
 if TYPE_CHECKING:  # importing transformers takes seconds
@@ -118,11 +117,11 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     said = "words"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": said}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # a template for other conversations
+        text = template.render(messages, tokenizer, template.Template("chat", template.today()))
+    except InputError:  # a template for other conversations
         return None
-    after = str(text).rpartition(said)[2].lstrip()
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if said in str(text) and after else []
+    after = text.rpartition(said)[2].lstrip()
+    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if said in text and after else []
     return ids[0] if ids and ids[0] in _special(tokenizer) else None
 
 

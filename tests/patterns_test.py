@@ -71,9 +71,8 @@ def test_many_that_are_slow_are_given_up_together(monkeypatch):
 
 def test_one_that_takes_long_to_compile_is_given_up(monkeypatch):
     monkeypatch.setattr(patterns, "SECONDS", 0.01)
-    slow = "(?i)(?:" + "|".join(["[\\x00-\\U0010ffff]"] * 400) + ")"
-    with pytest.raises(InputError, match=r"takes longer than 0.01 s to compile|not a regular expression"):
-        patterns.compiled(slow, "targets")
+    with pytest.raises(InputError, match="takes longer than 0.01 s to compile"):
+        patterns.compiled("(?x)(?:a{#}\n 1000}){#}\n 400}", "targets")  # which is out of sight of the count
 
 
 def test_limits_leave_no_trace():

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
+from jaxpeft import limits
 from jaxpeft.data import cache as disk
 from jaxpeft.data import workers
 from jaxpeft.data.chat import Chat, check_tokenizer, has_lost_words, render_chat, unread_fields
@@ -251,7 +252,8 @@ class Encoder(NamedTuple):
             template.
         """
         report = Report("")
-        rows = list(_read_rows(records, self.tokenizer, self.template, self.skip_bad_lines, report))
+        with limits.many() as span:
+            rows = list(_read_rows(records, self.tokenizer, self.template, self.skip_bad_lines, report, span.look))
         if self.special.end is None:
             report.without_end += sum(isinstance(row.content, Text) for row in rows)
         return pack(_encode(rows, self.tokenizer, self.special)), report
@@ -285,10 +287,15 @@ def _read_rows(
     template: Template,
     skip_bad_lines: bool,
     report: Report,
+    look: Callable[[], None],
 ) -> Iterator[_Row]:
-    """The good lines as rows to tokenize; counts lines, shapes, bad lines and what else there is to say of them."""
+    """The good lines as rows to tokenize; counts lines, shapes, bad lines and what else there is to say of them.
+
+    `look` is called before each (see `limits.many`).
+    """
     checked = False
     for source_record in records:
+        look()
         line, where, _ = source_record
         report.lines += 1
         try:

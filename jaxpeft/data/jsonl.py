@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, first_line
 
 
 def number_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
@@ -39,8 +39,8 @@ def parse_line(raw: bytes, where: str) -> dict[str, Any]:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}: {_excerpt(text)}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number too long
-        raise InputError(f"{where}: JSON that cannot be read ({error}): {_excerpt(text)}") from error
+    except (RecursionError, ValueError, MemoryError) as error:  # nested too deeply; a number too long
+        raise InputError(f"{where}: JSON that cannot be read ({first_line(error)}): {_excerpt(text)}") from error
     return as_object(record, where, text)
 
 
