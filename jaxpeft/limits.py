@@ -128,7 +128,7 @@ def waited(seconds: float, call: Callable[[], T]) -> T:
     try:
         good, value = answers.get(timeout=seconds)
     except queue.Empty:
-        raise TimeoutError(f"took longer than {seconds:g} s") from None
+        raise TimeoutError(f"took longer than {seconds:.3g} s") from None
     if not good:
         raise value
     return value

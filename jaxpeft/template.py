@@ -32,6 +32,7 @@ import jinja2.ext
 
 from jaxpeft import files, limits
 from jaxpeft.errors import InputError
+from jaxpeft.tokenizing import tokenize
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -241,7 +242,7 @@ def prompt_ids(
             raise InputError(f"this model knows single instructions (alpaca), no conversation; turns given: {roles}")
         return encode_prompt(instruction_prompt(messages[0]["content"]), tokenizer)
     text = render(messages, tokenizer, template, tools, add_generation_prompt=True, **options)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenize(tokenizer, [text], add_special_tokens=False)["input_ids"][0])
 
 
 def _render(

@@ -31,6 +31,7 @@ from jaxpeft.data.sources import Record, Source, find
 from jaxpeft.errors import InputError
 from jaxpeft.special import SpecialTokens, from_parts
 from jaxpeft.template import Template, choose, names
+from jaxpeft.tokenizing import at
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -149,6 +150,7 @@ class Report:
 
 class _Row(NamedTuple):
     line: int
+    where: str
     content: Text | Chat
 
 
@@ -317,7 +319,7 @@ def _read_rows(
         report.templated += not isinstance(content, Text)
         report.split += len(rows) - 1
         for row in rows:
-            yield _Row(line, row)
+            yield _Row(line, where, row)
 
 
 def _is_chat(content: Content, template: Template) -> bool:
@@ -354,10 +356,12 @@ def _encode(
     rows: Sequence[_Row], tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
 ) -> Iterable[tuple[int, Encoded]]:
     """(line, ids and mask) in the rows' order, with one tokenizer call for each kind of row."""
-    texts = [row.content for row in rows if isinstance(row.content, Text)]
-    chats = [row.content for row in rows if isinstance(row.content, Chat)]
-    encoded_texts = iter(encode_texts(texts, tokenizer, special))
-    encoded_chats = iter(encode_chats(chats, tokenizer))
+    texts = [(row.where, row.content) for row in rows if isinstance(row.content, Text)]
+    chats = [(row.where, row.content) for row in rows if isinstance(row.content, Chat)]
+    with at(lambda i: texts[i][0]):
+        encoded_texts = iter(encode_texts([text for _, text in texts], tokenizer, special))
+    with at(lambda i: chats[i][0]):
+        encoded_chats = iter(encode_chats([chat for _, chat in chats], tokenizer))
     for row in rows:
         yield row.line, next(encoded_texts if isinstance(row.content, Text) else encoded_chats)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import json
 import os
 import re
 from collections import Counter
@@ -21,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import files, gguf, models, template, tree
+from jaxpeft import files, gguf, models, template, tokenizing, tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.model import Model
 from jaxpeft.models import fields
@@ -126,12 +127,22 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
         return tokenizer_of(folder, gguf.read_header(folder).fields)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)")
+    file = folder / "tokenizer.json"
+    parsed = None
+    with contextlib.suppress(OSError, ValueError, RecursionError):  # the library says what is wrong with the file
+        parsed = json.loads(file.read_bytes())
+    if isinstance(parsed, dict):
+        tokenizing.check_rules(file, parsed)  # before they are applied to the added tokens
     import transformers
 
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception for a damaged file, and panics at some
         raise InputError(f"{folder}: the tokenizer cannot be read: {first_line(error)}") from error
+    tokenizing.check_rules(folder, tokenizing.rules_of(tokenizer))
+    return tokenizer
 
 
 # Names.
