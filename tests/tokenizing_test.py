@@ -150,7 +150,7 @@ def test_a_checkpoint_whose_normalizer_multiplies_is_refused(files, tmp_path, ca
         hf.load_tokenizer(model)
     for command in (
         ["generate", "--prompt", "a"],
-        ["train", "--data", f"{files}/train.jsonl", "--out", str(tmp_path)],
+        ["train", "--data", f"{files}/train.jsonl", "--out", str(tmp_path / "o")],
     ):
         assert main([*command, "--model", str(model)]) == 2
         told = capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,6 +36,7 @@ if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_CALL = 1000  # rows given to the tokenizer at once; only their text is in memory
+BYTES_PER_CALL = 2**25  # fewer rows where they are longer
 
 
 class Example(NamedTuple):
@@ -229,13 +229,26 @@ def _read(source: Source, encoder: "Encoder", folder: Path | None) -> tuple[Enco
 
 def _chunks(source: Source, encoder: "Encoder", report: Report) -> Iterator[Chunk]:
     """The good rows as tokens; fills the report."""
-    records = source.records()
-    parts = iter(lambda: list(itertools.islice(records, ROWS_PER_CALL)), [])
+    parts = _parts(source.records())
     processes = workers.count(source, encoder)
     done = workers.encode(parts, encoder, processes) if processes > 1 else map(encoder.part, parts)
     for chunk, own in done:
         report.add(own)
         yield chunk
+
+
+def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """The records by as many as are encoded at once."""
+    part: list[Record] = []
+    size = 0
+    for record in records:
+        part.append(record)
+        size += len(record.content) if isinstance(record.content, bytes) else 0
+        if len(part) == ROWS_PER_CALL or size > BYTES_PER_CALL:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 class Encoder(NamedTuple):
