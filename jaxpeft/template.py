@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -169,8 +169,10 @@ def source_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, A
     Raises:
       InputError: for one that is too long, or none.
     """
-    with _refusing():
+    try:
         source = str(tokenizer.get_chat_template(tools=list(tools) if tools else None))
+    except ValueError as error:  # it has none
+        raise _refusal(error) from error
     if len(source) > MOST_SOURCE:
         raise InputError(f"the chat template has {len(source)} characters; at most {MOST_SOURCE} are taken")
     return source
@@ -274,7 +276,7 @@ def _render(
             )
         return texts[0], [(first, end) for first, end in spans[0]] if marked else []
 
-    with _refusing():
+    try:
         try:
             with limits.bounded(SECONDS):
                 return write(messages)
@@ -284,25 +286,22 @@ def _render(
                 with contextlib.suppress(*_REFUSALS), limits.bounded(SECONDS):
                     return write(spelt)
             raise
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
-    """Whatever a template raises, as one line."""
-    try:
-        yield
     except InputError:
         raise
-    except limits.OutOfTime as error:
-        reason = f"it has not written them after {SECONDS:g} s"
-        raise InputError(f"the chat template refuses the messages: {reason}") from error
-    except MemoryError as error:
-        reason = "it needs more memory than a template gets"
-        raise InputError(f"the chat template refuses the messages: {reason}") from error
-    except Exception as error:  # it is a program, which may do anything
-        said = " ".join(str(error).split()) or type(error).__name__
-        said = "".join(character if character.isprintable() else " " for character in said[:_MOST_SAID])
-        raise InputError(f"the chat template refuses the messages: {said}") from error
+    except (Exception, limits.OutOfTime) as error:  # a template is a program, which may do anything
+        raise _refusal(error) from error
+
+
+def _refusal(error: BaseException) -> InputError:
+    """What a template raises, as one line."""
+    if isinstance(error, limits.OutOfTime):
+        said = f"it has not written them after {SECONDS:g} s"
+    elif isinstance(error, MemoryError):
+        said = "it needs more memory than a template gets"
+    else:
+        said = " ".join(str(error)[:_MOST_SAID].split()) or type(error).__name__
+        said = "".join(character if character.isprintable() else " " for character in said)
+    return InputError(f"the chat template refuses the messages: {said}")
 
 
 @functools.cache
