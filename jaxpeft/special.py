@@ -15,13 +15,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from jaxpeft import template
+from jaxpeft import limits, template
 from jaxpeft.errors import InputError
 from jaxpeft.tokenizing import tokenize
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
+_SECONDS = 1.0  # to write a conversation of two words; a template that takes longer is refused where it is needed
 # What may follow the end of a text in a file; a text that ends so has ended.
 _BLANKS = ("\n", "\n\n", "\r\n", " ")
 
@@ -118,7 +119,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     said = "words"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": said}]
     try:
-        text = template.render(messages, tokenizer, template.Template("chat", template.today()))
+        with limits.bounded(_SECONDS):
+            text = template.render(messages, tokenizer, template.Template("chat", template.today()))
     except InputError:  # a template for other conversations
         return None
     after = text.rpartition(said)[2].lstrip()
