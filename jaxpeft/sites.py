@@ -33,7 +33,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import tree
+from jaxpeft import patterns, tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context, Model, reads_stacks
 from jaxpeft.models.layers import Dense
@@ -76,10 +76,8 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
         stray = list(targets)
     chosen: set[str] = set()
     for i, pattern in enumerate(wanted):
-        try:
-            found = {site for site in sites if re.search(pattern, tree.canonical(site)) or re.search(pattern, site)}
-        except re.error as error:
-            raise InputError(f"targets {stray[i]!r}: not a regular expression ({error})") from None
+        compiled = patterns.compiled(pattern, "targets")
+        found = {site for site in sites if compiled.found(tree.canonical(site)) or compiled.found(site)}
         if not found:
             leaves = [site.rsplit("/", 1)[-1] for site in sites] + sorted({tree.canonical(site) for site in sites})
             what = str(stray[i] if stray else targets)
@@ -96,13 +94,13 @@ def chooses(targets: str | Iterable[str], site: str) -> bool:
         wanted = [_PRESETS.get(targets, targets)]
     else:
         wanted = [rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets]
-    return any(re.search(pattern, path) for pattern in wanted for path in (tree.canonical(site), site))
+    return any(patterns.found(pattern, path, "targets") for pattern in wanted for path in (tree.canonical(site), site))
 
 
-def first_match(patterns: Mapping[str, Any], site: str, default: Any) -> Any:
+def first_match(values: Mapping[str, Any], site: str, default: Any) -> Any:
     """The value of the first pattern (regular expression, `re.search`) found in the site's path, else `default`."""
-    for pattern, value in patterns.items():
-        if re.search(pattern, site):
+    for pattern, value in values.items():
+        if patterns.found(pattern, site, "the pattern"):
             return value
     return default
 

@@ -15,13 +15,14 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
-
+from jaxpeft import limits, template
 from jaxpeft.errors import InputError
+from jaxpeft.tokenizing import tokenize
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
+_SECONDS = 1.0  # to write a conversation of two words; a template that takes longer is refused where it is needed
 # What may follow the end of a text in a file; a text that ends so has ended.
 _BLANKS = ("\n", "\n\n", "\r\n", " ")
 
@@ -71,10 +72,10 @@ def from_parts(
       InputError: for a field that should hold token ids and holds something else.
     """
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    first = list(tokenizer("a")["input_ids"])[:1]
+    first = list(tokenize(tokenizer, ["a"])["input_ids"][0])[:1]
     named = [*([] if eos is None else [eos]), *eos_ids(config or {}, generation_config or {})]
     turn = turn_end(tokenizer)
-    encoded = tokenizer(list(_BLANKS), add_special_tokens=False)["input_ids"]
+    encoded = tokenize(tokenizer, _BLANKS, add_special_tokens=False)["input_ids"]
     return SpecialTokens(
         before=(bos,) if bos is not None and first == [bos] else (),
         begin=next((x for x in (bos, *token_ids(config or {}, "bos_token_id", "config.json")) if x is not None), None),
@@ -118,14 +119,30 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> int | None:
     said = "words"
     messages = [{"role": "user", "content": "question"}, {"role": "assistant", "content": said}]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
-    except (jinja2.TemplateError, TypeError, ValueError, KeyError):  # a template for other conversations
+        with limits.bounded(_SECONDS):
+            text = template.render(messages, tokenizer, template.Template("chat", template.today()))
+    except InputError:  # a template for other conversations
         return None
-    after = str(text).rpartition(said)[2].lstrip()
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"] if said in str(text) and after else []
+    after = text.rpartition(said)[2].lstrip()
+    written = said in text and bool(after)
+    ids = tokenize(tokenizer, [after], add_special_tokens=False)["input_ids"][0] if written else []
     return ids[0] if ids and ids[0] in _special(tokenizer) else None
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     added = {token for token, said in tokenizer.added_tokens_decoder.items() if said.special}
     return added | set(tokenizer.all_special_ids)
+
+
+def check_vocabulary(model: str | os.PathLike[str], tokenizer: PreTrainedTokenizerBase, size: int) -> None:
+    """Refuses a tokenizer that can give an id for which the model has no row; ids may have holes between them.
+
+    Args:
+      model: folder or hub id, which opens the line.
+      size: the model's vocab_size.
+    """
+    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if largest >= size:
+        raise InputError(
+            f"{os.fspath(model)}: the tokenizer gives {token[:60]!r} the id {largest}; the model's vocab_size is {size}"
+        )

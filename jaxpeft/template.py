@@ -4,6 +4,9 @@
 `jaxpeft.data.instruction_prompt`; a file, which is then the chat template of all rows; `auto`, chat where the tokenizer
 has a template, else alpaca.
 
+A template comes with a model or an adapter, and is a program: it may loop for ever, or write gigabytes. It has SECONDS
+for a conversation, so much memory (see `jaxpeft.limits`), and MOST_CHARACTERS to write.
+
 A template may ask for the date (`strftime_now`). The clock is stopped at one day, so that a row has the same ids
 whenever it is read. The choice and the day are kept beside the result of a run, in FILE:
 
@@ -25,10 +28,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import jinja2
+import jinja2.ext
 from typing_extensions import TypedDict
 
-from jaxpeft import documents
+from jaxpeft import documents, limits
 from jaxpeft.errors import InputError
+from jaxpeft.tokenizing import tokenize
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -36,9 +41,13 @@ if TYPE_CHECKING:  # importing transformers takes seconds
 FILE = "jaxpeft_text.json"
 JINJA = "chat_template.jinja"
 _GENERATION_TAG = re.compile(r"\{%-?\s*generation\s*-?%\}")
+SECONDS = 10.0  # to write one conversation
+MOST_CHARACTERS = 2**24  # of what is written
+MOST_SOURCE = 2**20  # characters of a template; the longest in use have 30,000
 # What a template raises on messages that it is not for.
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, KeyError)
 _CODES = "aAwdbBmyYHIpMSfjUWcxXGuVeDFTRhC"  # of strftime
+_MOST_SAID = 300  # characters of a template's own words in an error
 Spans = list[tuple[int, int]]
 
 
@@ -162,8 +171,18 @@ def beside(folder: str | os.PathLike[str] | None) -> dict[str, str]:
 
 
 def source_of(tokenizer: PreTrainedTokenizerBase, tools: Sequence[Mapping[str, Any]] | None = None) -> str:
-    """The chat template's text; some tokenizers have another one for conversations with tools."""
-    return str(tokenizer.get_chat_template(tools=list(tools) if tools else None))
+    """The chat template's text; some tokenizers have another one for conversations with tools.
+
+    Raises:
+      InputError: for one that is too long, or none.
+    """
+    try:
+        source = str(tokenizer.get_chat_template(tools=list(tools) if tools else None))
+    except ValueError as error:  # it has none
+        raise _refusal(error) from error
+    if len(source) > MOST_SOURCE:
+        raise InputError(f"the chat template has {len(source)} characters; at most {MOST_SOURCE} are taken")
+    return source
 
 
 def is_marked(source: str) -> bool:
@@ -232,7 +251,7 @@ def prompt_ids(
             raise InputError(f"this model knows single instructions (alpaca), no conversation; turns given: {roles}")
         return encode_prompt(instruction_prompt(messages[0]["content"]), tokenizer)
     text = render(messages, tokenizer, template, tools, add_generation_prompt=True, **options)
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return list(tokenize(tokenizer, [text], add_special_tokens=False)["input_ids"][0])
 
 
 def _render(
@@ -258,16 +277,38 @@ def _render(
             return_assistant_tokens_mask=marked,
             **{**tokenizer.special_tokens_map, **options},
         )
+        if len(texts[0]) > MOST_CHARACTERS:
+            raise InputError(
+                f"the chat template writes {len(texts[0])} characters; at most {MOST_CHARACTERS} are taken"
+            )
         return texts[0], [(first, end) for first, end in spans[0]] if marked else []
 
     try:
-        return write(messages)
-    except _REFUSALS as error:
-        spelt = _with_json_arguments(messages)
-        if spelt != list(messages):  # some templates want the JSON of a call's arguments, not the object
-            with contextlib.suppress(*_REFUSALS):
-                return write(spelt)
-        raise InputError(f"the chat template refuses the messages: {error}") from error
+        try:
+            with limits.bounded(SECONDS):
+                return write(messages)
+        except _REFUSALS:
+            spelt = _with_json_arguments(messages)
+            if spelt != list(messages):  # some templates want the JSON of a call's arguments, not the object
+                with contextlib.suppress(*_REFUSALS), limits.bounded(SECONDS):
+                    return write(spelt)
+            raise
+    except InputError:
+        raise
+    except (Exception, limits.OutOfTime) as error:  # a template is a program, which may do anything
+        raise _refusal(error) from error
+
+
+def _refusal(error: BaseException) -> InputError:
+    """What a template raises, as one line."""
+    if isinstance(error, limits.OutOfTime):
+        said = f"it has not written them after {SECONDS:g} s"
+    elif isinstance(error, MemoryError):
+        said = "it needs more memory than a template gets"
+    else:
+        said = " ".join(str(error)[:_MOST_SAID].split()) or type(error).__name__
+        said = "".join(character if character.isprintable() else " " for character in said)
+    return InputError(f"the chat template refuses the messages: {said}")
 
 
 @functools.cache
@@ -305,6 +346,16 @@ def _day(value: object, name: str = "--template-date") -> str:
         raise InputError(f"{name} {value}: must be a day, YYYY-MM-DD") from None
 
 
+class _Generation(jinja2.ext.Extension):
+    """`{% generation %} ... {% endgeneration %}`, parsed and no more."""
+
+    tags = {"generation"}  # noqa: RUF012 - as the class declares it
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
 def _read_jinja(path: str) -> str:
     """A chat template from a file.
 
@@ -312,16 +363,22 @@ def _read_jinja(path: str) -> str:
       InputError: for no such file, or one that is no jinja template.
     """
     try:
-        text = Path(path).expanduser().read_text(encoding="utf-8")
+        with Path(path).expanduser().open(encoding="utf-8") as file:
+            text = file.read(MOST_SOURCE + 1)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror
         raise InputError(f"--template {path}: must be auto, chat, alpaca or a file; {reason}") from None
     except UnicodeDecodeError as error:
         raise InputError(f"--template {path}: not UTF-8 at byte {error.start}") from None
+    if len(text) > MOST_SOURCE:
+        raise InputError(f"--template {path}: has more than {MOST_SOURCE} characters")
     try:
-        jinja2.Environment().parse(_GENERATION_TAG.sub("", text).replace("endgeneration", "generation"))
+        with limits.bounded(SECONDS):
+            jinja2.Environment(extensions=[_Generation, "jinja2.ext.loopcontrols"]).parse(text)
     except jinja2.TemplateSyntaxError as error:
         raise InputError(f"--template {path}: line {error.lineno}: no chat template: {error.message}") from None
+    except (RecursionError, MemoryError, limits.OutOfTime) as error:
+        raise InputError(f"--template {path}: no chat template: cannot be parsed ({type(error).__name__})") from None
     if "messages" not in text:
         raise InputError(f"--template {path}: no chat template: it never names messages")
     return text

@@ -15,6 +15,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpeft import patterns
+
 Params = dict[str, Any]
 Flat = dict[str, Any]
 
@@ -66,8 +68,8 @@ def combine(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
 
 def match(pattern: str, paths: Iterable[str]) -> list[str]:
     """The paths in which the regular expression `pattern` is found (`re.search`)."""
-    compiled = re.compile(pattern)
-    return [path for path in paths if compiled.search(path)]
+    compiled = patterns.compiled(pattern, "the pattern")
+    return [path for path in paths if compiled.found(path)]
 
 
 def nearest(word: str, words: Iterable[str], count: int = 3) -> str:

@@ -1,9 +1,12 @@
 """Which template makes text of rows, on which day, and where that is kept."""
 
+import threading
+
 import pytest
 import tokenizers
 import transformers
 
+from jaxpeft import limits, template
 from jaxpeft.errors import InputError
 from jaxpeft.template import FILE, Template, choose, prompt_ids, read, render
 from tests import runs
@@ -83,3 +86,68 @@ def test_the_first_folder_that_stores_one_counts(tmp_path):
     (tmp_path / FILE).write_text('{"template": "chat"}')
     with pytest.raises(InputError, match=f"{FILE}: lacks date"):
         read(tokenizer, tmp_path)
+
+
+LOOP = "{% for i in range(100000) %}"
+HOSTILE = {
+    "loops": (LOOP * 3 + "{% endfor %}" * 3 + "{{ messages }}", "has not written them after 0.2 s"),
+    "writes on and on": (LOOP * 2 + "{{ messages }}" + "{% endfor %}" * 2, "has not written them after 0.2 s"),
+    "counts": ("{{ messages }}{% set x = 7 ** (10 ** 8) %}{{ x % 2 }}", "has not written them after 0.2 s"),
+    "calls itself": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(messages) }}", "maximum recursion depth exceeded"),
+    "divides": ("{{ messages|length // 0 }}", "integer division or modulo by zero"),
+    "multiplies": ("{% set n = 10 ** 10 %}{{ 'a' * (n * messages|length) }}", "needs more memory than a template gets"),
+    "multiplies a constant": ("{{ 'a' * 10 ** 10 }}{{ messages }}", "needs more memory than a template gets"),
+    "pads": ("{{ 'a'.ljust(10 ** 10) }}{{ messages }}", "needs more memory than a template gets"),
+    "writes much": ("{{ 'a' * 2 ** 21 }}{{ messages }}", "writes 20.* characters; at most 1048576 are taken"),
+    "says much": ("{{ raise_exception('a\n' * 10000 ~ messages) }}", "refuses the messages: (a ){100}"),
+    "asks for what is not there": ("{{ messages.x.y.z }}", "has no attribute 'x'"),
+    "is nested": ("{{ " + "(" * 5000 + "messages" + ")" * 5000 + " }}", "the chat template refuses the messages: "),
+    "is long": ("{# " + "x" * 2**20 + " #}{{ messages }}", "has 104.* characters; at most 1048576"),
+}
+
+
+@pytest.fixture
+def short(monkeypatch):
+    monkeypatch.setattr(template, "SECONDS", 0.2)
+    monkeypatch.setattr(template, "MOST_CHARACTERS", 2**20)
+    monkeypatch.setattr(limits, "MOST_BYTES", 2**28)
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_template_that_does_harm_is_refused_in_a_line(short, name):
+    source, says = HOSTILE[name]
+    with pytest.raises(InputError, match=says) as caught:
+        render(ASKED, letters(source), Template("chat", "2026-03-01"))
+    assert len(str(caught.value)) < 400 and "\n" not in str(caught.value)
+    assert render(ASKED, letters(OWN), Template("chat", "2026-03-01")) == "ab."
+
+
+def test_a_template_is_stopped_in_another_thread_too(short):
+    told = []
+
+    def run():
+        with pytest.raises(InputError, match="has not written them after 0.2 s") as caught:
+            render(ASKED, letters(HOSTILE["loops"][0]), Template("chat", "2026-03-01"))
+        told.append(caught)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert told
+
+
+def test_a_file_may_mark_the_assistants_words_and_leave_a_loop(tmp_path):
+    file = tmp_path / "marked.jinja"
+    file.write_text("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}")
+    tokenizer = letters()
+    assert render([*ASKED, *ASKED], tokenizer, choose(str(file), tokenizer, "2026-03-01")) == "ab"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [("{{ messages }}" + " " * 2**20, "has more than 1048576 characters"), ("{{ " + "(" * 5000, "RecursionError")],
+)
+def test_a_file_that_is_too_much_for_a_template(tmp_path, text, says):
+    (tmp_path / "mine.jinja").write_text(text)
+    with pytest.raises(InputError, match=says):
+        choose(str(tmp_path / "mine.jinja"), letters())

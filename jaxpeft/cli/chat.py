@@ -12,6 +12,7 @@ from jaxpeft.cli import decoding
 from jaxpeft.cli.decoding import DecodingArguments, Words
 from jaxpeft.errors import InputError, did_you_mean
 
+_MOST_CHARACTERS = 2**24  # of a line
 HELP = """\
 /adapter FOLDER   go on with this adapter; /adapter none: without one
 /system TEXT      what the system turn says; without a text: no system turn
@@ -140,10 +141,12 @@ def _read_line() -> str | None:
                 import readline  # noqa: F401 - input() then edits lines and remembers them
             line = input("> " if sys.stdout.isatty() else "") + "\n"
         else:
-            line = sys.stdin.readline()
+            line = sys.stdin.readline(_MOST_CHARACTERS + 1)
     except EOFError:
         print()  # after the prompt
         return None
     except UnicodeDecodeError as error:
         raise InputError(f"standard input: not UTF-8: {error}") from None
+    if len(line) > _MOST_CHARACTERS:
+        raise InputError(f"standard input: a line of more than {_MOST_CHARACTERS} characters")
     return line.strip().encode("utf-8", "replace").decode() if line else None

@@ -83,8 +83,10 @@ class Words(NamedTuple):
     def text_ids(self, text: str, where: str = "--prompt") -> list[int]:
         """The ids of a text to continue, as training encodes it; of an empty one, the token that begins a text."""
         from jaxpeft.data.encode import encode_prompt
+        from jaxpeft.tokenizing import at
 
-        ids = encode_prompt(text, self.tokenizer, self.special)
+        with at(lambda row: where):
+            ids = encode_prompt(text, self.tokenizer, self.special)
         if not ids and self.special.begin is None:
             raise InputError(f"{where}: is empty, and the model has no token that begins a text")
         return ids or [self.special.begin]  # type: ignore[list-item]
@@ -137,10 +139,12 @@ class Base(NamedTuple):
     def load(self, scaling: str | None = None) -> tuple[Any, Any]:
         """(Model, parameters) without an adapter; `scaling` is that of the adapter that is going to be put on it."""
         from jaxpeft.cli.models import load
+        from jaxpeft.special import check_vocabulary
 
         model, params, _ = load(self.name, None, self.dtype, scaling)
         if model.config.num_labels:
             raise InputError(f"{self.name}: classifies rows and continues no text")
+        check_vocabulary(self.name, self.tokenizer, model.config.vocab_size)
         return model, params
 
 

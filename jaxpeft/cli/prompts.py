@@ -47,6 +47,9 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _text(raw: bytes, where: str) -> str:
+    from jaxpeft.data.jsonl import check_length
+
+    check_length(raw, where)
     if not raw.strip():
         raise InputError(f"{where}: empty line; every line is a prompt")
     try:

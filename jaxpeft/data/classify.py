@@ -29,6 +29,7 @@ from jaxpeft.data.formats import read_string
 from jaxpeft.data.jsonl import json_type
 from jaxpeft.data.sources import Source, find
 from jaxpeft.errors import InputError
+from jaxpeft.tokenizing import at, tokenize
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -293,6 +294,7 @@ def _tokenize(
     if records[0].text2:
         joined = tokenizer.num_special_tokens_to_add(pair=True) == tokenizer.num_special_tokens_to_add(pair=False)
         second = [("\n" if joined else "") + record.text2 for record in records]
-    found = tokenizer(first, second, return_attention_mask=False, verbose=False, **options)
+    with at(lambda row: records[row].where):
+        found = tokenize(tokenizer, first, second, return_attention_mask=False, verbose=False, **options)
     token_types = found.get("token_type_ids") or [[0] * len(ids) for ids in found["input_ids"]]
     return {r.line: (ids, types) for r, ids, types in zip(records, found["input_ids"], token_types, strict=True)}

@@ -26,6 +26,7 @@ import numpy.typing as npt
 from jaxpeft.data.chat import Chat, shared
 from jaxpeft.data.formats import Text
 from jaxpeft.special import SpecialTokens, from_parts
+from jaxpeft.tokenizing import tokenize
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
@@ -57,6 +58,9 @@ def encode_texts(
       rows: the texts.
       tokenizer: a Hugging Face tokenizer.
       special: the model's special tokens; None: those that the tokenizer names.
+
+    Raises:
+      Refused: by the tokenizer, which fails or takes too long.
     """
     if not rows:
         return []
@@ -110,6 +114,5 @@ def _overlaps(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int
 
 def _tokenize(texts: list[str], tokenizer: "PreTrainedTokenizerBase", offsets: bool = False) -> Any:
     """What the tokenizer gives for texts, without the special tokens that it adds by itself."""
-    return tokenizer(
-        texts, add_special_tokens=False, return_attention_mask=False, return_offsets_mapping=offsets, verbose=False
-    )
+    options: dict[str, Any] = {"return_offsets_mapping": offsets, "verbose": False}
+    return tokenize(tokenizer, texts, add_special_tokens=False, return_attention_mask=False, **options)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, overload
 import numpy as np
 import numpy.typing as npt
 
+from jaxpeft import limits
 from jaxpeft.data import cache as disk
 from jaxpeft.data import workers
 from jaxpeft.data.chat import Chat, check_tokenizer, has_lost_words, render_chat, unread_fields
@@ -30,11 +30,13 @@ from jaxpeft.data.sources import Record, Source, find
 from jaxpeft.errors import InputError
 from jaxpeft.special import SpecialTokens, from_parts
 from jaxpeft.template import Template, choose, names
+from jaxpeft.tokenizing import at
 
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
 ROWS_PER_CALL = 1000  # rows given to the tokenizer at once; only their text is in memory
+BYTES_PER_CALL = 2**25  # fewer rows where they are longer
 
 
 class Example(NamedTuple):
@@ -148,6 +150,7 @@ class Report:
 
 class _Row(NamedTuple):
     line: int
+    where: str
     content: Text | Chat
 
 
@@ -226,13 +229,26 @@ def _read(source: Source, encoder: "Encoder", folder: Path | None) -> tuple[Enco
 
 def _chunks(source: Source, encoder: "Encoder", report: Report) -> Iterator[Chunk]:
     """The good rows as tokens; fills the report."""
-    records = source.records()
-    parts = iter(lambda: list(itertools.islice(records, ROWS_PER_CALL)), [])
+    parts = _parts(source.records())
     processes = workers.count(source, encoder)
     done = workers.encode(parts, encoder, processes) if processes > 1 else map(encoder.part, parts)
     for chunk, own in done:
         report.add(own)
         yield chunk
+
+
+def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
+    """The records by as many as are encoded at once."""
+    part: list[Record] = []
+    size = 0
+    for record in records:
+        part.append(record)
+        size += len(record.content) if isinstance(record.content, bytes) else 0
+        if len(part) == ROWS_PER_CALL or size > BYTES_PER_CALL:
+            yield part
+            part, size = [], 0
+    if part:
+        yield part
 
 
 class Encoder(NamedTuple):
@@ -251,7 +267,8 @@ class Encoder(NamedTuple):
             template.
         """
         report = Report("")
-        rows = list(_read_rows(records, self.tokenizer, self.template, self.skip_bad_lines, report))
+        with limits.many() as span:
+            rows = list(_read_rows(records, self.tokenizer, self.template, self.skip_bad_lines, report, span.look))
         if self.special.end is None:
             report.without_end += sum(isinstance(row.content, Text) for row in rows)
         return pack(_encode(rows, self.tokenizer, self.special)), report
@@ -285,10 +302,15 @@ def _read_rows(
     template: Template,
     skip_bad_lines: bool,
     report: Report,
+    look: Callable[[], None],
 ) -> Iterator[_Row]:
-    """The good lines as rows to tokenize; counts lines, shapes, bad lines and what else there is to say of them."""
+    """The good lines as rows to tokenize; counts lines, shapes, bad lines and what else there is to say of them.
+
+    `look` is called before each (see `limits.many`).
+    """
     checked = False
     for source_record in records:
+        look()
         line, where, _ = source_record
         report.lines += 1
         try:
@@ -310,7 +332,7 @@ def _read_rows(
         report.templated += not isinstance(content, Text)
         report.split += len(rows) - 1
         for row in rows:
-            yield _Row(line, row)
+            yield _Row(line, where, row)
 
 
 def _is_chat(content: Content, template: Template) -> bool:
@@ -347,10 +369,12 @@ def _encode(
     rows: Sequence[_Row], tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
 ) -> Iterable[tuple[int, Encoded]]:
     """(line, ids and mask) in the rows' order, with one tokenizer call for each kind of row."""
-    texts = [row.content for row in rows if isinstance(row.content, Text)]
-    chats = [row.content for row in rows if isinstance(row.content, Chat)]
-    encoded_texts = iter(encode_texts(texts, tokenizer, special))
-    encoded_chats = iter(encode_chats(chats, tokenizer))
+    texts = [(row.where, row.content) for row in rows if isinstance(row.content, Text)]
+    chats = [(row.where, row.content) for row in rows if isinstance(row.content, Chat)]
+    with at(lambda i: texts[i][0]):
+        encoded_texts = iter(encode_texts([text for _, text in texts], tokenizer, special))
+    with at(lambda i: chats[i][0]):
+        encoded_chats = iter(encode_chats([chat for _, chat in chats], tokenizer))
     for row in rows:
         yield row.line, next(encoded_texts if isinstance(row.content, Text) else encoded_chats)
 

@@ -1,22 +1,49 @@
 """JSON Lines: one JSON object a line, UTF-8; every fault is reported as `file:line`.
 
 Lines are read in binary and decoded one by one, so that one that is not UTF-8 is located exactly and a large file never
-has to fit in memory.
+has to fit in memory. A line of more than MOST_BYTES is a fault, and never in memory whole; one of more than MOST_PASSED
+is not even passed over, so that a device or an archive without line ends is not read for ever.
 """
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterator
+from typing import IO, Any
 
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, first_line
+
+MOST_BYTES = 2**24  # of a line
+MOST_PASSED = 2**28  # bytes of a line that are read
 
 
-def number_lines(file: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
-    r"""(line number from 1, the line with its end) of a binary file; a `\n` that ends the file opens no line."""
-    for number, raw in enumerate(file, start=1):
+def number_lines(file: IO[bytes], where: str) -> Iterator[tuple[int, bytes]]:
+    r"""(line number from 1, the line with its end) of a binary file; a `\n` that ends the file opens no line.
+
+    Of a line that is too long, the beginning is given (see `check_length`).
+
+    Raises:
+      InputError: for a line whose end is too far away to go on behind it; it begins with `where`.
+    """
+    number = 0
+    while raw := file.readline(MOST_BYTES + 1):
+        number += 1
         # Windows editors put a byte order mark before the first line.
         yield number, raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        passed = len(raw) if len(raw) > MOST_BYTES else 0
+        while passed and not raw.endswith(b"\n") and (raw := file.readline(MOST_BYTES)):
+            passed += len(raw)
+            if passed > MOST_PASSED:
+                raise InputError(f"{where}:{number}: longer than {_mib(MOST_PASSED)}; is it a text of lines?")
+
+
+def check_length(raw: bytes, where: str) -> None:
+    """Raises InputError for a line, or another part of a file, of more than MOST_BYTES; it begins with `where`."""
+    if len(raw) > MOST_BYTES:
+        raise InputError(f"{where}: longer than {_mib(MOST_BYTES)}, the most that a row may have")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.3g} MiB"
 
 
 def parse_line(raw: bytes, where: str) -> dict[str, Any]:
@@ -27,8 +54,9 @@ def parse_line(raw: bytes, where: str) -> dict[str, Any]:
       where: "file:line", which opens every message.
 
     Raises:
-      InputError: the line is empty, not UTF-8, not JSON, or not an object.
+      InputError: the line is too long, empty, not UTF-8, not JSON, or not an object.
     """
+    check_length(raw, where)
     if not raw.strip():
         raise InputError(f"{where}: empty line; every line must hold one JSON object")
     try:
@@ -39,8 +67,8 @@ def parse_line(raw: bytes, where: str) -> dict[str, Any]:
         record = json.loads(text)
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not JSON: {error.msg} at column {error.colno}: {_excerpt(text)}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply; a number too long
-        raise InputError(f"{where}: JSON that cannot be read ({error}): {_excerpt(text)}") from error
+    except (RecursionError, ValueError, MemoryError) as error:  # nested too deeply; a number too long
+        raise InputError(f"{where}: JSON that cannot be read ({first_line(error)}): {_excerpt(text)}") from error
     return as_object(record, where, text)
 
 

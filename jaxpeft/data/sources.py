@@ -25,13 +25,13 @@ import itertools
 import json
 import os
 import re
-import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
-from jaxpeft.data.jsonl import as_object, number_lines, parse_line
+from jaxpeft.data import jsonl
+from jaxpeft.data.jsonl import as_object, check_length, number_lines, parse_line
 from jaxpeft.errors import InputError, first_line
 
 KINDS = (
@@ -39,7 +39,9 @@ KINDS = (
     " files; or a dataset of the hub, owner/name[:config][:split]"
 )
 _PACKED = (".gz", ".zst")
+_MOST_WHOLE = 2**31  # bytes of an array, which is read whole
 _ROWS = 1000  # of a columnar file in memory at once
+_MOST_CELLS = 4  # of the greatest size in a row
 _JSON_COLUMNS = ("messages", "tools")
 _WHOLE = re.compile(r"[-+]?(0|[1-9]\d*)")
 _DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
@@ -193,8 +195,11 @@ def _opened(path: Path, name: str) -> IO[bytes]:
         raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
 
 
-def read_lines(path: Path, name: str | None = None) -> Iterator[tuple[int, bytes]]:
+def read_lines(path: Path, name: str | None = None, arrays: bool = False) -> Iterator[tuple[int, bytes]]:
     """(line number from 1, the line with its end) of a text, unpacked; empty lines at its end are left out.
+
+    Of a line that is too long, the beginning is given (see `jsonl.check_length`). With `arrays`, an array that opens
+    the text is given with all that follows it, in one.
 
     Raises:
       InputError: the file, called `name` where it has another, cannot be read.
@@ -202,7 +207,10 @@ def read_lines(path: Path, name: str | None = None) -> Iterator[tuple[int, bytes
     name, number = name or str(path), 0
     with _opened(path, name) as file:
         try:
-            for number, raw in _without_last_empty(number_lines(_unpacked(file))):
+            text = _unpacked(file)
+            for number, raw in _without_last_empty(number_lines(text, name)):
+                if arrays and raw.strip():
+                    raw, arrays = raw + text.read(_MOST_WHOLE) if _is_array(raw) else raw, False
                 yield number, raw
         except (OSError, EOFError, zlib.error) as error:
             after = f" after line {number}" if number else ""
@@ -242,13 +250,14 @@ def _json_lines(path: Path, name: str) -> Iterator[Record]:
 
 def _json(path: Path, name: str) -> Iterator[Record]:
     """An array of objects, read whole; or JSON Lines, where the first character opens an object."""
-    lines = read_lines(path, name)
+    lines = read_lines(path, name, arrays=True)
     first = list(itertools.islice((line for line in lines if line[1].strip()), 1))
-    if first and not first[0][1].lstrip().startswith(b"["):
+    if first and not _is_array(first[0][1]):
         yield from (Record(n, f"{name}:{n}", raw.rstrip(b"\r\n")) for n, raw in itertools.chain(first, lines))
         return
-    before = b"\n" * (first[0][0] - 1) if first else b""
-    raw = before + b"".join(line for _, line in itertools.chain(first, lines))
+    raw = b"\n" * (first[0][0] - 1) + first[0][1] if first else b""
+    if len(raw) > _MOST_WHOLE:
+        raise InputError(f"{name}: an array of more than {_MOST_WHOLE} bytes; write its elements as lines (.jsonl)")
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -257,6 +266,10 @@ def _json(path: Path, name: str) -> Iterator[Record]:
         raise InputError(f"{name}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} at column {column}") from error
     del raw
     yield from _elements(text, name)
+
+
+def _is_array(raw: bytes) -> bool:
+    return raw.lstrip().startswith(b"[")
 
 
 def _elements(text: str, name: str) -> Iterator[Record]:
@@ -278,7 +291,10 @@ def _elements(text: str, name: str) -> Iterator[Record]:
             raise InputError(f"{where}: {what}") from error
         except (RecursionError, ValueError) as error:  # nested too deeply; a number too long
             raise InputError(f"{where}: JSON that cannot be read ({error})") from error
-        yield Record(row, where, _object(value, where))
+        if at - counted > jsonl.MOST_BYTES:
+            yield Record(row, where, InputError(f"{where}: longer than {jsonl.MOST_BYTES} characters"))
+        else:
+            yield Record(row, where, _object(value, where))
         closed = text[at] == "]"
         at = skip(at + 1)
     if rest := text[at if row else at + 1 :].strip():
@@ -302,13 +318,24 @@ def _tsv(path: Path, name: str) -> Iterator[Record]:
 
 def _cells(path: Path, name: str, delimiter: str) -> Iterator[Record]:
     """Rows of cells under a first line of names; a quoted cell may hold line ends, and a row's line is its first."""
-    csv.field_size_limit(sys.maxsize)  # a cell may hold a whole book
+    csv.field_size_limit(jsonl.MOST_BYTES)  # a cell may hold a whole book
     broken: list[str] = []  # what is wrong with the lines of the row that is being read
+    size = 0  # bytes of these lines
 
     def texts() -> Iterator[str]:
+        nonlocal size
         for number, raw in read_lines(path, name):
+            size += len(raw)
+            if size > _MOST_CELLS * jsonl.MOST_BYTES:  # cells without an end
+                raise InputError(
+                    f"{where}: a row of more than {_MOST_CELLS * jsonl.MOST_BYTES} bytes; is a quote open?"
+                )
             try:
+                check_length(raw, f"{name}:{number}")
                 yield raw.decode("utf-8")
+            except InputError as error:
+                broken.append(str(error))
+                yield "\n"
             except UnicodeDecodeError as error:
                 column = error.start + 1
                 broken.append(f"{name}:{number}: not UTF-8: byte 0x{raw[error.start]:02x} at column {column}")
@@ -320,6 +347,7 @@ def _cells(path: Path, name: str, delimiter: str) -> Iterator[Record]:
         number = reader.line_num + 1
         where = f"{name}:{number}"
         broken.clear()
+        size = 0
         try:
             cells = next(reader)
             fault = broken[0] if broken else ""

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import TypedDict
 
-from jaxpeft import documents, gguf, models, template, tree
+from jaxpeft import documents, gguf, models, template, tokenizing, tree
 from jaxpeft.errors import InputError, first_line, in_one_line
 from jaxpeft.model import Model
 from jaxpeft.models import fields
@@ -164,14 +164,20 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
         models.family(config).from_hf(config)
     if (file := folder / "tokenizer_config.json").is_file():
         documents.read_json(file, f"{file}: no such file", _TokenizerConfig)
+    if (file := folder / "tokenizer.json").is_file():  # before its rules are applied to the added tokens
+        tokenizing.check_rules(file, documents.read_json(file, f"{file}: no such file"))
     import transformers
 
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-        tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True)  # damage may show in the use alone
-        return tokenizer
-    except Exception as error:  # tokenizers raises bare Exception for a damaged file
+        ids = tokenizing.tokenize(tokenizer, ["a"])["input_ids"]  # damage may show in the use alone
+        tokenizer.decode(ids[0], skip_special_tokens=True)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers raises bare Exception for a damaged file, and panics at some
         raise InputError(f"{folder}: the tokenizer cannot be read: {in_one_line(error)}") from error
+    tokenizing.check_rules(folder, tokenizing.rules_of(tokenizer))
+    return tokenizer
 
 
 # Names.

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 
-from jaxpeft import tree
+from jaxpeft import patterns, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
@@ -48,11 +48,8 @@ def full(which: str = "all") -> Method:
     spec = (Spec("full", {"which": which}),)
     if which.startswith("last:"):
         return _last_layers(which, spec)
-    try:
-        pattern = re.compile(WHICH.get(which, which))
-    except re.error as error:
-        raise InputError(f"which {which!r}: not a regular expression ({error})") from None
-    return Method(roles=trains(lambda path: pattern.search(path) is not None), specs=spec)
+    pattern = patterns.compiled(WHICH.get(which, which), "which")
+    return Method(roles=trains(pattern.found), specs=spec)
 
 
 def _last_layers(which: str, spec: tuple[Spec, ...]) -> Method:

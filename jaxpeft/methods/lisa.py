@@ -23,7 +23,6 @@ that was ever drawn and goes on from them; here they are gone, as the paper's me
 
 from __future__ import annotations
 
-import re
 import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -32,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import tree
+from jaxpeft import patterns, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Role, Spec, View, trained
@@ -79,10 +78,7 @@ def lisa(count: int = 2, every: int = 20, which: str = "all") -> Method:
     for name, value in (("count", count), ("every", every)):
         if value < 1:
             raise InputError(f"lisa: {name} {value} must be at least 1")
-    try:
-        pattern = re.compile(_full.WHICH.get(which, which))
-    except re.error as error:
-        raise InputError(f"lisa: which {which!r}: not a regular expression ({error})") from None
+    pattern = patterns.compiled(_full.WHICH.get(which, which), "lisa: which")
 
     def roles(others):
         def role(path: str) -> Role:
@@ -125,7 +121,7 @@ def lisa(count: int = 2, every: int = 20, which: str = "all") -> Method:
         move=move,
         merge=merge,
         specs=(Spec("lisa", config),),
-        alone=lambda path: TRAINED if pattern.search(path) else FROZEN,
+        alone=lambda path: TRAINED if pattern.found(path) else FROZEN,
     )
 
 

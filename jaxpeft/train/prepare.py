@@ -24,6 +24,7 @@ from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.peft import adapter_labels, import_adapter
+from jaxpeft.special import check_vocabulary
 from jaxpeft.train import config
 from jaxpeft.train.base import load
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
@@ -82,7 +83,7 @@ def prepare(args: Run) -> Job:
         source.model, jnp.dtype(args.dtype), method, data.labels, classifier_key, args.rope_scaling
     )
     check_head(args.task, source.model, base, args.seq_len)
-    _check_vocabulary(source.model, tokenizer, base)
+    check_vocabulary(source.model, tokenizer, base.config.vocab_size)
     flat = tree.flatten(params)
     own_of_base = {path: leaf for path, leaf in flat.items() if not path.startswith(SCOPE)}
     added: tree.Flat = {}
@@ -155,14 +156,6 @@ def asked_method(args: Run) -> Method | None:
     """
     method = args.make_method()
     return None if method is None else TASKS[args.task].method(method)
-
-
-def _check_vocabulary(path: str | Path, tokenizer: Any, model: Model) -> None:
-    """Refuses a tokenizer that can give an id for which the model has no row; ids may have holes between them."""
-    size = model.config.vocab_size
-    token, largest = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
-    if largest >= size:
-        raise InputError(f"{path}: the tokenizer gives {token!r} the id {largest}; the model's vocab_size is {size}")
 
 
 def _check_labels(adapter: Path, known: Sequence[str], path: str, found: Sequence[str]) -> None:

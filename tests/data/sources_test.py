@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import sys
 import types
 from pathlib import Path
@@ -13,6 +14,8 @@ import pyarrow.feather
 import pyarrow.parquet
 import pytest
 
+from jaxpeft.cli.prompts import read_prompts
+from jaxpeft.data import jsonl, sources
 from jaxpeft.data.sources import find
 from jaxpeft.errors import InputError
 
@@ -201,3 +204,82 @@ def test_a_dataset_of_the_hub(monkeypatch: pytest.MonkeyPatch, given: str, asked
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(InputError, match=r"no such file or folder; .* pip install 'jaxpeft\[datasets\]'"):
         find(given)
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines of at most 100 bytes."""
+    monkeypatch.setattr(jsonl, "MOST_BYTES", 100)
+    monkeypatch.setattr(jsonl, "MOST_PASSED", 1000)
+    monkeypatch.setattr(sources, "_MOST_WHOLE", 1000)
+
+
+def faults(path: Path) -> list[str]:
+    """What is wrong with each record, "" where it is good."""
+    found = []
+    for record in find(path).records():
+        try:
+            record.fields()
+            found.append("")
+        except InputError as error:
+            found.append(str(error).removeprefix(f"{path}"))
+    return found
+
+
+LONG = json.dumps({"text": "x" * 500})
+SHORT = json.dumps({"text": "x"})
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows", "rows.jsonl.gz", "rows.jsonl.zst"])
+def test_a_line_that_is_too_long_is_a_fault_and_passed_over(tmp_path: Path, short: None, name: str) -> None:
+    content = f"{SHORT}\n{LONG}\n{SHORT}\n".encode()
+    packed = {".gz": gzip.compress, ".zst": lambda raw: pa.compress(raw, "zstd", asbytes=True)}
+    path = write(tmp_path, name, packed.get(Path(name).suffix, lambda raw: raw)(content))
+    assert faults(path) == ["", ":2: longer than 9.54e-05 MiB, the most that a row may have", ""]
+
+
+def test_the_longest_line_is_read(tmp_path: Path, short: None) -> None:
+    line = json.dumps({"text": "x" * 88})
+    assert len(line) == 100
+    assert faults(write(tmp_path, "rows.jsonl", f"{line}\r\n{line}\n{line}")) == ["", "", ""]
+    assert faults(write(tmp_path, "rows.jsonl", f"{line} \n{SHORT}"))[0].startswith(":1: longer than 9.54e-05 MiB")
+
+
+def test_elements_and_cells_that_are_too_long(tmp_path: Path, short: None) -> None:
+    assert faults(write(tmp_path, "rows.json", f"[{SHORT}, {LONG},\n{SHORT}]")) == [
+        "", ":1 (row 2): longer than 100 characters", ""
+    ]  # fmt: skip
+    rows = f"text,label\nx,1\n{'x' * 500},1\nx,1\n"
+    assert [fault[:20] for fault in faults(write(tmp_path, "rows.csv", rows))] == ["", ":3: longer than 9.54", ""]
+    cell = "y\n" * 60
+    rows = f'text,label\nx,1\n"{cell}",1\n'
+    assert "field larger than field limit (100)" in faults(write(tmp_path, "rows.csv", rows))[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("rows.jsonl", SHORT + "\n" + "x" * 2000, ":2: longer than 0.000954 MiB; is it a text of lines"),
+        (
+            "rows.json",
+            f"[{', '.join([SHORT] * 200)}]",
+            ": an array of more than 1000 bytes; write its",
+        ),
+        ("rows.csv", "a,b\n" + '"y\n",' * 200, ":2: a row of more than 400 bytes; is a quote open"),
+    ],
+)
+def test_what_is_not_read_to_its_end(tmp_path: Path, short: None, name: str, content: str, says: str) -> None:
+    path = write(tmp_path, name, content)
+    with pytest.raises(InputError, match=f"{name}{re.escape(says)}"):
+        list(find(path).records())
+
+
+def test_a_device_without_lines_is_not_read_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jsonl, "MOST_PASSED", 2**26)
+    with pytest.raises(InputError, match=r"^/dev/zero:1: longer than 64 MiB"):
+        list(find("/dev/zero").records())
+
+
+def test_a_prompt_that_is_too_long(tmp_path: Path, short: None) -> None:
+    with pytest.raises(InputError, match=r"prompts.txt:2: longer than"):
+        read_prompts(write(tmp_path, "prompts.txt", f"one\n{'x' * 500}\n"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxpeft import patterns
 from jaxpeft.errors import InputError
 from jaxpeft.peft.base import Module
 from jaxpeft.peft.form.kinds import (
@@ -165,11 +166,8 @@ def _divisor(rank: int, rslora: bool) -> float:
 def _alpha(fields: Fields, name: str) -> float:
     """lora_alpha, or that of the first pattern which PEFT finds at the end of a module's name."""
     for pattern, value in (fields.get("alpha_pattern") or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", name):
-                return float(value)
-        except re.error as error:
-            raise InputError(f"alpha_pattern {pattern!r}: not a regular expression ({error})") from None
+        if patterns.compiled(pattern, "alpha_pattern", r"(.*\.)?({})$").begins(name):
+            return float(value)
     return float(fields.get("lora_alpha", 8))
 
 

@@ -1,0 +1,83 @@
+"""Files that mean harm: every command ends with status 2 and one line."""
+
+import json
+import shutil
+
+import jax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import hf, limits, patterns, template
+from jaxpeft.cli import main
+from jaxpeft.peft import export_adapter
+from tests import runs
+
+LOOP = "{% for i in range(100000) %}"
+TEMPLATES = {
+    "loops": (LOOP * 3 + "{{ messages }}" + "{% endfor %}" * 3, "has not written them after 0.3 s"),
+    "calls itself": ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(messages) }}", "maximum recursion depth exceeded"),
+    "divides": ("{{ messages|length // 0 }}", "integer division or modulo by zero"),
+    "multiplies": ("{{ 'a' * (messages|length * 10 ** 11) }}", "needs more memory than a template gets"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """FOLDER/model, FOLDER/train.jsonl, FOLDER/chats.jsonl, FOLDER/adapter of PEFT's LoRA."""
+    folder = runs.make_files(tmp_path_factory.mktemp("files"))
+    turns = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "c"}]
+    (folder / "chats.jsonl").write_text(json.dumps({"messages": turns}) + "\n")
+    method = jp.lora(rank=2, targets="all-linear")
+    model, params = hf.load_pretrained(folder / "model")
+    _, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+    trained = {path: leaf + 0.1 for path, leaf in trainable.items()}
+    export_adapter(folder / "adapter", jp.combine(trained, frozen), method, model.config)
+    (folder / "adapter" / "jaxpeft.json").unlink()
+    return folder
+
+
+def line_of(capsys, command):
+    assert main([str(word) for word in command]) == 2
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and len(told) < 600
+    return told
+
+
+@pytest.mark.parametrize("command", ["import", "generate", "merge"])
+def test_an_adapter_with_an_endless_pattern(files, tmp_path, capsys, monkeypatch, command):
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    adapter = shutil.copytree(files / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    config["alpha_pattern"] = {r"(?:\w|\w\w|\w\w\w|\.|.)+[XZ]": 4}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    more = ["--prompt", "a"] if command == "generate" else ["--out", tmp_path / "out"]
+    told = line_of(capsys, [command, "--adapter", adapter, "--model", files / "model", *more])
+    assert "alpha_pattern" in told and "takes longer than 0.05 s" in told
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_a_template_that_means_harm(files, tmp_path, capsys, monkeypatch, name):
+    monkeypatch.setattr(template, "SECONDS", 0.3)
+    monkeypatch.setattr(limits, "MOST_BYTES", 2**28)
+    source, says = TEMPLATES[name]
+    model = shutil.copytree(files / "model", tmp_path / "model")
+    (model / "chat_template.jinja").write_text(source)
+    assert says in line_of(capsys, ["generate", "--model", model, "--prompt", "a", "--chat"])
+    train = ["train", "--model", model, "--data", files / "chats.jsonl", "--out", tmp_path / "out", "--seq-len", 16]
+    told = line_of(capsys, train)
+    assert says in told and "chats.jsonl:1: the chat template refuses the messages" in told
+
+
+def test_a_line_of_20_mib(files, tmp_path, capsys):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"text": "' + b"a" * (20 * 2**20) + b'"}\n')
+    train = ["train", "--model", files / "model", "--data", rows, "--out", tmp_path / "out"]
+    assert f"{rows}:2: longer than 16 MiB" in line_of(capsys, train)
+
+
+def test_prompts_that_are_too_long(files, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_bytes(b"a\n" + b"a" * (20 * 2**20))
+    generate = ["generate", "--model", files / "model"]
+    assert f"{prompts}:2: longer than 16 MiB" in line_of(capsys, [*generate, "--prompts", prompts])
+    assert "prompt 0 has 100000 tokens" in line_of(capsys, [*generate, "--prompt", "a" * 100_000])
