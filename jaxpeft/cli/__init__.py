@@ -10,9 +10,9 @@ Only the named command's file is imported, and heavy imports stay inside its `ru
 mistakes answer at once.
 
 Exit status: 0 the whole job was done; 2 a mistake in the arguments or the input, or a full disk;
-1 a run that cannot go on (a loss that is not finite), or a bug; 143 and 130 a run that SIGTERM or
-SIGINT ended, saved where it was. All but a bug, which shows its traceback, say so in one line on
-stderr.
+1 a run that cannot go on (a loss that is not finite), or a bug; 143 and 130 a command that SIGTERM or
+SIGINT ended, a run saved where it was. All but a bug, which shows its traceback, say so in one line
+on stderr. Signals before and after a run trains are `jaxpeft.interrupts`'s.
 """
 
 import contextlib
@@ -31,6 +31,7 @@ from typing import Any
 
 from jaxpeft.cli.output import print_error, print_json
 from jaxpeft.errors import InputError, Notice, RunError, did_you_mean
+from jaxpeft.interrupts import Interrupted
 from jaxpeft.memory.kinds import GPU_FRACTION
 
 # Command name -> the module in this package and its dataclass, and a line for the help.
@@ -87,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print_error(f"{str(error.filename)[:60]}...: {error.strerror}")
         return 2
+    except Interrupted:
+        raise  # to where the signals are ours, in the command's own process
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130
