@@ -1,12 +1,12 @@
 """SIGINT and SIGTERM end the command: one line on stderr, the exit status 128 + the signal's number, no traceback.
 
-The first one raises `Interrupted` in the main thread, so that `finally` and context managers have their turn. Three
+The first one raises `Interrupted` in the main thread, so that `finally` and context managers have their turn. Four
 things can keep it from ending the process, and none of them may:
 
     Python drops what is raised in a callback of the garbage collector (JAX has one) or in a `__del__`, says "Exception
-    ignored in ...", and goes on; C code that imports a module prints it and may do as well: both are silent then, and
-    it is raised anew a moment later, by a signal of ours;
-    somebody's code swallows it, or the main thread is in a compiler, where Python runs no handler: a thread that reads
+    ignored in ...", and goes on: it is silent then, and raised anew a moment later, by a signal of ours;
+    C code that is being imported prints it, or crashes over it, and JAX's look for plugins logs it: there it waits;
+    somebody else swallows it, or the main thread is in a compiler, where Python runs no handler: a thread that reads
     the numbers of signals as they come (`signal.set_wakeup_fd`) ends the process GRACE_SECONDS after the first;
     what is undone takes its time: the thread ends the process at the second.
 
@@ -24,6 +24,8 @@ import types
 
 GRACE_SECONDS = 5.0
 _NUMBERS = (signal.SIGINT, signal.SIGTERM)
+# Functions, by their qualified names, in which nothing is raised.
+_WAITS = ("ExtensionFileLoader.create_module", "ExtensionFileLoader.exec_module", "discover_pjrt_plugins")
 _AGAIN, _ANSWERED = b"\0", b"\xff"  # which are no signals' numbers
 
 
@@ -52,8 +54,7 @@ class EndTheCommand:
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in _NUMBERS:
             signal.signal(number, self._raise)
-        self._hooks = sys.unraisablehook, sys.excepthook
-        sys.unraisablehook, sys.excepthook = self._dropped, self._printed
+        self._unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         self._over = False
         _within = self
         return self
@@ -70,24 +71,21 @@ class EndTheCommand:
         self.number = None
         self._tell(_ANSWERED)
 
-    def _raise(self, number: int, frame: object) -> None:
-        del frame
+    def _raise(self, number: int, frame: types.FrameType | None) -> None:
         if self._over:
             _end(number)
         self.number = number
+        while frame:
+            if frame.f_code.co_qualname in _WAITS:
+                return self._tell(_AGAIN)
+            frame = frame.f_back
         raise Interrupted(number)
 
     def _dropped(self, what: "sys.UnraisableHookArgs") -> None:
         if isinstance(what.exc_value, Interrupted):
             self._tell(_AGAIN)
         else:
-            self._hooks[0](what)
-
-    def _printed(self, kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-        if isinstance(error, Interrupted):
-            self._tell(_AGAIN)
-        else:
-            self._hooks[1](kind, error, trace)
+            self._unraisable(what)
 
     def _tell(self, byte: bytes) -> None:
         with contextlib.suppress(BlockingIOError):  # thousands of signals are in it

@@ -59,10 +59,13 @@ def check(process: subprocess.Popen, number: int) -> str:
         "gc.callbacks.append(lambda phase, info: phase == 'start' and gc.callbacks.pop() and send())\n"
         "gc.collect()\ntime.sleep(60)",
         "type('Dying', (), {'__del__': lambda self: send()})()\ntime.sleep(60)",
+        # What JAX logs.
+        "def discover_pjrt_plugins():\n    try:\n        send()\n    except:\n        print('logged')\n"
+        "discover_pjrt_plugins()\ntime.sleep(60)",
         # What a library makes something else of.
         "try:\n    send()\nexcept BaseException as error:\n    raise ImportError('half imported') from error",
     ],
-    ids=["at once", "gc", "del", "converted"],
+    ids=["at once", "gc", "del", "logged", "converted"],
 )
 def test_a_signal_is_never_dropped(number, body):
     assert check(script(number, body), number) == "undone\n"
