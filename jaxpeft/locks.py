@@ -24,12 +24,13 @@ class Held(Exception):
 
 
 @contextlib.contextmanager
-def held(file: Path, text: str | None = None) -> Iterator[None]:
-    """A context in which this process holds the lock of a file, which stays.
+def held(file: Path, text: str | None = None, remove: bool = False) -> Iterator[None]:
+    """A context in which this process holds the lock of a file.
 
     Args:
       file: whoever removes it must hold its lock.
       text: what the file then holds; it is made where there is none. None: it is left as it is, and must be there.
+      remove: whether it is removed at the end.
 
     Raises:
       Held: if another process has it.
@@ -42,6 +43,9 @@ def held(file: Path, text: str | None = None) -> Iterator[None]:
             os.pwrite(handle, text.encode(), 0)
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if remove and _is(handle, file):
+                os.unlink(file)
         os.close(handle)
 
 
@@ -53,9 +57,8 @@ def _open(file: Path, make: bool) -> int:
         handle = os.open(file, os.O_RDWR | (os.O_CREAT if make else 0), 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), os.stat(file)):
-                    return handle
+            if _is(handle, file):
+                return handle
         except BlockingIOError:
             text = os.pread(handle, 1000, 0).decode("utf-8", "replace")
             os.close(handle)
@@ -64,3 +67,11 @@ def _open(file: Path, make: bool) -> int:
             os.close(handle)
             raise
         os.close(handle)  # its holder has removed it meanwhile
+
+
+def _is(handle: int, file: Path) -> bool:
+    """Whether a descriptor is of the file that has the name now."""
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(file))
+    except FileNotFoundError:
+        return False
