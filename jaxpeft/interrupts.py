@@ -54,6 +54,7 @@ class EndTheCommand:
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for number in _NUMBERS:
             signal.signal(number, self._raise)
+        os.register_at_fork(after_in_child=_as_python_has_them)
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._dropped
         self._over = False
         _within = self
@@ -121,6 +122,13 @@ def answered() -> None:
     """Says that an `Interrupted` was caught and has done what it was for: the command goes on."""
     if _within:
         _within.answered()
+
+
+def _as_python_has_them() -> None:
+    """In a process that was forked, whose signals are none of the command's: its pool may end it by one."""
+    signal.set_wakeup_fd(-1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _end(number: int) -> None:

@@ -93,6 +93,14 @@ def test_what_is_answered_goes_on():
     check(process, signal.SIGINT)
 
 
+def test_a_forked_process_ends_by_itself_alone():
+    body = "interrupts.GRACE_SECONDS = 0.1\nread, write = os.pipe()\nif not (child := os.fork()):\n"
+    body += "    os.write(write, b'.')\n    time.sleep(60)\nos.read(read, 1)\nos.kill(child, signal.SIGTERM)\n"
+    body += "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\ntime.sleep(0.3)"
+    process = script(signal.SIGTERM, body)
+    assert process.communicate(timeout=60) == ("-15\nundone\n", "") and process.returncode == 0
+
+
 def heard(process: subprocess.Popen) -> None:
     """Waits until the process has its handlers; Python's own ends it before, if it must."""
     status, bit = Path(f"/proc/{process.pid}/status"), 1 << (signal.SIGTERM - 1)
