@@ -210,6 +210,8 @@ def clear_leftovers(parent: Path, name: str | None = None) -> None:
 
 def _clear(temporary: Path, name: str | None) -> None:
     lock = temporary / _LOCK
+    if temporary.is_symlink():
+        return
     if not lock.exists():
         return temporary.rmdir()  # its process was killed before all else, or after; another's folder is not empty
     text = lock.read_text(encoding="utf-8")

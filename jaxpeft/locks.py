@@ -54,7 +54,7 @@ def _open(file: Path, make: bool) -> int:
     if fcntl is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS), str(file))
     while True:
-        handle = os.open(file, os.O_RDWR | (os.O_CREAT if make else 0), 0o644)
+        handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW | (os.O_CREAT if make else 0), 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is(handle, file):

@@ -43,6 +43,7 @@ def test_a_folder_that_cannot_be_made_is_refused_beforehand(path, reason, check,
 
 @pytest.mark.parametrize("name", ["run", "deep/er/run", "n" * 255, "ü" * 120])
 def test_a_folder_that_can_be_made_appears(name, tmp_path):
+    (tmp_path / ".jaxpeft-probe-killed").mkdir()  # by a process that was killed in this
     files.check_target(tmp_path / name)
     assert os.listdir(tmp_path) == []
     with files.appearing(tmp_path / name) as folder:

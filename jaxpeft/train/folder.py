@@ -35,8 +35,8 @@ def alone(out: Path) -> Iterator[None]:
     if jax.distributed.is_initialized() and jax.process_index() > 0:
         yield
         return
-    out = out.absolute()
-    made = [path for path in (out, *out.parents) if not path.exists()]
+    whole = out.absolute()
+    made = [path for path in (whole, *whole.parents) if not path.exists()]
     with contextlib.ExitStack() as stack:
         for path in reversed(made):
             stack.callback(_remove_empty, path)
@@ -47,8 +47,8 @@ def alone(out: Path) -> Iterator[None]:
 def _lock(out: Path, stack: contextlib.ExitStack) -> None:
     """Makes the folder and takes its lock until the stack's end."""
     while True:
-        out.mkdir(parents=True, exist_ok=True)
         try:
+            out.mkdir(parents=True, exist_ok=True)
             own = f"process {os.getpid()} on {platform.node()}"
             stack.enter_context(locks.held(out / LOCK, own, remove=True))
         except FileNotFoundError:

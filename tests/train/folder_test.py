@@ -43,8 +43,11 @@ def test_the_lock_dies_with_its_process_and_the_second_is_told_who_holds_it(file
     assert os.listdir(tmp_path / "run") == [folder.LOCK]
     holder.kill()
     holder.wait()
+    killed = args.out / ".adapter.12345678"  # while it wrote its result
+    (killed / "new").mkdir(parents=True)
+    (killed / "lock").write_text("adapter")
     loop.train(args)
-    assert folder.LOCK not in os.listdir(tmp_path / "run")
+    assert [name for name in os.listdir(args.out) if name.startswith(".")] == []
     with folder.alone(tmp_path / "run"):  # which a finished run's report does not need
         assert loop.train(runs.arguments(files, args.out, steps=1, samples=0, eval_data=None, resume=True))
         with pytest.raises(InputError, match=rf"process {os.getpid()} on .* runs in it"), folder.alone(args.out):
