@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -68,6 +69,7 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._opened = os.stat(self.folder)
         for step in self.steps():
             self._note(step, self.meta(step))
 
@@ -179,6 +181,13 @@ class Checkpoints:
             paths = checkpointer.metadata(folder).item_metadata.tree
             return checkpointer.restore(folder, _abstract({path: like[path] for path in paths}))
 
+    def there(self) -> bool:
+        """Whether the folder is the one that was opened: a write that is going on makes one that is gone anew."""
+        try:
+            return os.path.samestat(self._opened, os.stat(self.folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
     def close(self) -> None:
         """Waits for the last write and ends the manager's threads."""
         self.wait()
@@ -193,6 +202,10 @@ class Checkpoints:
         else:
             with contextlib.suppress(Exception):  # the error that is on its way says more
                 self._manager.close()
+            _remove_unfinished(self.folder)
+            for path in (self.folder, self.folder.parent):  # where both were deleted, the write made them anew
+                with contextlib.suppress(OSError):  # not empty, or not there
+                    path.rmdir()
 
     def _note(self, step: int, meta: Mapping[str, Any]) -> None:
         if meta.get("eval_loss") is not None:

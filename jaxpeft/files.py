@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxpeft import locks
 from jaxpeft.errors import InputError
 
 MOST_BYTES = 2**26  # of a document; the largest known, a tokenizer's, have 2^25
@@ -123,11 +124,15 @@ def check_creatable(target: Path) -> None:
     if os.path.lexists(there):
         raise InputError(f"{shown}: {there} is no folder")
     try:
-        os.rmdir(tempfile.mkdtemp(prefix=".jaxpeft-", dir=ancestor))
+        tempfile.mkdtemp(prefix=_PROBE, dir=ancestor)
     except OSError as error:
         raise InputError(f"{shown}: cannot be made: {ancestor}: {error.strerror}") from None
+    for probe in ancestor.glob(f"{_PROBE}*"):  # and what a process left that was killed between these lines
+        with contextlib.suppress(OSError):
+            probe.rmdir()
 
 
+_PROBE = ".jaxpeft-probe-"
 _ROOM = 512  # bytes of a path within a run's folder, the longest of which are checkpoints' while they are written
 
 
@@ -154,28 +159,86 @@ def check_target(target: Path, replaceable: str | None = None) -> None:
 def appearing(target: Path) -> Iterator[Path]:
     """A temporary folder beside `target` that takes its place at the end, or is gone after an error.
 
-    An old folder is moved aside first and deleted last: at every moment one of the two is whole.
+    An old folder is moved aside first and deleted last: at every moment one of the two is whole. What a process leaves
+    that is killed meanwhile, `clear_leftovers` puts in order: the next that makes this target calls it.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", dir=target.parent))
-    try:
-        folder = temporary / target.name  # made by mkdir, so with the user's usual permissions
+    clear_leftovers(target.parent, target.name)
+    with contextlib.ExitStack() as stack:
+        temporary = _temporary(target, stack)
+        stack.callback(_settle, temporary, target)
+        folder = temporary / _NEW  # made by mkdir, so with the user's usual permissions
         folder.mkdir()
         yield folder
         _sync(folder)
         if target.is_dir() and any(target.iterdir()):
-            old = temporary / "old"
-            target.replace(old)
-            try:
-                folder.replace(target)
-            except OSError:
-                old.replace(target)
-                raise
-        else:
-            folder.replace(target)
+            target.replace(temporary / _OLD)
+        folder.replace(target)
         _sync(target.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+
+# What is in a temporary folder: a lock that lives as long as its process and holds the target's name, and two folders.
+_LOCK, _NEW, _OLD = "lock", "new", "old"
+
+
+def _temporary(target: Path, stack: contextlib.ExitStack) -> Path:
+    """A new temporary folder, whose lock is held until the stack's end."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name[:32]}.", dir=target.parent))
+        try:
+            stack.enter_context(locks.held(temporary / _LOCK, target.name))
+        except (locks.Held, FileNotFoundError):  # another process took it for a leftover, as it had no lock yet
+            continue
+        except OSError as error:
+            if error.errno not in locks.UNSUPPORTED:  # where there are none, nobody clears anything
+                _settle(temporary, target)
+                raise
+        return temporary
+
+
+def clear_leftovers(parent: Path, name: str | None = None) -> None:
+    """Puts in order what killed processes left of `appearing` in a folder; what a living one is making stays.
+
+    A new folder that is whole takes its place where the old one had already been moved aside; all else goes.
+
+    Args:
+      parent: the folder, where there is one.
+      name: of the only target that is looked after; None: of all.
+    """
+    start = r".{1,32}" if name is None else re.escape(name[:32])
+    pattern = re.compile(rf"\.{start}\.[a-z0-9_]{{8}}", re.DOTALL)
+    with contextlib.suppress(OSError):
+        for temporary in [parent / found for found in os.listdir(parent) if pattern.fullmatch(found)]:
+            with contextlib.suppress(locks.Held, OSError):
+                _clear(temporary, name)
+
+
+def _clear(temporary: Path, name: str | None) -> None:
+    lock = temporary / _LOCK
+    if temporary.is_symlink():
+        return
+    if not lock.exists():
+        return temporary.rmdir()  # its process was killed before all else, or after; another's folder is not empty
+    text = lock.read_text(encoding="utf-8")
+    if os.path.basename(text) != text or (text and name not in (None, text)):
+        return
+    with locks.held(lock):
+        _settle(temporary, temporary.parent / (text or _NEW))
+
+
+def _settle(temporary: Path, target: Path) -> None:
+    """The end of a temporary folder; the lock goes last, so that what is left of it at any moment is known."""
+    new, old = temporary / _NEW, temporary / _OLD
+    if new.exists() and old.exists() and not os.path.lexists(target):
+        try:
+            new.replace(target)
+        except OSError:
+            old.replace(target)
+    for path in (new, old):
+        shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (temporary / _LOCK).unlink(missing_ok=True)
+        temporary.rmdir()
 
 
 def _sync(folder: Path) -> None:

@@ -9,10 +9,11 @@ meanwhile goes to stderr.
 Only the named command's file is imported, and heavy imports stay inside its `run`: help and
 mistakes answer at once.
 
-Exit status: 0 the whole job was done; 2 a mistake in the arguments or the input, or a full disk;
-1 a run that cannot go on (a loss that is not finite), or a bug; 143 and 130 a run that SIGTERM or
-SIGINT ended, saved where it was. All but a bug, which shows its traceback, say so in one line on
-stderr.
+Exit status: 0 the whole job was done; 2 a mistake in the arguments or the input, or what the machine
+refuses (a full disk, a read-only file system, a file that is gone); 1 a run that cannot go on (a loss
+that is not finite), or a bug; 143 and 130 a command that SIGTERM or SIGINT ended, a run saved where it
+was. All but a bug, which shows its traceback, say so in one line on stderr. Signals before and after a
+run trains are `jaxpeft.interrupts`'s.
 """
 
 import contextlib
@@ -31,6 +32,7 @@ from typing import Any
 
 from jaxpeft.cli.output import print_error, print_json
 from jaxpeft.errors import InputError, Notice, RunError, did_you_mean, is_utf8, shown
+from jaxpeft.interrupts import Interrupted
 from jaxpeft.memory.kinds import GPU_FRACTION
 
 # Command name -> the module in this package and its dataclass, and a line for the help.
@@ -83,13 +85,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # ours has seen enough
         return 128 + signal.SIGPIPE
     except OSError as error:
-        if error.errno != errno.ENAMETOOLONG:
+        if (line := _of_the_machine(error)) is None:
             raise
-        print_error(f"{str(error.filename)[:60]}...: {error.strerror}")
+        print_error(line)
         return 2
+    except Interrupted:
+        raise  # to where the signals are ours, in the command's own process
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130
+
+
+def _of_the_machine(error: OSError) -> str | None:
+    """The line for an error that names a file, or comes of no file in particular; None for what may be a bug."""
+    if error.filename is not None:
+        name = os.fsdecode(error.filename) if isinstance(error.filename, bytes) else str(error.filename)
+        return f"{name if len(name) <= 200 else name[:60] + '...'}: {error.strerror}"
+    anywhere = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EMFILE, errno.ENFILE)
+    none_temporary = "temporary directory" in (error.strerror or "")  # as `tempfile` says where it finds none
+    return error.strerror if error.errno in anywhere or none_temporary else None
 
 
 @contextlib.contextmanager
@@ -118,6 +132,13 @@ def _without_torch() -> None:
     """Transformers, of which we want the tokenizers, would import it where it is installed: three seconds."""
     sys.modules.setdefault("torch", None)  # type: ignore[arg-type]  # none is found then
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is none, and what it is needed for
+
+
+def _quiet_matplotlib() -> None:
+    """It warns where it cannot keep its list of fonts, as in a home folder that is read-only; it draws as well."""
+    import logging
+
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
 
 def _main(argv: list[str], own_process: bool = False) -> int:
@@ -152,6 +173,7 @@ def _main(argv: list[str], own_process: bool = False) -> int:
     args = parse(kind, name, flags)
     if own_process:
         _without_torch()
+        _quiet_matplotlib()
     if args.json:
         with contextlib.redirect_stdout(sys.stderr):
             document = module.run(args)

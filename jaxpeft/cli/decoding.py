@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from jaxpeft import interrupts
 from jaxpeft.errors import InputError
+from jaxpeft.interrupts import Interrupted
 from jaxpeft.train.run import check_seed
 
 if TYPE_CHECKING:  # help and mistakes answer before JAX and transformers are imported
@@ -187,9 +190,10 @@ def say(
         for ids in tokens:
             print(before + text.add(ids), end="", flush=True)
             before = ""
-    except KeyboardInterrupt:
-        if not stoppable:
+    except KeyboardInterrupt as error:
+        if not stoppable or (isinstance(error, Interrupted) and error.number != signal.SIGINT):
             raise
+        interrupts.answered()
     finally:
         print(before + text.rest(), flush=True)
     return text.text, text.ids

@@ -109,6 +109,7 @@ def read_or_make(folder: Path, make: Callable[[], tuple[Iterator[Chunk], Callabl
     if found is not None:
         return found
     try:
+        files.clear_leftovers(folder.parent)
         files.prune(folder.parent, MOST_BYTES)
         _write(folder, *make())
         found = _read(folder)

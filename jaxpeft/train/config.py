@@ -175,14 +175,30 @@ def stored_date(document: Mapping[str, Any]) -> str | None:
     return document.get("arguments", {}).get("template_date")
 
 
-def check_new(out: Path) -> None:
-    """Raises InputError for a folder that holds a run, or a path that cannot be a folder which can be written in."""
+def check_folder(out: Path) -> None:
+    """Raises InputError for a path that cannot be a folder which can be written in, or is in another run's."""
     if os.path.isfile(out):
         raise InputError(f"--out {out}: is a file; give a folder")
     try:
         files.check_creatable(out)
     except InputError as error:
         raise InputError(f"--out {error}") from None
+    for parent in Path(os.path.realpath(out)).parents:
+        if _holds_run(parent):
+            raise InputError(f"--out {out}: is inside the run in {parent}; give a folder outside of it")
+
+
+def _holds_run(folder: Path) -> bool:
+    try:
+        document = json.loads((folder / FILE).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and {"arguments", "method"} <= document.keys()
+
+
+def check_new(out: Path) -> None:
+    """`check_folder`, and raises InputError for a folder that holds a run."""
+    check_folder(out)
     if found := [name for name in TRACES if (out / name).exists()]:
         raise InputError(
             f"--out {out}: already holds a run ({', '.join(found)}); give another folder, or --resume to continue it"

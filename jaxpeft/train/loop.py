@@ -35,7 +35,7 @@ from jaxpeft.checkpoint import DAMAGED, Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
 from jaxpeft.peft import adapter_rope_scaling
-from jaxpeft.train import config, memory, result
+from jaxpeft.train import config, folder, memory, result
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
 from jaxpeft.train.metrics import MetricsLog
@@ -74,16 +74,14 @@ def train(args: Run) -> dict[str, Any]:
     Raises:
       InputError: for arguments or files that cannot be used; nothing has been written then.
       RunError: for a run that cannot go on: a loss that is not finite (status 1), a full disk (2), SIGTERM (143),
-        SIGINT (130).
+        SIGINT (130), a folder that is gone (2).
     """
     assert args.out is not None
     out = args.out
     if args.adapter is not None:
         args = dataclasses.replace(args, rope_scaling=adapter_rope_scaling(args.adapter, args.rope_scaling))
     old = None
-    if not args.resume:
-        config.check_new(out)
-    else:
+    if args.resume:
         old = config.read(out)
         day = args.template_date or config.stored_date(old)
         args = dataclasses.replace(args, dtype=args.dtype or old.get("arguments", {}).get("dtype"), template_date=day)
@@ -94,6 +92,27 @@ def train(args: Run) -> dict[str, Any]:
             _say(f"{out}: the run is finished; this is its report")
             return finished
         old = config.with_steps(old, args.steps)
+    else:
+        config.check_folder(out)
+    try:
+        with folder.alone(out):
+            return _alone(args, out, old)
+    except OSError as error:
+        if isinstance(error.__context__, RunError):  # a log that could not be closed after it
+            raise error.__context__ from None
+        if error.errno in _NO_ROOM:
+            good = on_disk(out / "checkpoints")
+            left = f"last good checkpoint: step {good[-1]}" if good else "no checkpoint has been written yet"
+            raise RunError(f"{error.filename or out}: not written: {error.strerror}; {left}", 2) from error
+        if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
+            raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
+        raise
+
+
+def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
+    """`train`, where no other process runs in the folder; `old` is the document of a run that is continued."""
+    if old is None:
+        config.check_new(out)
     started = time.monotonic()
     if args.dtype is None:
         chosen: Any = models.compute_dtype(hf.load_config(sources(args).model))
@@ -103,22 +122,11 @@ def train(args: Run) -> dict[str, Any]:
         config.check_same(out, old, job.document)
     for report in job.data.reports.values():
         _say(report.summary())
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        files.write_json(out / config.FILE, old or job.document, allow_nan=False)
-        (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
-        with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints:
-            return _Run(args, job, checkpoints, signals).whole(started)
-    except OSError as error:
-        if isinstance(error.__context__, RunError):  # a log that could not be closed after it
-            raise error.__context__ from None
-        if error.errno in _NO_ROOM:
-            good = on_disk(out / "checkpoints")
-            left = f"last good checkpoint: step {good[-1]}" if good else "no checkpoint has been written yet"
-            raise RunError(f"{error.filename or out}: not written: {error.strerror}; {left}", 2) from error
-        if isinstance(error, PermissionError | NotADirectoryError):
-            raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
-        raise
+    files.clear_leftovers(out)
+    files.write_json(out / config.FILE, old or job.document, allow_nan=False)
+    (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
+    with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints:
+        return _Run(args, job, checkpoints, signals).whole(started)
 
 
 def _report_of(out: Path) -> dict[str, Any] | None:
@@ -153,14 +161,19 @@ class _Run:
     def whole(self, started: float) -> dict[str, Any]:
         """From where the newest checkpoint is to the report."""
         resumed = self._restore()
-        with MetricsLog(self.out, resumed) as self.log:
-            if resumed is None:
-                self._begin()
-            elif self._evaluation_due() and self.eval_step_number != self.done:
-                self._evaluate_late()
-            with Progress(self.args.steps, self.done) as self.progress:
-                self._steps()
-        return self._finish(started, resumed)
+        self.log = MetricsLog(self.out, resumed)
+        try:
+            with self.log:
+                if resumed is None:
+                    self._begin()
+                elif self._evaluation_due() and self.eval_step_number != self.done:
+                    self._evaluate_late()
+                with Progress(self.args.steps, self.done) as self.progress:
+                    self._steps()
+            return self._finish(started, resumed)
+        except (InputError, RunError, OSError):
+            self._check_there()  # which says more
+            raise
 
     def _restore(self) -> int | None:
         """Continues from the newest checkpoint; its step, None where there is none."""
@@ -210,6 +223,7 @@ class _Run:
         pending: _Pending | None = None
         while self.done < self.args.steps:
             self._stop_if_asked()
+            self._check_there()
             batch, lines = next(self.job.data.train)
             self.state, metrics = self.step(self.state, batch)
             self.done += 1
@@ -222,6 +236,18 @@ class _Run:
                 self._pause(batch, pending)
                 pending = None
         self._stop_if_asked()
+
+    def _check_there(self) -> None:
+        """Raises RunError if the folder, or something in it, was deleted or moved away: nothing is made there again."""
+        there = {
+            self.out: self.out.exists(),
+            self.checkpoints.folder: self.checkpoints.there(),
+            self.log.path: self.log.there(),
+            self.out / config.FILE: (self.out / config.FILE).exists(),
+        }
+        if gone := [path for path, is_there in there.items() if not is_there]:
+            what = self.out if len(gone) > 2 else gone[0]  # a checkpoint's write may have made it anew
+            raise RunError(f"{what}: deleted or moved while the run was going, which has ended at step {self.done}", 2)
 
     def _pause(self, batch: Batch, last: _Pending) -> None:
         """Between two steps: what is due of an evaluation and a checkpoint."""
@@ -311,6 +337,7 @@ class _Run:
         return bool(self.done == self.args.steps or (every and self.done % every == 0))
 
     def _save(self) -> None:
+        self._check_there()
         evaluated = self.eval_step_number == self.done
         meta = {
             "data": self.job.data.train.get_state(),
@@ -336,6 +363,7 @@ class _Run:
         """The result, the report and the curve."""
         self.checkpoints.wait()
         answers = self._answer()
+        self._check_there()
         state, job = self.state, self.job
         where = (self.out / "adapter", self.out / "model")
         of_base = (job.base, job.model.config, job.source.model, job.data.labels, self.args.rope_scaling)

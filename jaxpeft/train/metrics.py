@@ -32,10 +32,11 @@ class MetricsLog:
         import tensorboardX
 
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        self.path = folder / "metrics.jsonl"
         last = -1 if after_step is None else after_step
-        truncate(path, last)
-        self._file = path.open("a", encoding="utf-8")
+        truncate(self.path, last)
+        self._file = self.path.open("a", encoding="utf-8")
+        self._opened = os.fstat(self._file.fileno())
         # TensorBoard hides the events from purge_step on that an earlier, killed run left behind.
         self._events = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=last + 1)
 
@@ -52,6 +53,13 @@ class MetricsLog:
                 self._events.add_scalar(f"{row['split']}/{key}", value, row["step"])
         if row["split"] == "eval":
             self._events.flush()
+
+    def there(self) -> bool:
+        """Whether what is written is in the file of this name: neither it nor the folder was deleted or moved."""
+        try:
+            return os.path.samestat(self._opened, os.stat(self.path))
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def close(self) -> None:
         """Writes what is still buffered."""

@@ -7,11 +7,13 @@ The command line builds its flags from the same fields, `--batch-size` from `bat
 is `jp.run`, as `jaxpeft.train` is this package: an attribute cannot be both.)
 """
 
+import contextlib
 import dataclasses
+import itertools
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -220,14 +222,18 @@ def run(run: Run | None = None, /, **fields: Any) -> dict[str, Any]:
     settled = dataclasses.replace(run or Run(), **fields).settled()
     settled.check()
     settled = settled.rated()
-    if settled.out is None:
-        settled = dataclasses.replace(settled, out=fresh_directory(Path("out")))
 
     from jaxpeft import compilation
+    from jaxpeft.train.folder import Taken
     from jaxpeft.train.loop import train
 
     with compilation.cached(settled.compile_cache):
-        return train(settled)
+        if settled.out is not None:
+            return train(settled)
+        for out in fresh_directories(Path("out")):
+            with contextlib.suppress(Taken):  # another run has begun in it a moment ago
+                return train(dataclasses.replace(settled, out=out))
+    raise AssertionError("there is always a further one")
 
 
 def flag(name: str) -> str:
@@ -270,12 +276,14 @@ def check_rope_scaling(args: Any) -> None:
         rotary.parse(args.rope_scaling)
 
 
-def fresh_directory(parent: Path) -> Path:
-    """The first of parent/run-1, parent/run-2, ... that does not exist; creates nothing."""
-    number = 1
-    while (parent / f"run-{number}").exists():
-        number += 1
-    return parent / f"run-{number}"
+def fresh_directories(parent: Path) -> Iterator[Path]:
+    """Those of parent/run-1, parent/run-2, ... that do not exist, or hold a lock alone; creates nothing."""
+    from jaxpeft.train.folder import LOCK
+
+    for number in itertools.count(1):
+        path = parent / f"run-{number}"
+        if not path.exists() or (path.is_dir() and os.listdir(path) == [LOCK]):
+            yield path
 
 
 def _in_type(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The command line's frame: help, mistakes, exit statuses, JSON and the YAML file."""
 
 import dataclasses
+import errno
 import json
 import math
 import subprocess
@@ -121,6 +122,25 @@ def test_a_bug_keeps_its_traceback(echo):
     echo.run = fail
     with pytest.raises(ZeroDivisionError):
         cli.main(["echo"])
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/ro/x"), "/ro/x: Read-only file system"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", b"gone"), "gone: No such file or directory"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "n" * 300), "n" * 60 + "...: File name too long"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+        (FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']"), "temporary directory"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(echo, capsys, error, line):
+    def fail(args):
+        raise error
+
+    echo.run = fail
+    assert cli.main(["echo"]) == 2
+    assert line in one_line(capsys)
 
 
 def test_interrupt_is_130(echo, capsys):

@@ -100,11 +100,13 @@ def test_settings_are_those_given_with_their_types():
     assert Run().make_method().specs == jp.lora().specs
 
 
-def test_fresh_directory_is_the_first_free_one(tmp_path):
-    assert run.fresh_directory(tmp_path / "out") == tmp_path / "out" / "run-1"
+def test_fresh_directories_are_the_free_ones(tmp_path):
+    assert next(run.fresh_directories(tmp_path / "out")) == tmp_path / "out" / "run-1"
     for name in ("run-1", "run-2", "run-4"):
         (tmp_path / name).mkdir()
-    assert run.fresh_directory(tmp_path) == tmp_path / "run-3"
+    (tmp_path / "run-4" / ".lock").write_text("")  # of a process that was killed in its start, or is in it
+    free = run.fresh_directories(tmp_path)
+    assert [next(free).name for _ in range(3)] == ["run-3", "run-4", "run-5"]
     assert not (tmp_path / "run-3").exists()
 
 
