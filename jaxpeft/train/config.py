@@ -190,10 +190,9 @@ def check_folder(out: Path) -> None:
 
 def _holds_run(folder: Path) -> bool:
     try:
-        document = json.loads((folder / FILE).read_bytes())
-    except (OSError, ValueError):
+        return {"arguments", "method"} <= documents.read_json(folder / FILE, "").keys()
+    except InputError:
         return False
-    return isinstance(document, dict) and {"arguments", "method"} <= document.keys()
 
 
 def check_new(out: Path) -> None:
