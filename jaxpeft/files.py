@@ -275,7 +275,13 @@ def from_yaml(where: str, text: str) -> Any:
             self.depth -= 1
             return node
 
+        def construct_yaml_int(self, node: Any) -> int:
+            if (value := super().construct_yaml_int(node)).bit_length() > 1024:  # thousands of digits, in base 16
+                raise ValueError(f"a number of {len(node.value)} digits")
+            return value
+
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", _NUMBER, list("-+.0123456789"))
+    Loader.add_constructor("tag:yaml.org,2002:int", Loader.construct_yaml_int)
     try:
         return yaml.load(text, Loader)
     except InputError:

@@ -12,7 +12,7 @@ from typing import IO, Any
 
 from jaxpeft.errors import InputError, first_line
 
-MOST_BYTES = 2**24  # of a line
+MOST_BYTES = 2**23  # of a line; text of so many letters, one token each, takes 3 GiB
 MOST_PASSED = 2**28  # bytes of a line that are read
 
 

@@ -430,6 +430,7 @@ def _arrow(path: Path, name: str) -> Iterator[Record]:
                 file.seek(0)
                 parts = pyarrow.ipc.open_stream(file)
             for part in parts:
+                part.validate(full=True)  # a damaged one is read beyond its end otherwise
                 for start in range(0, len(part), _ROWS):
                     yield part.slice(start, _ROWS).to_pylist()
 

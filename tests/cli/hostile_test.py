@@ -1,6 +1,7 @@
 """Files that mean harm: every command ends with status 2 and one line."""
 
 import json
+import re
 import shutil
 
 import jax
@@ -9,6 +10,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import hf, limits, patterns, template
 from jaxpeft.cli import main
+from jaxpeft.data import jsonl
 from jaxpeft.peft import export_adapter
 from tests import runs
 
@@ -39,7 +41,7 @@ def files(tmp_path_factory):
 def line_of(capsys, command):
     assert main([str(word) for word in command]) == 2
     told = capsys.readouterr().err
-    assert told.count("\n") == 1 and len(told) < 600
+    assert told.count("\n") == 1 and len(told) < 1600
     return told
 
 
@@ -72,12 +74,42 @@ def test_a_line_of_20_mib(files, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
     rows.write_bytes(b'{"prompt": "a", "completion": "b"}\n{"text": "' + b"a" * (20 * 2**20) + b'"}\n')
     train = ["train", "--model", files / "model", "--data", rows, "--out", tmp_path / "out"]
-    assert f"{rows}:2: longer than 16 MiB" in line_of(capsys, train)
+    assert f"{rows}:2: longer than 8 MiB" in line_of(capsys, train)
 
 
 def test_prompts_that_are_too_long(files, tmp_path, capsys):
     prompts = tmp_path / "prompts.txt"
     prompts.write_bytes(b"a\n" + b"a" * (20 * 2**20))
     generate = ["generate", "--model", files / "model"]
-    assert f"{prompts}:2: longer than 16 MiB" in line_of(capsys, [*generate, "--prompts", prompts])
+    assert f"{prompts}:2: longer than 8 MiB" in line_of(capsys, [*generate, "--prompts", prompts])
     assert "prompt 0 has 100000 tokens" in line_of(capsys, [*generate, "--prompt", "a" * 100_000])
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["plan", "--budget", "9" * 400 + "GiB"], '--budget "999.*... is above 4 EiB'),
+        (["train", "--steps", "9" * 400], "--steps 999.*... must be at most 2147483647"),
+        (["train", "--steps", "9" * 5000], "--steps.*4300 digits"),
+        (["train", "--seed", str(2**64)], "--seed 18446744073709551616: must be from 0 to 4294967295"),
+        (["train", "--rank", str(10**30)], "rank 1000000000000000000000000000000"),
+        (["train", "--lr", "1e999"], "--lr inf: must be a finite number"),
+        (["train", "--targets", "a{99999999999}"], "targets 'a.99999999999.': not a regular expression"),
+        (["train", "--targets", "(" * 5000], "not a regular expression"),
+        (["train", "--config", "/dev/zero"], "--config /dev/zero: has more than 1048576 bytes"),
+        (["train", "--data", "/dev/zero"], "/dev/zero:1: longer than"),
+        (["train", "--method-options", "rank=" + "[" * 5000], "is nested more than 50 deep"),
+        (["train", "--out", "a/" * 2500], "has 50.. bytes; at most"),
+        (["train", "--model", "a/" * 2500], "File name too long"),
+        (["generate", "--prompt", "a", "--model", "a/" * 2500], "File name too long"),
+        (["generate", "--prompt", "a", "--adapter", "x" * 5000], "no such directory|File name too long"),
+        (["plan", "--model", "x" * 5000], "is no built-in geometry"),
+        (["generate", "--prompt", "ab\udcff"], 'the argument "ab.udcff" is not UTF-8'),
+    ],
+    ids=lambda x: None if isinstance(x, str) else "-".join(x)[:30],
+)
+def test_arguments_out_of_all_proportion(command, said, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(jsonl, "MOST_PASSED", 2**24)
+    assert re.search(said, line_of(capsys, command))
+    assert not list(tmp_path.iterdir())
