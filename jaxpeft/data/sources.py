@@ -396,7 +396,10 @@ def _number(cell: str) -> int | float | str:
 
 def _rows(batches: Iterable[list[dict[str, Any]]], name: str) -> Iterator[Record]:
     for number, row in enumerate(itertools.chain.from_iterable(batches), start=1):
-        yield Record(number, f"{name}:row {number}", _without_null(row))
+        where = f"{name}:row {number}"
+        long = [key for key, cell in row.items() if isinstance(cell, str) and len(cell) > jsonl.MOST_BYTES]
+        too_long = InputError(f"{where}: column {long[0]}: longer than {jsonl.MOST_BYTES} characters") if long else None
+        yield Record(number, where, too_long or _without_null(row))
 
 
 def _without_null(value: Any) -> Any:
@@ -412,9 +415,15 @@ def _parquet(path: Path, name: str) -> Iterator[Record]:
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _rows((batch.to_pylist() for batch in file.iter_batches(_ROWS)), name)
+            yield from _rows((_whole(batch).to_pylist() for batch in file.iter_batches(_ROWS)), name)
     except (pyarrow.ArrowException, OSError) as error:
         raise InputError(f"{name}: is not Parquet that can be read: {first_line(error)}") from error
+
+
+def _whole(batch: Any) -> Any:
+    """A batch of columns of which a damaged one is refused: it would be read beyond its end otherwise."""
+    batch.validate(full=True)
+    return batch
 
 
 def _arrow(path: Path, name: str) -> Iterator[Record]:
@@ -430,8 +439,7 @@ def _arrow(path: Path, name: str) -> Iterator[Record]:
                 file.seek(0)
                 parts = pyarrow.ipc.open_stream(file)
             for part in parts:
-                part.validate(full=True)  # a damaged one is read beyond its end otherwise
-                for start in range(0, len(part), _ROWS):
+                for start in range(0, len(_whole(part)), _ROWS):
                     yield part.slice(start, _ROWS).to_pylist()
 
     try:

@@ -283,3 +283,10 @@ def test_a_device_without_lines_is_not_read_for_ever(monkeypatch: pytest.MonkeyP
 def test_a_prompt_that_is_too_long(tmp_path: Path, short: None) -> None:
     with pytest.raises(InputError, match=r"prompts.txt:2: longer than"):
         read_prompts(write(tmp_path, "prompts.txt", f"one\n{'x' * 500}\n"))
+
+
+@pytest.mark.usefixtures("short")
+def test_a_cell_of_a_table_that_is_too_long(tmp_path: Path) -> None:
+    file = tmp_path / "rows.parquet"
+    pa.parquet.write_table(pa.Table.from_pylist([{"text": "a"}, {"text": "b" * 101}, {"text": "c"}]), file)
+    assert faults(file) == ["", ":row 2: column text: longer than 100 characters", ""]
