@@ -34,12 +34,12 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
       InputError: for a file that cannot be read, or a line that is none of these.
     """
-    from jaxpeft.data import sources
+    from jaxpeft.data import records, sources
 
     if sources.is_named(path):
         prompts = [_of_row(record.fields(), record.where) for record in sources.find(path).records()]
     else:
-        lines = [(f"{path}:{number}", raw.rstrip(b"\r\n")) for number, raw in sources.read_lines(path)]
+        lines = [(f"{path}:{number}", raw.rstrip(b"\r\n")) for number, raw in records.read_lines(path)]
         prompts = [Prompt(_text(raw, where), where=where) for where, raw in lines]
     if not prompts:
         raise InputError(f"{path}: holds no prompt")

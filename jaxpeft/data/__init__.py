@@ -1,6 +1,6 @@
 """Tokenized, padded or bucketed or packed, checkpointable batches from files of rows.
 
-sources.py (records) -> formats.py, chat.py (text) -> encode.py (ids) -> examples.py -> batches.py
+sources.py, records.py (records) -> formats.py, chat.py (text) -> encode.py (ids) -> examples.py -> batches.py
                      -> classify.py (rows with a label)                              -> batches.py
 
 Between encode.py and examples.py, encodings.py holds the tokens of all rows, and cache.py keeps them on disk.

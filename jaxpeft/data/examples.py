@@ -26,7 +26,8 @@ from jaxpeft.data.formats import (
     read_record,
 )
 from jaxpeft.data.messages import Conversation
-from jaxpeft.data.sources import Record, Source, find
+from jaxpeft.data.records import Record
+from jaxpeft.data.sources import Source, find
 from jaxpeft.errors import InputError
 from jaxpeft.special import SpecialTokens, from_parts
 from jaxpeft.template import Template, choose, names
@@ -165,7 +166,7 @@ def load_examples(
     template: Template | None = None,
     cache: bool = True,
 ) -> tuple[Examples, Report]:
-    """Reads and tokenizes rows (kinds of files: see `sources.py`; shapes of rows: `formats.py`).
+    """Reads and tokenizes rows (kinds of files: see `records.py`; shapes of rows: `formats.py`).
 
     Args:
       path: a file, a folder of files, or the name of a dataset of the hub.

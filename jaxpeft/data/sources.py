@@ -1,37 +1,22 @@
-"""Rows as people have them, to records: files of several kinds, folders of these, datasets of the hub.
+"""Where rows come from: a file, a folder of files, a dataset of the hub.
 
-    .jsonl .ndjson            JSON Lines, as is a file whose name has no ending             file:line
-    .json                     an array of objects, or JSON Lines                            file:line (row N)
-    .csv .tsv                 a line of column names, then the rows                         file:line
-    .parquet .arrow .feather  columns; Arrow is what `datasets` saves                       file:row N
-    owner/name                a dataset of the hub, its split train; owner/name:split and
-                              owner/name:config:split name others                           owner/name:split:row N
-
-Text may be compressed by gzip or zstd, which its first bytes tell (an ending .gz or .zst is only taken off the name). A
-folder holds shards of one kind, which are read in the order of their names; files of no kind named here are left out.
-
-Empty lines at the end of a text are none. Where a kind has columns, each row has all of them: an empty cell of csv and
-tsv, and a null of the others (in the objects of a column too), is a field that the row doesn't have. Cells are text; in
-the column `label` one that spells a number is that number, and `messages` and `tools` hold JSON.
+file                      of a kind that `jaxpeft.data.records` reads, by the ending of its name (an ending .gz or
+.zst is only taken off)
+folder                    shards of one kind, read in the order of their names; files of other kinds are left out
+owner/name                a dataset of the hub, its split train; owner/name:split and owner/name:config:split name
+others; its rows are owner/name:split:row N
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
-import io
-import itertools
-import json
 import os
 import re
-import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
-from jaxpeft.data import jsonl
-from jaxpeft.data.jsonl import as_object, check_length, number_lines, parse_line
+from jaxpeft.data.records import READERS, ROWS, TEXTS, Record, opened, rows
 from jaxpeft.errors import InputError, first_line
 
 KINDS = (
@@ -39,40 +24,11 @@ KINDS = (
     " files; or a dataset of the hub, owner/name[:config][:split]"
 )
 _PACKED = (".gz", ".zst")
-_MOST_WHOLE = 2**31  # bytes of an array, which is read whole
-_ROWS = 1000  # of a columnar file in memory at once
-_MOST_CELLS = 4  # of the greatest size in a row
-_JSON_COLUMNS = ("messages", "tools")
-_WHOLE = re.compile(r"[-+]?(0|[1-9]\d*)")
-_DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
 # What `datasets` and its hub keep beside the rows.
 _ABOUT = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 _HUB = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?::(?P<config>[^:]+))??(?::(?P<split>[^:[]+(\[.*\])?))?"
 )
-
-
-class Record(NamedTuple):
-    """A record of a file, not yet looked into.
-
-    number: its line, or its row where the kind has no lines; counted on over the files of a folder.
-    where: "file:line" or "file:row N", which opens every message about it.
-    content: a line of JSON, the fields, or what is wrong with it.
-    """
-
-    number: int
-    where: str
-    content: bytes | dict[str, Any] | InputError
-
-    def fields(self) -> dict[str, Any]:
-        """The fields by name.
-
-        Raises:
-          InputError: the record is faulty.
-        """
-        if isinstance(self.content, InputError):
-            raise self.content
-        return parse_line(self.content, self.where) if isinstance(self.content, bytes) else self.content
 
 
 class Source(NamedTuple):
@@ -94,14 +50,14 @@ class Source(NamedTuple):
           InputError: a file cannot be read, or is not of the kind that its name says.
         """
         if self.dataset is not None:
-            batches = self.dataset.with_format("arrow").iter(batch_size=_ROWS)
-            yield from _rows((table.to_pylist() for table in batches), self.name)
+            batches = self.dataset.with_format("arrow").iter(batch_size=ROWS)
+            yield from rows((table.to_pylist() for table in batches), self.name)
             return
         before = 0
         for path in self.files:
             name = self.name if path == Path(self.name) else f"{self.name}/{path.name}"
             last = 0
-            for record in _KINDS[_kind(path)](path, name):
+            for record in READERS[_kind(path)](path, name):
                 last = record.number
                 yield record._replace(number=before + last)
             before += last
@@ -116,7 +72,7 @@ class Source(NamedTuple):
         """What the files hold and are called: [[kind, or name in a folder, SHA-256], ...]."""
         found = []
         for path in self.files:
-            with _opened(path, str(path)) as file:
+            with opened(path, str(path)) as file:
                 digest = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
             found.append([path.suffix if path == Path(self.name) else path.name, digest])
         return found
@@ -134,7 +90,7 @@ def find(given: str | os.PathLike[str]) -> Source:
     if name and path.is_dir():
         return Source(name, _shards(path))
     if name and path.exists():
-        if _kind(path) not in _KINDS:
+        if _kind(path) not in READERS:
             raise InputError(f"{name}: by its name no kind of file that is read; kinds: {KINDS}")
         return Source(name, (path,))
     hub = _HUB.fullmatch(name)
@@ -145,7 +101,7 @@ def find(given: str | os.PathLike[str]) -> Source:
 
 def is_named(path: Path) -> bool:
     """Whether a file's name says that it holds rows."""
-    return _kind(path) in _KINDS.keys() - {""}
+    return _kind(path) in READERS.keys() - {""}
 
 
 def _kind(path: Path) -> str:
@@ -154,7 +110,7 @@ def _kind(path: Path) -> str:
     if suffixes[-1] not in _PACKED:
         return suffixes[-1]
     inner = suffixes[0] if len(suffixes) > 1 else ""
-    return inner if inner in _TEXTS else suffixes[-1]
+    return inner if inner in TEXTS else suffixes[-1]
 
 
 def _shards(folder: Path) -> tuple[Path, ...]:
@@ -172,7 +128,7 @@ def _shards(folder: Path) -> tuple[Path, ...]:
         for path in entries
         if path.is_file() and not path.name.startswith((".", "_")) and path.name not in _ABOUT and _kind(path)
     ]
-    shards = [path for path in shards if _kind(path) in _KINDS]
+    shards = [path for path in shards if _kind(path) in READERS]
     kinds = sorted({_kind(path) for path in shards})
     if len(kinds) > 1:
         raise InputError(f"{folder}: holds files of several kinds ({', '.join(kinds)}); give one file, or one kind")
@@ -181,282 +137,6 @@ def _shards(folder: Path) -> tuple[Path, ...]:
         more = f" (folders in it: {', '.join(folders)})" if folders else ""
         raise InputError(f"{folder}: holds no file of rows{more}; kinds: {KINDS}")
     return tuple(shards)
-
-
-# Text.
-
-
-def _opened(path: Path, name: str) -> IO[bytes]:
-    try:
-        return path.open("rb")
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
-    except OSError as error:
-        raise InputError(f"{name}: cannot be read: {error.strerror or error}") from error
-
-
-def read_lines(path: Path, name: str | None = None, arrays: bool = False) -> Iterator[tuple[int, bytes]]:
-    """(line number from 1, the line with its end) of a text, unpacked; empty lines at its end are left out.
-
-    Of a line that is too long, the beginning is given (see `jsonl.check_length`). With `arrays`, an array that opens
-    the text is given with all that follows it, in one.
-
-    Raises:
-      InputError: the file, called `name` where it has another, cannot be read.
-    """
-    name, number = name or str(path), 0
-    with _opened(path, name) as file:
-        try:
-            text = _unpacked(file)
-            for number, raw in _without_last_empty(number_lines(text, name)):
-                if arrays and raw.strip():
-                    raw, arrays = raw + text.read(_MOST_WHOLE) if _is_array(raw) else raw, False
-                yield number, raw
-        except (OSError, EOFError, zlib.error) as error:
-            after = f" after line {number}" if number else ""
-            raise InputError(f"{name}: cannot be read{after}: {_reason(error)}") from error
-
-
-def _unpacked(file: IO[bytes]) -> IO[bytes]:
-    head = cast(Any, file).peek(4)[:4]
-    if head.startswith(b"\x1f\x8b"):
-        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
-    if head == b"\x28\xb5\x2f\xfd":
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.CompressedInputStream(file, "zstd"))
-    return file
-
-
-def _without_last_empty(lines: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
-    held: list[tuple[int, bytes]] = []
-    for line in lines:
-        if not line[1].strip():
-            held.append(line)
-            continue
-        yield from held
-        held.clear()
-        yield line
-
-
-def _reason(error: BaseException) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-
-
-def _json_lines(path: Path, name: str) -> Iterator[Record]:
-    for number, raw in read_lines(path, name):
-        yield Record(number, f"{name}:{number}", raw.rstrip(b"\r\n"))
-
-
-def _json(path: Path, name: str) -> Iterator[Record]:
-    """An array of objects, read whole; or JSON Lines, where the first character opens an object."""
-    lines = read_lines(path, name, arrays=True)
-    first = list(itertools.islice((line for line in lines if line[1].strip()), 1))
-    if first and not _is_array(first[0][1]):
-        yield from (Record(n, f"{name}:{n}", raw.rstrip(b"\r\n")) for n, raw in itertools.chain(first, lines))
-        return
-    raw = b"\n" * (first[0][0] - 1) + first[0][1] if first else b""
-    if len(raw) > _MOST_WHOLE:
-        raise InputError(f"{name}: an array of more than {_MOST_WHOLE} bytes; write its elements as lines (.jsonl)")
-    try:
-        text = raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        column = error.start - raw.rfind(b"\n", 0, error.start)
-        raise InputError(f"{name}:{line}: not UTF-8: byte 0x{raw[error.start]:02x} at column {column}") from error
-    del raw
-    yield from _elements(text, name)
-
-
-def _is_array(raw: bytes) -> bool:
-    return raw.lstrip().startswith(b"[")
-
-
-def _elements(text: str, name: str) -> Iterator[Record]:
-    """The elements of an array. What is no JSON ends it, as nothing says where the next element would begin."""
-    blanks, decoder = re.compile(r"[ \t\n\r]*"), json.JSONDecoder()
-    skip = lambda at: cast(re.Match[str], blanks.match(text, at)).end()
-    at = skip(skip(0) + 1)  # behind the bracket
-    closed, row, line, counted = text[at : at + 1] == "]", 0, 1, 0
-    while not closed:
-        row, line, counted = row + 1, line + text.count("\n", counted, at), at
-        where = f"{name}:{line} (row {row})"
-        try:
-            value, at = decoder.raw_decode(text, at)
-            at = skip(at)
-            if text[at : at + 1] not in (",", "]") or at == len(text):
-                raise json.JSONDecodeError("Expecting ',' or ']'", text, at)
-        except json.JSONDecodeError as error:
-            what = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
-            raise InputError(f"{where}: {what}") from error
-        except (RecursionError, ValueError) as error:  # nested too deeply; a number too long
-            raise InputError(f"{where}: JSON that cannot be read ({error})") from error
-        if at - counted > jsonl.MOST_BYTES:
-            yield Record(row, where, InputError(f"{where}: longer than {jsonl.MOST_BYTES} characters"))
-        else:
-            yield Record(row, where, _object(value, where))
-        closed = text[at] == "]"
-        at = skip(at + 1)
-    if rest := text[at if row else at + 1 :].strip():
-        raise InputError(f"{name}: not JSON: {rest[:20]!a} after the array's end")
-
-
-def _object(value: Any, where: str) -> dict[str, Any] | InputError:
-    try:
-        return as_object(value, where)
-    except InputError as error:
-        return error
-
-
-def _csv(path: Path, name: str) -> Iterator[Record]:
-    yield from _cells(path, name, ",")
-
-
-def _tsv(path: Path, name: str) -> Iterator[Record]:
-    yield from _cells(path, name, "\t")
-
-
-def _cells(path: Path, name: str, delimiter: str) -> Iterator[Record]:
-    """Rows of cells under a first line of names; a quoted cell may hold line ends, and a row's line is its first."""
-    csv.field_size_limit(jsonl.MOST_BYTES)  # a cell may hold a whole book
-    broken: list[str] = []  # what is wrong with the lines of the row that is being read
-    size = 0  # bytes of these lines
-
-    def texts() -> Iterator[str]:
-        nonlocal size
-        for number, raw in read_lines(path, name):
-            size += len(raw)
-            if size > _MOST_CELLS * jsonl.MOST_BYTES:  # cells without an end
-                raise InputError(
-                    f"{where}: a row of more than {_MOST_CELLS * jsonl.MOST_BYTES} bytes; is a quote open?"
-                )
-            try:
-                check_length(raw, f"{name}:{number}")
-                yield raw.decode("utf-8")
-            except InputError as error:
-                broken.append(str(error))
-                yield "\n"
-            except UnicodeDecodeError as error:
-                column = error.start + 1
-                broken.append(f"{name}:{number}: not UTF-8: byte 0x{raw[error.start]:02x} at column {column}")
-                yield raw.decode("utf-8", "replace")
-
-    reader = csv.reader(texts(), delimiter=delimiter, strict=True)
-    names: list[str] = []
-    while True:
-        number = reader.line_num + 1
-        where = f"{name}:{number}"
-        broken.clear()
-        size = 0
-        try:
-            cells = next(reader)
-            fault = broken[0] if broken else ""
-        except StopIteration:
-            return
-        except csv.Error as error:
-            cells, fault = [], f"{where}: not {path.suffix.lstrip('.') if names else 'csv'}: {error}"
-        if not names:
-            if fault or not any(cells):
-                raise InputError(fault or f"{where}: an empty line; the first line names the columns")
-            names = [cell.strip() for cell in cells]
-            if twice := sorted({cell for cell in names if cell and names.count(cell) > 1}):
-                raise InputError(f"{where}: the first line names the column {twice[0]!r} twice")
-            continue
-        if not fault and not cells:
-            fault = f"{where}: empty line; every line must hold one row"
-        if not fault and len(cells) != len(names):
-            fault = f"{where}: {len(cells)} cells, where the first line names {len(names)} columns"
-        yield Record(number, where, InputError(fault) if fault else _named(names, cells, where))
-
-
-def _named(names: list[str], cells: list[str], where: str) -> dict[str, Any] | InputError:
-    """The cells by their columns' names; empty ones are left out."""
-    fields: dict[str, Any] = {column: cell for column, cell in zip(names, cells, strict=True) if column and cell}
-    if "label" in fields:
-        fields["label"] = _number(fields["label"])
-    for column in _JSON_COLUMNS:
-        if column in fields:
-            try:
-                fields[column] = json.loads(fields[column])
-            except (ValueError, RecursionError) as error:
-                return InputError(f"{where}: column {column} must hold JSON: {first_line(error)}")
-    return fields
-
-
-def _number(cell: str) -> int | float | str:
-    """The number that a cell spells, else its text: 7 and 3.5, but not 007."""
-    text = cell.strip()
-    if len(text) < 1000 and _WHOLE.fullmatch(text):
-        return int(text)
-    return float(text) if _DECIMAL.fullmatch(text) else cell
-
-
-# Columns.
-
-
-def _rows(batches: Iterable[list[dict[str, Any]]], name: str) -> Iterator[Record]:
-    for number, row in enumerate(itertools.chain.from_iterable(batches), start=1):
-        where = f"{name}:row {number}"
-        long = [key for key, cell in row.items() if isinstance(cell, str) and len(cell) > jsonl.MOST_BYTES]
-        too_long = InputError(f"{where}: column {long[0]}: longer than {jsonl.MOST_BYTES} characters") if long else None
-        yield Record(number, where, too_long or _without_null(row))
-
-
-def _without_null(value: Any) -> Any:
-    """A value of a column without the fields that it has only because other rows have them."""
-    if isinstance(value, dict):
-        return {name: _without_null(item) for name, item in value.items() if item is not None}
-    return [_without_null(item) for item in value] if isinstance(value, list) else value
-
-
-def _parquet(path: Path, name: str) -> Iterator[Record]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from _rows((_whole(batch).to_pylist() for batch in file.iter_batches(_ROWS)), name)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{name}: is not Parquet that can be read: {first_line(error)}") from error
-
-
-def _whole(batch: Any) -> Any:
-    """A batch of columns of which a damaged one is refused: it would be read beyond its end otherwise."""
-    batch.validate(full=True)
-    return batch
-
-
-def _arrow(path: Path, name: str) -> Iterator[Record]:
-    """Arrow's file format, or its stream, which `datasets` writes."""
-    import pyarrow
-
-    def batches() -> Iterator[list[dict[str, Any]]]:
-        with pyarrow.memory_map(str(path)) as file:
-            if file.read(6) == b"ARROW1":
-                found = pyarrow.ipc.open_file(file)
-                parts: Iterable[Any] = (found.get_batch(i) for i in range(found.num_record_batches))
-            else:
-                file.seek(0)
-                parts = pyarrow.ipc.open_stream(file)
-            for part in parts:
-                for start in range(0, len(_whole(part)), _ROWS):
-                    yield part.slice(start, _ROWS).to_pylist()
-
-    try:
-        yield from _rows(batches(), name)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise InputError(f"{name}: is not Arrow that can be read: {first_line(error)}") from error
-
-
-_TEXTS: dict[str, Callable[[Path, str], Iterator[Record]]] = {
-    "": _json_lines,
-    ".jsonl": _json_lines,
-    ".ndjson": _json_lines,
-    ".json": _json,
-    ".csv": _csv,
-    ".tsv": _tsv,
-}
-_KINDS = {**_TEXTS, ".parquet": _parquet, ".arrow": _arrow, ".feather": _arrow}
 
 
 # The hub.

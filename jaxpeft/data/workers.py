@@ -28,7 +28,8 @@ import numpy as np
 
 from jaxpeft.data import cache
 from jaxpeft.data.encodings import DTYPES, Chunk
-from jaxpeft.data.sources import Record, Source
+from jaxpeft.data.records import Record
+from jaxpeft.data.sources import Source
 from jaxpeft.errors import InputError
 
 if TYPE_CHECKING:  # importing transformers takes seconds

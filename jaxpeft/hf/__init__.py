@@ -9,18 +9,8 @@ Host memory stays near one tensor above the model in both directions, as it is s
 packed while they are read (`load_pretrained(convert=...)`) never lies in memory as the file has it.
 """
 
-from jaxpeft.hf.read import (
-    INDEX,
-    STORED,
-    WEIGHTS,
-    load_config,
-    load_generation_config,
-    load_pretrained,
-    load_tokenizer,
-    resolve,
-    types_of,
-    weight_files,
-)
+from jaxpeft.hf.folder import WEIGHTS, load_config, load_generation_config, load_tokenizer, resolve
+from jaxpeft.hf.read import INDEX, STORED, load_pretrained, types_of, weight_files
 from jaxpeft.hf.write import save_pretrained
 
 __all__ = [

@@ -20,17 +20,8 @@ import numpy as np
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.gguf import Stored
-from jaxpeft.hf.read import (
-    COPIED,
-    DTYPES,
-    INDEX,
-    WEIGHTS,
-    load_config,
-    load_tokenizer,
-    places_of,
-    resolve,
-    sources_of,
-)
+from jaxpeft.hf.folder import COPIED, WEIGHTS, load_config, load_tokenizer, resolve
+from jaxpeft.hf.read import DTYPES, INDEX, places_of, sources_of
 from jaxpeft.quant import is_packed
 
 # Fields that transformers reads as there if they are null.

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from jaxpeft.cli.prompts import read_prompts
-from jaxpeft.data import jsonl, sources
+from jaxpeft.data import jsonl, records
 from jaxpeft.data.sources import find
 from jaxpeft.errors import InputError
 
@@ -211,7 +211,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lines of at most 100 bytes."""
     monkeypatch.setattr(jsonl, "MOST_BYTES", 100)
     monkeypatch.setattr(jsonl, "MOST_PASSED", 1000)
-    monkeypatch.setattr(sources, "_MOST_WHOLE", 1000)
+    monkeypatch.setattr(records, "_MOST_WHOLE", 1000)
 
 
 def faults(path: Path) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from jaxpeft.data import cache, workers
 from jaxpeft.data.examples import Encoder
-from jaxpeft.data.sources import Record
+from jaxpeft.data.records import Record
 from jaxpeft.errors import InputError
 from jaxpeft.special import from_parts
 from jaxpeft.template import choose
