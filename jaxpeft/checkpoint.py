@@ -24,6 +24,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class Checkpoints:
         for step in self.damaged:
             _put_aside(self.folder, step)
         self._losses: dict[int, float] = {}
+        self._begun: int | None = None  # the step that was written last, or is being written
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_Preserve(keep, self.best),
             enable_async_checkpointing=True,
@@ -101,6 +103,7 @@ class Checkpoints:
             return
         self.wait()
         self._note(step, meta)
+        self._begun = step
         args = ocp.args.Composite(state=ocp.args.StandardSave(_changing(state)), meta=ocp.args.JsonSave(dict(meta)))
         self._guard(step, lambda: self._manager.save(step, args=args))
 
@@ -203,9 +206,25 @@ class Checkpoints:
             with contextlib.suppress(Exception):  # the error that is on its way says more
                 self._manager.close()
             _remove_unfinished(self.folder)
-            for path in (self.folder, self.folder.parent):  # where both were deleted, the write made them anew
+            if not self.there():
+                self._remove_anew()
+
+    def _remove_anew(self) -> None:
+        """Where the folder was deleted or moved, removes what the write that was going on has made there since.
+
+        Its threads are not ours to wait for: twice in a row there has to be nothing.
+        """
+        absent = 0
+        for _ in range(50):
+            _remove_unfinished(self.folder)
+            shutil.rmtree(self.folder / str(self._begun), ignore_errors=True)
+            for path in (self.folder, self.folder.parent):
                 with contextlib.suppress(OSError):  # not empty, or not there
                     path.rmdir()
+            absent = 0 if self.folder.exists() else absent + 1
+            if absent == 2:
+                return
+            time.sleep(0.1)
 
     def _note(self, step: int, meta: Mapping[str, Any]) -> None:
         if meta.get("eval_loss") is not None:

@@ -145,7 +145,7 @@ def test_what_is_taken_away_ends_the_run_at_the_next_step(files, tmp_path, monke
     ) as error:
         loop.train(runs.arguments(files, out, eval_data=None, samples=0))
     assert str(error.value).startswith(f"{out / name}: ") and error.value.status == 2
-    assert not (out / name).exists()
+    assert not (out / name).exists(), sorted(out.rglob("*"))
 
 
 def test_two_commands_at_once(files, cache, tmp_path):
