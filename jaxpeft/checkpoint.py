@@ -40,6 +40,7 @@ from jaxpeft.train.state import TrainState
 
 FROZEN, DAMAGED = "frozen", "damaged"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
+_STEP = re.compile("[1-9][0-9]{0,9}")  # its name
 _SEGMENT = re.compile(r"layers_(\d+)_(\d+)/")
 
 
@@ -61,8 +62,10 @@ class Checkpoints:
         self.folder = folder.absolute()
         _remove_unfinished(self.folder)
         self.damaged = faults(self.folder)
-        for step in self.damaged:
-            _put_aside(self.folder, step)
+        numbers = [path.name for path in self.folder.glob("*") if path.name.isdigit()]
+        strange = [name for name in numbers if not _STEP.fullmatch(name)]
+        for name in (*map(str, self.damaged), *strange):  # orbax would take these for steps, too
+            _put_aside(self.folder, name)
         self._losses: dict[int, float] = {}
         self._begun: int | None = None  # the step that was written last, or is being written
         options = ocp.CheckpointManagerOptions(
@@ -111,7 +114,7 @@ class Checkpoints:
         """The sums of the checkpoint whose files are written, before it gets its name."""
         if jax.process_index() == 0:
             for path in self.folder.glob(_UNFINISHED):
-                checksums.write(path, named=False)
+                checksums.write(path, becomes=path.name.partition(".")[0])
 
     def check(self) -> None:
         """Raises the RunError of a write that has failed meanwhile."""
@@ -171,7 +174,7 @@ class Checkpoints:
             changing = self._manager.restore(step, args=args)["state"]
             frozen = {**like.frozen, **self._restore_frozen(like.frozen)}
         except (ValueError, KeyError, OSError) as error:
-            raise RunError(f"{self.folder / str(step)}: cannot be restored: {_reason(error)}") from error
+            raise RunError(f"{self.folder / str(step)}: cannot be restored: {_reason(error)}", 2) from error
         return TrainState(frozen=frozen, **changing), self.meta(step)
 
     def _restore_frozen(self, like: Mapping[str, Any]) -> tree.Flat:
@@ -262,13 +265,25 @@ def _remove_unfinished(folder: Path) -> None:
 
 def on_disk(folder: Path) -> list[int]:
     """The steps of the whole checkpoints in a folder, ascending, without opening any."""
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdecimal()) if folder.is_dir() else []
+    return sorted(int(path.name) for path in folder.glob("*") if _STEP.fullmatch(path.name)) if folder.is_dir() else []
 
 
 class Meta(TypedDict, total=False):
     """A checkpoint's JSON, as far as it is read here."""
 
     eval_loss: documents.Number | None
+    run: documents.Text
+    frozen: documents.Flag
+
+
+def foreign(folder: Path, step: int, run: str) -> str | None:
+    """Why a checkpoint cannot serve a run of this identity, in a few words; None if it can, as far as is known."""
+    meta = read_meta(folder, step)
+    if meta.get("run", run) != run:
+        return "is a checkpoint of another run"
+    if meta.get("frozen") and not (folder / FROZEN).is_dir():
+        return f"needs {folder / FROZEN}, which is missing"
+    return None
 
 
 def read_meta(folder: Path, step: int) -> Any:
@@ -296,12 +311,12 @@ def faults(folder: Path) -> dict[int, str]:
     return found
 
 
-def _put_aside(folder: Path, step: int) -> None:
+def _put_aside(folder: Path, name: str) -> None:
     if jax.process_index() == 0:
-        target = folder / DAMAGED / str(step)
+        target = folder / DAMAGED / name
         shutil.rmtree(target, ignore_errors=True)
         target.parent.mkdir(exist_ok=True)
-        (folder / str(step)).replace(target)
+        (folder / name).replace(target)
 
 
 def not_in_base(frozen: Mapping[str, Any], base: Mapping[str, Any]) -> tree.Flat:

@@ -1,6 +1,6 @@
 """What a folder of files was when it was written: sizes and SHA-256, in sha256.json beside them.
 
-    {"state/manifest.ocdbt": [123, "9f86d0..."], ...}    every file below the folder but this one
+    {".": "10", "state/manifest.ocdbt": [123, "9f86d0..."], ...}    its name, and every file below it but this one
 
 A folder whose files are not these, no more and no less, is damaged.
 """
@@ -13,19 +13,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxpeft import files
+from jaxpeft.errors import shown
 
 NAME = "sha256.json"
 # What orbax writes when it gives a checkpoint its name, at which its sums must be there: these are added afterwards.
+_OWN = "."  # the folder itself, of which the name is kept
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 
-def write(folder: Path, named: bool = True) -> None:
+def write(folder: Path, becomes: str | None = None) -> None:
     """Writes the sums of what is in a folder; waits until they are on disk.
 
-    `named`: whether it is finished; otherwise LATER are left out.
+    `becomes`: the name that it is going to have, where it is not finished; LATER are left out then.
     """
-    names = [name for name in _files(folder) if named or name not in LATER]
-    files.write_json(folder / NAME, {name: _sum(folder / name) for name in names})
+    names = [name for name in _files(folder) if becomes is None or name not in LATER]
+    sums = {name: _sum(folder / name) for name in names}
+    files.write_json(folder / NAME, {_OWN: becomes or folder.name, **sums})
 
 
 def complete(folder: Path) -> None:
@@ -48,6 +51,8 @@ def fault(folder: Path, within: str = "") -> str | None:
         return f"{NAME} cannot be read"
     if not isinstance(known, dict):
         return f"{NAME} holds no sums"
+    if (name := known.pop(_OWN, folder.name)) != folder.name:
+        return f"was written as {shown(name)}"
     there = set(_files(folder))
     if lost := sorted(known.keys() - there):
         return f"{lost[0]} is missing"

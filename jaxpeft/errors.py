@@ -62,6 +62,11 @@ def shown(value: object, width: int = 60) -> str:
     return text if len(text) <= width else text[:width] + "..."
 
 
+def printable(text: str) -> str:
+    """A text on one line in which control characters, which could move the cursor, are spelt out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(text.split()))
+
+
 def is_utf8(text: str) -> bool:
     """Whether a text can be written: bytes that were none, and halves of characters, cannot."""
     try:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,20 @@ def cache_folder() -> Path:
         return given.expanduser()
     except RuntimeError:
         raise InputError(f"$JAXPEFT_CACHE {given}: there is no such home folder; name one that is there") from None
+
+
+def expanded(given: str | os.PathLike[str]) -> Path:
+    """A path that a user or a file gives, ~ and all.
+
+    Raises:
+      InputError: for a home folder that the system does not know, or a zero byte, which no path may hold.
+    """
+    if "\0" in os.fspath(given):
+        raise InputError(f"{os.fspath(given)!r}: holds a zero byte, which no path may")
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:
+        raise InputError(f"{given}: there is no such home folder") from None
 
 
 def prune(folder: Path, most_bytes: int) -> None:
@@ -61,20 +76,28 @@ def prune(folder: Path, most_bytes: int) -> None:
         total -= size
 
 
-def read_text(file: Path, missing: str, most: int = MOST_BYTES) -> str:
+def read_text(file: Path, missing: str, most: int = MOST_BYTES, pipe: bool = False) -> str:
     """The text of a file in UTF-8.
+
+    Args:
+      file: to be read.  missing: what is said if there is none.  most: bytes.
+      pipe: whether it may be something else than a regular file, which may keep its reader waiting.
 
     Raises:
       InputError: `missing` if there is no such file; for one that has more than `most` bytes, cannot be read, or is not
         UTF-8.
     """
     try:
+        if not pipe and not stat.S_ISREG(os.stat(file).st_mode):
+            raise InputError(f"{file}: is no regular file")
         with file.open("rb") as opened:
             data = opened.read(most + 1)
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(missing) from None
     except OSError as error:
         raise InputError(f"{file}: cannot be read: {error.strerror}") from None
+    except InputError:
+        raise
     except ValueError as error:  # a zero byte in its name
         raise InputError(f"{str(file)!r}: cannot be read: {error}") from None
     if len(data) > most:

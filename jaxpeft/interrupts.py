@@ -47,6 +47,7 @@ class EndTheCommand:
 
     def __enter__(self) -> "EndTheCommand":
         global _within
+        _open_standard()
         self._main = threading.get_ident()
         self._read, self._write = os.pipe()
         os.set_blocking(self._write, False)  # as `set_wakeup_fd` demands
@@ -122,6 +123,15 @@ def answered() -> None:
     """Says that an `Interrupted` was caught and has done what it was for: the command goes on."""
     if _within:
         _within.answered()
+
+
+def _open_standard() -> None:
+    """Opens what of stdin, stdout and stderr is closed, so that no file of ours gets its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
 
 
 def _as_python_has_them() -> None:

@@ -24,14 +24,13 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired
 
 import jinja2
 import jinja2.ext
 from typing_extensions import TypedDict
 
-from jaxpeft import documents, limits
+from jaxpeft import documents, files, limits
 from jaxpeft.errors import InputError
 from jaxpeft.tokenizing import tokenize
 
@@ -149,7 +148,7 @@ def find(*folders: str | os.PathLike[str] | None) -> Template | None:
       InputError: for a FILE that is damaged.
     """
     for folder in folders:
-        if folder is not None and (file := Path(folder).expanduser() / FILE).is_file():
+        if folder is not None and (file := files.expanded(folder) / FILE).is_file():
             return from_document(documents.read_json(file, f"{file}: no such file"), str(file))
     return None
 
@@ -363,7 +362,7 @@ def _read_jinja(path: str) -> str:
       InputError: for no such file, or one that is no jinja template.
     """
     try:
-        with Path(path).expanduser().open(encoding="utf-8") as file:
+        with files.expanded(path).open(encoding="utf-8") as file:
             text = file.read(MOST_SOURCE + 1)
     except OSError as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else error.strerror

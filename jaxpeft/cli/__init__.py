@@ -22,18 +22,21 @@ import errno
 import importlib
 import io
 import os
+import re
 import select
 import signal
 import sys
+import typing
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli.output import print_error, print_json
-from jaxpeft.errors import InputError, Notice, RunError, did_you_mean, is_utf8, shown
+from jaxpeft.errors import InputError, Notice, RunError, did_you_mean, is_utf8, printable, shown
 from jaxpeft.interrupts import Interrupted
 from jaxpeft.memory.kinds import GPU_FRACTION
+from jaxpeft.train.run import in_words
 
 # Command name -> the module in this package and its dataclass, and a line for the help.
 COMMANDS = {
@@ -84,6 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # ours has seen enough
         return 128 + signal.SIGPIPE
+    except SystemExit as stop:  # as rich answers a reader that has gone
+        if isinstance(stop.__context__, BrokenPipeError):
+            return 128 + signal.SIGPIPE
+        raise
     except OSError as error:
         if (line := _of_the_machine(error)) is None:
             raise
@@ -113,7 +120,7 @@ def _plain_warnings() -> Iterator[None]:
 
     def form(message: Warning | str, category: type[Warning], *place: Any) -> str:
         plain = issubclass(category, Notice) or category.__name__ == "KernelFallback"
-        return f"jaxpeft: {message}\n" if plain else before(message, category, *place)
+        return f"jaxpeft: {printable(str(message))}\n" if plain else before(message, category, *place)
 
     warnings.formatwarning = form  # type: ignore[assignment]
     try:
@@ -223,10 +230,19 @@ def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
         with contextlib.redirect_stderr(box):
             args, unknown = tyro.cli(kind, prog=f"jaxpeft {name}", args=flags, return_unknown_args=True)
     except SystemExit:
-        raise InputError(f"{name}: {_box_message(box.getvalue())}") from None
+        raise InputError(f"{name}: {_in_our_words(kind, _box_message(box.getvalue()))}") from None
     if unknown:
         raise InputError(f"{name}: {_unknown_message(kind, unknown)}")
     return args
+
+
+def _in_our_words(kind: type, message: str) -> str:
+    """tyro's message; that a value is not of its flag's type in the words of `jaxpeft.train.run`."""
+    found = re.match(r"Error parsing --([\w-]+).*: no type matching .* instantiated from \['(.*?)'\]", message)
+    if found is None:
+        return message
+    hint = typing.get_type_hints(kind).get(found[1].replace("-", "_"))
+    return message if hint is None else f"--{found[1]} {shown(found[2])}: must be {in_words(hint)}"
 
 
 def _unknown_message(kind: type, unknown: list[str]) -> str:

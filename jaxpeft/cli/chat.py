@@ -11,6 +11,7 @@ from typing import Any
 from jaxpeft.cli import decoding
 from jaxpeft.cli.decoding import DecodingArguments, Words
 from jaxpeft.errors import InputError, did_you_mean
+from jaxpeft.files import expanded
 
 _MOST_CHARACTERS = 2**24  # of a line
 HELP = """\
@@ -118,7 +119,7 @@ class _Talk:
         """A command."""
         if command == "/adapter":
             if rest:
-                self._use(None if rest == "none" else Path(rest).expanduser())
+                self._use(None if rest == "none" else expanded(rest))
             decoding.note(f"adapter: {self.adapter or 'none'}")
         elif command == "/system":
             self.system = rest or None

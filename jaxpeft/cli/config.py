@@ -24,7 +24,7 @@ def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
         InputError: for a file that cannot be read, is not a mapping, or has an unknown key.
     """
     try:
-        text = read_text(path, f"{path}: No such file or directory", _MOST_BYTES)
+        text = read_text(path, f"{path}: No such file or directory", _MOST_BYTES, pipe=True)
     except InputError as error:
         raise InputError(f"--config {error}") from None
     content = from_yaml(f"--config {path}", text)

@@ -37,6 +37,7 @@ def run(args: Export) -> dict[str, Any]:
     Raises:
       InputError: for arguments or input that cannot be used.
     """
+    from jaxpeft.checkpoint import foreign
     from jaxpeft.files import check_target
     from jaxpeft.gguf import write
     from jaxpeft.train import config
@@ -46,6 +47,8 @@ def run(args: Export) -> dict[str, Any]:
     document = config.read(args.run)
     folder = args.run / "checkpoints"
     step = chosen_step(folder, args.step, args.best)
+    if why := foreign(folder, step, config.identity(document)):
+        raise InputError(f"{folder / str(step)}: {why}")
 
     import jax
 

@@ -1,6 +1,7 @@
 """`jaxpeft merge`: fold an adapter into the weights of its base and write a checkpoint."""
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,13 +52,25 @@ def run(args: Merge) -> dict[str, Any]:
         if labels_of(args.adapter):
             raise InputError(f"--format gguf: {args.adapter} classifies rows, and llama.cpp has no form for that")
         own_template = beside(args.adapter).get(JINJA)
-        write.save_model(args.out, name, method.merge(params), args.gguf_type, scaling, own_template)
+        merged = method.merge(params)
+        _check_finite(args.adapter, tree.flatten(params), tree.flatten(merged))
+        write.save_model(args.out, name, merged, args.gguf_type, scaling, own_template)
         return document | {"dtype": args.gguf_type or str(tree.flatten(params)["embed_tokens/embedding"].dtype)}
     before, merged = tree.flatten(params), method.merge(params)
+    _check_finite(args.adapter, before, tree.flatten(merged))
     unchanged = {path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf}
     how: dict[str, Any] = {"as_stored": True, "unchanged": unchanged, "rope_scaling": scaling}
     hf.save_pretrained(args.out, name, merged, labels=labels_of(args.adapter), beside=beside(args.adapter), **how)
     return document | {"dtype": ", ".join(hf.types_of(args.out))}
+
+
+def _check_finite(adapter: Any, before: Mapping[str, Any], merged: Mapping[str, Any]) -> None:
+    """Refuses what the adapter has made of the base's weights if it is no numbers any more."""
+    import jax.numpy as jnp
+
+    for path, leaf in merged.items():
+        if before.get(path) is not leaf and not bool(jnp.isfinite(leaf).all()):
+            raise InputError(f"{adapter}: makes {path} infinite or no number; is its alpha right?")
 
 
 def show(document: dict[str, Any]) -> None:

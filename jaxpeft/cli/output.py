@@ -1,10 +1,13 @@
 """What every command shares in talking to its user: JSON and error lines."""
 
+import contextlib
 import json
 import math
 import os
 import sys
 from typing import Any
+
+from jaxpeft.errors import printable
 
 
 def print_json(document: Any) -> None:
@@ -35,5 +38,5 @@ def jsonable(value: Any) -> Any:
 
 def print_error(message: str) -> None:
     """Prints a user's mistake as one line on stderr, in which nothing of a file's text can move the cursor."""
-    line = " ".join(str(message).split())
-    print("jaxpeft: error: " + "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line), file=sys.stderr)
+    with contextlib.suppress(OSError):  # a stderr that is full or closed: the status tells it, too
+        print(f"jaxpeft: error: {printable(message)}", file=sys.stderr)

@@ -78,6 +78,8 @@ class Container(NamedTuple):
 def is_gguf(path: Path) -> bool:
     """Whether a path is of a GGUF file: a file that is called so or begins so."""
     try:
+        if not path.is_file():  # a pipe would keep its reader waiting
+            return False
         with path.open("rb") as opened:
             return path.suffix.lower() == SUFFIX or opened.read(len(MAGIC)) == MAGIC
     except OSError:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
-from jaxpeft import documents, gguf, models, template, tokenizing
+from jaxpeft import documents, files, gguf, models, template, tokenizing
 from jaxpeft.errors import InputError, first_line, in_one_line
 
 WEIGHTS = "model.safetensors"
@@ -67,7 +67,7 @@ def resolve(path_or_hub_id: str | os.PathLike[str], patterns: Sequence[str] = ()
       InputError: if there is no such folder, or the hub cannot be reached or has no such repository.
     """
     given = os.fspath(path_or_hub_id)
-    folder = Path(given).expanduser()
+    folder = files.expanded(given)
     if given and (folder.is_dir() or gguf.is_gguf(folder)):
         return folder
     if given and folder.exists():
@@ -140,6 +140,8 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # tokenizers raises bare Exception for a damaged file, and panics at some
+        if "trust_remote_code" in str(error):
+            raise InputError(f"{folder}: the tokenizer needs Python code of its own, which is never run") from None
         raise InputError(f"{folder}: the tokenizer cannot be read: {in_one_line(error)}") from error
     tokenizing.check_rules(folder, tokenizing.rules_of(tokenizer))
     return tokenizer

@@ -260,10 +260,14 @@ def _open(file: Path) -> Iterator[Any]:
 
 
 def _stored(folder: Path) -> Iterator[gguf.Stored]:
-    """The tensors of a folder's files."""
-    for file in weight_files(folder):
+    """The tensors of a folder's files, each in the one in which the index says it is."""
+    found = weight_files(folder)
+    shards = {} if found == [folder / WEIGHTS] else documents.read_json(folder / INDEX, "")["weight_map"]
+    for file in found:
         with _open(file) as opened:
             for name in opened.keys():  # noqa: SIM118 (not a dict)
+                if file.name != (told := shards.get(name, file.name)):
+                    raise InputError(f"{file}: holds {name}, which {INDEX} says is in {told}")
                 header = opened.get_slice(name)
                 code, shape = header.get_dtype(), tuple(header.get_shape())
                 yield gguf.Stored(name, code, DTYPES.get(code), shape, functools.partial(_read, file, name))

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpeft import files, models, tree
+from jaxpeft import documents, files, models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.gguf import Stored
 from jaxpeft.hf.folder import COPIED, WEIGHTS, load_config, load_tokenizer, resolve
@@ -26,6 +26,7 @@ from jaxpeft.quant import is_packed
 
 # Fields that transformers reads as there if they are null.
 _NOT_NULL = ("quantization_config", "compression_config")
+_CODE = "auto_map"  # Python files, or repositories of some, that transformers runs if it is told to
 _CODES = {name: code for code, name in DTYPES.items()}
 
 
@@ -85,13 +86,13 @@ def save_pretrained(
       InputError: if `directory` exists and is not empty, or cannot be written.
       ValueError: for parameters that are not those of `config`, or not floating-point arrays.
     """
-    target = Path(directory).expanduser()
+    target = files.expanded(directory)
     files.check_target(target)
     source = None if isinstance(config, Mapping) else resolve(config)
     raw = dict(config) if isinstance(config, Mapping) else load_config(config)
     raw = dict(models.for_longer(raw, rope_scaling))
     raw = models.for_classification(raw, labels) if labels else raw
-    raw = {key: value for key, value in raw.items() if value is not None or key not in _NOT_NULL}
+    raw = {key: value for key, value in raw.items() if key != _CODE and (value is not None or key not in _NOT_NULL)}
     tensors = tensors_of(raw, params)
     if as_stored and source is not None:
         tensors = _as_stored(tensors, source, raw, labels, unchanged)
@@ -105,12 +106,20 @@ def save_pretrained(
                 load_tokenizer(source).save_pretrained(folder)
             for name in COPIED:
                 if source is not None and (source / name).is_file():
-                    shutil.copyfile(source / name, folder / name)
+                    _copy(source / name, folder / name)
             for name, text in beside.items():
                 files.write(folder / name, text.encode())
     except OSError as error:
         raise InputError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copies a file of a checkpoint; names of code that it brings are left behind, as the code is."""
+    if file.name == "tokenizer_config.json" and _CODE in (document := documents.read_json(file, f"{file}: is missing")):
+        files.write_json(target, {key: value for key, value in document.items() if key != _CODE})
+    else:
+        shutil.copyfile(file, target)
 
 
 def tensors_of(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[Tensor]:

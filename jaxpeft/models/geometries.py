@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import copy
 import os
-from pathlib import Path
 from typing import Any
 
-from jaxpeft import documents, hf, tree
+from jaxpeft import documents, files, hf, tree
 from jaxpeft.errors import InputError
 from jaxpeft.gguf import is_gguf
 
@@ -218,7 +217,7 @@ def load(name_or_path: str | os.PathLike[str]) -> dict[str, Any]:
     given = os.fspath(name_or_path)
     if given in GEOMETRIES:
         return copy.deepcopy(GEOMETRIES[given])
-    path = Path(given).expanduser()
+    path = files.expanded(given)
     try:
         there = bool(given) and path.exists()
     except (OSError, ValueError):  # a name that is too long, or holds a zero byte

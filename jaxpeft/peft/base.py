@@ -6,14 +6,13 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import models, tree
+from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method
 from jaxpeft.models import rotary
@@ -119,7 +118,7 @@ def adapter_rope_scaling(directory: str | os.PathLike[str], given: str | None = 
     Raises:
       InputError: if that is another.
     """
-    folder = Path(directory).expanduser()
+    folder = files.expanded(directory)
     own = (own_document(folder) or {}).get("rope_scaling")
     if own is not None and given is not None and rotary.parse(own) != rotary.parse(given):
         raise InputError(f"--rope-scaling {given}: the adapter {directory} was trained with {own}")
@@ -150,7 +149,7 @@ def adapter_labels(directory: str | os.PathLike[str]) -> tuple[str, ...]:
     Raises:
       InputError: for a folder without an adapter, or files that cannot be read.
     """
-    folder = Path(directory).expanduser()
+    folder = files.expanded(directory)
     if adapter_config(folder).get("task_type") != "SEQ_CLS":
         return ()
     if named := (own_document(folder) or {}).get("labels"):

@@ -64,7 +64,7 @@ def export_adapter(
       InputError: if parameters of the base itself train; if `directory` is in the way or cannot be written.
     """
     found = adapter_of(method, params, base_config)
-    target = Path(directory).expanduser()
+    target = files.expanded(directory)
     files.check_target(target, CONFIG if replace else None)
     kernels = not any(changes_kernels(spec) for spec in method.specs)
     own = {

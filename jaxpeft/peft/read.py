@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import models, tree
+from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.method import Method, Spec, chain, from_specs, setup
 from jaxpeft.methods.full import full
@@ -60,7 +60,7 @@ def import_adapter(
       InputError: for no such adapter, pickled or damaged weights, an adapter for another base, or a feature that is not
         supported.
     """
-    folder = Path(directory).expanduser()
+    folder = files.expanded(directory)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
     config = adapter_config(folder)
@@ -175,8 +175,10 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
     except (SafetensorError, OSError) as error:
         raise InputError(f"{file}: not a whole safetensors file (truncated or damaged): {first_line(error)}") from None
     for name, tensor in tensors.items():
-        if not np.isfinite(tensor).all():
-            raise InputError(f"{file}: {name} holds {tensor[~np.isfinite(tensor)][0]}, expected finite numbers alone")
+        with np.errstate(over="ignore"):
+            finite = np.isfinite(tensor.astype(np.float32))  # in which adapters are kept
+        if not finite.all():
+            raise InputError(f"{file}: {name} holds {tensor[~finite][0]}, expected finite numbers of float32 alone")
     return tensors
 
 

@@ -15,6 +15,7 @@ CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "jaxp
 FORMAT = 1  # of jaxpeft.json
 
 _Rank = Annotated[Count, Le(2**20)]
+_Alpha = Annotated[Number, Ge(-1e9), Le(1e9)]
 _Names = list[Text] | Text | None  # of modules; a text is a regular expression
 
 
@@ -27,10 +28,10 @@ class AdapterConfig(TypedDict, total=False):
     modules_to_save: list[Text] | None
     # LORA
     r: _Rank
-    lora_alpha: Number
+    lora_alpha: _Alpha
     lora_dropout: Annotated[Number, Ge(0), Lt(1)] | None
     rank_pattern: dict[Text, _Rank] | None
-    alpha_pattern: dict[Text, Number] | None
+    alpha_pattern: dict[Text, _Alpha] | None
     target_modules: _Names
     exclude_modules: _Names
     layers_to_transform: list[Index] | Index | None
@@ -78,7 +79,9 @@ def adapter_config(folder: Path) -> AdapterConfig:
     Raises:
       InputError: if there is none, or for a field that is not what it should be.
     """
-    return documents.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; is it an adapter?", AdapterConfig)
+    inside = folder / "adapter"
+    hint = f"give {inside}" if (inside / CONFIG).is_file() else "is it an adapter?"
+    return documents.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; {hint}", AdapterConfig)
 
 
 def own_document(folder: Path) -> Own | None:

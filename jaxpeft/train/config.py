@@ -9,6 +9,7 @@ Files are compared by content, so that a run continues where its model and data 
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import typing
@@ -138,8 +139,10 @@ class _Before(TypedDict):
 
 
 class Progress(TypedDict):
-    """A checkpoint's meta."""
+    """A checkpoint's meta; `run`: the `identity` of its run, `frozen`: whether that has frozen leaves of its own."""
 
+    run: NotRequired[documents.Text]
+    frozen: NotRequired[documents.Flag]
     data: dict[documents.Text, Any]
     tokens: documents.Whole
     loss: documents.Number
@@ -202,6 +205,14 @@ def check_new(out: Path) -> None:
         raise InputError(
             f"--out {out}: already holds a run ({', '.join(found)}); give another folder, or --resume to continue it"
         )
+
+
+def identity(document: Mapping[str, Any]) -> str:
+    """Tells a run from others, however long it is and wherever its files have been moved: a checkpoint names it."""
+    apart = {"steps", *_BY_CONTENT}
+    arguments = {name: value for name, value in document["arguments"].items() if name not in apart}
+    own = [arguments, *(document.get(name) for name in ("method", "content", "labels"))]
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def with_steps(document: Mapping[str, Any], steps: int) -> dict[str, Any]:
@@ -278,8 +289,6 @@ def digest(leaves: Mapping[str, Any], sums: Mapping[str, jax.Array] | None = Non
       leaves: `{path: leaf}`.
       sums: `{path: checksum}` of leaves that are not stored as they were; these count as they were.
     """
-    import hashlib
-
     result = hashlib.blake2b(digest_size=8)
     for path, leaf in sorted(leaves.items()):
         value = (sums or {}).get(path)

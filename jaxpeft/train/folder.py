@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import platform
 import warnings
@@ -59,6 +60,8 @@ def _lock(out: Path, stack: contextlib.ExitStack) -> None:
             who = str(held) or "another process"
             raise Taken(f"--out {out}: {who} runs in it; wait for its end, or give another folder") from None
         except OSError as error:
+            if error.errno in (errno.ELOOP, errno.EISDIR, errno.EINVAL):
+                raise InputError(f"--out {out}: its lock, {out / LOCK}, {error.strerror}; remove it") from None
             if error.errno not in locks.UNSUPPORTED:
                 raise
             (out / LOCK).unlink(missing_ok=True)

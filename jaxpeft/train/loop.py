@@ -24,15 +24,15 @@ import errno
 import math
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
 from jaxpeft import compilation, documents, files, hf, models, recipe, tree
-from jaxpeft.checkpoint import DAMAGED, Checkpoints, on_disk
-from jaxpeft.errors import InputError, RunError
+from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign, on_disk
+from jaxpeft.errors import InputError, RunError, printable
 from jaxpeft.model import Batch
 from jaxpeft.peft import adapter_rope_scaling
 from jaxpeft.train import config, folder, memory, result
@@ -126,7 +126,7 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
     files.write_json(out / config.FILE, old or job.document, allow_nan=False)
     (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
     with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints:
-        return _Run(args, job, checkpoints, signals).whole(started)
+        return _Run(args, job, old or job.document, checkpoints, signals).whole(started)
 
 
 def _report_of(out: Path) -> dict[str, Any] | None:
@@ -143,7 +143,7 @@ def _report_of(out: Path) -> dict[str, Any] | None:
 class _Run:
     """One run in this process: what its parts share."""
 
-    def __init__(self, args: Run, job: Job, checkpoints: Checkpoints, signals: Signals):
+    def __init__(self, args: Run, job: Job, document: Mapping[str, Any], checkpoints: Checkpoints, signals: Signals):
         self.args, self.job, self.checkpoints, self.signals = args, job, checkpoints, signals
         assert args.out is not None
         self.out = args.out
@@ -152,6 +152,7 @@ class _Run:
         self.step = Compiled(step, donate=True)
         self.eval_step = Compiled(job.task.eval_step(job.model))
         self.state: TrainState = job.state
+        self.identity, self.has_own = config.identity(document), bool(job.own)
         # What a checkpoint's meta holds beside the data position.
         self.done, self.tokens, self.loss = 0, 0, float("nan")
         self.eval_step_number: int | None = None
@@ -184,6 +185,10 @@ class _Run:
                 what = "no whole checkpoint" if self.checkpoints.damaged else "no checkpoint yet"
                 _say(f"{self.out}: {what}: from the beginning")
             return None
+        if why := foreign(self.checkpoints.folder, latest, self.identity):
+            others = [step for step in self.checkpoints.steps() if step != latest]
+            left = f"; without it the run goes on from step {others[-1]}" if others else ""
+            raise RunError(f"{self.checkpoints.folder / str(latest)}: {why}{left}", 2)
         self.state, meta = self.checkpoints.restore(self.state)
         meta = documents.checked(f"{self.out / 'checkpoints' / str(latest)}: meta", config.Progress, meta)
         self.job = self.job._replace(state=self.state, own={})  # frees what was made for the first step
@@ -347,6 +352,8 @@ class _Run:
             "eval_loss": self._loss() if evaluated else None,
             "last_scores": self.scores,
             "eval_step": self.eval_step_number,
+            "run": self.identity,
+            "frozen": self.has_own,
         }
         self.checkpoints.save(self.state, meta)
 
@@ -431,4 +438,4 @@ def _sample(job: Job, before: list[str], after: list[str]) -> dict[str, str] | N
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(text + "\n")
+    sys.stderr.write(printable(text) + "\n")

@@ -203,6 +203,6 @@ def rouge_l(prediction: str, reference: str) -> float:
 
 def _indented(text: str, most: int = 12) -> str:
     """The text's first lines, indented; "..." stands for more than `most`."""
-    lines = text.splitlines() or [""]
+    lines = ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in line) for line in text.splitlines()] or [""]
     shown = lines if len(lines) <= most else [*lines[: most - 1], "..."]
     return "\n".join(f"    {line}" for line in shown)

@@ -305,8 +305,12 @@ def _in_type(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
     """Refuses a value that is not of its field's type, which the command line's parser never makes."""
-    if _fits(value, hint):
-        return
+    if not _fits(value, hint):
+        raise InputError(f"{flag(name)} {value!r}: must be {in_words(hint)}")
+
+
+def in_words(hint: Any) -> str:
+    """A field's type as an error says it: "a number or None"."""
     kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     wanted = []
     for kind in kinds:
@@ -316,7 +320,7 @@ def _check_kind(name: str, value: Any, hint: Any) -> None:
             wanted.append(f"a list, each {_KINDS[typing.get_args(kind)[0]]}")
         else:
             wanted.append(_KINDS.get(kind, "None"))
-    raise InputError(f"{flag(name)} {value!r}: must be {' or '.join(wanted)}")
+    return " or ".join(wanted)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -173,7 +173,7 @@ def test_files_that_are_no_prompts(text, reason, tmp_path):
         (["--prompt", "a", "--chat", "--plain"], "contradict each other"),
         (["--prompt", "a", "--system", "s"], "add --chat"),
         (["--prompts", "prompts.jsonl", "--plain"], "prompts.jsonl:2: is a conversation"),
-        (["--prompt", "a\udcff"], "--prompt: is not UTF-8"),
+        (["--prompt", "a\udcff"], "is not UTF-8"),
         (["--prompt", "a", "--batch-size", "0"], "--batch-size 0"),
     ],
 )

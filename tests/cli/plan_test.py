@@ -88,7 +88,7 @@ def test_a_budget_prints_a_plan_that_it_takes_back(config, capsys):
         (["--save", "matmul"], "unknown preset 'matmul'"),
         (["--save", "matmuls,gate=save"], "no activation is called 'gate'"),
         (["--save", "blocks,gate_proj=keep"], "should be NAME=ACTION"),
-        (["--budget", "24 gigs"], "--budget '24 gigs': should be a size such as 24GiB"),
+        (["--budget", "24 gigs"], '--budget "24 gigs": should be a size such as 24GiB'),
         (["--budget", "1KiB"], "the arguments alone"),
         (["--budget", "1GiB", "--actions", "save,zip"], "unknown action 'zip'"),
         (["--actions", "save"], "--actions save: says what --budget may do; add --budget"),

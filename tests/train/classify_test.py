@@ -157,7 +157,7 @@ def test_full_leaves_a_model_that_transformers_reads(files, rows, tmp_path):
         ).logits
     np.testing.assert_allclose(model.classify(params, batch), expected, rtol=1e-4, atol=1e-5)
     # It has a classifier of its own now, with labels in its order.
-    report = loop.train(arguments(files, rows, tmp_path / "on", model=str(tmp_path / "model"), steps=1))
+    report = loop.train(arguments(files, rows, tmp_path.with_name("on"), model=str(tmp_path / "model"), steps=1))
     first = [row for row in read(tmp_path / "metrics.jsonl") if row["split"] == "eval"][-1]
     assert report["eval_loss_before"] == pytest.approx(first["loss"], rel=1e-5)
 

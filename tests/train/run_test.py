@@ -32,7 +32,7 @@ def test_no_arguments_are_a_whole_run():
         ({"lr": 0.0}, "--lr 0.0"),
         ({"lr": float("nan")}, "--lr nan"),
         ({"clip": float("inf")}, "--clip inf"),
-        ({"weight_decay": float("nan")}, "--weight-decay nan"),
+        ({"weight_decay": float("nan")}, "--weight-decay NaN"),
         ({"rank": 0}, "--rank 0: must be at least 1"),
         ({"seed": -1}, "--seed -1: must be from 0 to 4294967295"),
         ({"seed": 2**70}, f"--seed {2**70}: must be from 0 to 4294967295"),

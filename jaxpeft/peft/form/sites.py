@@ -200,6 +200,8 @@ def _parse(found: Tensors, tensors: Mapping[str, Tensor], base: Base) -> dict[st
         candidates = {leaf: tensor for leaf, tensor in tensors.items() if tensor.suffix == suffix}
         leaf = _leaf(key, array, candidates, name, base.modules[name])
         parts.setdefault(name, {})[leaf] = _from_peft(array, tensors[leaf])
+        if 0 in array.shape:
+            raise InputError(f"{key} has shape {array.shape}: a rank of 0")
         if rank := _size(tensors[leaf], parts[name][leaf], "r"):
             ranks.setdefault(name, {})[matched["stem"]] = rank
     if len(adapters) > 1:
