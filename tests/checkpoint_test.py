@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxpeft import checksums
-from jaxpeft.checkpoint import Checkpoints, faults, not_in_base, on_disk
+from jaxpeft.checkpoint import Checkpoints, faults, foreign, not_in_base, on_disk
 from jaxpeft.errors import RunError
 from jaxpeft.train.state import TrainState
 from tests import runs
@@ -274,3 +274,34 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(small_disk):
             checkpoints.save(make(step, size=50_000 if step == 2 else 10_000, seed=step), {})
     with Checkpoints(folder) as checkpoints:
         assert as_bytes(checkpoints.restore(make(size=10_000))[0]) == as_bytes(make(1, size=10_000, seed=1))
+
+
+def test_a_checkpoint_under_another_name_is_damage(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (5, 10):
+            checkpoints.save(make(step, seed=step), {})
+    (tmp_path / "10").rename(tmp_path / "q")
+    (tmp_path / "5").rename(tmp_path / "10")
+    (tmp_path / "q").rename(tmp_path / "5")
+    assert faults(tmp_path) == {10: 'was written as "5"', 5: 'was written as "10"'}
+
+
+def test_folders_that_only_look_like_steps_are_put_aside(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(make(5, seed=5), {})
+    for name in ("9" * 40, "06", "\u0663"):
+        shutil.copytree(tmp_path / "5", tmp_path / name)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [5] and checkpoints.damaged == {}
+        assert int(checkpoints.restore(make())[0].step) == 5
+    assert sorted(path.name for path in (tmp_path / "damaged").iterdir()) == sorted(("9" * 40, "06", "\u0663"))
+
+
+def test_a_checkpoint_of_another_run_or_without_its_frozen_leaves(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save_frozen({"a": jnp.arange(3.0)})
+        checkpoints.save(make(5), {"run": "one", "frozen": True})
+    assert foreign(tmp_path, 5, "one") is None
+    assert foreign(tmp_path, 5, "another") == "is a checkpoint of another run"
+    shutil.rmtree(tmp_path / "frozen")
+    assert foreign(tmp_path, 5, "one") == f"needs {tmp_path / 'frozen'}, which is missing"

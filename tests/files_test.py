@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxpeft import cli, files
+from jaxpeft import cli, files, gguf, hf
 from jaxpeft.errors import InputError
 from jaxpeft.train import config
 
@@ -156,3 +156,20 @@ def test_the_only_copy_is_not_deleted_if_nothing_can_be_put_in_place(tmp_path, m
     with pytest.raises(OSError, match="Input/output"), files.appearing(tmp_path / "a") as folder:
         files.write(folder / "x", b"new")
     assert os.listdir(tmp_path) == ["a"] and (tmp_path / "a" / "x").read_text() == "old"
+
+
+def test_a_pipe_is_no_document_and_holds_nobody_up(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(InputError, match="config.json: is no regular file"):
+        files.read_text(tmp_path / "config.json", "missing")
+    assert not gguf.is_gguf(tmp_path / "config.json")
+    with pytest.raises(InputError, match="config.json: is no regular file"):
+        hf.load_config(tmp_path)
+
+
+def test_paths_that_no_system_has():
+    for given in ("~nobody_of_this_name/x", "a\0b"):
+        with pytest.raises(InputError, match="no such home folder|zero byte"):
+            files.expanded(given)
+        with pytest.raises(InputError, match="no such home folder|zero byte"):
+            hf.load_config(given)

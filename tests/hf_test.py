@@ -18,6 +18,8 @@ from safetensors import safe_open
 
 import jaxpeft as jp
 from jaxpeft import hf, models, tree
+from jaxpeft.errors import InputError
+from tests import runs
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
@@ -361,6 +363,10 @@ def test_an_index_and_its_shards(tmp_path):
     index = out / "model.safetensors.index.json"
     whole = json.loads(index.read_text())
     victim = whole["weight_map"]["model.norm.weight"]
+    other = next(shard for shard in whole["weight_map"].values() if shard != victim)
+    index.write_text(json.dumps({"weight_map": {**whole["weight_map"], "model.norm.weight": other}}))
+    refused(out, f"{victim}: holds model.norm.weight, which model.safetensors.index.json says is in {other}")
+    index.write_text(json.dumps(whole))
     (out / victim).unlink()
     refused(out, f"index.json: the shard {victim} .* is absent")
     for content, match in (
@@ -457,3 +463,18 @@ def test_a_classifier_in_place_of_the_head(tmp_path):
     assert flat["classifier/kernel"].shape == (16, 3) and model.config.num_labels == 3
     _, other = jp.load_pretrained(folder, jnp.float32, labels=("no", "yes", "maybe"), key=jax.random.key(2))
     assert bits(other["classifier"]["kernel"]) != bits(params["classifier"]["kernel"])
+
+
+def test_names_of_code_are_left_behind_and_code_is_not_asked_for(tmp_path):
+    folder = runs.make_files(tmp_path) / "model"
+    for name in ("config.json", "tokenizer_config.json"):
+        document = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**document, "auto_map": {"AutoModel": "evil.Evil"}}))
+    out = hf.save_pretrained(tmp_path / "out", folder, hf.load_pretrained(folder)[1])
+    for name in ("config.json", "tokenizer_config.json"):
+        assert "auto_map" not in json.loads((out / name).read_text())
+    changed = {"auto_map": {"AutoTokenizer": ["evil.Evil", None]}, "tokenizer_class": "Evil"}
+    document = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**document, **changed}))
+    with pytest.raises(InputError, match="needs Python code of its own, which is never run"):
+        hf.load_tokenizer(folder)

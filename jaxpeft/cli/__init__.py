@@ -238,7 +238,7 @@ def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
 
 def _in_our_words(kind: type, message: str) -> str:
     """tyro's message; that a value is not of its flag's type in the words of `jaxpeft.train.run`."""
-    found = re.match(r"Error parsing --([\w-]+).*: no type matching .* instantiated from \['(.*?)'\]", message)
+    found = re.search(r"Error parsing --([\w-]+).*: no type matching .* instantiated from \['(.*?)'\]", message)
     if found is None:
         return message
     hint = typing.get_type_hints(kind).get(found[1].replace("-", "_"))

@@ -79,9 +79,10 @@ def adapter_config(folder: Path) -> AdapterConfig:
     Raises:
       InputError: if there is none, or for a field that is not what it should be.
     """
-    inside = folder / "adapter"
-    hint = f"give {inside}" if (inside / CONFIG).is_file() else "is it an adapter?"
-    return documents.read_json(folder / CONFIG, f"{folder}: has no {CONFIG}; {hint}", AdapterConfig)
+    missing, inside = f"{folder}: has no {CONFIG}; is it an adapter?", folder / "adapter"
+    if (inside / CONFIG).is_file():  # a run's folder
+        missing = f"{folder}: has no {CONFIG}; give {inside}"
+    return documents.read_json(folder / CONFIG, missing, AdapterConfig)
 
 
 def own_document(folder: Path) -> Own | None:

@@ -75,7 +75,8 @@ class Signals:
             name = signal.Signals(number).name
             if first:
                 self._say(
-                    f"{name}: waits for the end of this step, to save the run there; a second signal ends it at once"
+                    f"{name}: waits for the end of this step (the first one compiles), to save the run there; "
+                    "a second signal ends it at once"
                 )
                 first = False
             elif not (number == signal.SIGINT and _typed()):

@@ -3,16 +3,24 @@
 import json
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import warnings
 
 import jax
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
 from jaxpeft import hf, limits, patterns, template
-from jaxpeft.cli import main
+from jaxpeft.cli import _plain_warnings, main
 from jaxpeft.data import jsonl
+from jaxpeft.errors import Notice
 from jaxpeft.peft import export_adapter
 from tests import runs
+from tests.conftest import REPOSITORY
 
 LOOP = "{% for i in range(100000) %}"
 TEMPLATES = {
@@ -113,3 +121,37 @@ def test_arguments_out_of_all_proportion(command, said, capsys, monkeypatch, tmp
     monkeypatch.setattr(jsonl, "MOST_PASSED", 2**24)
     assert re.search(said, line_of(capsys, command))
     assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_that_makes_no_numbers(files, tmp_path, capsys):
+    adapter = shutil.copytree(files / "adapter", tmp_path / "adapter")
+    weights = adapter / "adapter_model.safetensors"
+    save_file({name: x + np.float32(1e30) for name, x in load_file(weights).items()}, weights)
+    merge = ["merge", "--model", files / "model", "--adapter", adapter, "--out", tmp_path / "out"]
+    assert "makes layers/mlp/down_proj/kernel infinite or no number" in line_of(capsys, merge)
+    assert not (tmp_path / "out").exists()
+
+
+def test_values_of_another_type_are_said_in_our_words(capsys):
+    assert '--lr "fast": must be a number or None' in line_of(capsys, ["train", "--lr", "fast"])
+    assert '--rank "4.5": must be a whole number or None' in line_of(capsys, ["train", "--rank", "4.5"])
+
+
+def test_a_notice_is_one_line_that_moves_no_cursor():
+    with _plain_warnings():
+        line = warnings.formatwarning(Notice("evil\x1b[2J\nname"), Notice, "file.py", 1)
+    assert line == "jaxpeft: evil\\x1b[2J name\n"
+
+
+def test_a_closed_stderr_takes_no_status_away():
+    command = f"{sys.executable} -m jaxpeft methodz 2>&-"
+    assert subprocess.run(command, shell=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL).returncode == 2
+
+
+def test_a_reader_that_has_seen_enough():
+    command = f"{sys.executable} -m jaxpeft plan --model tinyllama-1.1b --method lora,lst --batch-size 1 --seq-len 8"
+    with subprocess.Popen(
+        [*command.split()], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+    ) as plan:
+        plan.stdout.close()
+    assert plan.returncode == 128 + signal.SIGPIPE

@@ -191,6 +191,8 @@ def first(tensors, change):
             "lora_embedding_A.*not supported",
         ),
         (lambda ts: {}, "holds no adapter"),
+        (lambda ts: first(ts, lambda t: t.double() * 0 + 1e300), "q_proj.lora_A.weight holds 1e.300, expected finite"),
+        (lambda ts: {k: t[:0] if "lora_A" in k else t[:, :0] for k, t in ts.items()}, "has shape .0, 32.: a rank of 0"),
         (lambda ts: first(ts, lambda t: t.int()), "q_proj.lora_A.weight is int32, expected floating-point numbers"),
         (lambda ts: first(ts, lambda t: t * torch.nan), "q_proj.lora_A.weight holds nan, expected finite numbers"),
         (lambda ts: first(ts, lambda t: (t / 0).bfloat16()), "q_proj.lora_A.weight holds -?inf, expected finite"),
@@ -224,6 +226,7 @@ def test_tensors_that_do_not_fit_are_refused(change, reason, copy, base):
         ("a_field_of_the_future", 3),
         ("lora_alpha", float("nan")),
         ("lora_alpha", "16"),
+        ("lora_alpha", 1e308),
         ("alpha_pattern", {"q_proj": float("inf")}),
         ("rank_pattern", [4]),
         ("r", 0),
@@ -382,3 +385,12 @@ def test_a_merged_model_is_what_transformers_computes(base, tmp_path):
     hf.save_pretrained(tmp_path / "merged", base, method.merge(adapted))
     merged = reference.torch_logits(reference.torch_base(tmp_path / "merged"))
     reference.assert_close(reference.logits(new, adapted), merged)
+
+
+def test_an_alpha_of_zero_adds_nothing(copy, base):
+    config = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    model, params = reference.load(base)
+    adapted, both, _ = attach(copy, model, params)
+    batch = {"tokens": reference.TOKENS}
+    np.testing.assert_array_equal(adapted.apply(both, batch), model.apply(params, batch))

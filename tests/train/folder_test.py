@@ -163,3 +163,12 @@ def test_two_commands_at_once(files, cache, tmp_path):
     assert f"process {first.pid} on " in lines[0] and "runs in it; wait for its end" in lines[0]
     first.send_signal(signal.SIGTERM)
     assert first.communicate(timeout=120)[1] and first.returncode == 143
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("/nowhere", path)])
+def test_what_is_no_lock_is_named_and_stays(make, tmp_path):
+    lock = tmp_path / folder.LOCK
+    make(lock)
+    with pytest.raises(InputError, match=r"its lock, .*\.lock, .*; remove it"), folder.alone(tmp_path):
+        pass
+    assert os.path.lexists(lock)
