@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from jaxpeft.backward.residuals import remat
     from jaxpeft.errors import InputError, RunError
     from jaxpeft.hf import load_pretrained, save_pretrained
+    from jaxpeft.linen import from_linen
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vqt import vqt
-    from jaxpeft.model import Model, Stack, from_linen, from_nnx
+    from jaxpeft.model import Model, Stack, from_nnx
     from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.train.loss import classification_loss, completion_loss
     from jaxpeft.train.run import Run, run
@@ -55,7 +56,7 @@ _MODULE_OF = {
     "completion_loss": "train.loss",
     "dora": "methods.dora",
     "export_adapter": "peft",
-    "from_linen": "model",
+    "from_linen": "linen",
     "from_nnx": "model",
     "full": "methods.full",
     "ia3": "methods.ia3",

@@ -53,7 +53,7 @@ from jaxpeft import factory, tree
 from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
-from jaxpeft.quant import is_packed
+from jaxpeft.quant import is_packed, unfolded
 from jaxpeft.spec import Spec
 
 
@@ -320,10 +320,11 @@ def setup(
     Raises:
       InputError: if nothing would train, or a packed kernel would.
     """
+    params = base.adopt(dict(params))
     view = View(base, method.specs, method.role, shapes_of(params), batches)
     model = method.forward(base, view)._replace(base=base)
     params = model.init(key, method.prepare(dict(params), view))
-    flat = tree.flatten(params)
+    flat = {path: unfolded(x) if method.changes(path) else x for path, x in tree.flatten(params).items()}
     if not any(method.changes(path) for path in flat):
         raise InputError(
             f"{method.name}: no parameter is trainable; chain what trains to it, as {method.name}+lora; the model has "

@@ -6,7 +6,8 @@ A model is a stack: `embed`, one `block` whose parameters are stacked over layer
 
 Methods change a stack by replacing its functions: adapters wrap `block`, prompts wrap `embed`, a reversible or a side
 network replaces `run`, a memory plan (`jaxpeft.backward.residuals`) too. As `run` takes the stack that it runs, these
-changes compose in any order. A Flax module of any other shape is a stack with no layers (`from_linen`, `from_nnx`).
+changes compose in any order. A Flax module of any other shape is a stack with no layers (`jaxpeft.linen.from_linen`,
+`from_nnx`).
 
 What a layer is told beside its parameters and the stream travels in a `Context`, a pytree, which says of everything
 whether it has rows: a loop that takes a few rows at a time divides those and nothing else.
@@ -18,7 +19,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import chex
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -142,12 +142,14 @@ class Model(NamedTuple):
     stack: the functions that compute it.
     config: the family's frozen configuration, or None.
     base: of an adapted model, the model before any method.
+    adopt: params -> params as this library keeps them: without boxes, kernels as matrices; what is so already stays.
     """
 
     init: Callable[[jax.Array, tree.Params], tree.Params]
     stack: Stack
     config: Any = None
     base: Model | None = None
+    adopt: Callable[[tree.Params], tree.Params] = dict
 
     def hidden(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """The stream after the last layer, (B, S, d); `head` turns it, or a part of it, into logits.
@@ -202,7 +204,7 @@ def scan_layers(
     return x, cache
 
 
-def _opaque(apply: Callable[..., Any]) -> Stack:
+def opaque(apply: Callable[..., Any]) -> Stack:
     """A model without visible layers: everything happens in `embed`."""
 
     def embed(params, batch, key):
@@ -217,29 +219,6 @@ def _opaque(apply: Callable[..., Any]) -> Stack:
         return stack.embed(params, batch, key)[0], None
 
     return Stack(embed, block, head=lambda params, x: x, run=run)
-
-
-def from_linen(module: nn.Module, example: Batch, method: Callable | str | None = None) -> Model:
-    """A Model of any Linen module called as `module(**batch)`.
-
-    Site methods (LoRA and its family) attach to its `nn.Dense` layers by path; methods on the stack do not apply.
-
-    Args:
-      module: the module; a dropout key is passed as the rng "dropout".
-      example: a batch, to initialise with.
-      method: what to call instead of `__call__`.
-    """
-
-    def init(key, params):
-        if params:
-            return params
-        return module.init(key, **example, method=method)["params"]
-
-    def apply(params, batch, key):
-        rngs = {} if key is None else {"dropout": key}
-        return module.apply({"params": params}, **batch, rngs=rngs, method=method)
-
-    return Model(init, _opaque(apply))
 
 
 def from_nnx(module: Any) -> tuple[Model, tree.Params]:
@@ -259,4 +238,4 @@ def from_nnx(module: Any) -> tuple[Model, tree.Params]:
         nnx.replace_by_pure_dict(filled, params)
         return nnx.merge(graph, filled, rest)(**batch)
 
-    return Model(lambda key, given: given or params, _opaque(apply)), params
+    return Model(lambda key, given: given or params, opaque(apply)), params

@@ -35,9 +35,10 @@ import jax.numpy as jnp
 
 from jaxpeft import patterns, tree
 from jaxpeft.errors import InputError
+from jaxpeft.linen import product
 from jaxpeft.model import Context, Model, reads_stacks
 from jaxpeft.models.layers import Dense
-from jaxpeft.quant import dot, low_rank_dot
+from jaxpeft.quant import dot, is_linear, low_rank_dot
 from pallas_kernels.stacked import taken
 
 AdapterFor = Callable[[str], nn.Module]
@@ -63,7 +64,9 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
       InputError: if a target matches no site, with the nearest names.
     """
     flat = tree.flatten(params)
-    sites = sorted(path.removesuffix("/kernel") for path in flat if path.endswith("/kernel"))
+    sites = sorted(
+        path.removesuffix("/kernel") for path, leaf in flat.items() if path.endswith("/kernel") and is_linear(leaf)
+    )
     if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
         targets = targets.split(",")
     if isinstance(targets, str):
@@ -134,6 +137,7 @@ class _Entry(NamedTuple):
     prefix: str
     ctx: Context
     chosen: frozenset[str] | None  # sites of one without parameters
+    called: set[str]  # sites at which it has acted
 
     def at(self, module: nn.Module) -> bool:
         if self.chosen is not None:
@@ -173,6 +177,8 @@ def attach(
             if any(path.startswith(f"{name}/") for path in below):
                 continue
             kernel, bias = flat[f"{site}/kernel"], flat.get(f"{site}/bias")
+            if bias is not None:  # of several axes where the outputs have them
+                bias = bias.reshape(*kernel.shape[:-2], kernel.shape[-1])
             site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))
             fresh = _fresh(adapter_for(site), site_key, kernel, bias)
             flat.update({f"{site}/{name}/{leaf}": value for leaf, value in tree.flatten(fresh).items()})
@@ -181,17 +187,20 @@ def attach(
     @contextlib.contextmanager
     def adapted(prefix, ctx, params):
         chosen = None if parameters else frozenset(_chosen(choose, params))
-        entries = (*_entries.get(), _Entry(name, adapter_for, prefix, ctx, chosen))
-        token = _entries.set(entries)
+        own = _Entry(name, adapter_for, prefix, ctx, chosen, set())
+        token = _entries.set((*_entries.get(), own))
         try:
             with nn.intercept_methods(_intercept):
-                yield
+                yield own.called
         finally:
             _entries.reset(token)
 
     def embed(params, batch, key):
-        with adapted("", Context(), params):
-            return model.stack.embed(params, batch, key)
+        with adapted("", Context(), params) as called:
+            result = model.stack.embed(params, batch, key)
+        if not tree.segments(params):  # all of the model is here
+            _check_called(name, params, called)
+        return result
 
     def layer(function):
         def call(layer, x, ctx, cache, segment):
@@ -257,6 +266,15 @@ def wrap(model: Model, name: str, adapter: nn.Module, modules: Sequence[str], se
     return model._replace(init=init, stack=model.stack.map_layers(layer))
 
 
+def _check_called(name: str, params: tree.Params, called: set[str]) -> None:
+    """Refuses adapters that the model, as it was traced, never calls: they would train without effect."""
+    marker = f"/{name}/"
+    sites = {path.rpartition(marker)[0] for path in tree.flatten(params) if marker in path}
+    if dead := sorted(sites - called):
+        more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
+        raise InputError(f"{name}: the model never calls {', '.join(dead[:3])}{more}; leave them out of targets")
+
+
 def _chosen(choose: Callable[[tree.Params], list[str]], params: tree.Params) -> list[str]:
     """The sites that an adapter without parameters has in a layer, or outside of them; none is no mistake here."""
     try:
@@ -280,7 +298,7 @@ def _init_fast() -> Callable[..., tree.Params]:
 
 
 def _init(adapter: nn.Module, key: jax.Array, kernel: Any, bias: jax.Array | None) -> tree.Params:
-    if kernel.ndim == 3:
+    if kernel.ndim > 2:
         of_layer = functools.partial(_init, adapter)
         return jax.vmap(of_layer)(jax.random.split(key, kernel.shape[0]), kernel, bias)
     inner, site = functools.partial(_product, kernel), Site("", kernel, bias, True)
@@ -298,20 +316,25 @@ def _intercept(next_function, args, kwargs, context):
     """
     module = context.module
     ours = isinstance(module, Dense) and context.method_name == "linear"
-    linen = isinstance(module, nn.Dense) and context.method_name == "__call__"
+    linen = isinstance(module, (nn.Dense, nn.DenseGeneral, nn.Einsum)) and context.method_name == "__call__"
     own = [entry for entry in _entries.get() if entry.at(module)] if ours or linen else []
     if not own:
         return next_function(*args, **kwargs)
-    x, kernel = args if ours else (args[0], module.get_variable("params", "kernel"))
-    bias = module.get_variable("params", "bias") if module.use_bias else None
+    back: Callable[[jax.Array], jax.Array] = lambda y: y
+    if ours:
+        x, kernel = args
+        bias = module.get_variable("params", "bias") if module.use_bias else None
+    else:
+        x, kernel, bias, back = product(module, args, kwargs)
     y: Callable[[jax.Array], jax.Array] = functools.partial(_product, kernel)
     for depth, entry in enumerate(own):
         path = entry.prefix + "/".join(module.path)
+        entry.called.add(path)
         adapter = entry.adapter_for(path).clone(parent=module, name=entry.name)
         taken_here = kernel if getattr(adapter, "stacked", False) else taken(kernel)
         y = functools.partial(_adapted, adapter, y, Site(path, taken_here, bias, depth == 0), entry.ctx)
     out = y(x)
-    return out + bias.astype(out.dtype) if linen and bias is not None else out
+    return back(out + bias.astype(out.dtype) if linen and bias is not None else out)
 
 
 def _adapted(adapter: nn.Module, inner: Callable[..., Any], site: Site, ctx: Context, x: jax.Array) -> jax.Array:

@@ -44,6 +44,7 @@ from jaxpeft.methods.ia3 import scaled
 from jaxpeft.model import Context, Model
 from jaxpeft.peft import form
 from jaxpeft.quant import dense, dot
+from jaxpeft.quant import merged as as_merged
 from pallas_kernels import dropout as _dropout
 
 TINY = 1e-30  # of a squared norm: an output whose weights are all zero stays at zero
@@ -201,7 +202,7 @@ def fold(params: Mapping[str, Any], scale: Callable[[str], float]) -> tree.Param
         kernel, a, b, magnitude = (flat[f"{site}/{leaf}"] for leaf in ("kernel", "dora/a", "dora/b", "dora/mag"))
         summed = dense(kernel) + scale(site) * jnp.matmul(a, b, precision="highest")
         gain = magnitude / jnp.sqrt(jnp.maximum(squared_norms(summed), TINY))
-        merged[f"{site}/kernel"] = (gain[..., None, :] * summed).astype(kernel.dtype)
+        merged[f"{site}/kernel"] = as_merged(kernel, gain[..., None, :] * summed)
     return tree.unflatten(merged)
 
 

@@ -35,6 +35,7 @@ from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Context
 from jaxpeft.peft import form
 from jaxpeft.quant import dense
+from jaxpeft.quant import merged as as_merged
 
 TARGETS = ("k_proj", "v_proj", "down_proj")
 FEEDFORWARD = ("down_proj",)
@@ -126,7 +127,7 @@ def fold(params: Mapping[str, Any]) -> tree.Params:
     merged = {path: leaf for path, leaf in flat.items() if "/ia3/" not in path}
 
     def scale(path, by):
-        merged[path] = (by * dense(merged[path])).astype(merged[path].dtype)
+        merged[path] = as_merged(merged[path], by * dense(merged[path]))
 
     for path, vector in flat.items():
         site, _, leaf = path.partition("/ia3/")
@@ -134,8 +135,8 @@ def fold(params: Mapping[str, Any]) -> tree.Params:
             scale(f"{site}/kernel", vector[..., :, None])
         if leaf == "out":
             scale(f"{site}/kernel", vector[..., None, :])
-            if f"{site}/bias" in merged:
-                scale(f"{site}/bias", vector)
+            if (bias := merged.get(f"{site}/bias")) is not None:  # of several axes where the outputs have them
+                scale(f"{site}/bias", vector.reshape(bias.shape))
     return tree.unflatten(merged)
 
 

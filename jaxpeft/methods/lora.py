@@ -33,6 +33,7 @@ from jaxpeft.method import Method, Spec, trains, unchanged
 from jaxpeft.model import Context
 from jaxpeft.peft import form
 from jaxpeft.quant import dense, like
+from jaxpeft.quant import merged as as_merged
 
 Targets = str | Sequence[str]
 
@@ -215,7 +216,7 @@ def fold(
         kernel = merged[f"{site}/kernel"]
         a, b = factors(leaves, kernel.shape[-2])
         delta = scale(site) * jnp.matmul(a, b, precision="highest")
-        merged[f"{site}/kernel"] = (dense(kernel) + delta).astype(kernel.dtype)
+        merged[f"{site}/kernel"] = as_merged(kernel, dense(kernel) + delta)
     return tree.unflatten(merged)
 
 

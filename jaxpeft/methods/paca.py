@@ -39,6 +39,7 @@ from jaxpeft.method import Method, Spec, trains, unchanged
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Context
 from jaxpeft.quant import dense
+from jaxpeft.quant import merged as as_merged
 
 CHOICES = ("random", "largest", "smallest")
 
@@ -131,7 +132,7 @@ def fold(params: Mapping[str, Any]) -> tree.Params:
         kernel, index, rows = flat[f"{site}/kernel"], flat[f"{site}/paca/index"], flat[f"{site}/paca/rows"]
         write = lambda w, i, p: w.at[i].set(p.astype(w.dtype))
         write = jax.vmap(write) if index.ndim == 2 else write
-        merged[f"{site}/kernel"] = write(dense(kernel, kernel.dtype), index, rows)
+        merged[f"{site}/kernel"] = as_merged(kernel, write(dense(kernel, kernel.dtype), index, rows))
     return tree.unflatten(merged)
 
 

@@ -1,6 +1,22 @@
 """Kernels that are not plain arrays: what every kernel can be asked (`Kernel`), and the products that take them all."""
 
 from jaxpeft.quant.dot import dot, low_rank_dot
-from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, pack
+from jaxpeft.quant.folded import Folded, fold, is_linear, unfolded
+from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack
 
-__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "dot", "is_packed", "like", "low_rank_dot", "pack"]
+__all__ = [
+    "FORMATS",
+    "Folded",
+    "Kernel",
+    "by_layer",
+    "dense",
+    "dot",
+    "fold",
+    "is_linear",
+    "is_packed",
+    "like",
+    "low_rank_dot",
+    "merged",
+    "pack",
+    "unfolded",
+]

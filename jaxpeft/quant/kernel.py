@@ -5,6 +5,7 @@ Plain JAX arrays, packed kernels and layers of a stack are kernels alike, and no
     dense(kernel)         its values, a plain array
     like(kernel, array)   a plain array, stored as the kernel is
     pack(array, ...)      a plain array as a packed kernel
+    merged(kernel, array) a plain array in the place of a kernel into which something was folded
 
 Leading axes are layers. A stack is packed and unpacked layer by layer, so that float32 copies are one layer's.
 """
@@ -75,8 +76,19 @@ def _like(kernel: Any, array: jax.Array) -> Any:
     return array.astype(kernel.dtype)
 
 
+def merged(kernel: Any, array: jax.Array) -> jax.Array:
+    """`array` (..., n, m), what a kernel has become by merging: plain, in the kernel's dtype and its module's shape."""
+    return _merged(kernel, array)
+
+
+@functools.singledispatch
+def _merged(kernel: Any, array: jax.Array) -> jax.Array:
+    return array.astype(kernel.dtype)
+
+
 dense.register = _dense.register  # type: ignore[attr-defined]
 like.register = _like.register  # type: ignore[attr-defined]
+merged.register = _merged.register  # type: ignore[attr-defined]
 
 
 def pack(array: jax.Array, format: str, group: int | None = None, double: bool | None = None) -> Packed:
@@ -121,4 +133,4 @@ def _(kernel: Packed, array: jax.Array) -> Packed:
     return dataclasses.replace(packed, dtype=kernel.dtype)
 
 
-__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "is_packed", "like", "pack"]
+__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "is_packed", "like", "merged", "pack"]

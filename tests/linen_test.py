@@ -1,0 +1,180 @@
+"""Linen modules of any kind: what runs is a site, whatever the axes of its kernel; what never acts is told."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import sites, tree
+from jaxpeft.linen import own_shapes
+from jaxpeft.quant import Folded
+
+X = jax.random.normal(jax.random.key(0), (3, 6, 8))
+
+
+class Attends(nn.Module):
+    """An encoder block as Flax's examples write it: attention of several heads, a head on its mean."""
+
+    boxed: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        init = nn.with_logical_partitioning(init, ("embed", "mlp")) if self.boxed else init
+        x = x + nn.MultiHeadDotProductAttention(num_heads=2, qkv_features=12, name="attention")(x)
+        x = nn.relu(nn.Dense(10, kernel_init=init, name="up")(x))
+        return nn.DenseGeneral(5, axis=(-2, -1), name="out")(x)
+
+
+class Layer(nn.Module):
+    """What is scanned over."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        y = nn.DenseGeneral((2, 4), name="split")(x)
+        return x + nn.DenseGeneral(8, axis=(-2, -1), use_bias=False, name="join")(nn.relu(y)), None
+
+
+class Scanned(nn.Module):
+    """Layers stacked by `nn.scan`, each computed again in the backward pass."""
+
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.scan(nn.remat(Layer), variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+        x, _ = layer(name="blocks")(x, None)
+        return nn.Dense(4, name="head")(x)
+
+
+class Equations(nn.Module):
+    """`nn.Einsum`, one of which is no matrix from its first axis to its last; a convolution; a table."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Einsum((8, 2, 4), "btd,dnh->btnh", name="heads")(x)
+        x = nn.Einsum((2, 4, 8), "btnh,nhd->btd", use_bias=False, name="join")(x)
+        x = nn.Einsum((6, 8), "btd,td->btd", use_bias=False, name="diagonal")(x)
+        x = x + nn.Conv(8, (3,), name="conv")(x)
+        return x @ nn.Embed(9, 8, name="table").embedding.T
+
+
+class Shared(nn.Module):
+    """One module that is called twice, and one that is called only while the module is initialised."""
+
+    @nn.compact
+    def __call__(self, x):
+        twice = nn.Dense(8, name="twice")
+        if self.is_initializing():
+            nn.Dense(3, name="never")(x)
+        return nn.Dense(3, name="out")(twice(nn.relu(twice(x))))
+
+
+MODULES = {
+    "attention": (Attends(), {"attention/query", "attention/key", "attention/value", "attention/out", "up", "out"}),
+    "boxed": (
+        Attends(boxed=True),
+        {"attention/query", "attention/key", "attention/value", "attention/out", "up", "out"},
+    ),
+    "scanned": (Scanned(), {"blocks/split", "blocks/join", "head"}),
+    "equations": (Equations(), {"heads", "join"}),
+}
+
+
+METHODS = (jp.lora(2), jp.lora_fa(2), jp.dora(2), jp.ia3(targets="all-linear"), jp.paca(2))
+
+
+def moved(trainable):
+    """Other values for every leaf."""
+    keys = dict(zip(trainable, jax.random.split(jax.random.key(7), len(trainable)), strict=True))
+    return {path: leaf + 0.3 * jax.random.normal(keys[path], leaf.shape) for path, leaf in trainable.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [*((METHODS[0], name) for name in MODULES), *((method, "scanned") for method in METHODS[1:])],
+    ids=lambda x: x if isinstance(x, str) else x.name,
+)
+def test_every_linear_map_that_runs_is_a_site(name, method):
+    """Each adapter acts; at the start nothing has changed; merged, the module computes the same, in its own shapes."""
+    module, expected = MODULES[name]
+    model = jp.from_linen(module, {"x": X})
+    own = module.init(jax.random.key(3), X)["params"]
+    assert set(sites.find(model.init(jax.random.key(3), {}))) == expected
+    plain = nn.meta.unbox(own)
+    adapted, trainable, frozen = jp.setup(method, model, own, jax.random.key(0))
+    start = jp.combine(trainable, frozen)
+    np.testing.assert_allclose(adapted.apply(start, {"x": X}), module.apply({"params": plain}, X), rtol=1e-5, atol=1e-5)
+    changed = moved(trainable)
+    assert {path.rsplit("/", 2)[0] for path in changed} == expected
+    found = adapted.apply(jp.combine(changed, frozen), {"x": X})
+    for path in changed:
+        without = {**changed, path: trainable[path]}
+        assert np.abs(adapted.apply(jp.combine(without, frozen), {"x": X}) - found).max() > 1e-6, path
+    merged = own_shapes(method.merge(jp.combine(changed, frozen)))
+    shapes = lambda params: {path: leaf.shape for path, leaf in tree.flatten(params).items()}
+    assert shapes(merged) == shapes(plain)
+    np.testing.assert_allclose(module.apply({"params": merged}, X), found, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_whole_module_trains(name):
+    module, _ = MODULES[name]
+    model = jp.from_linen(module, {"x": X})
+    method, optimizer = jp.full(), optax.adam(1e-2)
+    adapted, trainable, frozen = jp.setup(method, model, model.init(jax.random.key(3), {}), jax.random.key(0))
+    assert not frozen and not any(isinstance(leaf, Folded) for leaf in trainable.values())
+    loss = lambda model, params, batch, key: (jnp.mean(model.apply(params, batch) ** 2), {"weight": jnp.ones(())})
+    state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(1))
+    step = jax.jit(jp.make_train_step(adapted, method, optimizer, loss))
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, {"x": X})
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+
+
+def test_gradients_are_those_of_the_merged_kernel():
+    """d loss / d B of the adapter is A^T of the kernel's own gradient, as autodiff has it in the module's shapes."""
+    module = Attends()
+    model = jp.from_linen(module, {"x": X})
+    method = jp.lora(2, targets="query")
+    adapted, trainable, frozen = jp.setup(method, model, model.init(jax.random.key(3), {}), jax.random.key(0))
+    changed = moved(trainable)
+    value = lambda params: jnp.sum(jnp.sin(adapted.apply(params, {"x": X})))
+    found = jax.grad(lambda leaves: value(jp.combine(leaves, frozen)))(changed)
+    merged = own_shapes(method.merge(jp.combine(changed, frozen)))
+    of_kernel = jax.grad(lambda params: jnp.sum(jnp.sin(module.apply({"params": params}, X))))(merged)
+    whole = of_kernel["attention"]["query"]["kernel"].reshape(8, 12)
+    a, b = changed["attention/query/lora/a"], changed["attention/query/lora/b"]
+    np.testing.assert_allclose(found["attention/query/lora/b"], a.T @ whole, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(found["attention/query/lora/a"], whole @ b.T, rtol=1e-3, atol=1e-4)
+
+
+def test_an_adapter_that_is_never_called_is_refused_by_name():
+    model = jp.from_linen(Shared(), {"x": X})
+    adapted, trainable, frozen = jp.setup(jp.lora(2), model, model.init(jax.random.key(3), {}), jax.random.key(0))
+    with pytest.raises(jp.InputError, match="lora: the model never calls never; leave them out of targets"):
+        adapted.apply(jp.combine(trainable, frozen), {"x": X})
+    method = jp.lora(2, targets=["twice", "out"])
+    adapted, trainable, frozen = jp.setup(method, model, model.init(jax.random.key(3), {}), jax.random.key(0))
+    changed = jp.combine(moved(trainable), frozen)
+    merged = method.merge(changed)
+    expected = Shared().apply({"params": merged}, X)
+    np.testing.assert_allclose(adapted.apply(changed, {"x": X}), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_other_collections_are_read():
+    class Normed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3, name="out")(nn.BatchNorm(use_running_average=True, name="norm")(x))
+
+    module = Normed()
+    variables = module.init(jax.random.key(3), X)
+    statistics = jax.tree.map(lambda x: x + 0.5, variables["batch_stats"])
+    model = jp.from_linen(module, {"x": X}, collections={"batch_stats": statistics})
+    adapted, trainable, frozen = jp.setup(jp.lora(2), model, variables["params"], jax.random.key(0))
+    expected = module.apply({"params": variables["params"], "batch_stats": statistics}, X)
+    np.testing.assert_allclose(adapted.apply(jp.combine(trainable, frozen), {"x": X}), expected, atol=1e-6)
