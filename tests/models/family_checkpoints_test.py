@@ -125,7 +125,7 @@ def test_old_checkpoints_with_other_names_of_norms_and_buffers(tmp_path):
         ("bert", {"is_decoder": True}, "is_decoder True is not supported"),
         ("bert", {"architectures": ["BertForMaskedLM"], "tie_word_embeddings": False}, "tie_word_embeddings False"),
         ("bert", {"num_attention_heads": 5}, "hidden_size 32 is not a multiple of num_attention_heads 5"),
-        ("bert", {"num_hidden_layers": 0}, "num_hidden_layers 0 should be a whole number of at least 1"),
+        ("bert", {"num_hidden_layers": 0}, "num_hidden_layers 0 should be at least 1"),
         ("bert", {"vocab_size": None}, "the field 'vocab_size' is missing"),
         ("roberta", {"max_position_embeddings": 2}, "max_position_embeddings 2 leaves no room behind the first 2"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before False is not supported; supported: True"),
