@@ -108,7 +108,9 @@ def test_a_file_is_read_up_to_a_bound(tmp_path):
     with pytest.raises(InputError, match="^there is none$"):
         documents.read_json(tmp_path / "file.json", "there is none")
     with pytest.raises(InputError, match="/dev/zero: has more than 1000 bytes"):
-        files.read_text(files.Path("/dev/zero"), "there is none", most=1000)
+        files.read_text(files.Path("/dev/zero"), "there is none", most=1000, pipe=True)
+    with pytest.raises(InputError, match="/dev/zero: is no regular file"):
+        files.read_text(files.Path("/dev/zero"), "there is none")
     (tmp_path / "file.json").mkdir()
-    with pytest.raises(InputError, match="file.json: cannot be read: Is a directory"):
+    with pytest.raises(InputError, match="file.json: is no regular file"):
         documents.read_json(tmp_path / "file.json", "there is none")
