@@ -16,8 +16,8 @@ from jaxpeft import files
 from jaxpeft.errors import shown
 
 NAME = "sha256.json"
-# What orbax writes when it gives a checkpoint its name, at which its sums must be there: these are added afterwards.
 _OWN = "."  # the folder itself, of which the name is kept
+# What orbax writes when it gives a checkpoint its name, at which its sums must be there: these are added afterwards.
 LATER = ("_CHECKPOINT_METADATA", "commit_success.txt")
 
 

@@ -3,7 +3,7 @@
 A site is what runs: `nn.Dense`, `nn.DenseGeneral` (so attention's projections) and `nn.Einsum`, inside `nn.scan`,
 `nn.remat` and shared modules as anywhere. Which axes of a kernel are inputs and which outputs is asked of the module
 that owns it while it is traced, never of a shape. Where there are several, the parameters of the model hold the kernel
-as `jaxpeft.quant.Folded`; merging gives the module's own shapes back, and so does `own_shapes`.
+as `jaxpeft.quant.Folded`, while an adapter reads it; merging gives the module's own shapes back.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model, opaque
-from jaxpeft.quant import Folded, fold, unfolded
+from jaxpeft.quant import Folded, fold, unfolded_all
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 
@@ -82,7 +82,7 @@ def from_linen(
 
 def own_shapes(params: Mapping[str, Any]) -> tree.Params:
     """Nested parameters with every kernel as its module has it."""
-    return tree.unflatten({path: unfolded(leaf) for path, leaf in tree.flatten(params).items()})
+    return tree.unflatten(unfolded_all(tree.flatten(params)))
 
 
 def _look(module: nn.Module, example: Batch, method: Any) -> dict[str, Linear]:

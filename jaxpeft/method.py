@@ -53,7 +53,7 @@ from jaxpeft import factory, tree
 from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
-from jaxpeft.quant import is_packed, unfolded
+from jaxpeft.quant import Folded, is_packed, refolded, unfolded, unfolded_all
 from jaxpeft.spec import Spec
 
 
@@ -254,9 +254,10 @@ def chain(*methods: Method) -> Method:
         return apply
 
     def merge(params):
-        for method in reversed(methods):
-            params = method.merge(params)
-        return params
+        before = tree.flatten(params)
+        for method in reversed(methods):  # each of them reads the kernels as matrices
+            params = tree.unflatten(refolded(tree.flatten(method.merge(params)), before))
+        return tree.unflatten(unfolded_all(tree.flatten(params)))
 
     def convert(params):
         found: dict[str, Callable[[jax.Array], Any]] = {}
@@ -324,7 +325,7 @@ def setup(
     view = View(base, method.specs, method.role, shapes_of(params), batches)
     model = method.forward(base, view)._replace(base=base)
     params = model.init(key, method.prepare(dict(params), view))
-    flat = {path: unfolded(x) if method.changes(path) else x for path, x in tree.flatten(params).items()}
+    flat = _in_own_shapes(method, tree.flatten(params))
     if not any(method.changes(path) for path in flat):
         raise InputError(
             f"{method.name}: no parameter is trainable; chain what trains to it, as {method.name}+lora; the model has "
@@ -334,6 +335,20 @@ def setup(
         path: as_master(path, leaf, method.role(path)) for path, leaf in flat.items() if method.trainable(path)
     }
     return model, trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
+
+
+def _in_own_shapes(method: Method, flat: tree.Flat) -> tree.Flat:
+    """The leaves as their modules have them, but for the kernels of sites, which adapters read as matrices.
+
+    Raises:
+      InputError: for such a kernel that changes itself.
+    """
+    adapted = {path.rsplit("/", 2)[0] + "/kernel" for path in flat if path.count("/") > 1}
+    for path, leaf in flat.items():
+        if path in adapted and isinstance(leaf, Folded) and method.changes(path):
+            shape = "x".join(map(str, leaf.array.shape))
+            raise InputError(f"{method.name}: changes {path}, a kernel of {shape}, itself; leave it out of targets")
+    return {path: leaf if path in adapted else unfolded(leaf) for path, leaf in flat.items()}
 
 
 def view_of(model: Model, method: Method, leaves: Mapping[str, Any], rate: bool = False) -> View:

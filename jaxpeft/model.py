@@ -118,6 +118,7 @@ class Stack(NamedTuple):
     init_cache: (rows, length) -> an empty cache for decoding, a pytree that `run` takes and gives back; None where the
       model does not decode
     frozen_layers: whether `run` differentiates nothing of the layers' parameters
+    layered: whether there are layers; otherwise all of the model is in `embed`
     """
 
     embed: Callable[..., tuple[jax.Array, Context]]
@@ -128,6 +129,7 @@ class Stack(NamedTuple):
     parts: tuple[Callable[..., tuple[jax.Array, Cache | None]], ...] = ()
     init_cache: Callable[[int, int], Cache] | None = None
     frozen_layers: bool = False
+    layered: bool = True
 
     def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
         """The stack with `block` and each of its parts replaced by `wrap` of it."""
@@ -218,7 +220,7 @@ def opaque(apply: Callable[..., Any]) -> Stack:
             raise NotImplementedError("this model has no key-value cache")
         return stack.embed(params, batch, key)[0], None
 
-    return Stack(embed, block, head=lambda params, x: x, run=run)
+    return Stack(embed, block, head=lambda params, x: x, run=run, layered=False)
 
 
 def from_nnx(module: Any) -> tuple[Model, tree.Params]:
@@ -231,11 +233,13 @@ def from_nnx(module: Any) -> tuple[Model, tree.Params]:
 
     graph, state, rest = nnx.split(module, nnx.Param, ...)
     params = nnx.to_pure_dict(state)
+    own = tree.flatten(params).keys()
 
     def apply(params, batch, key):
         del key
         filled = jax.tree.map(lambda x: x, state)
-        nnx.replace_by_pure_dict(filled, params)
+        kept = {path: leaf for path, leaf in tree.flatten(params).items() if path in own}  # without adapters
+        nnx.replace_by_pure_dict(filled, tree.unflatten(kept))
         return nnx.merge(graph, filled, rest)(**batch)
 
     return Model(lambda key, given: given or params, opaque(apply)), params

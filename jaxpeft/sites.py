@@ -198,7 +198,7 @@ def attach(
     def embed(params, batch, key):
         with adapted("", Context(), params) as called:
             result = model.stack.embed(params, batch, key)
-        if not tree.segments(params):  # all of the model is here
+        if not model.stack.layered:
             _check_called(name, params, called)
         return result
 

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
-from jaxpeft.linen import own_shapes
 from jaxpeft.quant import Folded
 
 X = jax.random.normal(jax.random.key(0), (3, 6, 8))
@@ -82,7 +82,14 @@ MODULES = {
 }
 
 
-METHODS = (jp.lora(2), jp.lora_fa(2), jp.dora(2), jp.ia3(targets="all-linear"), jp.paca(2))
+METHODS = (
+    jp.lora(2),
+    jp.lora_fa(2),
+    jp.dora(2),
+    jp.ia3(targets="all-linear"),
+    jp.paca(2),
+    jp.chain(jp.ia3(targets="all-linear"), jp.lora(2)),
+)
 
 
 def moved(trainable):
@@ -112,7 +119,7 @@ def test_every_linear_map_that_runs_is_a_site(name, method):
     for path in changed:
         without = {**changed, path: trainable[path]}
         assert np.abs(adapted.apply(jp.combine(without, frozen), {"x": X}) - found).max() > 1e-6, path
-    merged = own_shapes(method.merge(jp.combine(changed, frozen)))
+    merged = method.merge(jp.combine(changed, frozen))
     shapes = lambda params: {path: leaf.shape for path, leaf in tree.flatten(params).items()}
     assert shapes(merged) == shapes(plain)
     np.testing.assert_allclose(module.apply({"params": merged}, X), found, rtol=2e-4, atol=2e-4)
@@ -144,12 +151,63 @@ def test_gradients_are_those_of_the_merged_kernel():
     changed = moved(trainable)
     value = lambda params: jnp.sum(jnp.sin(adapted.apply(params, {"x": X})))
     found = jax.grad(lambda leaves: value(jp.combine(leaves, frozen)))(changed)
-    merged = own_shapes(method.merge(jp.combine(changed, frozen)))
+    merged = method.merge(jp.combine(changed, frozen))
     of_kernel = jax.grad(lambda params: jnp.sum(jnp.sin(module.apply({"params": params}, X))))(merged)
     whole = of_kernel["attention"]["query"]["kernel"].reshape(8, 12)
     a, b = changed["attention/query/lora/a"], changed["attention/query/lora/b"]
     np.testing.assert_allclose(found["attention/query/lora/b"], a.T @ whole, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(found["attention/query/lora/a"], whole @ b.T, rtol=1e-3, atol=1e-4)
+
+
+class Hidden(nn.Module):
+    """What is called as our stacks of layers are, and never runs but while it is initialised."""
+
+    @nn.compact
+    def __call__(self, x):
+        if self.is_initializing():
+            nn.Dense(3, name="layers")(x)
+        return nn.Dense(3, name="out")(x)
+
+
+def test_a_subtree_called_as_our_layers_are_hides_nothing():
+    model = jp.from_linen(Hidden(), {"x": X})
+    method = jp.lora(2, targets=["layers"])
+    adapted, trainable, frozen = jp.setup(method, model, model.init(jax.random.key(3), {}), jax.random.key(0))
+    with pytest.raises(jp.InputError, match="lora: the model never calls layers; leave"):
+        adapted.apply(jp.combine(trainable, frozen), {"x": X})
+
+
+def test_what_no_adapter_reads_keeps_its_shape():
+    """A convolution's kernel, and those of sites that were not chosen: merged parameters are the module's."""
+    for name, target in (("attention", "up"), ("equations", "heads")):
+        module, _ = MODULES[name]
+        model = jp.from_linen(module, {"x": X})
+        method = jp.lora(2, targets=[target])
+        _, trainable, frozen = jp.setup(method, model, model.init(jax.random.key(3), {}), jax.random.key(0))
+        folded = [path for path, leaf in frozen.items() if isinstance(leaf, Folded)]
+        assert folded == (["heads/kernel"] if target == "heads" else [])
+        module.apply({"params": method.merge(jp.combine(trainable, frozen))}, X)
+
+
+def test_a_kernel_of_several_axes_that_trains_beside_its_adapter_is_refused():
+    model = jp.from_linen(Attends(), {"x": X})
+    both = jp.chain(jp.lora(2), jp.full("query/kernel"))
+    with pytest.raises(jp.InputError, match=r"lora.full: changes attention/query/kernel, a kernel of 8x2x6, itself"):
+        jp.setup(both, model, model.init(jax.random.key(3), {}), jax.random.key(0))
+
+
+def test_nnx_modules_have_no_adapters_in_silence():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(8, 16, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    model, params = jp.from_nnx(Net(nnx.Rngs(0)))
+    adapted, trainable, frozen = jp.setup(jp.lora(2), model, params, jax.random.key(0))
+    with pytest.raises(jp.InputError, match="lora: the model never calls linear"):
+        adapted.apply(jp.combine(trainable, frozen), {"x": X})
 
 
 def test_an_adapter_that_is_never_called_is_refused_by_name():

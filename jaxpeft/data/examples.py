@@ -244,12 +244,20 @@ def _parts(records: Iterable[Record]) -> Iterator[list[Record]]:
     size = 0
     for record in records:
         part.append(record)
-        size += len(record.content) if isinstance(record.content, bytes) else 0
+        size += _size(record.content)
         if len(part) == ROWS_PER_CALL or size > BYTES_PER_CALL:
             yield part
             part, size = [], 0
     if part:
         yield part
+
+
+def _size(content: object) -> int:
+    """About how many bytes of text a record's content has."""
+    if isinstance(content, bytes | str):
+        return len(content)
+    items = content.values() if isinstance(content, Mapping) else content if isinstance(content, list) else ()
+    return sum(map(_size, items))
 
 
 class Encoder(NamedTuple):

@@ -1,7 +1,7 @@
 """Kernels that are not plain arrays: what every kernel can be asked (`Kernel`), and the products that take them all."""
 
 from jaxpeft.quant.dot import dot, low_rank_dot
-from jaxpeft.quant.folded import Folded, fold, is_linear, unfolded
+from jaxpeft.quant.folded import Folded, fold, is_linear, refolded, unfolded, unfolded_all
 from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack
 
 __all__ = [
@@ -18,5 +18,7 @@ __all__ = [
     "low_rank_dot",
     "merged",
     "pack",
+    "refolded",
     "unfolded",
+    "unfolded_all",
 ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -68,6 +69,21 @@ def fold(array: Any, inputs: int, outputs: int) -> Any:
 def unfolded(leaf: Any) -> Any:
     """A leaf as its module has it."""
     return leaf.array if isinstance(leaf, Folded) else leaf
+
+
+def unfolded_all(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """`{path: leaf}` with every leaf as its module has it."""
+    return {path: unfolded(leaf) for path, leaf in flat.items()}
+
+
+def refolded(flat: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """`{path: leaf}` in which what was a `Folded` in `before` is one again, of what the leaf has become."""
+    return {
+        path: Folded(leaf, of.inputs, of.outputs)
+        if isinstance(of := before.get(path), Folded) and not isinstance(leaf, Folded)
+        else leaf
+        for path, leaf in flat.items()
+    }
 
 
 def is_linear(kernel: Any) -> bool:

@@ -117,13 +117,19 @@ def test_a_gguf_file(amount, tmp_path):
     holds(st.one_of(in_front, in_front, among_tensors), amount, read)
 
 
-@amounts
-def test_a_changed_byte_of_a_checkpoint_is_found(amount, tmp_path):
-    """Any byte of any file; what is read of it is a whole one, or nothing."""
-    good = tmp_path / "good"
-    with Checkpoints(good) as checkpoints:
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A folder with two whole checkpoints."""
+    folder = tmp_path_factory.mktemp("good")
+    with Checkpoints(folder) as checkpoints:
         for step in (5, 10):
             checkpoints.save(make(step, seed=step), {"eval_loss": 1.0})
+    return folder
+
+
+@amounts
+def test_a_changed_byte_of_a_checkpoint_is_found(amount, good, tmp_path):
+    """Any byte of any file; what is read of it is a whole one, or nothing."""
     names = sorted(
         path.relative_to(good) for path in (good / "10").rglob("*") if path.is_file() and path.stat().st_size
     )
@@ -147,11 +153,7 @@ def test_a_changed_byte_of_a_checkpoint_is_found(amount, tmp_path):
 
 
 @amounts
-def test_files_that_a_checkpoint_lacks_or_has_besides(amount, tmp_path):
-    good = tmp_path / "good"
-    with Checkpoints(good) as checkpoints:
-        for step in (5, 10):
-            checkpoints.save(make(step, seed=step), {"eval_loss": 1.0})
+def test_files_that_a_checkpoint_lacks_or_has_besides(amount, good, tmp_path):
     names = sorted(path.relative_to(good) for path in (good / "10").rglob("*") if path.is_file())
 
     def read(change):
