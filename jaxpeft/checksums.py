@@ -51,8 +51,8 @@ def fault(folder: Path, within: str = "") -> str | None:
         return f"{NAME} cannot be read"
     if not isinstance(known, dict):
         return f"{NAME} holds no sums"
-    if (name := known.pop(_OWN, folder.name)) != folder.name:
-        return f"was written as {shown(name)}"
+    if (name := known.pop(_OWN, None)) != folder.name:
+        return f"{NAME} does not say of which folder it is" if name is None else f"was written as {shown(name)}"
     there = set(_files(folder))
     if lost := sorted(known.keys() - there):
         return f"{lost[0]} is missing"
