@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vqt import vqt
-    from jaxpeft.model import Model, Stack, from_nnx
+    from jaxpeft.model import Model, Stack
+    from jaxpeft.nnx import carry, from_nnx, to_nnx
     from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.train.loss import classification_loss, completion_loss
     from jaxpeft.train.run import Run, run
@@ -50,6 +51,7 @@ _MODULE_OF = {
     "Spec": "method",
     "Stack": "model",
     "TrainState": "train.state",
+    "carry": "nnx",
     "chain": "method",
     "classification_loss": "train.loss",
     "combine": "tree",
@@ -57,7 +59,7 @@ _MODULE_OF = {
     "dora": "methods.dora",
     "export_adapter": "peft",
     "from_linen": "linen",
-    "from_nnx": "model",
+    "from_nnx": "nnx",
     "full": "methods.full",
     "ia3": "methods.ia3",
     "galore": "methods.galore",
@@ -83,6 +85,7 @@ _MODULE_OF = {
     "setup": "method",
     "sherl": "methods.sherl",
     "split": "tree",
+    "to_nnx": "nnx",
     "unipt": "methods.unipt",
     "vqt": "methods.vqt",
 }

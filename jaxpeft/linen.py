@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model, opaque
-from jaxpeft.quant import Folded, fold, unfolded_all
+from jaxpeft.quant import Folded, fold, is_packed, unfolded_all
 
 _KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 
@@ -113,7 +113,7 @@ def _axes(module: nn.Module, kernel: Any, args: tuple[Any, ...], kwargs: Mapping
         inputs = len(_several(module.axis))
         matrix = not _several(module.batch_dims)
     else:
-        inputs, outputs = _letters(_equation(module, args, kwargs))
+        inputs, outputs = letters(_equation(module, args, kwargs))
         matrix = bool(inputs)
     return Linear(inputs, outputs, kernel.ndim) if matrix else Linear(0, 0, kernel.ndim)
 
@@ -140,32 +140,59 @@ def product(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     if isinstance(module, nn.Dense):
         return Product(x, kernel, bias, lambda y: y)
     if isinstance(module, nn.DenseGeneral):
-        axes = sorted(axis % x.ndim for axis in _several(module.axis))
-        features = _several(module.features)
-        x = jnp.moveaxis(x, axes, range(-len(axes), 0))
-        rows = x.shape[: x.ndim - len(axes)]
-        x, kernel = x.reshape(*rows, -1), kernel.reshape(-1, _size(features))
-        flat = None if bias is None else bias.reshape(-1)
-        return Product(x, kernel, flat, lambda y: y.reshape(*y.shape[:-1], *features))
-    given, of_kernel, result = _equation(module, args, kwargs)
-    inputs, _ = _letters((given, of_kernel, result))
+        return product_over_axes(x, kernel, bias, _several(module.axis), _several(module.features))
+    return product_of_equation(x, kernel, bias, _equation(module, args, kwargs), kernel.shape)
+
+
+def product_over_axes(
+    x: jax.Array, kernel: Any, bias: jax.Array | None, axis: tuple[int, ...], features: tuple[int, ...]
+) -> Product:
+    """The product of axes of x, in their order in x, with a kernel (inputs..., features...), or the matrix that it is.
+
+    bias: (features...), or None.
+    """
+    axes = sorted(i % x.ndim for i in axis)
+    x = jnp.moveaxis(x, axes, range(-len(axes), 0))
+    x = x.reshape(*x.shape[: x.ndim - len(axes)], -1)
+    flat = None if bias is None else bias.reshape(-1)
+    return Product(x, _matrix(kernel, features), flat, lambda y: y.reshape(*y.shape[:-1], *features))
+
+
+def product_of_equation(
+    x: jax.Array, kernel: Any, bias: jax.Array | None, equation: tuple[str, str, str], shape: tuple[int, ...]
+) -> Product:
+    """The product of an equation for which `letters` finds a matrix, with a kernel of this shape, or that matrix."""
+    given, of_kernel, result = equation
+    inputs, _ = letters(equation)
     rows = [letter for letter in result if letter not in of_kernel]
     x = jnp.einsum(f"{given}->{''.join(rows)}{of_kernel[:inputs]}", x)
-    sizes = kernel.shape[inputs:]
-    x, kernel = x.reshape(*x.shape[: len(rows)], -1), kernel.reshape(-1, _size(sizes))
-    letters = "".join(rows) + of_kernel[inputs:]
-    back = lambda y: jnp.einsum(f"{letters}->{result}", y.reshape(*y.shape[:-1], *sizes))
-    return Product(x, kernel, None if bias is None else bias.reshape(-1), back)
+    sizes = tuple(shape[inputs:])
+    x = x.reshape(*x.shape[: len(rows)], -1)
+    made = "".join(rows) + of_kernel[inputs:]
+    back = lambda y: jnp.einsum(f"{made}->{result}", y.reshape(*y.shape[:-1], *sizes))
+    return Product(x, _matrix(kernel, sizes), None if bias is None else bias.reshape(-1), back)
+
+
+def _matrix(kernel: Any, features: tuple[int, ...]) -> Any:
+    return (
+        kernel
+        if (kernel.ndim == 2 and len(features) == 1) or is_packed(kernel)
+        else kernel.reshape(-1, _size(features))
+    )
 
 
 def _equation(module: nn.Einsum, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, str, str]:
-    text = module.einsum_str or kwargs.get("einsum_str") or args[1]
+    return parts_of(module.einsum_str or kwargs.get("einsum_str") or args[1])
+
+
+def parts_of(text: str) -> tuple[str, str, str]:
+    """An equation's letters: of the input, of the kernel, of the result."""
     operands, _, result = text.replace(" ", "").partition("->")
     given, _, kernel = operands.partition(",")
     return given, kernel, result
 
 
-def _letters(equation: tuple[str, str, str]) -> tuple[int, int]:
+def letters(equation: tuple[str, str, str]) -> tuple[int, int]:
     """(inputs, outputs) among the axes of the kernel; (0, 0) where it is no matrix from the first to the last."""
     given, kernel, result = equation
     summed = [letter for letter in kernel if letter not in result]

@@ -7,7 +7,7 @@ A model is a stack: `embed`, one `block` whose parameters are stacked over layer
 Methods change a stack by replacing its functions: adapters wrap `block`, prompts wrap `embed`, a reversible or a side
 network replaces `run`, a memory plan (`jaxpeft.backward.residuals`) too. As `run` takes the stack that it runs, these
 changes compose in any order. A Flax module of any other shape is a stack with no layers (`jaxpeft.linen.from_linen`,
-`from_nnx`).
+`jaxpeft.nnx.from_nnx`).
 
 What a layer is told beside its parameters and the stream travels in a `Context`, a pytree, which says of everything
 whether it has rows: a loop that takes a few rows at a time divides those and nothing else.
@@ -221,25 +221,3 @@ def opaque(apply: Callable[..., Any]) -> Stack:
         return stack.embed(params, batch, key)[0], None
 
     return Stack(embed, block, head=lambda params, x: x, run=run, layered=False)
-
-
-def from_nnx(module: Any) -> tuple[Model, tree.Params]:
-    """(Model, params) of any NNX module called as `module(**batch)`, through `nnx.split` and `nnx.merge`.
-
-    Its parameters come back as a nested dict; full fine-tuning and methods on gradients and updates apply, site
-    adapters do not (NNX has no interceptors).
-    """
-    from flax import nnx
-
-    graph, state, rest = nnx.split(module, nnx.Param, ...)
-    params = nnx.to_pure_dict(state)
-    own = tree.flatten(params).keys()
-
-    def apply(params, batch, key):
-        del key
-        filled = jax.tree.map(lambda x: x, state)
-        kept = {path: leaf for path, leaf in tree.flatten(params).items() if path in own}  # without adapters
-        nnx.replace_by_pure_dict(filled, tree.unflatten(kept))
-        return nnx.merge(graph, filled, rest)(**batch)
-
-    return Model(lambda key, given: given or params, opaque(apply)), params

@@ -71,7 +71,7 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
         targets = targets.split(",")
     if isinstance(targets, str):
         wanted = [_PRESETS.get(targets, targets)]
-        if targets == "all-linear" and not tree.segments(params):
+        if targets == "all-linear" and not any(map(tree.stacked, params)):
             wanted = [""]  # a model that shows no layers
         stray = wanted if targets not in _PRESETS else []
     else:
@@ -146,6 +146,11 @@ class _Entry(NamedTuple):
 
 
 _entries: contextvars.ContextVar[tuple[_Entry, ...]] = contextvars.ContextVar("entries", default=())
+
+
+def in_force() -> tuple[_Entry, ...]:
+    """The adapters of the forward pass that runs, for what is no Linen module; it adds to `called` what has acted."""
+    return _entries.get()
 
 
 def attach(
@@ -326,16 +331,36 @@ def _intercept(next_function, args, kwargs, context):
         bias = module.get_variable("params", "bias") if module.use_bias else None
     else:
         x, kernel, bias, back = product(module, args, kwargs)
-    y: Callable[[jax.Array], jax.Array] = functools.partial(_product, kernel)
-    for depth, entry in enumerate(own):
-        path = entry.prefix + "/".join(module.path)
-        entry.called.add(path)
-        adapter = entry.adapter_for(path).clone(parent=module, name=entry.name)
-        taken_here = kernel if getattr(adapter, "stacked", False) else taken(kernel)
-        y = functools.partial(_adapted, adapter, y, Site(path, taken_here, bias, depth == 0), entry.ctx)
-    out = y(x)
+    path = "/".join(module.path)
+    adapters = []
+    for entry in own:
+        entry.called.add(entry.prefix + path)
+        adapter = entry.adapter_for(entry.prefix + path).clone(parent=module, name=entry.name)
+        adapters.append((adapter, entry.prefix + path, entry.ctx))
+    out = around(adapters, x, kernel, bias)
     return back(out + bias.astype(out.dtype) if linen and bias is not None else out)
 
 
-def _adapted(adapter: nn.Module, inner: Callable[..., Any], site: Site, ctx: Context, x: jax.Array) -> jax.Array:
+def around(
+    adapters: Iterable[tuple[Callable[..., jax.Array], str, Context]], x: jax.Array, kernel: Any, bias: jax.Array | None
+) -> jax.Array:
+    """A product with adapters around it, one around the other, the last outermost; the bias is not added.
+
+    Args:
+      adapters: of each what is called as `adapter(inner, x, site, ctx)`, its site's path and its context.
+      x: (..., n).  kernel: (n, m).  bias: (m,), or None.
+
+    Returns:
+      (..., m).
+    """
+    y: Callable[[jax.Array], jax.Array] = functools.partial(_product, kernel)
+    for depth, (adapter, path, ctx) in enumerate(adapters):
+        taken_here = kernel if getattr(adapter, "stacked", False) else taken(kernel)
+        y = functools.partial(_adapted, adapter, y, Site(path, taken_here, bias, depth == 0), ctx)
+    return y(x)
+
+
+def _adapted(
+    adapter: Callable[..., jax.Array], inner: Callable[..., Any], site: Site, ctx: Context, x: jax.Array
+) -> jax.Array:
     return adapter(inner, x, site, ctx)

@@ -82,10 +82,11 @@ def nearest(word: str, words: Iterable[str], count: int = 3) -> str:
 
 
 def segments(params: Mapping[str, Any]) -> list[tuple[str, int, int]]:
-    """The layer stacks in `params`, in order: (key, first layer, end)."""
+    """The layer stacks in `params`, in order: (key, first layer, end); a list of layers (`layers/0/...`) is none."""
     found = []
-    for key in params:
-        if named := _SEGMENT.fullmatch(key):
+    for key, value in params.items():
+        listed = isinstance(value, Mapping) and any(map(str.isdecimal, value))
+        if (named := _SEGMENT.fullmatch(key)) and not listed:
             length = len(jax.tree.leaves(params[key])[0])
             first = int(named[1] or 0)
             found.append((key, first, first + length))
@@ -94,7 +95,8 @@ def segments(params: Mapping[str, Any]) -> list[tuple[str, int, int]]:
 
 def stacked(path: str) -> bool:
     """Whether axis 0 of the leaf at `path` is the layer."""
-    return _SEGMENT.fullmatch(path.split("/", 1)[0]) is not None
+    head, _, rest = path.partition("/")
+    return _SEGMENT.fullmatch(head) is not None and not rest.partition("/")[0].isdecimal()
 
 
 def canonical(path: str) -> str:

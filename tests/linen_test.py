@@ -6,7 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
@@ -194,20 +193,6 @@ def test_a_kernel_of_several_axes_that_trains_beside_its_adapter_is_refused():
     both = jp.chain(jp.lora(2), jp.full("query/kernel"))
     with pytest.raises(jp.InputError, match=r"lora.full: changes attention/query/kernel, a kernel of 8x2x6, itself"):
         jp.setup(both, model, model.init(jax.random.key(3), {}), jax.random.key(0))
-
-
-def test_nnx_modules_have_no_adapters_in_silence():
-    class Net(nnx.Module):
-        def __init__(self, rngs):
-            self.linear = nnx.Linear(8, 16, rngs=rngs)
-
-        def __call__(self, x):
-            return self.linear(x)
-
-    model, params = jp.from_nnx(Net(nnx.Rngs(0)))
-    adapted, trainable, frozen = jp.setup(jp.lora(2), model, params, jax.random.key(0))
-    with pytest.raises(jp.InputError, match="lora: the model never calls linear"):
-        adapted.apply(jp.combine(trainable, frozen), {"x": X})
 
 
 def test_an_adapter_that_is_never_called_is_refused_by_name():

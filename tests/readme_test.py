@@ -62,7 +62,14 @@ def test_models_of_ones_own():
     module, merged, batch = namespace["Tower"](), namespace["merged"], namespace["batch"]
     adapted = namespace["model"].apply(namespace["state"].params, {"x": batch["x"]})
     np.testing.assert_allclose(module.apply({"params": merged}, batch["x"]), adapted, atol=1e-5)
-    assert set(run("models.md", "from_nnx", namespace)["trainable"]) == {"output/kernel", "output/bias"}
+    namespace = run("models.md", "from_nnx", namespace)
+    assert {path.rsplit("/", 2)[0] for path in namespace["trainable"]} == {"hidden", "output"}
+    x = batch["x"]
+    adapted, merged = namespace["adapted"], namespace["merged"]
+    assert isinstance(adapted.hidden.lora.a, namespace["nnx"].Param) and not hasattr(merged.hidden, "lora")
+    assert np.any(adapted.norm.mean[...])  # it has moved
+    adapted.eval(), merged.eval()
+    np.testing.assert_allclose(merged(x), adapted(x), atol=1e-5)
 
 
 def test_models_and_sizes_are_those_of_the_library():

@@ -74,5 +74,6 @@ def defaults(specs: Sequence[Spec]) -> Defaults:
 def decays(path: str, leaf: Any) -> bool:
     """Whether weight decay acts on a leaf: on matrices, not on biases, scales of norms and other vectors."""
     # Of a stack, or of what a method keeps of one: "lisa/layers/...".
-    layered = any(map(tree.stacked, path.split("/")))
+    names = path.split("/")
+    layered = any(tree.stacked("/".join(names[i:])) for i in range(len(names)))
     return jnp.ndim(leaf) - layered >= 2

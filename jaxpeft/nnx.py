@@ -1,0 +1,409 @@
+"""Any NNX module as a `Model`, and back: adapters at its linear maps, and the module with them in it.
+
+A site is a linear module of the graph that owns its kernel: `nnx.Linear`, `nnx.LinearGeneral` (so attention's
+projections) and `nnx.Einsum`, in lists and dicts, under `nnx.scan`, `nnx.vmap` and `nnx.remat` as anywhere. Which axes
+of a kernel are inputs and which outputs is asked of that module; what lies in front of them are layers. As in
+`jaxpeft.linen`, parameters hold kernels of several axes as `jaxpeft.quant.Folded` while an adapter reads them.
+
+NNX has no interceptors. The module is merged from its graph and the parameters in each forward pass, and a linear
+module that has adapters becomes one of a subclass of its class, whose call puts them around the product. Their
+parameters lie in the module (`hidden/lora/a`), so transformations that split and merge it take them along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import functools
+import inspect
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from jaxpeft import sites, tree
+from jaxpeft.errors import InputError
+from jaxpeft.linen import Linear, Product, letters, parts_of, product_of_equation, product_over_axes
+from jaxpeft.method import MOVED, Leaves, Method, trains
+from jaxpeft.model import Batch, Context, Model, opaque
+from jaxpeft.quant import Folded, fold, unfolded, unfolded_all
+
+_KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+_ADAPTERS, _KEYS = "site_adapters", "site_keys"  # attributes of a module with adapters
+
+_updates: contextvars.ContextVar[tree.Flat | None] = contextvars.ContextVar("updates", default=None)
+
+
+def from_nnx(module: nnx.Module, method: Callable | str | None = None) -> tuple[Model, tree.Params]:
+    """(Model, parameters) of any NNX module called as `module(**batch)`.
+
+    Site methods (LoRA and its family) attach to its linear maps by path; methods on the stack do not apply. A key of
+    None runs the module in evaluation mode (`module.eval()`); with a key it runs as it is, its RNG streams seeded by
+    the key. Other state (batch statistics, caches) is read as it was given; `carry` trains with it.
+
+    Args:
+      module: the module; it is not changed, and may be deleted.
+      method: what to call instead of `__call__`: a name, or a function of the module and the batch.
+
+    Returns:
+      The model, and its `nnx.Param`s as a nested dict; indices of lists are keys ("layers/0/linear/kernel").
+
+    Raises:
+      InputError: for what is no NNX module, or one whose paths are not unique.
+    """
+    if not isinstance(module, nnx.Module):
+        raise InputError(f"from_nnx: {type(module).__name__} is no flax.nnx.Module")
+    graph = _Graph(module, method)
+    flat = {"/".join(map(str, keys)): leaf.get_value() for keys, leaf in _flat(nnx.state(module, nnx.Param))}
+    return Model(graph.init, opaque(graph.apply), adopt=graph.adopt), tree.unflatten(flat)
+
+
+def to_nnx(model: Model, params: Mapping[str, Any]) -> nnx.Module:
+    """The user's module with these parameters, adapters and all.
+
+    It is called as before, and needs nothing of this library around it. All parameters are plain `nnx.Param`s, those of
+    an adapter in its site's module (`hidden.lora.a`); `nnx.split`, `nnx.state` and the transformations take it as any
+    other. Dropout in front of adapters is off. With merged parameters it is a module of the user's own classes alone.
+
+    Args:
+      model: of `from_nnx`, adapted or not.
+      params: its nested parameters, as `state.params`; state that `carry` has put there is taken, too.
+
+    Raises:
+      InputError: for a model that `from_nnx` has not made, or parameters that lack some of the module's.
+    """
+    if _graph_of(model) is None:
+        raise InputError("to_nnx: the model is not one of from_nnx")
+    return model.stack.embed(params, _BUILD, None)[0]
+
+
+def carry(base: Model) -> Method:
+    """Batch statistics, caches and whatever else a module keeps beside its parameters, carried from step to step.
+
+    They lie among the moved leaves of a `TrainState` under their own paths, so checkpoints hold them and `to_nnx` puts
+    them back. With several micro-batches to a step each starts from the same values, and their mean is kept. RNG
+    streams are not among them: each step seeds them. Chain it last: `chain(lora(8), carry(base))`.
+
+    Args:
+      base: of `from_nnx`.
+
+    Raises:
+      InputError: for a model that `from_nnx` has not made; where the step is made: if a later method of the chain
+        claims such a path.
+    """
+    graph = _graph_of(base)
+    if graph is None:
+        raise InputError("carry: the model is not one of from_nnx")
+    own = {path: leaf.get_value() for path, leaf in graph.others.items()}
+
+    def prepare(params, view):
+        return tree.unflatten({**own, **tree.flatten(params)})
+
+    def loss(function, view):
+        for path in own:
+            if view.role(path) != MOVED:
+                raise InputError(f"carry: {path} is {view.role(path).name} by another method; chain carry last")
+
+        def carried(model, params, batch, key):
+            with _collected() as found:
+                value, aux = function(model, params, batch, key)
+            return value, {**aux, **{f"carry:{path}": leaf[None] for path, leaf in found.items()}}
+
+        return carried
+
+    def move(leaves, moment):
+        found = {path: moment.aux.get(f"carry:{path}") for path in own}
+        new = {path: _like(leaves.moved[path], leaf[0]) for path, leaf in found.items() if leaf is not None}
+        return Leaves(leaves.trained, {**leaves.moved, **new})
+
+    return Method(prepare=prepare, roles=trains(own.__contains__, MOVED), loss=loss, move=move)
+
+
+class _Build(dict[str, Any]):
+    """In place of a batch: the module is wanted, not what it computes."""
+
+
+_BUILD = _Build()
+
+
+class _Graph:
+    """A module without its parameters."""
+
+    def __init__(self, module: nnx.Module, method: Callable | str | None):
+        self.graph, state, rest = nnx.split(module, nnx.Param, ...)
+        self.method = method
+        self.keys, self.leaves = {}, {}
+        for keys, leaf in _flat(state):
+            self.keys["/".join(map(str, keys))] = keys
+            shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf.get_value())
+            self.leaves["/".join(map(str, keys))] = leaf.replace(shape)
+        self.rest = rest
+        known = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in _flat(rest)}
+        if len(self.keys) < len(_flat(state)) or len(known) < len(_flat(rest)):
+            raise InputError(f"from_nnx: {type(module).__name__} has two leaves of one path: keys 0 and '0', or 'a/b'")
+        self.others = {path: leaf for path, (_, leaf) in known.items() if not isinstance(leaf, nnx.RngState)}
+        self.other_keys = {path: known[path][0] for path in self.others}
+        self.linear = _look(module, self.keys)
+        self.acted = _Acted(set())
+
+    def init(self, key: jax.Array, params: tree.Params) -> tree.Params:
+        if not params:
+            raise InputError("from_nnx: an NNX module makes its parameters itself; give those that from_nnx returned")
+        return self.adopt(params)
+
+    def adopt(self, params: Mapping[str, Any]) -> tree.Params:
+        flat = {str(path): leaf for path, leaf in tree.flatten(params).items()}
+        return tree.unflatten({path: self._folded(path, leaf) for path, leaf in flat.items()})
+
+    def _folded(self, path: str, leaf: Any) -> Any:
+        if path.rpartition("/")[2] != "kernel" or isinstance(leaf, Folded) or not isinstance(leaf, jax.Array):
+            return leaf
+        linear = self.linear.get(path, Linear(0, 0, leaf.ndim))
+        if leaf.ndim < linear.ndim:
+            raise InputError(f"{path} has shape {leaf.shape}; its module has {linear.ndim} axes")
+        return fold(leaf, linear.inputs, linear.outputs)
+
+    def apply(self, params: tree.Params, batch: Batch, key: jax.Array | None) -> Any:
+        module = self.build(params, key)
+        entries = sites.in_force()
+        if batch is _BUILD:
+            for entry in entries:
+                entry.called.update(site for site in map(_site, self.linear) if _has(entry, site, params))
+            return module
+        if key is None:
+            module.eval()
+        else:
+            _seed(module, key)
+        call = getattr(module, self.method or "__call__") if not callable(self.method) else self.method
+        y = call(**batch) if not callable(self.method) else call(module, **batch)
+        for entry in entries:
+            entry.called.update(path for name, path in self.acted.sites if name == entry.name)
+        if (found := _updates.get()) is not None:
+            state = {"/".join(map(str, keys)): leaf for keys, leaf in _flat(nnx.state(module))}
+            found.update({path: state[path].get_value() for path in self.others})
+        return y
+
+    def build(self, params: tree.Params, key: jax.Array | None = None) -> Any:
+        """The module of these parameters, with the adapters that are in force."""
+        flat = unfolded_all(tree.flatten(params))
+        if lacks := sorted(self.leaves.keys() - flat.keys()):
+            raise InputError(f"the parameters lack {', '.join(lacks[:3])}, which the module has")
+        leaves = [(keys, self.leaves[path].replace(flat[path])) for path, keys in self.keys.items()]
+        rest = {keys: leaf.replace(leaf.get_value()) for keys, leaf in _flat(self.rest)}  # the module's own to change
+        rest |= {self.other_keys[path]: leaf.replace(flat[path]) for path, leaf in self.others.items() if path in flat}
+        module = nnx.merge(self.graph, nnx.from_flat_state(leaves), nnx.from_flat_state(list(rest.items())))
+        for path, linear in self.linear.items():
+            site = _site(path)
+            here = [entry for entry in sites.in_force() if linear.inputs and _has(entry, site, params)]
+            adapters = [_Adapter(entry.name, site, entry.adapter_for(site), self.acted) for entry in here]
+            if adapters or not isinstance(flat[path], jax.Array):
+                layers = tuple(flat[path].shape[: -linear.ndim])
+                _adapt(_at(module, self.keys[path][:-1]), adapters, flat, layers, key)
+        return module
+
+
+def _graph_of(model: Model) -> _Graph | None:
+    graph = getattr(model.adopt, "__self__", None)
+    return graph if isinstance(graph, _Graph) else None
+
+
+def _flat(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    return list(nnx.to_flat_state(state))
+
+
+def _site(path: str) -> str:
+    return path.removesuffix("kernel").removesuffix("/")
+
+
+def _at(node: Any, keys: tuple[Any, ...]) -> Any:
+    for key in keys:
+        node = node[key] if isinstance(node, (list, tuple, Mapping, nnx.List)) else getattr(node, key)
+    return node
+
+
+def _look(module: nnx.Module, keys: Mapping[str, tuple[Any, ...]]) -> dict[str, Linear]:
+    """{path of a kernel: its axes} of the linear modules that alone own theirs."""
+    owners: dict[int, int] = {}
+    for _, node in nnx.iter_graph(module):
+        if isinstance(node, nnx.Module):
+            for value in vars(node).values():
+                owners[id(value)] = owners.get(id(value), 0) + 1
+    found = {}
+    for path, parts in keys.items():
+        owner = _at(module, parts[:-1])
+        if parts[-1] == "kernel" and isinstance(owner, _KINDS) and owners.get(id(owner.kernel)) == 1:
+            found[path] = _axes(owner)
+    return found
+
+
+def _axes(module: Any) -> Linear:
+    """The axes of a linear module's kernel, by its own attributes; 0 and 0 where no matrix is what it computes with."""
+    ndim = module.kernel.get_value().ndim
+    shape: tuple[int, ...]
+    if isinstance(module, nnx.Linear):
+        inputs, outputs, shape = 1, 1, (module.in_features, module.out_features)
+        plain = module.dot_general is jax.lax.dot_general
+    elif isinstance(module, nnx.LinearGeneral):
+        inputs, outputs, shape = len(module.in_features), len(module.out_features), _shape(module)
+        plain = not module.batch_axis and module.dot_general is None and module.dot_general_cls is None
+    else:
+        inputs, outputs = letters(parts_of(module.einsum_str))
+        shape = tuple(module.kernel_shape)
+        plain = module.einsum_op is jnp.einsum
+    own = type(module).__call__ in [kind.__call__ for kind in _KINDS]  # and not what a subclass makes of it
+    stacked = module.kernel.get_value().shape[ndim - len(shape) :] == shape  # layers, if any, come first
+    return Linear(inputs, outputs, len(shape)) if own and plain and stacked and inputs else Linear(0, 0, ndim)
+
+
+def _shape(module: nnx.LinearGeneral) -> tuple[int, ...]:
+    return (*module.in_features, *module.out_features)
+
+
+# Modules with adapters.
+
+
+@dataclasses.dataclass(eq=False)
+class _Acted:
+    """(adapter's name, site) of what has run. It is in the module: what caches a trace by its module keeps this too."""
+
+    sites: set[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Adapter:
+    """An adapter at its site, without its parameters."""
+
+    name: str
+    path: str
+    module: linen.Module
+    acted: _Acted
+
+
+class _Bound(NamedTuple):
+    """An adapter with its parameters, called as `sites` says."""
+
+    module: linen.Module
+    leaves: Any
+    rngs: dict[str, jax.Array]
+
+    @property
+    def stacked(self) -> bool:
+        return getattr(self.module, "stacked", False)
+
+    def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
+        return self.module.apply({"params": self.leaves}, inner, x, site, ctx, rngs=self.rngs)
+
+
+class _Key(nnx.Param):
+    """A key of an adapter's dropout; a parameter for transformations, so that it is cut where the kernel is."""
+
+
+def _call(module: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """`__call__` of a linear module with adapters, which it puts around its product."""
+    kind = type(module).__bases__[0]
+    call = inspect.signature(kind.__call__).bind(module, inputs, *args, **kwargs).arguments
+    x, kernel, bias, back = _product(module, call)
+    adapters: list[tuple[Callable[..., jax.Array], str, Context]] = []
+    keys = getattr(module, _KEYS)
+    for adapter in getattr(module, _ADAPTERS):
+        adapter.acted.sites.add((adapter.name, adapter.path))
+        rngs = {"dropout": keys[adapter.name].get_value()} if adapter.name in keys else {}
+        leaves = _values(getattr(module, adapter.name)) if hasattr(module, adapter.name) else {}
+        adapters.append((_Bound(adapter.module, leaves, rngs), adapter.path, Context()))
+    y = sites.around(adapters, x, kernel, bias)
+    y = back(y if bias is None else y + bias.astype(y.dtype))
+    y = y if module.preferred_element_type is None else y.astype(module.preferred_element_type)
+    sharding = call.get("out_sharding")
+    return y if sharding is None else jax.sharding.reshard(y, sharding)
+
+
+@functools.cache
+def _adapted(kind: type) -> type:
+    """The subclass of a class of linear modules that has adapters."""
+    return type(kind)(f"Adapted{kind.__name__}", (kind,), {"__doc__": kind.__doc__, "__call__": _call})
+
+
+def _adapt(
+    module: Any, adapters: list[_Adapter], flat: tree.Flat, layers: tuple[int, ...], key: jax.Array | None
+) -> None:
+    """Puts adapters and their parameters into a linear module."""
+    kind: Any = type(module)
+    module.__class__ = _adapted(kind)
+    setattr(module, _ADAPTERS, nnx.static(tuple(adapters)))
+    keys = {}
+    for adapter in adapters:
+        scope = f"{adapter.path}/{adapter.name}/"
+        own = {path.removeprefix(scope): unfolded(leaf) for path, leaf in flat.items() if path.startswith(scope)}
+        if own:
+            setattr(module, adapter.name, _params(tree.unflatten(own)))
+        if key is not None:
+            fresh = jax.random.fold_in(key, zlib.crc32(scope.encode()))
+            keys[adapter.name] = _Key(jax.random.split(fresh, layers) if layers else fresh)
+    setattr(module, _KEYS, nnx.Dict(keys))
+
+
+def _params(leaves: Mapping[str, Any]) -> nnx.Dict:
+    return nnx.Dict({k: _params(v) if isinstance(v, Mapping) else nnx.Param(v) for k, v in leaves.items()})
+
+
+def _values(node: Any) -> Any:
+    return {name: _values(node[name]) for name in node} if isinstance(node, nnx.Dict) else node.get_value()
+
+
+def _has(entry: Any, site: str, params: tree.Params) -> bool:
+    """Whether an adapter that is in force is at a site."""
+    if entry.chosen is not None:
+        return site in entry.chosen
+    node: Any = params
+    for part in (*site.split("/"), entry.name):
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return node is not None
+
+
+def _product(module: Any, call: Mapping[str, Any]) -> Product:
+    """What a linear module's call computes, as the product of a matrix; in the type in which the module computes."""
+    x, kernel = call["inputs"], module.kernel.get_value()
+    bias = None if module.bias is None else module.bias.get_value()
+    if isinstance(kernel, jax.Array):
+        x = x.astype(module.dtype or jnp.promote_types(x.dtype, kernel.dtype))
+    if isinstance(module, nnx.Linear):
+        return Product(x, kernel, bias, lambda y: y)
+    if isinstance(module, nnx.LinearGeneral):
+        return product_over_axes(x, kernel, bias, module.axis, module.out_features)
+    equation = parts_of(call.get("einsum_str") or module.einsum_str)
+    if letters(equation) != letters(parts_of(module.einsum_str)):
+        raise InputError(f"the equation {call['einsum_str']} reads the kernel otherwise than {module.einsum_str}")
+    return product_of_equation(x, kernel, bias, equation, module.kernel_shape)
+
+
+# State beside the parameters.
+
+
+def _seed(module: nnx.Module, key: jax.Array) -> None:
+    """Every RNG stream of a module starts anew, from a key of its own."""
+    for path, stream in nnx.iter_graph(module):
+        if isinstance(stream, nnx.RngStream):
+            own = jax.random.fold_in(key, zlib.crc32("/".join(map(str, path)).encode()))
+            shape = stream.key.get_value().shape
+            stream.key.set_value(jax.random.split(own, shape) if shape else own)
+            stream.count.set_value(jnp.zeros_like(stream.count.get_value()))
+
+
+@contextlib.contextmanager
+def _collected() -> Iterator[tree.Flat]:
+    """The state that models of `from_nnx` leave behind while this is entered."""
+    found: tree.Flat = {}
+    token = _updates.set(found)
+    try:
+        yield found
+    finally:
+        _updates.reset(token)
+
+
+def _like(leaf: jax.Array, value: jax.Array) -> jax.Array:
+    """A new value, of which a mean may have been taken, in the leaf's dtype."""
+    return value.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.round(value).astype(leaf.dtype)
