@@ -174,11 +174,7 @@ def product_of_equation(
 
 
 def _matrix(kernel: Any, features: tuple[int, ...]) -> Any:
-    return (
-        kernel
-        if (kernel.ndim == 2 and len(features) == 1) or is_packed(kernel)
-        else kernel.reshape(-1, _size(features))
-    )
+    return kernel if is_packed(kernel) else kernel.reshape(-1, _size(features))
 
 
 def _equation(module: nn.Einsum, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, str, str]:

@@ -101,7 +101,7 @@ def carry(base: Model) -> Method:
     own = {path: leaf.get_value() for path, leaf in graph.others.items()}
 
     def prepare(params, view):
-        return tree.unflatten({**own, **tree.flatten(params)})
+        return tree.unflatten({**jax.tree.map(jnp.copy, own), **tree.flatten(params)})  # a step may donate them
 
     def loss(function, view):
         for path in own:
@@ -111,7 +111,7 @@ def carry(base: Model) -> Method:
         def carried(model, params, batch, key):
             with _collected() as found:
                 value, aux = function(model, params, batch, key)
-            return value, {**aux, **{f"carry:{path}": leaf[None] for path, leaf in found.items()}}
+            return value, {**aux, **{f"carry:{path}": _wide(leaf)[None] for path, leaf in found.items()}}
 
         return carried
 
@@ -141,9 +141,9 @@ class _Graph:
             self.keys["/".join(map(str, keys))] = keys
             shape = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), leaf.get_value())
             self.leaves["/".join(map(str, keys))] = leaf.replace(shape)
-        self.rest = rest
-        known = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in _flat(rest)}
-        if len(self.keys) < len(_flat(state)) or len(known) < len(_flat(rest)):
+        self.rest = [(keys, leaf.replace(leaf.get_value())) for keys, leaf in _flat(rest)]  # as it is now
+        known = {"/".join(map(str, keys)): (keys, leaf) for keys, leaf in self.rest}
+        if len(self.keys) < len(_flat(state)) or len(known) < len(self.rest):
             raise InputError(f"from_nnx: {type(module).__name__} has two leaves of one path: keys 0 and '0', or 'a/b'")
         self.others = {path: leaf for path, (_, leaf) in known.items() if not isinstance(leaf, nnx.RngState)}
         self.other_keys = {path: known[path][0] for path in self.others}
@@ -193,7 +193,7 @@ class _Graph:
         if lacks := sorted(self.leaves.keys() - flat.keys()):
             raise InputError(f"the parameters lack {', '.join(lacks[:3])}, which the module has")
         leaves = [(keys, self.leaves[path].replace(flat[path])) for path, keys in self.keys.items()]
-        rest = {keys: leaf.replace(leaf.get_value()) for keys, leaf in _flat(self.rest)}  # the module's own to change
+        rest = {keys: leaf.replace(leaf.get_value()) for keys, leaf in self.rest}  # the module's own to change
         rest |= {self.other_keys[path]: leaf.replace(flat[path]) for path, leaf in self.others.items() if path in flat}
         module = nnx.merge(self.graph, nnx.from_flat_state(leaves), nnx.from_flat_state(list(rest.items())))
         for path, linear in self.linear.items():
@@ -307,7 +307,7 @@ def _call(module: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Arra
     kind = type(module).__bases__[0]
     call = inspect.signature(kind.__call__).bind(module, inputs, *args, **kwargs).arguments
     x, kernel, bias, back = _product(module, call)
-    adapters: list[tuple[Callable[..., jax.Array], str, Context]] = []
+    adapters: list[tuple[Any, str, Context]] = []
     keys = getattr(module, _KEYS)
     for adapter in getattr(module, _ADAPTERS):
         adapter.acted.sites.add((adapter.name, adapter.path))
@@ -402,6 +402,11 @@ def _collected() -> Iterator[tree.Flat]:
         yield found
     finally:
         _updates.reset(token)
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    """A value of which a mean can be taken; arrays of one element stay no scalars, and so no metrics."""
+    return leaf if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf.astype(jnp.float32)
 
 
 def _like(leaf: jax.Array, value: jax.Array) -> jax.Array:

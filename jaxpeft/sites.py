@@ -71,7 +71,7 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
         targets = targets.split(",")
     if isinstance(targets, str):
         wanted = [_PRESETS.get(targets, targets)]
-        if targets == "all-linear" and not any(map(tree.stacked, params)):
+        if targets == "all-linear" and not any(re.search(wanted[0], tree.canonical(site)) for site in sites):
             wanted = [""]  # a model that shows no layers
         stray = wanted if targets not in _PRESETS else []
     else:
