@@ -77,7 +77,7 @@ def prune(folder: Path, most_bytes: int) -> None:
 
 
 def read_text(file: Path, missing: str, most: int = MOST_BYTES, pipe: bool = False) -> str:
-    """The text of a file in UTF-8. Arguments and errors are those of `read_bytes`; an InputError too for other bytes."""
+    """The text of a file in UTF-8. Arguments and errors are those of `read_bytes`; other bytes are an error."""
     try:
         return read_bytes(file, missing, most, pipe).decode("utf-8")
     except UnicodeDecodeError as error:

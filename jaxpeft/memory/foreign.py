@@ -113,9 +113,11 @@ class ForeignAttribution(Attribution):
         for i in self._instructions.values():
             if owner := self._argument(i):
                 leaves.setdefault(owner.category, []).append((owner.path, without_ones(i.shape()[1])))
+        kinds = ("adapters", "weights", "arguments")
+        self._leaf_shapes = {shape for kind in kinds for _, shape in leaves.get(kind, [])}
         states = leaves.get("optimizer", [])
         found: dict[tuple[int, ...], set[str]] = {}
-        for kind in ("adapters", "weights", "arguments"):
+        for kind in kinds:
             own = leaves.get(kind, [])
             for path, shape in own:
                 end = "/" + path.partition("/")[2] if "/" in path else f"/{path}"
@@ -123,7 +125,7 @@ class ForeignAttribution(Attribution):
                     found.setdefault(shape, set()).add(path)
         if found:
             return found
-        first = next((leaves[kind] for kind in ("adapters", "weights", "arguments") if kind in leaves), [])
+        first = next((leaves[kind] for kind in kinds if kind in leaves), [])
         for path, shape in first:
             found.setdefault(shape, set()).add(path)
         return found
@@ -167,7 +169,7 @@ class ForeignAttribution(Attribution):
         """A result that the backward pass computes and that has a leaf's shape is its gradient, whatever its path."""
         made = self._flow.origin(*key)[-1]
         marked = name_stack.phase(made.op_name) == "backward"
-        if marked and without_ones(self._instructions[key[0]].shape(key[1])[1]) in self._trainable:
+        if marked and without_ones(self._instructions[key[0]].shape(key[1])[1]) in self._leaf_shapes:
             return owner._replace(category="gradients")
         return owner
 

@@ -14,8 +14,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxpeft import files
@@ -104,7 +105,7 @@ class Program(NamedTuple):
     allocations: dict[int, Allocation]
     values: list[Value]
     host_bytes: int
-    sources: dict[int, str] = {}
+    sources: Mapping[int, str] = MappingProxyType({})
 
 
 class Module(NamedTuple):
@@ -269,7 +270,8 @@ def _sources(index: Message) -> dict[int, str]:
     stack = [(frame.number(1), frame.number(2)) for frame in index.messages(4)]
     found = {}
     for number in range(1, len(stack) + 1):
-        frames, at = [], number
+        frames: list[Frame] = []
+        at = number
         while 0 < at <= len(stack) and len(frames) < 200:
             place, at = stack[at - 1]
             if 0 < place <= len(places):
