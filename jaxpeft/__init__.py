@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from jaxpeft.errors import InputError, RunError
     from jaxpeft.hf import load_pretrained, save_pretrained
     from jaxpeft.linen import from_linen
+    from jaxpeft.memory.functions import plan, profile
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
@@ -80,7 +81,9 @@ _MODULE_OF = {
     "run": "train.run",
     "parallel": "methods.parallel",
     "pfeiffer": "methods.pfeiffer",
+    "plan": "memory.functions",
     "prefix": "methods.prefix",
+    "profile": "memory.functions",
     "save_pretrained": "hf",
     "setup": "method",
     "sherl": "methods.sherl",

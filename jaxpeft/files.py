@@ -77,15 +77,22 @@ def prune(folder: Path, most_bytes: int) -> None:
 
 
 def read_text(file: Path, missing: str, most: int = MOST_BYTES, pipe: bool = False) -> str:
-    """The text of a file in UTF-8.
+    """The text of a file in UTF-8. Arguments and errors are those of `read_bytes`; other bytes are an error."""
+    try:
+        return read_bytes(file, missing, most, pipe).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: is not UTF-8 at byte {error.start}") from None
+
+
+def read_bytes(file: Path, missing: str, most: int = MOST_BYTES, pipe: bool = False) -> bytes:
+    """What a file holds.
 
     Args:
       file: to be read.  missing: what is said if there is none.  most: bytes.
       pipe: whether it may be something else than a regular file, which may keep its reader waiting.
 
     Raises:
-      InputError: `missing` if there is no such file; for one that has more than `most` bytes, cannot be read, or is not
-        UTF-8.
+      InputError: `missing` if there is no such file; for one that has more than `most` bytes or cannot be read.
     """
     try:
         if not pipe and not stat.S_ISREG(os.stat(file).st_mode):
@@ -102,10 +109,7 @@ def read_text(file: Path, missing: str, most: int = MOST_BYTES, pipe: bool = Fal
         raise InputError(f"{str(file)!r}: cannot be read: {error}") from None
     if len(data) > most:
         raise InputError(f"{file}: has more than {most} bytes; such a document has fewer")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: is not UTF-8 at byte {error.start}") from None
+    return data
 
 
 def write_json(file: Path, value: Mapping[str, Any], **options: Any) -> None:

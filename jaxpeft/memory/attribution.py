@@ -24,9 +24,13 @@ CATEGORIES = (  # in the order of tables and pictures
     "loss",
     "workspace",
     "batch",
+    "arguments",
+    "outputs",
     "constants",
     "fragmentation",
     "unattributed",
+    "arrays",  # these two of what a device holds, between functions
+    "executables",
 )
 
 LOSS = r"\b(Head|lm_head|logsumexp|log_softmax|softmax_cross_entropy|cross_entropy|take_along_axis|\w*loss)\b"
@@ -122,6 +126,8 @@ def step_owners(state: Any, batch: Mapping[str, Any], base: Iterable[str], metri
 class Attribution:
     """The owner of every buffer of a program."""
 
+    _least_axes = 2  # of an array whose shape says that it is of a leaf
+
     def __init__(self, program: hlo.Program, flow: Dataflow, owners: Owners):
         self._program, self._flow, self._owners = program, flow, owners
         self._instructions = program.instructions
@@ -130,14 +136,7 @@ class Attribution:
         self._modules = _modules(owners)
         self._activations = [(re.compile(p), name) for p, name in (*owners.activations, *ACTIVATIONS)]
         self._loss = re.compile(owners.loss)
-        kinds = {owner.category for owner in owners.arguments}
-        leaves = {owner.path for owner in owners.arguments if owner.category in ("weights", "adapters")}
-        trained = kinds & {"adapters", "optimizer"} or {"weights"}
-        self._trainable: dict[tuple[int, ...], set[str]] = {}  # the shapes of trainable leaves, and their paths
-        for i in program.instructions.values():
-            if (owner := self._argument(i)) and owner.category in trained:
-                paths = self._trainable.setdefault(_without_ones(i.shape()[1]), set())
-                paths |= {own for own in leaves if owner.path == own or owner.path.endswith(f"/{own}")}
+        self._trainable = self._find_trainable()
         self._loss_loops = self._find_loss_loops()
         backward = [
             self._position.get(i.name, -1)
@@ -145,6 +144,18 @@ class Attribution:
             if name_stack.phase(i.op_name) == "backward"
         ]
         self._backward = min((p for p in backward if p >= 0), default=len(program.order)), max(backward, default=-1)
+
+    def _find_trainable(self) -> dict[tuple[int, ...], set[str]]:
+        """The shapes of trainable leaves, and their paths."""
+        arguments = self._owners.arguments
+        leaves = {owner.path for owner in arguments if owner.category in ("weights", "adapters")}
+        trained = {owner.category for owner in arguments} & {"adapters", "optimizer"} or {"weights"}
+        found: dict[tuple[int, ...], set[str]] = {}
+        for i in self._instructions.values():
+            if (owner := self._argument(i)) and owner.category in trained:
+                paths = found.setdefault(without_ones(i.shape()[1]), set())
+                paths |= {own for own in leaves if owner.path == own or owner.path.endswith(f"/{own}")}
+        return found
 
     def _match_arguments(self) -> dict[int, Owner]:
         """{parameter number: owner}; jit drops arguments that nothing reads, so that numbers can be fewer."""
@@ -199,8 +210,12 @@ class Attribution:
         for number, owner in enumerate(self._owners.outputs):
             key = self._flow.value(root, (number,) if self._is_tuple(root) else ())
             if key is not None and self._flow.group(key) in held:
-                return self._fixed(allocation, owner, f"result {number}", end, key)
+                return self._fixed(allocation, self._result(owner, key), f"result {number}", end, key)
         return self._fixed(allocation, Owner("workspace"), "table of results", end)
+
+    def _result(self, owner: Owner, key: hlo.Key) -> Owner:
+        """What a result is, which the caller calls `owner`."""
+        return owner
 
     def _is_tuple(self, instruction: int) -> bool:
         return self._instructions[instruction].shape()[0] == "tuple"
@@ -227,7 +242,7 @@ class Attribution:
             scopes.setdefault(kind, name)  # the nearest
         module, activation = self._module(op_name), self._activation(op_name)
         category = self._category(group, writers, origin, op_name, scopes)
-        alike = self._trainable.get(_without_ones(writer.shape(key[1])[1]), set())
+        alike = self._trainable.get(without_ones(writer.shape(key[1])[1]), set())
         if "grad" in scopes:
             module, activation = scopes["grad"], ""
         elif category == "gradients" and len(alike) == 1:
@@ -274,7 +289,7 @@ class Attribution:
         instructions = [self._instructions[key[0]] for key in writers]
         rows = any(flow.update(key) is not None for key in writers)
         shape = self._instructions[writers[0][0]].shape(writers[0][1])[1]
-        like_leaf = len(shape) > 1 and _without_ones(shape) in self._trainable
+        like_leaf = len(shape) >= self._least_axes and without_ones(shape) in self._trainable
         # Gone after one step of the backward loop.
         passing = any(
             name_stack.phase(loop.op_name) == "backward" for i in instructions for loop in flow.loops(i)
@@ -288,11 +303,11 @@ class Attribution:
         if not op_name:
             return "unattributed"
         phases = {self._instruction_phase(i) for i in instructions}
-        trained = like_leaf and not passing and not self._argument(origin)
+        trained = like_leaf and not passing and not self._argument(origin) and self._outlives(group)
         if trained and "backward" in phases:
             return "gradients"
         loops = [loop.id for i in instructions for loop in flow.loops(i)[:1]]
-        if self._loss.search(name_stack.without_root(op_name)) or any(loop in self._loss_loops for loop in loops):
+        if self._is_loss(op_name) or any(loop in self._loss_loops for loop in loops):
             return "loss"
         if self._argument(origin):
             return "workspace"  # a copy of an argument
@@ -300,6 +315,13 @@ class Attribution:
             saved = any(self._instruction_phase(i) == "backward" for i in flow.readers.get(group, []))
             return "saved activations" if saved else "workspace"
         return "optimizer" if trained and "after" in phases else "workspace"
+
+    def _outlives(self, group: hlo.Key) -> bool:
+        """Whether an array of a leaf's shape can be more than the backward pass's own: its users' layout says so."""
+        return True
+
+    def _is_loss(self, op_name: str) -> bool:
+        return self._loss.search(name_stack.without_root(op_name)) is not None
 
     def _kept_elsewhere(self, key: hlo.Key) -> Instruction | None:
         """The update that filled the array of which a value is a whole copy, if it is one.
@@ -375,7 +397,7 @@ class Attribution:
 _ROOTS = {"Block": "layers", "Head": "head", "Embed": "embed_tokens"}
 
 
-def _without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
+def without_ones(shape: tuple[int, ...]) -> tuple[int, ...]:
     """The axes that matter, in an order that no transposition changes."""
     return tuple(sorted(n for n in shape if n > 1))
 

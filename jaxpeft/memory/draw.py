@@ -28,10 +28,15 @@ COLORS = {
     "loss": "#edc948",
     "workspace": "#76b7b2",
     "batch": "#9c755f",
+    "arguments": "#a0cbe8",
+    "outputs": "#ffbe7d",
     "constants": "#ff9da7",
     "fragmentation": "#d3d3d3",
     "unattributed": "#4d4d4d",
+    "arrays": "#4e79a7",
+    "executables": "#b07aa1",
 }
+_LIGHT = ("loss", "fragmentation", "constants", "workspace", "adapters", "arguments", "outputs")
 
 
 class Tile(NamedTuple):
@@ -182,7 +187,10 @@ def write_html(profile: Profile, path: Path, title: str = "") -> None:
 
 
 def _title(profile: Profile) -> str:
-    return f"Memory of the compiled step on {profile.platform.upper()}: {human_bytes(profile.total_bytes)}"
+    return (
+        profile.title
+        or f"Memory of the compiled step on {profile.platform.upper()}: {human_bytes(profile.total_bytes)}"
+    )
 
 
 def _unit(total: int) -> tuple[str, int]:
@@ -191,7 +199,7 @@ def _unit(total: int) -> tuple[str, int]:
 
 
 def _ink(category: str) -> str:
-    return "#222" if category in ("loss", "fragmentation", "constants", "workspace", "adapters") else "#fff"
+    return "#222" if category in _LIGHT else "#fff"
 
 
 def _label(tile: Tile, character: float, line: float) -> list[str]:

@@ -6,19 +6,23 @@ all write, among much else,
     *after_optimizations.hlo.pb             an HloProto: the program with `op_name` metadata, and the buffer assignment
     *after_optimizations-live-range.txt     the flattened schedule, and the live range of every value in it
 
-The field numbers below are those of xla/service/hlo.proto and xla/xla_data.proto. Protocol buffers never renumber
-fields, so a decoder of the wire format that takes the needed fields by number does not age and needs no protobuf.
+The field numbers below are those of xla/service/hlo.proto and xla/xla_data.proto.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple
 
+from jaxpeft import files
 from jaxpeft.errors import InputError
+from jaxpeft.memory.source import Frame, nearest
+from jaxpeft.memory.wire import Damaged, Message
 
 _HOST = 5  # XLA's number ("color") of the host's memory; 0 is the device's
 DUMP_OPTIONS = {"xla_dump_hlo_as_text": True, "xla_dump_hlo_as_proto": True}
@@ -37,6 +41,7 @@ class Instruction(NamedTuple):
     called: ids of the computations it calls; (condition, body) as XLA orders them: body first for a while.
     number: the parameter's number, or the index of a get-tuple-element.
     computation: id of the computation it is in.
+    frame: of the Python stack that made it, a key of `Program.sources`; 0 if the program does not say.
     """
 
     id: int
@@ -49,6 +54,7 @@ class Instruction(NamedTuple):
     target: str
     computation: int
     shape_proto: bytes
+    frame: int = 0
 
     def shape(self, index: Index = ()) -> tuple[str, tuple[int, ...]]:
         """(dtype, dimensions) of the array at `index`."""
@@ -86,6 +92,7 @@ class Program(NamedTuple):
     allocations, values: those in device memory (on a TPU: HBM; what is in VMEM or SMEM takes no HBM).
     platform: tpu, gpu or cpu.
     host_bytes: allocated in the host's memory.
+    sources: frame -> the nearest line of the user's code, such as "train.py:41 loss".
     """
 
     name: str
@@ -98,36 +105,91 @@ class Program(NamedTuple):
     allocations: dict[int, Allocation]
     values: list[Value]
     host_bytes: int
+    sources: Mapping[int, str] = MappingProxyType({})
 
 
-def read(folder: Path) -> Program:
-    """The program that a folder of XLA's dumps describes; of several, the one with the largest buffers.
+class Module(NamedTuple):
+    """A compiled function among a folder's dumps. bytes: of its buffers."""
+
+    name: str
+    path: Path
+    bytes: int
+
+
+FLAGS = 'XLA_FLAGS="--xla_dump_to=DIR --xla_dump_hlo_as_text --xla_dump_hlo_as_proto"'
+_SUFFIX = "after_optimizations.hlo.pb"
+_MOST = 2**31  # bytes of one file: what a protocol buffer may have
+
+
+def modules(folder: Path) -> list[Module]:
+    """The compiled functions that a folder of XLA's dumps describes, the one with the largest buffers first.
 
     Raises:
-      InputError: if the folder lacks the dumps.
+      InputError: if there is none, or a file is damaged.
     """
     found = []
-    for path in sorted(Path(folder).glob("*after_optimizations.hlo.pb")):
-        try:
-            proto = _Message(path.read_bytes())
-            sizes = [allocation.number(2) for allocation in proto.message(3).messages(3)]
-        except IndexError:
-            raise InputError(f"{path}: damaged or cut short; compile again with an empty xla_dump_to") from None
+    for path in sorted(Path(folder).glob(f"*{_SUFFIX}")):
+        with _whole(path):
+            sizes = [allocation.number(2) for allocation in _load(path).message(3).messages(3)]
         if sizes:
-            found.append((sum(sizes), path, proto))
+            found.append(Module(_name(path), path, sum(sizes)))
     if not found:
         raise InputError(
-            f"{folder}: no *after_optimizations.hlo.pb with a buffer assignment; compile with "
-            f"compiler_options={DUMP_OPTIONS} and xla_dump_to"
+            f"{folder}: no *{_SUFFIX} with a buffer assignment; compile with compiler_options={DUMP_OPTIONS} and "
+            f"xla_dump_to, or set {FLAGS}"
         )
-    path, proto = max(found, key=lambda item: item[0])[1:]
+    return sorted(found, key=lambda module: -module.bytes)
+
+
+def read(folder: Path, module: str | None = None) -> Program:
+    """The program that a folder of XLA's dumps describes; of several, the one with the largest buffers.
+
+    Args:
+      folder: of the dumps.
+      module: a part of the name of the only ones that are meant.
+
+    Raises:
+      InputError: if the folder lacks the dumps, they are damaged, or none has such a name.
+    """
+    found = modules(folder)
+    chosen = [one for one in found if module is None or module in one.name]
+    if not chosen:
+        raise InputError(f"{folder}: no module is called {module!r}; there are {listed(found)}")
+    path = chosen[0].path
     ranges = Path(str(path).removesuffix(".hlo.pb") + "-live-range.txt")
-    if not ranges.is_file():
-        raise InputError(f"{folder}: {ranges.name} is missing; compile with compiler_options={DUMP_OPTIONS}")
-    return _program(proto, ranges.read_text(), path.name)
+    missing = (
+        f"{folder}: {ranges.name} is missing; compile with compiler_options={DUMP_OPTIONS}, or set {FLAGS}: as text "
+        "too, not as proto alone"
+    )
+    text = files.read_text(ranges, missing, _MOST)
+    with _whole(path):
+        return _program(_load(path), text, path.name)
 
 
-def _program(proto: _Message, ranges: str, name: str) -> Program:
+def listed(found: list[Module], most: int = 8) -> str:
+    """The names of modules as part of a line."""
+    names = [module.name for module in found[:most]]
+    return ", ".join(names) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def _name(path: Path) -> str:
+    """module_0012.jit_step.sm_9.0_gpu_after_optimizations.hlo.pb -> module_0012.jit_step."""
+    return re.sub(r"\.[^.]*(?:\.\d+_gpu_|_)?" + re.escape(_SUFFIX) + "$", "", path.name)
+
+
+def _load(path: Path) -> Message:
+    return Message(files.read_bytes(path, f"{path}: is gone", _MOST))
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (Damaged, LookupError):
+        raise InputError(f"{path}: damaged or cut short; compile again with an empty xla_dump_to") from None
+
+
+def _program(proto: Message, ranges: str, name: str) -> Program:
     module, assignment = proto.message(1), proto.message(3)
     instructions, computations = {}, {}
     for computation in module.messages(3):
@@ -137,6 +199,7 @@ def _program(proto: _Message, ranges: str, name: str) -> Program:
             instructions[instruction.id] = instruction
             ids.append(instruction.id)
         computations[own] = tuple(ids), computation.number(6)
+    _check(instructions, computations, module.number(6))
     order, live = _live_ranges(ranges)
     allocations, values, host = {}, [], 0
     defined = {}
@@ -167,10 +230,19 @@ def _program(proto: _Message, ranges: str, name: str) -> Program:
         allocations=allocations,
         values=values,
         host_bytes=host,
+        sources=_sources(module.message(17)),
     )
 
 
-def _instruction(message: _Message, computation: int) -> Instruction:
+def _check(instructions: dict[int, Instruction], computations: dict[int, tuple[tuple[int, ...], int]], entry: int):
+    """Raises Damaged if something is named that is not there."""
+    named = {o for i in instructions.values() for o in i.operands} | {root for _, root in computations.values()}
+    called = {c for i in instructions.values() for c in i.called} | {entry}
+    if not named <= instructions.keys() or not called <= computations.keys():
+        raise Damaged("instructions are missing")
+
+
+def _instruction(message: Message, computation: int) -> Instruction:
     opcode = message.text(2)
     metadata = message.message(7)
     return Instruction(
@@ -184,10 +256,36 @@ def _instruction(message: _Message, computation: int) -> Instruction:
         target=message.text(28),
         computation=computation,
         shape_proto=message.raw(3),
+        frame=metadata.number(15),
     )
 
 
-def _allocation(message: _Message) -> Allocation:
+def _sources(index: Message) -> dict[int, str]:
+    """{frame: the nearest line of the user's code} of a module's StackFrameIndexProto, whose ids count from 1."""
+    names, functions = index.texts(1), index.texts(2)
+    places = [
+        Frame(_at(names, place.number(1)), _at(functions, place.number(2)), place.number(3))
+        for place in index.messages(3)
+    ]
+    stack = [(frame.number(1), frame.number(2)) for frame in index.messages(4)]
+    found = {}
+    for number in range(1, len(stack) + 1):
+        frames: list[Frame] = []
+        at = number
+        while 0 < at <= len(stack) and len(frames) < 200:
+            place, at = stack[at - 1]
+            if 0 < place <= len(places):
+                frames.append(places[place - 1])
+        if frame := nearest(frames):
+            found[number] = str(frame)
+    return found
+
+
+def _at(texts: list[str], number: int) -> str:
+    return texts[number - 1] if 0 < number <= len(texts) else ""
+
+
+def _allocation(message: Message) -> Allocation:
     parameter = message.number(5)
     kind = "parameter" if parameter else "constant" if message.number(12) else "temporary"
     if kind == "temporary" and message.number(7):
@@ -205,7 +303,7 @@ def _live_ranges(text: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
 
 @functools.lru_cache(maxsize=65536)
 def _shape(proto: bytes, index: Index) -> tuple[str, tuple[int, ...]]:
-    message = _Message(proto)
+    message = Message(proto)
     for i in index:
         parts = list(message.messages(4))
         if i >= len(parts):
@@ -213,73 +311,3 @@ def _shape(proto: bytes, index: Index) -> tuple[str, tuple[int, ...]]:
         message = parts[i]
     kind = message.number(2)
     return _DTYPES[kind] if kind < len(_DTYPES) else f"type{kind}", message.numbers(3)
-
-
-class _Message:
-    """One message of the wire format, its fields by number."""
-
-    def __init__(self, data: bytes):
-        self._fields: dict[int, list[Any]] = {}
-        for number, value in _fields(data):
-            self._fields.setdefault(number, []).append(value)
-
-    def number(self, field: int) -> int:
-        return self._fields.get(field, [0])[-1]
-
-    def raw(self, field: int) -> bytes:
-        return self._fields.get(field, [b""])[-1]
-
-    def text(self, field: int) -> str:
-        return self.raw(field).decode(errors="replace")
-
-    def message(self, field: int) -> _Message:
-        return _Message(self.raw(field))
-
-    def messages(self, field: int) -> Iterator[_Message]:
-        return map(_Message, self._fields.get(field, []))
-
-    def numbers(self, field: int) -> tuple[int, ...]:
-        """A repeated integer, packed or not."""
-        found: list[int] = []
-        for value in self._fields.get(field, []):
-            if isinstance(value, int):
-                found.append(value)
-                continue
-            at = 0
-            while at < len(value):
-                number, at = _varint(value, at)
-                found.append(number)
-        return tuple(found)
-
-
-def _fields(data: bytes) -> Iterator[tuple[int, Any]]:
-    at, end = 0, len(data)
-    while at < end:
-        tag, at = _varint(data, at)
-        kind = tag & 7
-        if kind == 0:
-            value, at = _varint(data, at)
-            yield tag >> 3, value
-            continue
-        size = 8
-        if kind == 2:
-            size, at = _varint(data, at)
-        elif kind == 5:
-            size = 4
-        elif kind != 1:
-            raise IndexError(f"wire type {kind} at byte {at}: not a protocol buffer")
-        if at + size > end:
-            raise IndexError(f"{size} bytes at {at} end after {end}")
-        yield tag >> 3, data[at : at + size]
-        at += size
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    value = shift = 0
-    while True:
-        byte = data[at]
-        at += 1
-        value |= (byte & 127) << shift
-        if byte < 128:
-            return value, at
-        shift += 7

@@ -24,6 +24,7 @@ moment is "fragmentation", so that the categories add up to the compiler's total
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +32,10 @@ from typing import Any, NamedTuple
 from jaxpeft.memory import hlo
 from jaxpeft.memory.attribution import CATEGORIES, Attribution, Buffer, Owner, Owners, step_owners
 from jaxpeft.memory.dataflow import Dataflow
+from jaxpeft.train.report import human_bytes
 
-__all__ = ["CATEGORIES", "Buffer", "Owner", "Owners", "Profile", "profile", "read", "step_owners", "table", "to_json"]
+__all__ = ["CATEGORIES", "Buffer", "Owner", "Owners", "Profile", "profile", "read", "step_owners", "table", "text"]
+__all__ += ["to_json"]
 
 
 class Profile(NamedTuple):
@@ -46,6 +49,7 @@ class Profile(NamedTuple):
     timeline: (position, {category: live bytes}) at every position where something changes, fragmentation excluded.
     unattributed_bytes: of the buffers that have no owner.
     host_bytes: in the host's memory (what is offloaded); in none of the above.
+    title: what it is of, as pictures and pages say it; "" leaves that to them.
     """
 
     platform: str
@@ -57,6 +61,30 @@ class Profile(NamedTuple):
     timeline: tuple[tuple[int, dict[str, int]], ...]
     unattributed_bytes: int
     host_bytes: int
+    title: str = ""
+
+    def __str__(self) -> str:
+        return text(self)
+
+    def table(self, limit: int = 20) -> list[dict[str, Any]]:
+        """The largest owners; see `table`."""
+        return table(self, limit)
+
+    def to_json(self, limit: int = 100) -> dict[str, Any]:
+        """As JSON can hold it; see `to_json`."""
+        return to_json(self, limit)
+
+    def write_html(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Writes a page that needs nothing else: the timeline, the treemap of the peak, the owners."""
+        from jaxpeft.memory import draw
+
+        draw.write_html(self, Path(path), title)
+
+    def write_png(self, path: str | os.PathLike[str], title: str = "") -> None:
+        """Writes the timeline and the treemap as a picture."""
+        from jaxpeft.memory import draw
+
+        draw.write_png(self, Path(path), title)
 
     @property
     def categories(self) -> dict[str, int]:
@@ -76,11 +104,11 @@ def read(dump: Path, owners: Owners) -> Profile:
     return profile(hlo.read(Path(dump)), owners)
 
 
-def profile(program: hlo.Program, owners: Owners) -> Profile:
-    """The profile of a program."""
+def profile(program: hlo.Program, owners: Owners, attribution: type[Attribution] = Attribution) -> Profile:
+    """The profile of a program, whose owners `attribution` finds."""
     flow = Dataflow(program)
     placed = _placed(program, flow)
-    attribute = Attribution(program, flow, owners)
+    attribute = attribution(program, flow, owners)
     spans: list[tuple[Buffer, int, int]] = []  # buffers of the block of temporaries, and when they are live
     fixed: list[Buffer] = []
     end = max(len(program.order), 1)
@@ -139,6 +167,34 @@ def table(profile: Profile, limit: int = 20) -> list[dict[str, Any]]:
         rows.append(("", f"{len(rest)} further owners", count, size))
     names = ("category", "owner", "arrays", "bytes")
     return [dict(zip(names, row, strict=True)) | {"share": row[3] / max(profile.total_bytes, 1)} for row in rows]
+
+
+def text(profile: Profile, limit: int = 20) -> str:
+    """The categories and the largest owners as lines of text."""
+
+    def size(count: int) -> list[str]:
+        return [human_bytes(count), f"{count / max(profile.total_bytes, 1):.1%}"]
+
+    def aligned(rows: list[list[str]], left: int) -> list[str]:
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return [
+            "   ".join(f"{w:{'<' if i < left else '>'}{n}}" for i, (w, n) in enumerate(zip(row, widths, strict=True)))
+            for row in rows
+        ]
+
+    first = f"{profile.title}\n" if profile.title else ""
+    categories = [[name, *size(count)] for name, count in profile.categories.items()]
+    owners = [[row["owner"], row["category"], str(row["arrays"]), *size(row["bytes"])] for row in table(profile, limit)]
+    lines = [
+        f"{first}peak {human_bytes(profile.total_bytes)}, {profile.platform}",
+        "",
+        *aligned([["category", "bytes", "share"], *categories], 1),
+        "",
+        *aligned([["owner", "category", "arrays", "bytes", "share"], *owners], 2),
+    ]
+    if profile.host_bytes:
+        lines.insert(1, f"in the host's memory {human_bytes(profile.host_bytes)}")
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def to_json(profile: Profile, limit: int = 100) -> dict[str, Any]:

@@ -269,7 +269,12 @@ def compile(
     shardings = {"in_shardings": in_shardings} if in_shardings is not None else {}
     shardings |= {"out_shardings": out_shardings} if out_shardings is not None else {}
     default = None if in_shardings is not None else SingleDeviceSharding(devices(target)[0])
-    lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*_abstract(args, default))
+    lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*abstract(args, default))
+    return compile_lowered(target, lowered, dump)
+
+
+def compile_lowered(target: Target, lowered: Any, dump: str | os.PathLike[str] | None = None) -> Compiled:
+    """What `compile` does with a function that is lowered for the target's devices."""
     executable, refusal = None, None
     with _dump_folder(target, dump) as folder:
         options: dict[str, Any] = _GPU_OPTIONS if target.platform == "cuda" else {}
@@ -305,7 +310,7 @@ _REFUSED = re.compile(r"Ran out of memory (on|in memory space) hbm", re.IGNORECA
 _NO_TOOLKIT = re.compile("No PTX compilation provider|libdevice not found")  # the wheels nvidia-cuda-nvcc, nvidia-nvvm
 
 
-def _abstract(args: Any, default: SingleDeviceSharding | None) -> Any:
+def abstract(args: Any, default: SingleDeviceSharding | None) -> Any:
     """Arguments as ShapeDtypeStructs; an array's own device, which is not the target's, is forgotten."""
 
     def leaf(x: Any) -> jax.ShapeDtypeStruct:
