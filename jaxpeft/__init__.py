@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jaxpeft.on_demand import imports
 
 if TYPE_CHECKING:
+    from jaxpeft.backward.policy import checkpoint_policy
     from jaxpeft.backward.residuals import remat
     from jaxpeft.errors import InputError, RunError
     from jaxpeft.hf import load_pretrained, save_pretrained
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from jaxpeft.model import Model, Stack, from_nnx
     from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.train.loss import classification_loss, completion_loss
+    from jaxpeft.train.masked import masked, trainable_mask
     from jaxpeft.train.run import Run, run
     from jaxpeft.train.state import TrainState, init_state
     from jaxpeft.train.step import make_train_step
@@ -51,6 +53,7 @@ _MODULE_OF = {
     "Stack": "model",
     "TrainState": "train.state",
     "chain": "method",
+    "checkpoint_policy": "backward.policy",
     "classification_loss": "train.loss",
     "combine": "tree",
     "completion_loss": "train.loss",
@@ -70,6 +73,7 @@ _MODULE_OF = {
     "lora_fa": "methods.lora_fa",
     "lst": "methods.lst",
     "make_train_step": "train.step",
+    "masked": "train.masked",
     "meft": "methods.meft",
     "paca": "methods.paca",
     "quantize": "methods.quantize",
@@ -83,6 +87,7 @@ _MODULE_OF = {
     "setup": "method",
     "sherl": "methods.sherl",
     "split": "tree",
+    "trainable_mask": "train.masked",
     "unipt": "methods.unipt",
     "vqt": "methods.vqt",
 }
