@@ -1,7 +1,7 @@
 """A memory plan as a policy of `jax.checkpoint`, and the layers run under one.
 
-Saved, recomputed and offloaded is by name (`jax.ad_checkpoint.checkpoint_name`), as with JAX's own policies, which these
-are (`jax.checkpoint_policies`). What a policy cannot do that our own loops (`residuals.py`) can:
+Saved, recomputed and offloaded is by name (`jax.ad_checkpoint.checkpoint_name`), with JAX's own policies
+(`jax.checkpoint_policies`). What a policy cannot do that our own loops (`residuals.py`) can:
 
     compress          a policy says where a value lies, not what is made of it
     tokens            it acts inside one call of a block, and cannot divide the rows of its input
@@ -184,7 +184,7 @@ def _loop(block, segment, layers, inputs, key) -> tuple[Loop, list[Any]]:
 
 
 def _differentiated(loop, inputs, trained) -> list[bool]:
-    """Of each leaf, whether it may be differentiated; the tables that belong to rows are not, nor are packed kernels."""
+    """Of each leaf, whether it may be differentiated: not what belongs to rows, and no packed kernel."""
     packed: list[bool] = []
     for node in jax.tree.leaves(inputs, is_leaf=is_packed):
         packed += [is_packed(node)] * len(jax.tree.leaves(node))

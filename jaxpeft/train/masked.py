@@ -50,7 +50,8 @@ def masked(method: Method, optimizer: optax.GradientTransformation) -> optax.Gra
     """An optimizer over the whole parameter tree that changes what the method trains, and nothing else.
 
     Two `optax.masked`: the method's own form of the optimizer (LoRA+'s rates, ...) on the trained leaves, zeros on all
-    others. After any number of steps the leaves are those of `make_train_step` with the same optimizer, to the bit.
+    others. Given the same gradients, the leaves are those of `make_train_step` with the same optimizer to the bit. (Two
+    programs may round gradients differently: most methods' are equal compiled, too.)
 
     Args:
       method: the method.

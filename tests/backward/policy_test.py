@@ -16,6 +16,7 @@ from jaxpeft.backward import residuals
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.plan import Plan
 from jaxpeft.errors import InputError
+from jaxpeft.memory import planner, targets
 from tests import tiny
 from tests.backward.residuals_test import gradients, packed, same, start
 
@@ -53,7 +54,7 @@ NONE = products(block)
 @pytest.mark.parametrize(
     ("plan", "again", "later"),
     [
-        ("everything", 0, False),
+        ("everything", 0, True),
         ("blocks", 3, False),
         ("matmuls", 0, True),
         ("up=save", 2, False),
@@ -68,7 +69,7 @@ NONE = products(block)
 def test_what_is_computed_again(flag, plan, again, later):
     """By hand; `later`: what JAX 0.10 recomputes under its flag, as is documented."""
     run = jax.checkpoint(block, policy=jp.checkpoint_policy(plan))
-    if not (flag and later):
+    if not (flag and later and not LATER):
         assert products(run) - NONE == again
     wanted = jax.grad(lambda w: block(X, w).sum())(W)
     np.testing.assert_allclose(jax.jit(jax.grad(lambda w: run(X, w).sum()))(W), wanted, rtol=1e-5, atol=1e-6)
@@ -84,9 +85,10 @@ def test_a_block_says_which_names_spare_its_products(flag):
 
 def test_what_is_offloaded_lies_in_the_hosts_memory():
     policy = jp.checkpoint_policy("down=offload")
-    text = str(jax.make_jaxpr(jax.grad(lambda w: jax.checkpoint(block, policy=policy)(X, w).sum()))(W))
-    assert re.search(r"<host>|pinned_host|MemorySpace.Host|Space.Host", text)
-    assert not re.search(r"<host>|pinned_host|Host", text.replace(text, "")) and "device_put" in text
+    run = jax.checkpoint(block, policy=policy)
+    text = str(jax.make_jaxpr(jax.grad(lambda w: run(X, w).sum()))(W))
+    assert text.count("device_put[") == 2  # there and back
+    assert "device_put[" not in str(jax.make_jaxpr(jax.grad(lambda w: block(X, w).sum()))(W))
 
 
 @pytest.mark.parametrize(
@@ -141,7 +143,8 @@ def test_in_the_forms_that_take_a_policy(kind):
     else:
         body = jax.checkpoint(lambda x, w: (block(x, w), None), policy=policy, prevent_cse=False)
         function = lambda x, w: jax.lax.scan(body, x, w[None])[0]
-    assert products(function) - NONE == 2
+    # A scan differentiates what it carries: the stream's gradient is a product more.
+    assert products(function) - NONE == 2 + (kind == "scan")
     wanted = jax.grad(lambda w: block(X, w).sum())(W)
     np.testing.assert_allclose(jax.grad(lambda w: function(X, w).sum())(W), wanted, rtol=1e-5, atol=1e-6)
 
@@ -212,3 +215,25 @@ def test_refusals_of_a_model():
         jp.remat(model, "matmuls", form="rings")
     with pytest.raises(InputError, match="no activation is called 'gate'"):
         gradients(jp.remat(model, "gate=save", form="policy"), trainable, frozen, packed())
+
+
+def test_a_planned_step():
+    """What a row of the plan says of both forms: the same kept bytes and products, one block's rows taken at once."""
+    rows = {}
+    for form in residuals.FORMS:
+        step = planner.make_step(tiny.CONFIG, jp.lora(2), 4, 16, "blocks,gate_proj=save", jnp.float32, form=form)
+        rows[form] = planner.row(step, targets.target("cpu"))
+    policy, loops = rows["policy"], rows["loops"]
+    assert (policy["remat"], loops["remat"]) == ("policy", "loops")
+    assert policy["bytes"]["activations"] == loops["bytes"]["activations"] == 4 * 16 * 4 * 3 * (32 + 56)
+    assert (policy["flops"], policy["recompute_flops"]) == (loops["flops"], loops["recompute_flops"])
+
+
+def test_a_run(tmp_path):
+    """Its losses are those of the loops, its report names the form, and it is resumed under no other."""
+    fields = {"rank": 2, "steps": 2, "batch_size": 2, "seq_len": 32, "samples": 0, "eval_every": 0, "save": "blocks"}
+    reports = {form: jp.run(**fields, out=tmp_path / form, remat=form) for form in residuals.FORMS}
+    assert [reports[form]["remat"] for form in residuals.FORMS] == list(residuals.FORMS)
+    np.testing.assert_allclose(reports["policy"]["train_loss"], reports["loops"]["train_loss"], rtol=1e-5)
+    with pytest.raises(InputError, match="--remat policy -> loops"):
+        jp.run(**fields, out=tmp_path / "policy", resume=True)
