@@ -164,8 +164,8 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
 
     Returns:
       {"target", "save", "remat", "batch_size", "seq_len", "bytes": {...}, "host_bytes", "device_bytes", "fits",
-      "flops", "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all; device_bytes is what a run may take
-      of the device's memory.
+      "flops", "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all; device_bytes is what a
+      run may take of the device's memory.
 
     Raises:
       InputError: for a slice whose devices do not divide the rows.

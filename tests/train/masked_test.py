@@ -57,8 +57,10 @@ def same(found, wanted):
 
 
 def check_with_shared_gradients(name):
-    """Gradients of both differ at most by rounding, which Adam makes large where they are nearly zero; with the gradients
-    of one program for both, ten steps are equal to the bit."""
+    """Gradients of both differ at most by rounding, which Adam makes large where they are nearly zero.
+
+    With the gradients of one program for both, ten steps are equal to the bit.
+    """
     method, (model, trainable, rest) = made(name), start(name)
     loss = lambda params, key: jp.completion_loss(model, params, tiny.batch(), key)[0]
     keys = [jax.random.fold_in(jax.random.key(1), i) for i in range(STEPS)]
