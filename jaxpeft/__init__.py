@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jaxpeft.on_demand import imports
 
 if TYPE_CHECKING:
+    from jaxpeft.backward.policy import checkpoint_policy
     from jaxpeft.backward.residuals import remat
     from jaxpeft.errors import InputError, RunError
     from jaxpeft.hf import load_pretrained, save_pretrained
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from jaxpeft.nnx import carry, from_nnx, to_nnx
     from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.train.loss import classification_loss, completion_loss
+    from jaxpeft.train.masked import masked, trainable_mask
     from jaxpeft.train.run import Run, run
     from jaxpeft.train.state import TrainState, init_state
     from jaxpeft.train.step import make_train_step
@@ -54,6 +56,7 @@ _MODULE_OF = {
     "TrainState": "train.state",
     "carry": "nnx",
     "chain": "method",
+    "checkpoint_policy": "backward.policy",
     "classification_loss": "train.loss",
     "combine": "tree",
     "completion_loss": "train.loss",
@@ -73,6 +76,7 @@ _MODULE_OF = {
     "lora_fa": "methods.lora_fa",
     "lst": "methods.lst",
     "make_train_step": "train.step",
+    "masked": "train.masked",
     "meft": "methods.meft",
     "paca": "methods.paca",
     "quantize": "methods.quantize",
@@ -89,6 +93,7 @@ _MODULE_OF = {
     "sherl": "methods.sherl",
     "split": "tree",
     "to_nnx": "nnx",
+    "trainable_mask": "train.masked",
     "unipt": "methods.unipt",
     "vqt": "methods.vqt",
 }

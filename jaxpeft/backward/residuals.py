@@ -29,9 +29,10 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import typing
 import zlib
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +47,22 @@ from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model, Stack, scan_layers, takes_stacks, through_blocks
 
+Form = Literal["loops", "policy"]
+FORMS = typing.get_args(Form)
+
 
 def default_plan(model: Model) -> Plan:
     """`matmuls`; `everything` for a model that runs its layers in a way of its own, or shows none."""
     return Plan("matmuls" if model.stack.run is scan_layers else "everything")
 
 
-def remat(model: Model, save: str | Plan = "matmuls", shards: int = 1) -> Model:
+def remat(
+    model: Model,
+    save: str | Plan = "matmuls",
+    shards: int = 1,
+    form: Form = "loops",
+    trained: Callable[[str], bool] | None = None,
+) -> Model:
     """The model with its layers' residuals under a plan.
 
     Apply it last, after `setup`: it acts on the blocks as methods have changed them. Outputs are those of the model,
@@ -63,17 +73,26 @@ def remat(model: Model, save: str | Plan = "matmuls", shards: int = 1) -> Model:
       model: a model of stacked layers.
       save: a plan, or its text (see `parse`).
       shards: devices over which the rows of a batch are divided.
+      form: "loops", our own, which take a few rows at a time and can compress; or "policy", a scan over
+        `jax.checkpoint` of the block under the plan as a policy (`checkpoint_policy`), which takes all rows at once.
+      trained: for a policy: path -> whether the leaf may be differentiated, which tells what the backward pass reads
+        (`method.changes`); None: all may.
 
     Raises:
-      InputError: for a plan that cannot be read, or a model whose layers are not run by the ordinary scan. When traced:
-        for a name that no activation has.
+      InputError: for a plan that cannot be read, or that a policy cannot do, or a model whose layers are not run by the
+        ordinary scan. When traced: for a name that no activation has.
     """
     plan = parse(save)
+    if form not in FORMS:
+        raise InputError(f"--remat {form!r}: unknown form; known: {', '.join(FORMS)}")
     if plan.preset == "everything":
         return model
     if model.stack.run is not scan_layers:
         raise InputError(f"--save {plan}: this model runs its layers in its own way; use --save everything")
+    if form == "policy":
+        from jaxpeft.backward import policy  # which records its segments here
 
+        return model._replace(stack=model.stack._replace(run=policy.planned(policy.checked(plan), trained)))
     return model._replace(stack=model.stack._replace(run=planned(plan, shards)))
 
 

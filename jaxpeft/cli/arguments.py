@@ -48,6 +48,9 @@ class StepArguments:
     save: str | None = None
     """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION. Default:
     matmuls, or everything where the method runs the layers in its own way."""
+    remat: Literal["loops", "policy"] = "loops"
+    """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
+    takes all rows at once and cannot compress."""
     target: str = "cpu"
     """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu, or a slice of TPUs such as v5p:4x4x4."""
 

@@ -44,6 +44,8 @@ def run(args: Plan) -> dict[str, Any]:
     check_step(args)
     if args.budget is not None and args.save is not None:
         raise InputError(f"--save {args.save}: --budget searches the plan; leave one of them out")
+    if args.budget is not None and args.remat != "loops":
+        raise InputError(f"--remat {args.remat}: --budget searches plans of the loops; leave it out, or name a --save")
     if args.budget is None and args.actions is not None:
         raise InputError(f"--actions {args.actions}: says what --budget may do; add --budget")
     budget = None if args.budget is None else parse_bytes("--budget", args.budget)
@@ -77,7 +79,7 @@ def run(args: Plan) -> dict[str, Any]:
         return models.compute_dtype(config, args.dtype, device.platform)
 
     def make(method, device, plan, batch_size=args.batch_size, seq_len=args.seq_len):
-        layout = (True, args.accumulate, device.chips, args.task, args.num_labels)
+        layout = (True, args.accumulate, device.chips, args.task, args.num_labels, args.remat)
         return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout)
 
     rows = []
@@ -189,7 +191,7 @@ def show(document: dict[str, Any]) -> None:
     )
     console.print(table)
     for row in rows:
-        notes = [f"--save {row['save']}"]
+        notes = [f"--save {row['save']}" + (" --remat policy" if row["remat"] == "policy" else "")]
         if row["host_bytes"]:
             notes.append(f"{digits(row['host_bytes'])} {unit} in the host's memory")
         if "largest_batch" in row:

@@ -62,7 +62,7 @@ def run(args: Profile) -> dict[str, Any]:
         raise InputError(f"--method {args.method}: one at a time; `jaxpeft plan` compares several")
     name, method = chosen[0]
     dtype = models.compute_dtype(config, args.dtype, device.platform)
-    layout = (True, args.accumulate, device.chips, args.task, args.num_labels)
+    layout = (True, args.accumulate, device.chips, args.task, args.num_labels, args.remat)
     step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout)
     print(f"compiling {name} for {device.name}, {step.plan}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="jaxpeft-profile-") as scratch:
@@ -95,7 +95,8 @@ def show(document: dict[str, Any]) -> None:
     console = rich.console.Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(
         f"{document['model']}, {document['method']}, batch {document['batch_size']} x {document['seq_len']} tokens, "
-        f"{document['dtype']}, {document['target']}, --save {document['save']}, JAX {document['jax']}\n"
+        f"{document['dtype']}, {document['target']}, --save {document['save']}"
+        f"{' --remat policy' if document['remat'] == 'policy' else ''}, JAX {document['jax']}\n"
         f"peak {human_bytes(found['total_bytes'])} of {human_bytes(document['device_bytes'])}",
         soft_wrap=True,
     )

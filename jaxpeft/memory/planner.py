@@ -45,7 +45,7 @@ class Step(NamedTuple):
     state: TrainState of ShapeDtypeStructs.  batch: {name: ShapeDtypeStruct}.
     base: the base model's paths, without a classifier's.  model: under its memory plan.  plan: that plan.
     accumulate: micro-batches.  task: what it is for.  rows, length: of a batch; the length in tokens.
-    backward: whether there is a backward pass.
+    backward: whether there is a backward pass.  form: how the plan is carried out.
     """
 
     function: Callable[..., Any]
@@ -59,6 +59,7 @@ class Step(NamedTuple):
     rows: int
     length: int
     backward: bool
+    form: residuals.Form = "loops"
 
 
 def make_step(
@@ -73,6 +74,7 @@ def make_step(
     shards: int = 1,
     task: str = "lm",
     num_labels: int | None = None,
+    form: residuals.Form = "loops",
 ) -> Step:
     """The step of `jaxpeft train` for a model's configuration; nothing is allocated.
 
@@ -87,6 +89,7 @@ def make_step(
       shards: devices over which the rows are divided.
       task: a name of `jaxpeft.train.task.TASKS`.
       num_labels: that rows are classified as; None: those of the configuration, or 2.
+      form: how the plan is carried out (see `residuals.remat`).
 
     Raises:
       InputError: for a configuration, method or plan that cannot be used.
@@ -98,7 +101,7 @@ def make_step(
     of_base = jax.eval_shape(lambda key: base.init(key, {}), key)
     model, trainable, rest = _set_up(method, base, key, of_base)
     plan = residuals.default_plan(model) if save is None else parse(save)
-    model = residuals.remat(model, plan, shards)
+    model = residuals.remat(model, plan, shards, form, method.changes)
     optimizer = make_direction(defaults(method.specs).direction or "adam")
     state = jax.eval_shape(functools.partial(init_state, method, optimizer, model=model), trainable, rest, key)
     batch = own.shapes(base.config, batch_size, seq_len, packed)
@@ -107,7 +110,7 @@ def make_step(
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
     backward = objective_of(model, method, state.leaves, own.loss).backward
-    return Step(function, state, batch, paths, model, plan, accumulate, own, batch_size, length, backward)
+    return Step(function, state, batch, paths, model, plan, accumulate, own, batch_size, length, backward, form)
 
 
 def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, tree.Flat, tree.Flat]:
@@ -160,9 +163,9 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     """A row of the plan: the step compiled for a target. On a slice, rows are divided over its devices.
 
     Returns:
-      {"target", "save", "batch_size", "seq_len", "bytes": {...}, "host_bytes", "device_bytes", "fits", "flops",
-      "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all; device_bytes is what a run may take
-      of the device's memory.
+      {"target", "save", "remat", "batch_size", "seq_len", "bytes": {...}, "host_bytes", "device_bytes", "fits",
+      "flops", "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all; device_bytes is what a
+      run may take of the device's memory.
 
     Raises:
       InputError: for a slice whose devices do not divide the rows.
@@ -172,6 +175,7 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     return {
         "target": target.name,
         "save": str(step.plan),
+        "remat": step.form,
         "batch_size": step.rows,
         "seq_len": step.length,
         "bytes": account(compiled.memory, step.state, step.base, traced.activations // target.chips, step.backward),

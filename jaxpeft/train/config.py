@@ -124,6 +124,7 @@ class Report(TypedDict):
     memory_bytes: dict[documents.Text, documents.Number]
     sample: _Sample | None
     dtype: NotRequired[documents.Text | None]
+    remat: NotRequired[documents.Text]
     compile_cache: NotRequired[documents.Text | None]
 
 
@@ -268,6 +269,8 @@ def _meaning(name: str, value: Any) -> Any:
     """What a field is compared by: options by their values, in any order."""
     if name == "rope_scaling" and value is not None:
         return rotary.parse(value)
+    if name == "remat":
+        return value or "loops"  # a run from before there was a choice
     return recipe.read(value or ()) if name == "method_options" else value
 
 

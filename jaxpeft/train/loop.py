@@ -396,6 +396,7 @@ class _Run:
                 program, job.model, job.method, state, batch, job.base, self.args.accumulate, job.task.loss
             ),
             dtype=str(self.args.dtype),
+            remat=self.args.remat,
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,

@@ -100,7 +100,7 @@ def prepare(args: Run) -> Job:
     }
     model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, data.batches)
     plan = plan or residuals.default_plan(model)
-    model = residuals.remat(model, plan)
+    model = residuals.remat(model, plan, form=args.remat, trained=method.changes)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
     optimizer = make_direction(defaults(method.specs).direction or "adam", args.clip)
     state = init_state(method, optimizer, trainable, rest, run_key, model)

@@ -135,7 +135,8 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 
 def _computed(report: Mapping[str, Any]) -> str:
-    return f" in {report['dtype']}" if report.get("dtype") else ""
+    form = " under jax.checkpoint" if report.get("remat") == "policy" else ""
+    return (f" in {report['dtype']}" if report.get("dtype") else "") + form
 
 
 def _kept(report: Mapping[str, Any]) -> str:

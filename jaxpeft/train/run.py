@@ -102,6 +102,9 @@ class Run:
     save: str | None = None
     """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION, as
     `jaxpeft plan` prints it. Default: matmuls, or everything where the method runs the layers in its own way."""
+    remat: Literal["loops", "policy"] = "loops"
+    """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
+    takes all rows at once and cannot compress."""
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""
 

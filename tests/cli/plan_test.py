@@ -93,6 +93,8 @@ def test_a_budget_prints_a_plan_that_it_takes_back(config, capsys):
         (["--budget", "1GiB", "--actions", "save,zip"], "unknown action 'zip'"),
         (["--actions", "save"], "--actions save: says what --budget may do; add --budget"),
         (["--budget", "1GiB", "--save", "blocks"], "--save blocks: --budget searches the plan"),
+        (["--budget", "1GiB", "--remat", "policy"], "--remat policy: --budget searches plans of the loops"),
+        (["--save", "compressed", "--remat", "policy"], "compressed cannot be: a policy says where a value lies"),
         (["--picture", "bars.txt"], "--picture bars.txt: must end with .png, .svg or .pdf"),
         (["--picture", "absent/bars.png"], "--picture absent/bars.png: there is no folder absent"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
