@@ -38,7 +38,8 @@ def profile(
       function: as for `jax.jit`; one that is jitted already keeps its own donated and static arguments.
       *args: pytrees of `ShapeDtypeStruct`s or arrays.
       target: a name of `jaxpeft plan --target`.
-      donate_argnums, static_argnums: as for `jax.jit`.
+      donate_argnums: as for `jax.jit`.
+      static_argnums: likewise.
       categories: an argument's path ("params/dense/kernel": the argument's name, then the keys) -> one of
         `jaxpeft.memory.profile.CATEGORIES`, or None to have it guessed. Without it all are guessed: `foreign.guess`.
       dump: a folder for XLA's files.
