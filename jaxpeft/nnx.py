@@ -27,7 +27,7 @@ from flax import linen, nnx
 
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
-from jaxpeft.linen import Linear, Product, letters, parts_of, product_of_equation, product_over_axes
+from jaxpeft.linear import Linear, Product, letters, parts_of, product_of_equation, product_over_axes
 from jaxpeft.method import MOVED, Leaves, Method, trains
 from jaxpeft.model import Batch, Context, Model, opaque
 from jaxpeft.quant import Folded, fold, unfolded, unfolded_all

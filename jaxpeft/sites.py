@@ -35,10 +35,10 @@ import jax.numpy as jnp
 
 from jaxpeft import patterns, tree
 from jaxpeft.errors import InputError
-from jaxpeft.linen import product
+from jaxpeft.linear import KINDS, product
 from jaxpeft.model import Context, Model, reads_stacks
 from jaxpeft.models.layers import Dense
-from jaxpeft.quant import dot, is_linear, low_rank_dot
+from jaxpeft.quant import dot, is_linear, is_packed, low_rank_dot
 from pallas_kernels.stacked import taken
 
 AdapterFor = Callable[[str], nn.Module]
@@ -195,7 +195,7 @@ def attach(
         own = _Entry(name, adapter_for, prefix, ctx, chosen, set())
         token = _entries.set((*_entries.get(), own))
         try:
-            with nn.intercept_methods(_intercept):
+            with intercepted():
                 yield own.called
         finally:
             _entries.reset(token)
@@ -314,16 +314,22 @@ def _product(kernel: Any, x: jax.Array) -> jax.Array:
     return dot(x, kernel)
 
 
+def intercepted() -> contextlib.AbstractContextManager[None]:
+    """In which Linen modules run with the adapters in force, and products read packed kernels."""
+    return nn.intercept_methods(_intercept)
+
+
 def _intercept(next_function, args, kwargs, context):
     """Of the adapters in force, those of this module, one around the other; the last to be entered is the outermost.
 
+    Flax's modules compute with arrays alone: where their kernel is packed, the product is ours without adapters, too.
     Every adapter in force enters this function once more, and the first call of them does the work of all.
     """
     module = context.module
     ours = isinstance(module, Dense) and context.method_name == "linear"
-    linen = isinstance(module, (nn.Dense, nn.DenseGeneral, nn.Einsum)) and context.method_name == "__call__"
+    linen = isinstance(module, KINDS) and context.method_name == "__call__"
     own = [entry for entry in _entries.get() if entry.at(module)] if ours or linen else []
-    if not own:
+    if not own and not (linen and is_packed(module.get_variable("params", "kernel"))):
         return next_function(*args, **kwargs)
     back: Callable[[jax.Array], jax.Array] = lambda y: y
     if ours:

@@ -9,7 +9,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
-from jaxpeft.quant import Folded
+from jaxpeft.quant import Folded, is_packed
 
 X = jax.random.normal(jax.random.key(0), (3, 6, 8))
 
@@ -221,3 +221,68 @@ def test_other_collections_are_read():
     adapted, trainable, frozen = jp.setup(jp.lora(2), model, variables["params"], jax.random.key(0))
     expected = module.apply({"params": variables["params"], "batch_stats": statistics}, X)
     np.testing.assert_allclose(adapted.apply(jp.combine(trainable, frozen), {"x": X}), expected, atol=1e-6)
+
+
+def squares(model, params, batch, key):
+    return jnp.mean((model.apply(params, batch) - 1) ** 2), {"weight": jnp.ones(())}
+
+
+def stepper(method, model, trainable, frozen):
+    """(a compiled step of Adam, its first state)."""
+    optimizer = optax.adam(1e-2)
+    state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(1))
+    return jax.jit(jp.make_train_step(model, method, optimizer, squares)).lower(state, {"x": X}).compile(), state
+
+
+@pytest.mark.parametrize(("name", "format"), [("attention", "int8"), ("scanned", "nf4"), ("equations", "int4")])
+def test_a_packed_base_computes_trains_and_merges(name, format):
+    """All kernels are packed, those of the sites without an adapter, too; merged, they have their module's shapes."""
+    module, expected = MODULES[name]
+    model = jp.from_linen(module, {"x": X})
+    own = module.init(jax.random.key(3), X)["params"]
+    target = sorted(expected)[0]
+    method = jp.chain(jp.quantize(format), jp.lora(2, targets=[target]))
+    adapted, trainable, frozen = jp.setup(method, model, own, jax.random.key(0))
+    assert {path.removesuffix("/kernel") for path, leaf in frozen.items() if is_packed(leaf)} == expected
+    start = adapted.apply(jp.combine(trainable, frozen), {"x": X})
+    base = method.merge(jp.combine(trainable, frozen))
+    assert jax.tree.map(jnp.shape, base) == jax.tree.map(jnp.shape, own)
+    np.testing.assert_allclose(start, module.apply({"params": base}, X), rtol=1e-5, atol=1e-5)
+    assert np.abs(start - module.apply({"params": own}, X)).max() > 1e-4
+    step, state = stepper(method, adapted, trainable, frozen)
+    losses = []
+    for _ in range(5):
+        state, metrics = step(state, {"x": X})
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0]
+    merged = method.merge(state.params)
+    np.testing.assert_allclose(
+        adapted.apply(state.params, {"x": X}), module.apply({"params": merged}, X), rtol=2e-4, atol=2e-4
+    )
+
+
+def test_a_step_over_a_packed_base_is_given_four_bits():
+    """What the compiled step takes is less than that of LoRA alone by what packing spares of each kernel."""
+    model = jp.from_linen(Scanned(), {"x": X})
+    params, sizes = model.init(jax.random.key(3), {}), {}
+    quantized = jp.chain(jp.quantize("int4"), jp.lora(2))
+    for method in (jp.lora(2), quantized):
+        adapted, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+        step, _ = stepper(method, adapted, trainable, frozen)
+        sizes[method.name] = step.memory_analysis().argument_size_in_bytes
+    packed = [leaf for leaf in frozen.values() if is_packed(leaf)]
+    assert len(packed) == 3
+    assert sum(leaf.nbytes for leaf in packed) == sum(leaf.size // 2 + leaf.size // 8 * 4 for leaf in packed)
+    assert sizes["lora"] - sizes["quantize+lora"] == sum(4 * leaf.size - leaf.nbytes for leaf in packed)
+
+
+def test_pissa_leaves_a_kernel_its_axes():
+    method = jp.lora(2, init="pissa")
+    model = jp.from_linen(Attends(), {"x": X})
+    own = model.init(jax.random.key(3), {})
+    for chained in (method, jp.chain(jp.quantize("int8"), method)):
+        adapted, trainable, frozen = jp.setup(chained, model, own, jax.random.key(0))
+        params = jp.combine(trainable, frozen)
+        merged = chained.merge(params)
+        expected = Attends().apply({"params": merged}, X)
+        np.testing.assert_allclose(adapted.apply(params, {"x": X}), expected, rtol=1e-4, atol=1e-4)

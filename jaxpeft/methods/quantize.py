@@ -9,7 +9,8 @@
 
 Nothing trains; the method is a part of a chain, anywhere in it: `chain(quantize(), lora())`. Products unpack a kernel
 where they read it, in both passes, and no unpacked kernel is kept (`pallas_kernels.packed`, `quant_lora_matmul`).
-Embeddings, norms, biases and the head stay as they are. Merging gives plain kernels in the base's dtype: what was
+Embeddings, norms, biases and the head stay as they are; of a model that shows no layers (`from_linen`) every linear map
+can be packed, and is unless `targets` leave it out. Merging gives plain kernels in the base's dtype: what was
 packed, unpacked, with the adapters' updates.
 
 A checkpoint is packed as it is read, layer by layer, where no method before `quantize` needs the kernels as they
@@ -30,7 +31,7 @@ from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
 from jaxpeft.methods.lora import Targets
-from jaxpeft.quant import FORMATS, by_layer, dense, is_packed, pack
+from jaxpeft.quant import FORMATS, by_layer, dense, folded_as, is_packed, merged, pack
 
 
 def saved_bytes(**_) -> int:
@@ -41,7 +42,7 @@ def saved_bytes(**_) -> int:
 def quantize(
     format: str = "nf4", group: int | None = None, double: bool | None = None, targets: Targets = "all-linear"
 ) -> Method:
-    """Packs the kernels of the layers' linear maps that `targets` chooses.
+    """Packs the kernels of the layers' linear maps that `targets` chooses; where no layers are visible, of all.
 
     Args:
       format: "nf4", "int4" or "int8".
@@ -55,7 +56,8 @@ def quantize(
 
     Raises:
       InputError: for an unknown format, a group below 1 or that does not divide a kernel's inputs, double quantization
-        of another format, an odd number of inputs in 4 bits, targets that match nothing or are not in the layers.
+        of another format, an odd number of inputs in 4 bits, targets that match nothing or, where layers are visible,
+        are not in them.
     """
     config = dict(locals())
     if format not in FORMATS:
@@ -65,9 +67,9 @@ def quantize(
     if double and format != "nf4":
         raise InputError(f"quantize: double quantization is of nf4, not of {format}")
 
-    def check(site, kernel):
+    def check(site, kernel, layered):
         n = kernel.shape[-2]
-        if kernel.ndim != 3 or not tree.stacked(site):
+        if layered and (kernel.ndim != 3 or not tree.stacked(site)):
             raise InputError(f"quantize: {site} is not in the layers, whose kernels alone can be packed")
         if n % (group or 1):
             raise InputError(f"quantize: group {group} does not divide the {n} inputs of {site}")
@@ -79,16 +81,19 @@ def quantize(
         kernels = {f"{site}/kernel": flat[f"{site}/kernel"] for site in sites.find(params, targets)}
         plain = {path: kernel for path, kernel in kernels.items() if not is_packed(kernel)}
         for path, kernel in plain.items():
-            check(path.removesuffix("/kernel"), kernel)
+            check(path.removesuffix("/kernel"), kernel, bool(tree.segments(params)))
         return dict.fromkeys(plain, functools.partial(pack, format=format, group=group, double=double))
 
     def prepare(params, view):
-        packed = {path: by_layer(one, tree.flatten(params)[path]) for path, one in convert(params).items()}
-        return tree.unflatten({**tree.flatten(params), **packed})
+        flat = tree.flatten(params)
+        for path, one in convert(params).items():
+            flat[path] = folded_as(flat[path], functools.partial(by_layer, one))
+        return tree.unflatten(flat)
 
     def merge(params):
         flat = tree.flatten(params)
-        return tree.unflatten({p: dense(leaf, leaf.dtype) if is_packed(leaf) else leaf for p, leaf in flat.items()})
+        plain = lambda kernel: merged(kernel, dense(kernel, kernel.dtype)) if is_packed(kernel) else kernel
+        return tree.unflatten({path: plain(leaf) for path, leaf in flat.items()})
 
     return Method(prepare=prepare, merge=merge, specs=(Spec("quantize", config),), convert=convert)
 

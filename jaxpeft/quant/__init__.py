@@ -1,7 +1,7 @@
 """Kernels that are not plain arrays: what every kernel can be asked (`Kernel`), and the products that take them all."""
 
 from jaxpeft.quant.dot import dot, low_rank_dot
-from jaxpeft.quant.folded import Folded, fold, is_linear, refolded, unfolded, unfolded_all
+from jaxpeft.quant.folded import Folded, fold, folded_as, is_linear, matrix, refolded, unfolded, unfolded_all
 from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack
 
 __all__ = [
@@ -12,10 +12,12 @@ __all__ = [
     "dense",
     "dot",
     "fold",
+    "folded_as",
     "is_linear",
     "is_packed",
     "like",
     "low_rank_dot",
+    "matrix",
     "merged",
     "pack",
     "refolded",

@@ -53,7 +53,7 @@ class Kernel(Protocol):
 
 def is_packed(kernel: Any) -> bool:
     """Whether a node of a tree is a kernel of several arrays, which a tree's functions would otherwise take apart."""
-    return isinstance(kernel, Packed)
+    return isinstance(kernel, Packed) or isinstance(getattr(kernel, "array", None), Packed)
 
 
 def dense(kernel: Any, dtype: Any = jnp.float32) -> jax.Array:
