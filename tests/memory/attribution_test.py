@@ -68,6 +68,7 @@ def test_full_fine_tuning_has_the_gradients_of_its_leaves(tmp_path):
     assert {path: gradients.get(path) for path in of_layers} == {path: exact[path] for path in of_layers}
 
 
+@pytest.mark.slow
 def test_micro_batches_have_gradients_twice(tmp_path):
     """Those of the micro-batch, and the sum."""
     step, _, found = profiled("v5p", tmp_path, jp.full(), "blocks", accumulate=2)
