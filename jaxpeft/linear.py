@@ -1,6 +1,6 @@
 """A call of a Linen module as the product of a matrix.
 
-Which axes of its kernel are inputs and which outputs, and the product itself, are asked of the module that owns the kernel, never of a shape.
+Which axes of its kernel are inputs and which outputs is asked of the module that owns the kernel, never of a shape.
 """
 
 from __future__ import annotations
