@@ -1,7 +1,6 @@
 """A call of a linear module as the product of a matrix.
 
-Which axes of its kernel are inputs and which outputs, and the product itself, are asked of the module that owns the
-kernel, never of a shape.
+Which axes of its kernel are inputs and which outputs is asked of the module that owns the kernel, never of a shape.
 """
 
 from __future__ import annotations
@@ -49,11 +48,11 @@ def axes(module: nn.Module, kernel: Any, args: tuple[Any, ...], kwargs: Mapping[
     if isinstance(module, nn.DenseGeneral):
         outputs = len(_several(module.features))
         inputs = len(_several(module.axis))
-        matrix = not _several(module.batch_dims)
+        plain = not _several(module.batch_dims)
     else:
         inputs, outputs = letters(_equation(module, args, kwargs))
-        matrix = bool(inputs)
-    return Linear(inputs, outputs, kernel.ndim) if matrix else Linear(0, 0, kernel.ndim)
+        plain = bool(inputs)
+    return Linear(inputs, outputs, kernel.ndim) if plain else Linear(0, 0, kernel.ndim)
 
 
 def product(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product:

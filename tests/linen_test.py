@@ -9,6 +9,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
+from jaxpeft.method import from_specs
 from jaxpeft.quant import Folded, is_packed
 
 X = jax.random.normal(jax.random.key(0), (3, 6, 8))
@@ -286,3 +287,35 @@ def test_pissa_leaves_a_kernel_its_axes():
         merged = chained.merge(params)
         expected = Attends().apply({"params": merged}, X)
         np.testing.assert_allclose(adapted.apply(params, {"x": X}), expected, rtol=1e-4, atol=1e-4)
+
+
+class Stops(nn.Module):
+    """Maps that run and whose outputs the loss cannot see: one in scanned layers, one unused, one cut off."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Cut(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                return x + nn.Dense(8, name="seen")(x) * jax.lax.stop_gradient(nn.Dense(8, name="cut")(x)), None
+
+        layer = nn.scan(nn.remat(Cut), variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+        x, _ = layer(name="blocks")(x, None)
+        nn.Dense(3, name="unused")(x)
+        return nn.Dense(3, name="out")(x)
+
+
+@pytest.mark.parametrize("method", [METHODS[0], METHODS[1], METHODS[2]], ids=lambda method: method.name)
+def test_an_adapter_that_cannot_reach_the_loss_is_refused_by_name(method):
+    """By the gradient's dependences, not by its values: LoRA's A has a zero gradient where B is zero."""
+    model = jp.from_linen(Stops(), {"x": X})
+    params = model.init(jax.random.key(3), {})
+    adapted, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+    with pytest.raises(jp.InputError, match=f"{method.name}: the loss does not depend on blocks/cut, unused by"):
+        stepper(method, adapted, trainable, frozen)
+    spec = method.specs[0]
+    some = from_specs([(spec.name, {**spec.config, "targets": ["seen", "out"]})])
+    adapted, trainable, frozen = jp.setup(some, model, params, jax.random.key(0))
+    step, state = stepper(some, adapted, trainable, frozen)
+    state = step(step(state, {"x": X})[0], {"x": X})[0]
+    assert all(np.any(state.trainable[path] != leaf) for path, leaf in trainable.items())

@@ -27,6 +27,7 @@ from jaxpeft.method import Leaves, Method, Moment, Objective, view_of
 from jaxpeft.model import Batch, Model
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import decays
+from jaxpeft.train.reach import check_reached
 from jaxpeft.train.state import TrainState
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -59,6 +60,7 @@ def make_train_step(
       leaves, after the method's gradient slot, before clipping), lr where there is a rate, and the scalars of aux.
 
     Raises:
+      InputError: when traced, for adapters of a model without visible layers that the loss does not depend on.
       ValueError: for a weight decay without a rate. When traced: for a batch that `accumulate` does not divide.
       AssertionError: when traced, for a batch whose arrays differ in their rows, or gradients of other shapes than the
         trained leaves.
@@ -76,6 +78,8 @@ def make_train_step(
 
         key = jax.random.fold_in(state.key, state.step)
         rest = {**state.frozen, **state.moved}
+        if not model.stack.layered:  # our own layers call every adapter
+            check_reached(method, objective, state.trainable, rest, batch, key)
         (value, aux), grads = objective.value_and_grad(state.trainable, rest, batch, key, state.opt_state)
         chex.assert_trees_all_equal_shapes(grads, state.trainable)
         metrics = {name: x for name, x in aux.items() if jnp.ndim(x) == 0}
