@@ -11,8 +11,7 @@ import jaxpeft as jp
 from jaxpeft import sites, tree
 from jaxpeft.method import from_specs
 from jaxpeft.quant import Folded, is_packed
-
-X = jax.random.normal(jax.random.key(0), (3, 6, 8))
+from tests.modules import X, losses, moved
 
 
 class Attends(nn.Module):
@@ -92,12 +91,6 @@ METHODS = (
 )
 
 
-def moved(trainable):
-    """Other values for every leaf."""
-    keys = dict(zip(trainable, jax.random.split(jax.random.key(7), len(trainable)), strict=True))
-    return {path: leaf + 0.3 * jax.random.normal(keys[path], leaf.shape) for path, leaf in trainable.items()}
-
-
 @pytest.mark.parametrize(
     ("method", "name"),
     [*((METHODS[0], name) for name in MODULES), *((method, "scanned") for method in METHODS[1:])],
@@ -129,17 +122,10 @@ def test_every_linear_map_that_runs_is_a_site(name, method):
 def test_a_whole_module_trains(name):
     module, _ = MODULES[name]
     model = jp.from_linen(module, {"x": X})
-    method, optimizer = jp.full(), optax.adam(1e-2)
-    adapted, trainable, frozen = jp.setup(method, model, model.init(jax.random.key(3), {}), jax.random.key(0))
+    adapted, trainable, frozen = jp.setup(jp.full(), model, model.init(jax.random.key(3), {}), jax.random.key(0))
     assert not frozen and not any(isinstance(leaf, Folded) for leaf in trainable.values())
-    loss = lambda model, params, batch, key: (jnp.mean(model.apply(params, batch) ** 2), {"weight": jnp.ones(())})
-    state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(1))
-    step = jax.jit(jp.make_train_step(adapted, method, optimizer, loss))
-    losses = []
-    for _ in range(5):
-        state, metrics = step(state, {"x": X})
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0]
+    found = losses(adapted, jp.full(), trainable, frozen, steps=5)
+    assert found[-1] < found[0]
 
 
 def test_gradients_are_those_of_the_merged_kernel():
@@ -251,11 +237,11 @@ def test_a_packed_base_computes_trains_and_merges(name, format):
     np.testing.assert_allclose(start, module.apply({"params": base}, X), rtol=1e-5, atol=1e-5)
     assert np.abs(start - module.apply({"params": own}, X)).max() > 1e-4
     step, state = stepper(method, adapted, trainable, frozen)
-    losses = []
+    history = []
     for _ in range(5):
         state, metrics = step(state, {"x": X})
-        losses.append(float(metrics["loss"]))
-    assert losses[-1] < losses[0]
+        history.append(float(metrics["loss"]))
+    assert history[-1] < history[0]
     merged = method.merge(state.params)
     np.testing.assert_allclose(
         adapted.apply(state.params, {"x": X}), module.apply({"params": merged}, X), rtol=2e-4, atol=2e-4

@@ -1,0 +1,165 @@
+"""A linear NNX module as the product of a matrix, and with adapters around that product.
+
+NNX has no interceptors. A linear module that has adapters becomes one of a subclass of its class, whose call puts them
+around the product; their parameters lie in the module (`hidden/lora/a`), so transformations that split and merge it
+take them along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen, nnx
+
+from jaxpeft import sites, tree
+from jaxpeft.errors import InputError
+from jaxpeft.linear import Linear, Product, letters, parts_of, product_of_equation, product_over_axes
+from jaxpeft.model import Context
+from jaxpeft.quant import unfolded
+
+KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+_ADAPTERS, _KEYS = "site_adapters", "site_keys"  # attributes of a module with adapters
+
+
+def axes(module: Any) -> Linear:
+    """The axes of a linear module's kernel, by its own attributes; 0 and 0 where no matrix is what it computes with."""
+    ndim = module.kernel.get_value().ndim
+    shape: tuple[int, ...]
+    if isinstance(module, nnx.Linear):
+        inputs, outputs, shape = 1, 1, (module.in_features, module.out_features)
+        plain = module.dot_general is jax.lax.dot_general
+    elif isinstance(module, nnx.LinearGeneral):
+        inputs, outputs, shape = len(module.in_features), len(module.out_features), _shape(module)
+        plain = not module.batch_axis and module.dot_general is None and module.dot_general_cls is None
+    else:
+        inputs, outputs = letters(parts_of(module.einsum_str))
+        shape = tuple(module.kernel_shape)
+        plain = module.einsum_op is jnp.einsum
+    own = type(module).__call__ in [kind.__call__ for kind in KINDS]  # and not what a subclass makes of it
+    stacked = module.kernel.get_value().shape[ndim - len(shape) :] == shape  # layers, if any, come first
+    return Linear(inputs, outputs, len(shape)) if own and plain and stacked and inputs else Linear(0, 0, ndim)
+
+
+def _shape(module: nnx.LinearGeneral) -> tuple[int, ...]:
+    return (*module.in_features, *module.out_features)
+
+
+# Modules with adapters.
+
+
+@dataclasses.dataclass(eq=False)
+class Acted:
+    """(adapter's name, site) of what has run. It is in the module: what caches a trace by its module keeps this too."""
+
+    sites: set[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapter:
+    """An adapter at its site, without its parameters."""
+
+    name: str
+    path: str
+    module: linen.Module
+    acted: Acted
+
+
+class _Bound(NamedTuple):
+    """An adapter with its parameters, called as `sites` says."""
+
+    module: linen.Module
+    leaves: Any
+    rngs: dict[str, jax.Array]
+
+    @property
+    def stacked(self) -> bool:
+        return getattr(self.module, "stacked", False)
+
+    def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
+        return self.module.apply({"params": self.leaves}, inner, x, site, ctx, rngs=self.rngs)
+
+
+class _Key(nnx.Param):
+    """A key of an adapter's dropout; a parameter for transformations, so that it is cut where the kernel is."""
+
+
+def _call(module: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+    """`__call__` of a linear module with adapters, which it puts around its product."""
+    kind = type(module).__bases__[0]
+    call = inspect.signature(kind.__call__).bind(module, inputs, *args, **kwargs).arguments
+    x, kernel, bias, back = _product(module, call)
+    adapters: list[tuple[Any, str, Context]] = []
+    keys = getattr(module, _KEYS)
+    for adapter in getattr(module, _ADAPTERS):
+        adapter.acted.sites.add((adapter.name, adapter.path))
+        rngs = {"dropout": keys[adapter.name].get_value()} if adapter.name in keys else {}
+        leaves = _values(getattr(module, adapter.name)) if hasattr(module, adapter.name) else {}
+        adapters.append((_Bound(adapter.module, leaves, rngs), adapter.path, Context()))
+    y = sites.around(adapters, x, kernel, bias)
+    y = back(y if bias is None else y + bias.astype(y.dtype))
+    y = y if module.preferred_element_type is None else y.astype(module.preferred_element_type)
+    sharding = call.get("out_sharding")
+    return y if sharding is None else jax.sharding.reshard(y, sharding)
+
+
+@functools.cache
+def _adapted(kind: type) -> type:
+    """The subclass of a class of linear modules that has adapters."""
+    return type(kind)(f"Adapted{kind.__name__}", (kind,), {"__doc__": kind.__doc__, "__call__": _call})
+
+
+def adapt(
+    module: Any, adapters: list[Adapter], flat: tree.Flat, layers: tuple[int, ...], key: jax.Array | None
+) -> None:
+    """Puts adapters and their parameters into a linear module.
+
+    Args:
+      module: the module, which becomes one of a subclass of its class.
+      adapters: of it.
+      flat: {path: leaf} of all parameters; of these an adapter's are taken.
+      layers: the axes in front of the kernel's own, which a dropout key has too.
+      key: of dropout, or None.
+    """
+    kind: Any = type(module)
+    module.__class__ = _adapted(kind)
+    setattr(module, _ADAPTERS, nnx.static(tuple(adapters)))
+    keys = {}
+    for adapter in adapters:
+        scope = f"{adapter.path}/{adapter.name}/"
+        own = {path.removeprefix(scope): unfolded(leaf) for path, leaf in flat.items() if path.startswith(scope)}
+        if own:
+            setattr(module, adapter.name, _params(tree.unflatten(own)))
+        if key is not None:
+            fresh = jax.random.fold_in(key, zlib.crc32(scope.encode()))
+            keys[adapter.name] = _Key(jax.random.split(fresh, layers) if layers else fresh)
+    setattr(module, _KEYS, nnx.Dict(keys))
+
+
+def _params(leaves: Mapping[str, Any]) -> nnx.Dict:
+    return nnx.Dict({k: _params(v) if isinstance(v, Mapping) else nnx.Param(v) for k, v in leaves.items()})
+
+
+def _values(node: Any) -> Any:
+    return {name: _values(node[name]) for name in node} if isinstance(node, nnx.Dict) else node.get_value()
+
+
+def _product(module: Any, call: Mapping[str, Any]) -> Product:
+    """What a linear module's call computes, as the product of a matrix; in the type in which the module computes."""
+    x, kernel = call["inputs"], module.kernel.get_value()
+    bias = None if module.bias is None else module.bias.get_value()
+    x = x.astype(module.dtype or jnp.promote_types(x.dtype, kernel.dtype))
+    if isinstance(module, nnx.Linear):
+        return Product(x, kernel, bias, lambda y: y)
+    if isinstance(module, nnx.LinearGeneral):
+        return product_over_axes(x, kernel, bias, module.axis, module.out_features)
+    equation = parts_of(call.get("einsum_str") or module.einsum_str)
+    if letters(equation) != letters(parts_of(module.einsum_str)):
+        raise InputError(f"the equation {call['einsum_str']} reads the kernel otherwise than {module.einsum_str}")
+    return product_of_equation(x, kernel, bias, equation, module.kernel_shape)
