@@ -128,6 +128,13 @@ def write(file: Path, data: bytes) -> None:
         os.fsync(out.fileno())
 
 
+def check_empty(name: str, folder: Path) -> None:
+    """Raises InputError if a folder to be filled, given as `name`, is there and not empty, or cannot be made."""
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{name} {folder}: already exists; give a new or empty folder")
+    check_creatable(folder)
+
+
 def check_creatable(target: Path) -> None:
     """Raises InputError if no folder can be made at `target`, or nothing be written in the one that is there.
 

@@ -18,13 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import tree
 from jaxpeft.backward.loop import Loop, loop_over
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Programs, decide, trace
-from jaxpeft.backward.residuals import Segment, record
+from jaxpeft.backward.residuals import Segment, by_segment, record
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Stack, scan_layers, through_blocks
 from jaxpeft.quant import is_packed
 
 Policy = Callable[..., Any]
@@ -146,28 +144,22 @@ def planned(plan: Plan, trained: Callable[[str], bool] | None = None) -> Callabl
       trained: path -> whether it may be differentiated, which tells what the backward pass reads; None: all may.
     """
 
-    def run(stack: Stack, params: tree.Params, batch: Batch, key: jax.Array | None = None, cache: Any = None):
-        if cache is not None:  # decoding: there is no backward pass
-            return scan_layers(stack, params, batch, key, cache)
-        x, ctx = stack.embed(params, batch, key)
-        for segment, first, end in tree.segments(params):
-            block = functools.partial(stack.block, cache=None, segment=segment)
-            inputs = (params[segment], x, ctx)
-            loop, leaves = _loop(block, segment, range(first, end), inputs, key)
-            programs = functools.partial(loop.programs, leaves, leaves[loop.x], key)
-            names = names_of(plan, programs(_differentiated(loop, inputs, trained)))
+    def layers(block, segment, numbers, params, x, ctx, key):
+        inputs = (params, x, ctx)
+        loop, leaves = _loop(block, segment, numbers, inputs, key)
+        programs = functools.partial(loop.programs, leaves, leaves[loop.x], key)
+        names = names_of(plan, programs(_differentiated(loop, inputs, trained)))
 
-            def layer(x, per_layer, block=block):
-                part, index = per_layer
-                return block(part, x, ctx.at(index, key))[0], None
+        def layer(x, per_layer):
+            part, index = per_layer
+            return block(part, x, ctx.at(index, key))[0], None
 
-            x = _told(functools.partial(_tell, loop, plan, names, programs), jax.tree.leaves(inputs), loop.x)
-            # In a scan nothing stands beside the layer that a common subexpression could be shared with.
-            layer = jax.checkpoint(layer, policy=by_name(*names), prevent_cse=False)
-            x, _ = jax.lax.scan(layer, x, (params[segment], jnp.arange(first, end)))
-        return x, None
+        x = _told(functools.partial(_tell, loop, plan, names, programs), jax.tree.leaves(inputs), loop.x)
+        # In a scan nothing stands beside the layer that a common subexpression could be shared with.
+        layer = jax.checkpoint(layer, policy=by_name(*names), prevent_cse=False)
+        return jax.lax.scan(layer, x, (params, jnp.arange(numbers.start, numbers.stop)))[0]
 
-    return through_blocks(run)
+    return by_segment(layers)
 
 
 def _loop(block, segment, layers, inputs, key) -> tuple[Loop, list[Any]]:

@@ -99,15 +99,29 @@ def remat(
 def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]:
     """`run` of a stack (see `jaxpeft.model`) under a plan."""
 
+    def layers(block, segment, numbers, params, x, ctx, key):
+        rest = (params, x, ctx, key is not None, plan.tokens, shards, takes_stacks(block.func))
+        loop, leaves = loop_over(block, segment, numbers, *rest)
+        return join(_run(loop, plan, leaves, key))
+
+    return by_segment(layers)
+
+
+def by_segment(layers: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Any]]:
+    """`run` of a stack (see `jaxpeft.model`) that differentiates its segments in a way of its own; decoding is as ever.
+
+    Args:
+      layers: (block, segment, layers' numbers, their parameters, x, ctx, key) -> x after them; the block is a
+        `functools.partial` of the stack's, (layer, x, ctx) -> (x, None).
+    """
+
     def run(stack: Stack, params: tree.Params, batch: Batch, key: jax.Array | None = None, cache: Any = None):
         if cache is not None:  # decoding: there is no backward pass
             return scan_layers(stack, params, batch, key, cache)
         x, ctx = stack.embed(params, batch, key)
         for segment, first, end in tree.segments(params):
             block = functools.partial(stack.block, cache=None, segment=segment)
-            rest = (params[segment], x, ctx, key is not None, plan.tokens, shards, takes_stacks(stack.block))
-            loop, leaves = loop_over(block, segment, range(first, end), *rest)
-            x = join(_run(loop, plan, leaves, key))
+            x = layers(block, segment, range(first, end), params[segment], x, ctx, key)
         return x, None
 
     return through_blocks(run)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, settled
 from jaxpeft.errors import InputError
-from jaxpeft.files import check_creatable
+from jaxpeft.files import check_empty
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +38,8 @@ def run(args: Profile) -> dict[str, Any]:
     if args.limit < 1:
         raise InputError(f"--limit {args.limit}: must be at least 1")
     for name, folder in (("out", args.out), ("dump", args.dump)):
-        if folder is None:
-            continue
-        if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-            raise InputError(f"--{name} {folder}: already exists; give a new or empty folder")
-        check_creatable(folder)
+        if folder is not None:
+            check_empty(f"--{name}", folder)
     describe_only()
 
     import jax
@@ -87,8 +83,8 @@ def run(args: Profile) -> dict[str, Any]:
 def show(document: dict[str, Any]) -> None:
     """Prints the categories and the largest owners."""
     import rich.console
-    import rich.table
 
+    from jaxpeft.memory.profile import text
     from jaxpeft.train.report import human_bytes
 
     found = document["profile"]
@@ -103,20 +99,4 @@ def show(document: dict[str, Any]) -> None:
     if found["host_bytes"]:
         console.print(f"in the host's memory {human_bytes(found['host_bytes'])}")
 
-    def table(*columns: str) -> rich.table.Table:
-        made = rich.table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
-        for column in columns:
-            made.add_column(column, justify="right" if column in ("bytes", "share", "arrays") else "left")
-        return made
-
-    categories = table("category", "bytes", "share")
-    for name, size in found["categories"].items():
-        categories.add_row(name, human_bytes(size), f"{size / found['total_bytes']:.1%}")
-    owners = table("owner", "category", "arrays", "bytes", "share")
-    for row in found["owners"]:
-        owners.add_row(
-            row["owner"], row["category"], str(row["arrays"]), human_bytes(row["bytes"]), f"{row['share']:.1%}"
-        )
-    console.print("", categories, "", owners)
-    if found["unattributed_bytes"]:
-        console.print(f"\nwithout an owner: {human_bytes(found['unattributed_bytes'])}")
+    console.print("", text(found, console.width), sep="\n", soft_wrap=True)

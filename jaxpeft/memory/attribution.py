@@ -29,8 +29,6 @@ CATEGORIES = (  # in the order of tables and pictures
     "constants",
     "fragmentation",
     "unattributed",
-    "arrays",  # these two of what a device holds, between functions
-    "executables",
 )
 
 LOSS = r"\b(Head|lm_head|logsumexp|log_softmax|softmax_cross_entropy|cross_entropy|take_along_axis|\w*loss)\b"

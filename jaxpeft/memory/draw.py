@@ -33,8 +33,6 @@ COLORS = {
     "constants": "#ff9da7",
     "fragmentation": "#d3d3d3",
     "unattributed": "#4d4d4d",
-    "arrays": "#4e79a7",
-    "executables": "#b07aa1",
 }
 _LIGHT = ("loss", "fragmentation", "constants", "workspace", "adapters", "arguments", "outputs")
 

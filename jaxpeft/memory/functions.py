@@ -17,6 +17,7 @@ from typing import Any
 import jax
 
 from jaxpeft.backward.flops import count_flops
+from jaxpeft.files import check_empty
 from jaxpeft.memory import foreign, hlo, targets
 from jaxpeft.memory import profile as profiles
 from jaxpeft.memory.attribution import Owner, Owners
@@ -42,7 +43,7 @@ def profile(
       static_argnums: likewise.
       categories: an argument's path ("params/dense/kernel": the argument's name, then the keys) -> one of
         `jaxpeft.memory.profile.CATEGORIES`, or None to have it guessed. Without it all are guessed: `foreign.guess`.
-      dump: a folder for XLA's files.
+      dump: a folder for XLA's files, new or empty: what else lies there might be taken for the function's.
 
     Returns:
       The profile; `print` shows its table, `to_json`, `write_html` and `write_png` give the rest. A result is of the
@@ -50,10 +51,12 @@ def profile(
       is that argument.
 
     Raises:
-      InputError: for a target that is not known or whose compiler is not installed, or a category that is not known.
-        What the function itself raises for such shapes passes through.
+      InputError: for a target that is not known or whose compiler is not installed, a category that is not known, or
+        a dump folder that is not empty. What the function itself raises for such shapes passes through.
     """
     where = targets.target(target)
+    if dump is not None:
+        check_empty("dump", Path(dump))
     args, traced = _traced(where, function, args, donate_argnums, static_argnums)
     owners = _owners(function, args, traced, static_argnums, categories)
     with tempfile.TemporaryDirectory(prefix="jaxpeft-profile-") as scratch:

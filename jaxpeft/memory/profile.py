@@ -24,8 +24,10 @@ moment is "fragmentation", so that the categories add up to the compiler's total
 
 from __future__ import annotations
 
+import io
 import os
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +66,11 @@ class Profile(NamedTuple):
     title: str = ""
 
     def __str__(self) -> str:
-        return text(self)
+        lines = [self.title] if self.title else []
+        lines.append(f"peak {human_bytes(self.total_bytes)}, {self.platform}")
+        if self.host_bytes:
+            lines.append(f"in the host's memory {human_bytes(self.host_bytes)}")
+        return "\n".join([*lines, "", text(self.to_json(20))])
 
     def table(self, limit: int = 20) -> list[dict[str, Any]]:
         """The largest owners; see `table`."""
@@ -169,32 +175,30 @@ def table(profile: Profile, limit: int = 20) -> list[dict[str, Any]]:
     return [dict(zip(names, row, strict=True)) | {"share": row[3] / max(profile.total_bytes, 1)} for row in rows]
 
 
-def text(profile: Profile, limit: int = 20) -> str:
-    """The categories and the largest owners as lines of text."""
+def text(found: Mapping[str, Any], width: int = 140) -> str:
+    """The categories and the largest owners of a profile's document (`to_json`), as two tables of so many columns."""
+    import rich.console
+    import rich.table
 
-    def size(count: int) -> list[str]:
-        return [human_bytes(count), f"{count / max(profile.total_bytes, 1):.1%}"]
+    def table(*columns: str) -> rich.table.Table:
+        made = rich.table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
+        for column in columns:
+            made.add_column(column, justify="right" if column in ("bytes", "share", "arrays") else "left")
+        return made
 
-    def aligned(rows: list[list[str]], left: int) -> list[str]:
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return [
-            "   ".join(f"{w:{'<' if i < left else '>'}{n}}" for i, (w, n) in enumerate(zip(row, widths, strict=True)))
-            for row in rows
-        ]
-
-    first = f"{profile.title}\n" if profile.title else ""
-    categories = [[name, *size(count)] for name, count in profile.categories.items()]
-    owners = [[row["owner"], row["category"], str(row["arrays"]), *size(row["bytes"])] for row in table(profile, limit)]
-    lines = [
-        f"{first}peak {human_bytes(profile.total_bytes)}, {profile.platform}",
-        "",
-        *aligned([["category", "bytes", "share"], *categories], 1),
-        "",
-        *aligned([["owner", "category", "arrays", "bytes", "share"], *owners], 2),
-    ]
-    if profile.host_bytes:
-        lines.insert(1, f"in the host's memory {human_bytes(profile.host_bytes)}")
-    return "\n".join(line.rstrip() for line in lines)
+    categories = table("category", "bytes", "share")
+    for name, size in found["categories"].items():
+        categories.add_row(name, human_bytes(size), f"{size / found['total_bytes']:.1%}")
+    owners = table("owner", "category", "arrays", "bytes", "share")
+    for row in found["owners"]:
+        owners.add_row(
+            row["owner"], row["category"], str(row["arrays"]), human_bytes(row["bytes"]), f"{row['share']:.1%}"
+        )
+    console = rich.console.Console(file=io.StringIO(), markup=False, highlight=False, width=width)
+    console.print(categories, "", owners)
+    if found["unattributed_bytes"]:
+        console.print(f"\nwithout an owner: {human_bytes(found['unattributed_bytes'])}")
+    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
 
 
 def to_json(profile: Profile, limit: int = 100) -> dict[str, Any]:

@@ -168,3 +168,10 @@ def test_a_mistake_is_one_line_and_the_functions_own_errors_are_its_own():
 )
 def test_paths_and_guesses(name, path, category):
     assert foreign.path_of(name) == path and foreign.guess(path) == category
+
+
+def test_a_dump_beside_another_is_refused(tmp_path):
+    """The largest program of a folder is read: another one there would be taken for this."""
+    (tmp_path / "other.txt").write_text("")
+    with pytest.raises(InputError, match=f"dump {tmp_path}: already exists; give a new or empty folder"):
+        jp.profile(mean_square, SHAPES, BATCH, dump=tmp_path)
