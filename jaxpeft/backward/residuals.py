@@ -87,6 +87,10 @@ def remat(
         raise InputError(f"--remat {form!r}: unknown form; known: {', '.join(FORMS)}")
     if plan.preset == "everything":
         return model
+    if not model.stack.layered:
+        raise InputError(
+            f"--save {plan}: this model shows no layers; give its blocks to jax.checkpoint with jp.checkpoint_policy"
+        )
     if model.stack.run is not scan_layers:
         raise InputError(f"--save {plan}: this model runs its layers in its own way; use --save everything")
     if form == "policy":
