@@ -328,13 +328,17 @@ POLICIES = {
 @pytest.mark.parametrize(("policy", "per_layer"), [("recomputed", 1), ("saved", 2), ("offloaded", 1)])
 @pytest.mark.parametrize("name", ["v5e", "h200"])
 def test_a_layer_costs_what_it_keeps(name, policy, per_layer):
-    """Each layer keeps its input, and `a`: on the device, on the host, or not at all."""
+    """Each layer keeps its input, and `a`: on the device, on the host, or not at all.
+
+    An array is as large as a TPU's on-chip memory; many narrow rows are compiled four times as fast as few wide ones.
+    """
     target = described(name)
-    x = jax.ShapeDtypeStruct((16384, 4096), jnp.bfloat16)
-    size = 2 * 16384 * 4096
+    rows, d = 262144, 256
+    x = jax.ShapeDtypeStruct((rows, d), jnp.bfloat16)
+    size = 2 * rows * d
 
     def compiled(count):
-        weights = jax.ShapeDtypeStruct((count, 4096, 4096), jnp.bfloat16)
+        weights = jax.ShapeDtypeStruct((count, d, d), jnp.bfloat16)
         return targets.compile(target, layers(POLICIES[policy]), x, weights)
 
     few, many = compiled(8), compiled(12)
