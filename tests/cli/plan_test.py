@@ -7,6 +7,8 @@ import sys
 import pytest
 
 from jaxpeft import cli
+from jaxpeft.backward import residuals
+from jaxpeft.memory import planner
 from tests import tiny
 
 SMALL = ["--batch-size", "2", "--seq-len", "32", "--dtype", "float32"]
@@ -57,10 +59,29 @@ def test_chains_are_rows_of_their_own(config, capsys):
     assert both == lora + meft and min(lora, meft) > 0
 
 
-def test_the_table_and_the_largest(config, capsys):
+def test_the_table(config, capsys):
     assert cli.main(["plan", "--model", config, *SMALL]) == 0
     printed = capsys.readouterr().out
     assert "activations" in printed and "--save matmuls" in printed and "batch 2 x 32" in printed
+
+
+@pytest.mark.parametrize("form", residuals.FORMS)
+def test_the_largest_is_searched_under_the_form_that_was_asked_for(form, config, capsys, monkeypatch):
+    """By a compiler in whose figures 2 x 32 tokens are a hundredth of the room."""
+    whole, rows, forms = planner.row, [], set()
+
+    def row(step, device):
+        if not rows:
+            rows.append(whole(step, device))
+        forms.add(step.form)
+        total = device.usable_bytes * step.rows * step.length // (100 * 2 * 32)
+        return {**rows[0], "bytes": {**rows[0]["bytes"], "total": total}}
+
+    monkeypatch.setattr(planner, "row", row)
+    flags = ["--model", config, "--rank", "2", "--save", "blocks", "--remat", form, "--largest"]
+    (found,) = document(capsys, *flags)["rows"]
+    assert forms == {form} and found["remat"] == form
+    assert (found["largest_batch"], found["longest_sequence"]) == (200, 128)  # of the model's 128 positions
 
 
 @pytest.mark.slow
