@@ -164,7 +164,7 @@ def read_data(name: str, args: Quality) -> dict[str, list[Example]]:
         found[part], report = load_examples(file, tokenizer, args.seq_len, too_long="drop")
         print(f"{name} {part}: {report.examples} examples, {report.dropped_too_long} too long", flush=True)
     train, tune = hold_out(found["train"], TUNE_EVERY)
-    few = 24 if args.quick else None
+    few = 8 if args.quick else None
     return {"train": train[:few], "tune": tune[:few], "test": found["test"][:few]}
 
 
