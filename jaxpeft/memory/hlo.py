@@ -21,8 +21,8 @@ from typing import NamedTuple
 
 from jaxpeft import files
 from jaxpeft.errors import InputError
-from jaxpeft.memory.source import Frame, nearest
 from jaxpeft.memory.wire import Damaged, Message
+from jaxpeft.source import Frame, nearest
 
 _HOST = 5  # XLA's number ("color") of the host's memory; 0 is the device's
 DUMP_OPTIONS = {"xla_dump_hlo_as_text": True, "xla_dump_hlo_as_proto": True}
