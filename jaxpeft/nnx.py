@@ -11,25 +11,21 @@ then (nnx_linear.py).
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpeft import sites, tree
+from jaxpeft import sites, tree, updates
 from jaxpeft.errors import InputError
 from jaxpeft.linear import Linear
 from jaxpeft.method import MOVED, Leaves, Method, trains
 from jaxpeft.model import Batch, Model, opaque
 from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes
 from jaxpeft.quant import Folded, fold, unfolded_all
-
-_updates: contextvars.ContextVar[tree.Flat | None] = contextvars.ContextVar("updates", default=None)
 
 
 def from_nnx(module: nnx.Module, method: Callable | str | None = None) -> tuple[Model, tree.Params]:
@@ -103,7 +99,7 @@ def carry(base: Model) -> Method:
                 raise InputError(f"carry: {path} is {view.role(path).name} by another method; chain carry last")
 
         def carried(model, params, batch, key):
-            with _collected() as found:
+            with updates.collected() as found:
                 value, aux = function(model, params, batch, key)
             return value, {**aux, **{f"carry:{path}": _wide(leaf)[None] for path, leaf in found.items()}}
 
@@ -176,9 +172,9 @@ class _Graph:
         y = call(**batch) if not callable(self.method) else call(module, **batch)
         for entry in entries:
             entry.called.update(path for name, path in self.acted.sites if name == entry.name)
-        if (found := _updates.get()) is not None:
+        if updates.wanted():
             state = {"/".join(map(str, keys)): leaf for keys, leaf in _flat(nnx.state(module))}
-            found.update({path: state[path].get_value() for path in self.others})
+            updates.leave({path: state[path].get_value() for path in self.others})
         return y
 
     def build(self, params: tree.Params, key: jax.Array | None = None) -> Any:
@@ -257,17 +253,6 @@ def _seed(module: nnx.Module, key: jax.Array) -> None:
             shape = stream.key.get_value().shape
             stream.key.set_value(jax.random.split(own, shape) if shape else own)
             stream.count.set_value(jnp.zeros_like(stream.count.get_value()))
-
-
-@contextlib.contextmanager
-def _collected() -> Iterator[tree.Flat]:
-    """The state that models of `from_nnx` leave behind while this is entered."""
-    found: tree.Flat = {}
-    token = _updates.set(found)
-    try:
-        yield found
-    finally:
-        _updates.reset(token)
 
 
 def _wide(leaf: jax.Array) -> jax.Array:

@@ -102,7 +102,8 @@ def _call(module: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Arra
         rngs = {"dropout": keys[adapter.name].get_value()} if adapter.name in keys else {}
         leaves = _values(getattr(module, adapter.name)) if hasattr(module, adapter.name) else {}
         adapters.append((_Bound(adapter.module, leaves, rngs), adapter.path, Context()))
-    y = sites.around(adapters, x, kernel, bias)
+    with jax.named_scope(adapters[0][1] if adapters else kind.__name__):
+        y = sites.around(adapters, x, kernel, bias)
     y = back(y if bias is None else y + bias.astype(y.dtype))
     y = y if module.preferred_element_type is None else y.astype(module.preferred_element_type)
     sharding = call.get("out_sharding")

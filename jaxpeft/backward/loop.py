@@ -27,12 +27,17 @@ def num_groups(rows: int, tokens_per_row: int, tokens: int, shards: int = 1) -> 
 
 
 def divide(x, groups):
-    """(B, ...) -> (G, B / G, ...); group g takes rows g, g + G, ..., so that sharded rows stay where they are."""
-    return x.reshape(x.shape[0] // groups, groups, *x.shape[1:]).swapaxes(0, 1)
+    """(B, ...) -> (G, B / G, ...); group g takes rows g, g + G, ..., so that sharded rows stay where they are.
+
+    One group is x itself, of any shape.
+    """
+    return x[None] if groups == 1 else x.reshape(x.shape[0] // groups, groups, *x.shape[1:]).swapaxes(0, 1)
 
 
 def join(x):
     """The inverse of `divide`."""
+    if x.shape[0] == 1:
+        return x[0]
     x = x.swapaxes(0, 1)
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
@@ -161,7 +166,7 @@ def loop_over(
       block: (layer, x, ctx) -> y.
       segment: its name.  layers: its layers' numbers.
       params: stacked over layers.
-      x: (B, S, d); without `tokens`: any array with rows, or a tree of them.
+      x: (B, S, d), or a tree of such arrays; without `tokens` of any arrays.
       ctx: of the forward pass (see `jaxpeft.model`).
       keyed: whether there is a PRNG key.
       tokens: of a group, at most (but at least a row of every shard); None: all rows are one group.
@@ -169,15 +174,17 @@ def loop_over(
       stacked: whether the block takes frozen kernels as `Stacked`.
     """
     ctx = Context(ctx.rows, ctx.shared)
-    rows = jax.tree.leaves((x, ctx.rows))[0].shape[0]
-    chex.assert_tree_shape_prefix((x, ctx.rows), (rows,))
     of_ctx = Context(*(jax.tree.map(lambda _, kind=kind: kind, getattr(ctx, kind)) for kind in ("rows", "shared")))
     leaves, treedef = jax.tree.flatten((params, x, ctx))
     first, count = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
     paths = [*(f"{segment}/{path}" for path in _paths(params)), *["x"] * count, *_paths(ctx)]
     kinds = tuple(["layer"] * first + ["rows"] * count + jax.tree.leaves(of_ctx))
     kernels = _kernels(params) if stacked else ()
-    groups = 1 if tokens is None else num_groups(rows, x.shape[1], tokens, shards)
+    groups = 1
+    if tokens is not None:
+        rows, length = jax.tree.leaves(x)[0].shape[:2]
+        chex.assert_tree_shape_prefix((x, ctx.rows), (rows,))
+        groups = num_groups(rows, length, tokens, shards)
     streams = tuple(range(first, first + count))
     loop = Loop(segment, block, treedef, tuple(paths), kinds, streams, layers, groups, keyed, kernels)
     return loop, [divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]

@@ -39,13 +39,14 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 
-from jaxpeft import tree
+from jaxpeft import tree, updates
 from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.backward.loop import Static, join, loop_over
+from jaxpeft.backward.options import options
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Model, Stack, scan_layers, takes_stacks, through_blocks
+from jaxpeft.model import Batch, Context, Model, Stack, scan_layers, takes_stacks, through_blocks
 
 Form = Literal["loops", "policy"]
 FORMS = typing.get_args(Form)
@@ -87,6 +88,8 @@ def remat(
         raise InputError(f"--remat {form!r}: unknown form; known: {', '.join(FORMS)}")
     if plan.preset == "everything":
         return model
+    if not model.stack.layered:
+        return _scanned(model, plan, form)
     if model.stack.run is not scan_layers:
         raise InputError(f"--save {plan}: this model runs its layers in its own way; use --save everything")
     if form == "policy":
@@ -94,6 +97,29 @@ def remat(
 
         return model._replace(stack=model.stack._replace(run=policy.planned(policy.checked(plan), trained)))
     return model._replace(stack=model.stack._replace(run=planned(plan, shards)))
+
+
+def _scanned(model: Model, plan: Plan, form: Form) -> Model:
+    """A model without visible layers, with the scans over stacked parameters that it runs under a plan."""
+    if form == "policy":
+        raise InputError(
+            f"--save {plan} --remat policy: this model shows no layers; give jp.checkpoint_policy({str(plan)!r}) to "
+            "its nn.remat, nnx.remat or jax.checkpoint, or use --remat loops"
+        )
+    from jaxpeft.backward import scans  # which runs its loops here
+
+    def forward(params, batch, key):
+        with updates.handed_on() as state:
+            return model.stack.embed(params, batch, key)[0], state
+
+    def embed(params, batch, key):
+        if not batch:  # nothing runs: the module itself is wanted
+            return model.stack.embed(params, batch, key)
+        x, state = scans.in_scans(forward, plan)(params, batch, key)
+        updates.leave(state)
+        return x, Context()
+
+    return model._replace(stack=model.stack._replace(embed=embed))
 
 
 def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]:
@@ -190,12 +216,26 @@ def record(name: str, segment: Any) -> None:
 def _decide(loop, plan, leaves, streams, key, perturbed):
     """(traced block, {kept: action}, the backward jaxpr, inputs that it reads, kept values in its order)."""
     traced = loop.programs(leaves, streams, key, perturbed)
+    plan = plan if plan.budget is None else _under_budget(plan, loop, traced, streams)
     actions = decide(plan, traced)
     closed, used, read = traced.backward(actions)
     actions = {name: actions[name] for name in read}
     action = dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)
     actions |= {(INPUT, n): action for n, i in enumerate(loop.streams) if used[i]}
     return traced, actions, closed, used, read
+
+
+def _under_budget(plan, loop, traced, streams):
+    """The plan with the least recomputation under the budget."""
+    segment = Segment(traced, len(loop.steps), {}, _shapes(traced, streams))
+    more = {"offload": ("offload",), "compressed": ("compress",)}.get(plan.preset, ())
+    found = options({loop.name: segment}, ("save", *more), plan.tokens)
+    chosen = next((option.plan for option in found if option.kept <= plan.budget), None)
+    if chosen is None:
+        raise InputError(
+            f"budget={plan.budget}: the inputs of {len(loop.layers)} layers alone take {found[-1].kept} bytes"
+        )
+    return chosen
 
 
 def _shapes(traced, streams):
