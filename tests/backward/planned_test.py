@@ -85,6 +85,23 @@ def test_gradients_are_those_of_a_scan(of, save):
         assert name == "hidden" if of is named else name.startswith("planned_test.py:") and name.endswith("mlp")
 
 
+def test_a_compiled_step_takes_what_the_plan_keeps():
+    """Temporaries of the gradient: fewer than of `lax.scan`; two plans differ by what one keeps and one does not."""
+    x = jnp.ones((64, 16, WIDTH))
+
+    def temporaries(loss):
+        return jax.jit(jax.grad(loss)).lower(PARAMS).compile().memory_analysis().temp_size_in_bytes
+
+    scan = temporaries(lambda params: square(jax.lax.scan(lambda x, layer: (named(layer, x, 1.0), None), x, params)[0]))
+    matmuls, blocks = (
+        temporaries(lambda params, save=save: square(jp.planned_scan(named, params, x, 1.0, save)))
+        for save in ("matmuls", "blocks")
+    )
+    hidden = x.nbytes // WIDTH * INNER * LAYERS
+    assert blocks < matmuls < scan
+    assert matmuls - blocks == pytest.approx(hidden, rel=0.02)
+
+
 def test_products_are_called_as_their_modules():
     """Without the modules that all of them run in; a name of the user's own stays."""
 
