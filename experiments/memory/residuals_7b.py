@@ -40,7 +40,7 @@ from experiments.memory.common import GIB
 from jaxpeft import tree
 from jaxpeft.backward import residuals
 from jaxpeft.memory import profile, targets
-from jaxpeft.memory.attribution import Owner, Owners
+from jaxpeft.memory.owners import Owner, Owners
 from jaxpeft.method import view_of
 from jaxpeft.models import family, geometries
 from jaxpeft.train.loss import completion_loss

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from jaxpeft.memory.attribution import CATEGORIES
+from jaxpeft.memory.owners import CATEGORIES
 from jaxpeft.memory.profile import Profile, table
 from jaxpeft.train.report import human_bytes
 

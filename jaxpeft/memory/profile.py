@@ -32,8 +32,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from jaxpeft.memory import hlo
-from jaxpeft.memory.attribution import CATEGORIES, Attribution, Buffer, Owner, Owners, step_owners
+from jaxpeft.memory.attribution import Attribution
 from jaxpeft.memory.dataflow import Dataflow
+from jaxpeft.memory.owners import CATEGORIES, Buffer, Owner, Owners, step_owners
 from jaxpeft.train.report import human_bytes
 
 __all__ = ["CATEGORIES", "Buffer", "Owner", "Owners", "Profile", "profile", "read", "step_owners", "table", "text"]
