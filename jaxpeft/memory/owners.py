@@ -25,6 +25,8 @@ CATEGORIES = (  # in the order of tables and pictures
     "unattributed",
 )
 
+KINDS = ("buffers", "executables", "other")  # what is in use on a device, of a program or of none
+
 LOSS = r"\b(Head|lm_head|logsumexp|log_softmax|softmax_cross_entropy|cross_entropy|take_along_axis|\w*loss)\b"
 # op_name -> the activation's name, first match wins: what a linear map yields, alone or with its adapter added.
 ACTIVATIONS = ((r"/(\w+)/\1\.linear/(?:\w+/)?add(?:_any)?$", r"\1"), (r"/(\w+)/(?:\1\.linear/)?dot_general$", r"\1"))
@@ -63,9 +65,10 @@ class Buffer(NamedTuple):
     shape: such as "bf16[32,4,1024,11008]".
     op_name: JAX's name stack of what computed it.
     first, last: positions in the schedule between which it is live.
-    category: one of `CATEGORIES`.
+    category: one of `CATEGORIES`, or of `KINDS` in what is in use.
     module: path such as layers/self_attn/q_proj, or "".
     activation: name such as gate_proj, or "".
+    arrays: how many it stands for.
     """
 
     bytes: int
@@ -77,6 +80,7 @@ class Buffer(NamedTuple):
     category: str
     module: str = ""
     activation: str = ""
+    arrays: int = 1
 
     @property
     def owner(self) -> str:

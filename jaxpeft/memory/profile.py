@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 from jaxpeft.memory import hlo
 from jaxpeft.memory.attribution import Attribution
 from jaxpeft.memory.dataflow import Dataflow
-from jaxpeft.memory.owners import CATEGORIES, Buffer, Owner, Owners, step_owners
+from jaxpeft.memory.owners import CATEGORIES, KINDS, Buffer, Owner, Owners, step_owners
 from jaxpeft.train.report import human_bytes
 
 __all__ = ["CATEGORIES", "Buffer", "Owner", "Owners", "Profile", "profile", "read", "step_owners", "table", "text"]
@@ -53,6 +53,7 @@ class Profile(NamedTuple):
     unattributed_bytes: of the buffers that have no owner.
     host_bytes: in the host's memory (what is offloaded); in none of the above.
     title: what it is of, as pictures and pages say it; "" leaves that to them.
+    devices: (device, bytes) of what is in use on several; () for a program, whose figures are of one.
     """
 
     platform: str
@@ -65,6 +66,7 @@ class Profile(NamedTuple):
     unattributed_bytes: int
     host_bytes: int
     title: str = ""
+    devices: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         lines = [self.title] if self.title else []
@@ -96,7 +98,7 @@ class Profile(NamedTuple):
     @property
     def categories(self) -> dict[str, int]:
         """Bytes at the peak by category, in the order of `CATEGORIES`; their sum is `total_bytes`."""
-        total = dict.fromkeys(CATEGORIES, 0)
+        total = dict.fromkeys((*CATEGORIES, *KINDS), 0)
         for buffer in self.buffers:
             total[buffer.category] += buffer.bytes
         return {category: size for category, size in total.items() if size}
@@ -165,7 +167,7 @@ def table(profile: Profile, limit: int = 20) -> list[dict[str, Any]]:
     total: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for buffer in profile.buffers:
         row = total[buffer.category, "" if buffer.category == "fragmentation" else buffer.owner]
-        row[0] += 1
+        row[0] += buffer.arrays
         row[1] += buffer.bytes
     ordered = sorted(total.items(), key=lambda item: -item[1][1])
     rows = [(category, owner, count, size) for (category, owner), (count, size) in ordered[:limit]]
@@ -190,13 +192,16 @@ def text(found: Mapping[str, Any], width: int = 140) -> str:
     categories = table("category", "bytes", "share")
     for name, size in found["categories"].items():
         categories.add_row(name, human_bytes(size), f"{size / found['total_bytes']:.1%}")
+    devices = table("device", "bytes", "share")
+    for name, size in found.get("devices", {}).items():
+        devices.add_row(name, human_bytes(size), f"{size / max(found['total_bytes'], 1):.1%}")
     owners = table("owner", "category", "arrays", "bytes", "share")
     for row in found["owners"]:
         owners.add_row(
             row["owner"], row["category"], str(row["arrays"]), human_bytes(row["bytes"]), f"{row['share']:.1%}"
         )
     console = rich.console.Console(file=io.StringIO(), markup=False, highlight=False, width=width)
-    console.print(categories, "", owners)
+    console.print(categories, "", *([devices, ""] if devices.row_count else []), owners)
     if found["unattributed_bytes"]:
         console.print(f"\nwithout an owner: {human_bytes(found['unattributed_bytes'])}")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
@@ -218,7 +223,7 @@ def to_json(profile: Profile, limit: int = 100) -> dict[str, Any]:
             {"module": b.module, "shape": b.shape, "bytes": b.bytes, "op_name": b.op_name} for b in unnamed
         ],
         "unattributed_bytes": profile.unattributed_bytes,
-    }
+    } | ({"devices": dict(profile.devices)} if profile.devices else {})
 
 
 def _placed(program: hlo.Program, flow: Dataflow) -> dict[int, dict[hlo.Key, list[tuple[int, int, int]]]]:
