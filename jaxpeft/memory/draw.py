@@ -33,13 +33,24 @@ COLORS = {
     "arguments": "#a0cbe8",
     "outputs": "#ffbe7d",
     "constants": "#ff9da7",
+    "alignment": "#bab0ac",
     "fragmentation": "#d3d3d3",
     "unattributed": "#4d4d4d",
     "buffers": "#4e79a7",
     "executables": "#f28e2b",
     "other": "#4d4d4d",
 }
-_LIGHT = ("loss", "fragmentation", "constants", "workspace", "adapters", "arguments", "outputs", "executables")
+_LIGHT = (
+    "loss",
+    "alignment",
+    "fragmentation",
+    "constants",
+    "workspace",
+    "adapters",
+    "arguments",
+    "outputs",
+    "executables",
+)
 
 
 class Tile(NamedTuple):

@@ -21,6 +21,7 @@ CATEGORIES = (  # in the order of tables and pictures
     "arguments",
     "outputs",
     "constants",
+    "alignment",
     "fragmentation",
     "unattributed",
 )

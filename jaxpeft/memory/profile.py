@@ -19,7 +19,7 @@ map's name); any other is *unnamed*: its module path, its shape and its op_name 
 
 What the peak is: every allocation in device memory, of arguments, results and constants, and the block that holds all
 temporaries. That block is as large as the compiler made it; what it holds beyond the temporaries live at the fullest
-moment is "fragmentation", so that the categories add up to the compiler's total exactly.
+moment is "alignment" and "fragmentation" (layout.py), so that the categories add up to the compiler's total exactly.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpeft.memory import hlo
+from jaxpeft.memory import hlo, layout
 from jaxpeft.memory.attribution import Attribution
 from jaxpeft.memory.dataflow import Dataflow
 from jaxpeft.memory.owners import CATEGORIES, KINDS, Buffer, Owner, Owners, step_owners
@@ -47,9 +47,9 @@ class Profile(NamedTuple):
     platform: "tpu", "gpu" or "cpu".
     total_bytes: of all allocations in device memory; the sum over `buffers`.
     peak_position: where in the schedule the most temporaries are live, of `positions`.
-    live_bytes: live there; less than `total_bytes` by the fragmentation.
-    buffers: at the peak, largest first, fragmentation included.
-    timeline: (position, {category: live bytes}) at every position where something changes, fragmentation excluded.
+    live_bytes: live there; less than `total_bytes` by alignment and fragmentation.
+    buffers: at the peak, largest first, alignment and fragmentation included.
+    timeline: (position, {category: live bytes}) at every position where something changes; these two excluded.
     unattributed_bytes: of the buffers that have no owner.
     host_bytes: in the host's memory (what is offloaded); in none of the above.
     title: what it is of, as pictures and pages say it; "" leaves that to them.
@@ -120,11 +120,13 @@ def profile(program: hlo.Program, owners: Owners, attribution: type[Attribution]
     attribute = attribution(program, flow, owners)
     spans: list[tuple[Buffer, int, int]] = []  # buffers of the block of temporaries, and when they are live
     fixed: list[Buffer] = []
+    owners_of: dict[hlo.Key, str] = {}
     end = max(len(program.order), 1)
     for allocation in program.allocations.values():
         if allocation.kind == "temporary":
             for group, pieces in placed.get(allocation.number, {}).items():
                 buffer = attribute.temporary(group, pieces)
+                owners_of[group] = buffer.owner
                 spans += [(buffer, first, last) for _, first, last in pieces]
         elif allocation.bytes:
             fixed.append(attribute.allocation(allocation, end))
@@ -142,7 +144,14 @@ def profile(program: hlo.Program, owners: Owners, attribution: type[Attribution]
     peak, live = max(timeline, key=lambda point: sum(point[1].values()))
     total = sum(allocation.bytes for allocation in program.allocations.values())
     buffers = fixed + [buffer for buffer, first, last in spans if first <= peak <= last]
-    if waste := total - sum(buffer.bytes for buffer in buffers):
+    waste = total - sum(buffer.bytes for buffer in buffers)
+    for block in placed:
+        for row in layout.unused(program, block, peak, lambda key: owners_of.get(flow.group(key), "")):
+            # Arrays in one place, as in an update's, are counted once there and twice in the ranges.
+            if (size := min(row.bytes, waste)) > 0:
+                buffers.append(row._replace(bytes=size))
+                waste -= size
+    if waste:
         buffers.append(Buffer(waste, "", "", "", 0, end, "fragmentation"))
     buffers.sort(key=lambda buffer: -buffer.bytes)
     return Profile(
@@ -166,7 +175,7 @@ def table(profile: Profile, limit: int = 20) -> list[dict[str, Any]]:
     """
     total: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for buffer in profile.buffers:
-        row = total[buffer.category, "" if buffer.category == "fragmentation" else buffer.owner]
+        row = total[buffer.category, buffer.owner]
         row[0] += buffer.arrays
         row[1] += buffer.bytes
     ordered = sorted(total.items(), key=lambda item: -item[1][1])
