@@ -210,7 +210,12 @@ def listed(found: list[Module], most: int = _FEW) -> str:
 
 def _name(path: Path) -> str:
     """module_0012.jit_step.sm_9.0_gpu_after_optimizations.hlo.pb -> module_0012.jit_step."""
-    return re.sub(r"\.[^.]*(?:\.\d+_gpu_|_)?" + re.escape(_SUFFIX) + "$", "", path.name)
+    return _COMPILER.sub("", path.name.removesuffix(_SUFFIX))
+
+
+_COMPILER = re.compile(
+    r"\.(?:cpu_|(?:sm_\d+(?:\.\w+)?|gfx\w+)_gpu_|gpu_|cl_\d+\.)?$"
+)  # what follows the function's name
 
 
 def _load(path: Path) -> Message:

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from jaxpeft import cli
-from jaxpeft.memory import in_use
+from jaxpeft.memory import hlo, in_use
 from tests import tiny
 from tests.cli.profile_test import STEP, assert_one_line
 
@@ -129,6 +129,14 @@ def test_what_is_in_use(written, tmp_path, capsys):
 def test_a_mistake_is_one_line(flags, parts, written, capsys):
     assert cli.main(["profile", *(flag.replace("DIR", str(written)) for flag in flags)]) == 2
     assert_one_line(capsys, [part.replace("DIR", str(written)) for part in parts])
+
+
+@pytest.mark.parametrize("compiler", ["cpu_", "sm_9.0a_gpu_", "gfx942_gpu_", "cl_933746096.", ""])
+def test_modules_are_called_as_functions_are(compiler, written, tmp_path):
+    (program,) = (written / "xla").glob("*jit_step*after_optimizations.hlo.pb")
+    (tmp_path / f"module_0012.jit_step.{compiler}after_optimizations.hlo.pb").write_bytes(program.read_bytes())
+    (module,) = hlo.modules(tmp_path)
+    assert (module.name, module.function) == ("module_0012.jit_step", "jit_step")
 
 
 def test_dumps_that_lack_something(written, tmp_path, capsys):
