@@ -214,7 +214,9 @@ def divided(name: str, what: str, size: int, factor: int) -> int:
 
 
 def check_run(name: str, model: Model) -> None:
-    """Raises InputError if another method's `run` would be replaced: its parameters would train without effect."""
+    """Raises InputError if a `run` that is not the stack's own would be replaced: its parameters would not train."""
+    if not model.stack.layered:
+        raise InputError(f"{name}: this model shows no layers; use one of jaxpeft.models")
     if model.stack.run is not scan_layers:
         raise InputError(f"{name}: another method of the chain runs the layers in its own way")
 

@@ -6,26 +6,50 @@ import itertools
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import jaxpeft as jp
 from docs.generate import methods as pages
 from docs.generate import tables
-from jaxpeft import data
+from jaxpeft import data, tree
 from jaxpeft import method as contract
+from jaxpeft.backward.flops import count_flops
 from jaxpeft.models import FAMILIES, geometries
+from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 
 
+def examples(page):
+    """The blocks of Python in a page."""
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
 def example(page, word):
     """The one block of Python in a page that has a word in it."""
-    found = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
-    (code,) = [code for code in found if word in code]
+    (code,) = [code for code in examples(page) if word in code]
     return code
+
+
+def run_all(page, namespace=None):
+    """What all blocks of a page leave behind, one after another."""
+    namespace = {} if namespace is None else namespace
+    exec(compile("\n".join(examples(page)), page, "exec"), namespace)
+    return namespace
+
+
+def figures(page, first):
+    """The numbers in the row of a page's table whose first cell is `first`."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| {re.escape(first)} \| (.*) \|$", text, re.MULTILINE)
+    return [float(cell) for cell in row.split(" | ")]
 
 
 def run(page, word, namespace=None):
@@ -70,6 +94,74 @@ def test_models_of_ones_own():
     assert np.any(adapted.norm.mean[...])  # it has moved
     adapted.eval(), merged.eval()
     np.testing.assert_allclose(merged(x), adapted(x), atol=1e-5)
+
+
+# Loops of the user's own.
+
+
+def moved(params, before):
+    """The paths whose leaves are no longer what they were."""
+    return {path for path, leaf in tree.flatten(params).items() if not np.array_equal(leaf, before[path])}
+
+
+FALLBACK = pytest.mark.filterwarnings("ignore::pallas_kernels.platform.KernelFallback")  # of float32 on a GPU
+
+
+@FALLBACK
+def test_the_loop_of_the_readme():
+    found = run_all("../README.md")
+    model, params, batch = found["model"], found["params"], {"x": found["x"]}
+    before = {**found["frozen"], **found["trainable"]}
+    assert moved(params, before) == found["trainable"].keys()
+    assert found["loss"] < np.mean(model.apply(tree.unflatten(before), batch, None) ** 2)
+    merged = found["layer"].apply({"params": found["merged"]}, **batch)
+    np.testing.assert_allclose(merged, model.apply(params, batch, None), atol=1e-5)
+
+
+def test_plans_in_a_loop_of_ones_own():
+    """The blocks of the page, given what they speak of."""
+    base, params = tiny.model()
+    found = {"jp": jp, "jax": jax, "optax": optax, "method": jp.lora(2), "base": base, "params": params}
+    found |= {"key": jax.random.key(0), "layer": jnp.ones((8, 8)), "x": jnp.ones((4, 8))}
+    found["block"] = lambda layer, x: jnp.tanh(checkpoint_name(x @ layer, "up")) @ layer
+    found["loss"] = lambda params: jp.completion_loss(found["model"], params, tiny.batch())[0]
+    run_all("plans.md", found)
+    trained = moved(found["params"], {**found["rest"], **found["trainable"]})
+    assert trained and trained <= found["trainable"].keys()
+    np.testing.assert_allclose(found["block"](found["layer"], found["x"]), np.full((4, 8), 8 * np.tanh(8)), rtol=1e-6)
+
+
+@FALLBACK
+def test_models_and_loops_of_ones_own(tmp_path, monkeypatch):
+    """What is saved is what was trained, and the compiler says what the tables say."""
+    page = "own_model.md"
+    monkeypatch.chdir(tmp_path)
+    found = run_all(page)
+    x, frozen = found["x"], found["frozen"]
+
+    losses, nnx_losses = found["losses"], found["nnx_losses"]
+    assert losses[-1] < losses[0] / 2 and nnx_losses[-1] < nnx_losses[0]
+    adapted = found["model"].apply(jp.combine(found["restored"], frozen), {"x": x}, None)
+    np.testing.assert_allclose(found["logits"], adapted, atol=1e-4)
+    with found["ocp"].StandardCheckpointer() as saver:
+        state = saver.restore(tmp_path / "nnx/merged", found["state"])
+    logits = found["nnx"].merge(found["graph"], state)(x)
+    value = optax.softmax_cross_entropy_with_integer_labels(logits, found["batch"]["y"]).mean()
+    np.testing.assert_allclose(value, nnx_losses[0], rtol=1e-4)  # the adapters' before they were trained once more
+
+    needs = found["needs"]
+    rows = {"as it is": "as it is", **{f"`{plan}`": plan for plan in ("up=save", "up=offload", "blocks")}}
+    rows |= {"`trainable` alone": "blocks", "`jp.masked`": "quiet", "`jp.masked`, one norm logged": "logged"}
+    for words, name in rows.items():
+        sizes = [needs[name]["temporaries"] / 2**20, needs[name]["host"] / 2**20, needs[name]["flops"] / 1e9]
+        shown = figures(page, words)
+        np.testing.assert_allclose(shown, sizes[: len(shown)], rtol=0.1, atol=0.1, err_msg=words)
+    assert needs["logged"]["temporaries"] - needs["quiet"]["temporaries"] > tree.num_bytes(frozen)  # its gradients
+
+    mask = tree.flatten(found["mask"])
+    assert {path for path, trains in mask.items() if trains} == found["trainable"].keys()
+    gradient = lambda block: jax.make_jaxpr(jax.grad(lambda w: block(w, jnp.ones((64, 256))).sum()))(found["w"])
+    assert count_flops(gradient(found["run"])) == count_flops(gradient(found["block"]))  # no product twice
 
 
 def test_models_and_sizes_are_those_of_the_library():
@@ -152,10 +244,12 @@ def messages():
 
 
 def test_the_errors_are_the_librarys_own():
-    """Every part of a line in the first column, between its values, is in one of our messages."""
-    text = (DOCS / "troubleshooting.md").read_text(encoding="utf-8")
-    lines = re.findall(r"^\| (`.+?`) \| ", text, re.MULTILINE)
+    """Every part of a line that is quoted, between its values, is in one of our messages."""
+    read = lambda page: (DOCS / page).read_text(encoding="utf-8")
+    lines = re.findall(r"^\| (`.+?`) \| ", read("troubleshooting.md"), re.MULTILINE)
     assert len(lines) > 20
+    refused = read("own_model.md").partition("## What is refused")[2]
+    lines += re.findall(r"^\| .+ \| (`.+?`) \| ", refused, re.MULTILINE)
     for line in lines:
         for part in line.replace("`", "").replace("\\|", "|").split("…"):
             assert part.strip() in messages(), line
