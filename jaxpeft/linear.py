@@ -21,12 +21,13 @@ KINDS = (nn.Dense, nn.DenseGeneral, nn.Einsum)
 class Linear(NamedTuple):
     """A linear map that was seen: how many axes of its kernel are inputs and outputs, and how many there are in all.
 
-    Both are 0 for what no matrix stands for.
+    Both are 0 for what no matrix stands for; `why` not, in a few words, where targets that choose it are a mistake.
     """
 
     inputs: int
     outputs: int
     ndim: int
+    why: str = ""
 
 
 class Product(NamedTuple):
@@ -43,16 +44,25 @@ class Product(NamedTuple):
 
 def axes(module: nn.Module, kernel: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Linear:
     """Which axes of a linear module's kernel are inputs and outputs, of a call with these arguments."""
+    if why := _not_plain(module):
+        return Linear(0, 0, kernel.ndim, why)
     if isinstance(module, nn.Dense):
         return Linear(1, 1, 2)
     if isinstance(module, nn.DenseGeneral):
-        outputs = len(_several(module.features))
-        inputs = len(_several(module.axis))
-        plain = not _several(module.batch_dims)
-    else:
-        inputs, outputs = letters(_equation(module, args, kwargs))
-        plain = bool(inputs)
-    return Linear(inputs, outputs, kernel.ndim) if plain else Linear(0, 0, kernel.ndim)
+        return Linear(len(_several(module.axis)), len(_several(module.features)), kernel.ndim)
+    return Linear(*letters(_equation(module, args, kwargs)), kernel.ndim)
+
+
+def _not_plain(module: nn.Module) -> str:
+    """Why a linear module computes something else than the product of its kernel; empty where it does that."""
+    kind = type(module).__name__
+    if type(module).__call__ not in [known.__call__ for known in KINDS]:
+        return f"{kind} has a __call__ of its own"
+    products = (getattr(module, "dot_general", None), getattr(module, "dot_general_cls", None))
+    if any(product not in (None, jax.lax.dot_general) for product in products):
+        return f"its {kind} has a dot_general of its own"
+    batch = _several(getattr(module, "batch_dims", ()))
+    return f"its {kind} has batch_dims {batch}, a matrix for each index of them" if batch else ""
 
 
 def product(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Product:

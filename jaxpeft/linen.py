@@ -13,6 +13,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax import struct
 
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
@@ -62,30 +63,78 @@ def own_shapes(params: Mapping[str, Any]) -> tree.Params:
 
 
 def _look(module: nn.Module, example: Batch, method: Any) -> dict[str, Linear]:
-    """{path: what was seen} of the linear maps that run; nothing is computed."""
+    """{path: what was seen} of the linear maps that run; nothing is computed.
+
+    Of kernels that are stacked a second run tells on which axes of theirs the layers lie.
+    """
     seen: dict[str, Linear] = {}
+    stacks: set[str] = set()
 
     def intercept(call, args, kwargs, context):
         y = call(*args, **kwargs)
         owner = context.module
         if isinstance(owner, KINDS) and context.method_name == "__call__":
             kernel = nn.meta.unbox(owner.get_variable("params", "kernel"))
-            seen["/".join(owner.path)] = axes(owner, kernel, args, kwargs)
+            path = "/".join(owner.path)
+            seen[path] = axes(owner, kernel, args, kwargs)
+            if path in stacks:
+                owner.put_variable("params", "kernel", _Stack(kernel, ()))
         return y
 
-    def run(key, batch):
-        with nn.intercept_methods(intercept):
-            return module.init(key, **batch, method=method)
+    def kernels():
+        def run(key, batch):  # a new function each time, as traces are kept
+            with nn.intercept_methods(intercept):
+                return module.init(key, **batch, method=method)
 
-    jax.eval_shape(run, jax.random.key(0), dict(example))
+        made = tree.flatten(jax.eval_shape(run, jax.random.key(0), dict(example)).get("params", {}))
+        return {_site(path): leaf for path, leaf in made.items() if _site(path) in seen and path.endswith("kernel")}
+
+    stacks |= {site for site, leaf in kernels().items() if nn.meta.unbox(leaf).ndim > seen[site].ndim}
+    if stacks:
+        for site, leaf in kernels().items():
+            if site in stacks and leaf.behind:
+                why = (
+                    f"its layers are stacked on axis {leaf.behind[0]} (variable_axes), where an adapter's are on axis 0"
+                )
+                seen[site] = Linear(0, 0, seen[site].ndim, why)
     return seen
+
+
+class _Stack(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
+    """A kernel, and on which axis each transformation has stacked it, from the inside out."""
+
+    value: Any
+    layers: tuple[int, ...] = struct.field(pytree_node=False)
+
+    def unbox(self) -> Any:
+        return self.value
+
+    def replace_boxed(self, val: Any) -> _Stack:
+        return self.replace(value=val)
+
+    def add_axis(self, index: int, params: Any) -> _Stack:
+        del params
+        return self.replace(layers=(*self.layers, index % self.value.ndim))
+
+    def remove_axis(self, index: int, params: Any) -> _Stack:
+        del index, params
+        return self.replace(layers=self.layers[:-1])
+
+    @property
+    def behind(self) -> list[int]:
+        """The axes of layers that do not lie in front of the kernel's own."""
+        return [axis for before, axis in enumerate(self.layers) if axis > before]
+
+
+def _site(path: str) -> str:
+    return path.removesuffix("kernel").rstrip("/")
 
 
 def _folded(path: str, leaf: Any, seen: Mapping[str, Linear]) -> Any:
     """A leaf as the model keeps it."""
     if path.rpartition("/")[2] != "kernel" or isinstance(leaf, Folded) or not hasattr(leaf, "ndim"):
         return leaf
-    linear = seen.get(path.removesuffix("kernel").rstrip("/"), Linear(0, 0, leaf.ndim))
+    linear = seen.get(_site(path), Linear(0, 0, leaf.ndim))
     if leaf.ndim < linear.ndim:
         raise InputError(f"{path} has shape {leaf.shape}; its module has {linear.ndim} axes")
-    return fold(leaf, linear.inputs, linear.outputs)
+    return fold(leaf, linear.inputs, linear.outputs, linear.why)

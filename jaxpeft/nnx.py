@@ -159,7 +159,7 @@ class _Graph:
         linear = self.linear.get(path, Linear(0, 0, leaf.ndim))
         if leaf.ndim < linear.ndim:
             raise InputError(f"{path} has shape {leaf.shape}; its module has {linear.ndim} axes")
-        return fold(leaf, linear.inputs, linear.outputs)
+        return fold(leaf, linear.inputs, linear.outputs, linear.why)
 
     def apply(self, params: tree.Params, batch: Batch, key: jax.Array | None) -> Any:
         module = self.build(params, key)

@@ -30,25 +30,28 @@ _ADAPTERS, _KEYS = "site_adapters", "site_keys"  # attributes of a module with a
 
 def axes(module: Any) -> Linear:
     """The axes of a linear module's kernel, by its own attributes; 0 and 0 where no matrix is what it computes with."""
-    ndim = module.kernel.get_value().ndim
+    kind, given = type(module).__name__, module.kernel.get_value().shape
     shape: tuple[int, ...]
+    why = ""
     if isinstance(module, nnx.Linear):
         inputs, outputs, shape = 1, 1, (module.in_features, module.out_features)
         plain = module.dot_general is jax.lax.dot_general
     elif isinstance(module, nnx.LinearGeneral):
-        inputs, outputs, shape = len(module.in_features), len(module.out_features), _shape(module)
-        plain = not module.batch_axis and module.dot_general is None and module.dot_general_cls is None
+        inputs, outputs = len(module.in_features), len(module.out_features)
+        shape = (*(size for _, size in sorted(module.batch_axis.items())), *module.in_features, *module.out_features)
+        plain = module.dot_general is None and module.dot_general_cls is None
+        if module.batch_axis:
+            why = f"its {kind} has batch_axis {dict(module.batch_axis)}, a matrix for each index of them"
     else:
         inputs, outputs = letters(parts_of(module.einsum_str))
-        shape = tuple(module.kernel_shape)
-        plain = module.einsum_op is jnp.einsum
-    own = type(module).__call__ in [kind.__call__ for kind in KINDS]  # and not what a subclass makes of it
-    stacked = module.kernel.get_value().shape[ndim - len(shape) :] == shape  # layers, if any, come first
-    return Linear(inputs, outputs, len(shape)) if own and plain and stacked and inputs else Linear(0, 0, ndim)
-
-
-def _shape(module: nnx.LinearGeneral) -> tuple[int, ...]:
-    return (*module.in_features, *module.out_features)
+        shape, plain = tuple(module.kernel_shape), module.einsum_op is jnp.einsum
+    if type(module).__call__ not in [known.__call__ for known in KINDS]:
+        why = f"{kind} has a __call__ of its own"
+    elif not plain:
+        why = f"its {kind} has a product of its own"
+    elif given[len(given) - len(shape) :] != shape:
+        why = f"its kernel of {given} is {shape} of {kind} with layers that are not on axis 0, where an adapter's are"
+    return Linear(0, 0, len(given), why) if why or not inputs else Linear(inputs, outputs, len(shape))
 
 
 # Modules with adapters.

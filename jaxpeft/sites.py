@@ -38,7 +38,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.linear import KINDS, product
 from jaxpeft.model import Context, Model, reads_stacks
 from jaxpeft.models.layers import Dense
-from jaxpeft.quant import dot, is_linear, is_packed, low_rank_dot
+from jaxpeft.quant import Folded, dot, is_linear, is_packed, low_rank_dot
 from pallas_kernels.stacked import taken
 
 AdapterFor = Callable[[str], nn.Module]
@@ -61,12 +61,12 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
         as in PEFT's `target_modules` (`["q_proj", "v_proj"]`, or "q_proj,v_proj").
 
     Raises:
-      InputError: if a target matches no site, with the nearest names.
+      InputError: if a target matches no site, with the nearest names; or a linear map that cannot be one, with why not.
     """
     flat = tree.flatten(params)
-    sites = sorted(
-        path.removesuffix("/kernel") for path, leaf in flat.items() if path.endswith("/kernel") and is_linear(leaf)
-    )
+    kernels = {path.removesuffix("/kernel"): leaf for path, leaf in flat.items() if path.endswith("/kernel")}
+    refused = {site: leaf.why for site, leaf in kernels.items() if isinstance(leaf, Folded) and leaf.why}
+    sites = sorted(site for site, leaf in kernels.items() if is_linear(leaf) or site in refused)
     if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
         targets = targets.split(",")
     if isinstance(targets, str):
@@ -81,9 +81,11 @@ def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear")
     for i, pattern in enumerate(wanted):
         compiled = patterns.compiled(pattern, "targets")
         found = {site for site in sites if compiled.found(tree.canonical(site)) or compiled.found(site)}
+        what = str(stray[i] if stray else targets)
+        for site in sorted(found & refused.keys()):
+            raise InputError(f"targets {what!r}: {site} is no site: {refused[site]}; choose targets without it")
         if not found:
             leaves = [site.rsplit("/", 1)[-1] for site in sites] + sorted({tree.canonical(site) for site in sites})
-            what = str(stray[i] if stray else targets)
             raise InputError(f"targets {what!r}: matches no linear site; nearest: {tree.nearest(what, leaves)}")
         chosen |= found
     return sorted(chosen)

@@ -19,7 +19,9 @@ from jaxpeft.quant.dot import dot
 from jaxpeft.quant.kernel import dense, like, merged
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["inputs", "outputs", "axes"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["inputs", "outputs", "axes", "why"]
+)
 @dataclasses.dataclass(frozen=True)
 class Folded:
     """A kernel (layers..., inputs..., outputs...) as a matrix, or a stack of them.
@@ -27,12 +29,14 @@ class Folded:
     array: as its module has it; where it is packed, the matrix.
     inputs, outputs: how many axes of it they are; 0 and 0 for what is no linear map, and so no site.
     axes: (inputs..., outputs...) of a packed kernel; None of one that still has them.
+    why: what is wrong with targets that choose it, in a few words; empty where nothing is.
     """
 
     array: Any
     inputs: int
     outputs: int
     axes: tuple[int, ...] | None = None
+    why: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,9 +73,9 @@ class Folded:
         return (*self.array.shape[:-2], *self.axes) if self.axes else tuple(self.array.shape)
 
 
-def fold(array: Any, inputs: int, outputs: int) -> Any:
+def fold(array: Any, inputs: int, outputs: int, why: str = "") -> Any:
     """A kernel as a matrix; a plain array where it is one already."""
-    return array if inputs == outputs == 1 else Folded(array, inputs, outputs)
+    return array if inputs == outputs == 1 else Folded(array, inputs, outputs, why=why)
 
 
 def folded_as(kernel: Any, function: Callable[[jax.Array], Any]) -> Any:
