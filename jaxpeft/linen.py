@@ -13,13 +13,15 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import struct
+from jax.interpreters import partial_eval
 
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
-from jaxpeft.linear import KINDS, Linear, axes
+from jaxpeft.linear import Linear, axes, leaf_of, runs
 from jaxpeft.model import Batch, Model, opaque
-from jaxpeft.quant import Folded, fold, unfolded_all
+from jaxpeft.quant import EMBEDDING, Folded, fold, unfolded_all
 
 
 def from_linen(
@@ -41,6 +43,10 @@ def from_linen(
     """
     rest = nn.meta.unbox(dict(collections or {}))
     seen = _look(module, example, method)
+    tables = [site for site, linear in seen.items() if linear.kind == EMBEDDING]
+    for site in _read_otherwise(module, example, method, rest) if tables else ():
+        why = "the model reads its table by itself, too, where no adapter acts: call it, or its attend"
+        seen[site] = seen[site]._replace(inputs=0, outputs=0, why=why)
 
     def adopt(params):
         flat = tree.flatten(nn.meta.unbox(params))
@@ -73,12 +79,12 @@ def _look(module: nn.Module, example: Batch, method: Any) -> dict[str, Linear]:
     def intercept(call, args, kwargs, context):
         y = call(*args, **kwargs)
         owner = context.module
-        if isinstance(owner, KINDS) and context.method_name == "__call__":
-            kernel = nn.meta.unbox(owner.get_variable("params", "kernel"))
+        if runs(owner, context.method_name):
+            kernel = nn.meta.unbox(owner.get_variable("params", leaf_of(owner)))
             path = "/".join(owner.path)
             seen[path] = axes(owner, kernel, args, kwargs)
             if path in stacks:
-                owner.put_variable("params", "kernel", _Stack(kernel, ()))
+                owner.put_variable("params", leaf_of(owner), _Stack(kernel, ()))
         return y
 
     def kernels():
@@ -87,7 +93,7 @@ def _look(module: nn.Module, example: Batch, method: Any) -> dict[str, Linear]:
                 return module.init(key, **batch, method=method)
 
         made = tree.flatten(jax.eval_shape(run, jax.random.key(0), dict(example)).get("params", {}))
-        return {_site(path): leaf for path, leaf in made.items() if _site(path) in seen and path.endswith("kernel")}
+        return {_site(path): leaf for path, leaf in made.items() if _site(path) in seen and _is_kernel(path)}
 
     stacks |= {site for site, leaf in kernels().items() if nn.meta.unbox(leaf).ndim > seen[site].ndim}
     if stacks:
@@ -96,8 +102,34 @@ def _look(module: nn.Module, example: Batch, method: Any) -> dict[str, Linear]:
                 why = (
                     f"its layers are stacked on axis {leaf.behind[0]} (variable_axes), where an adapter's are on axis 0"
                 )
-                seen[site] = Linear(0, 0, seen[site].ndim, why)
+                seen[site] = seen[site]._replace(inputs=0, outputs=0, why=why)
     return seen
+
+
+def _read_otherwise(module: nn.Module, example: Batch, method: Any, rest: Mapping[str, Any]) -> list[str]:
+    """The embeddings whose table the outputs depend on without their calls, by the dependences of the trace."""
+
+    def intercept(call, args, kwargs, context):
+        y = call(*args, **kwargs)
+        if isinstance(context.module, nn.Embed) and runs(context.module, context.method_name):
+            tables.add("/".join(context.module.path))
+            return jnp.zeros_like(y)
+        return y
+
+    def run(leaves, batch, key):
+        with nn.intercept_methods(intercept):
+            variables = {**rest, "params": tree.unflatten(leaves)}
+            rngs = {"params": key, "dropout": key}
+            return module.apply(variables, **batch, method=method, rngs=rngs, mutable=True)[0]
+
+    tables: set[str] = set()
+    key, batch = jax.random.key(0), dict(example)
+    made = jax.eval_shape(lambda key, batch: module.init(key, **batch, method=method), key, batch)
+    leaves = tree.flatten(nn.meta.unbox(made["params"]))
+    jaxpr = jax.make_jaxpr(run)(leaves, batch, key).jaxpr
+    used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))[1]
+    read = {path for path, use in zip(sorted(leaves), used, strict=False) if use}
+    return sorted(site for site in tables if f"{site}/embedding" in read)
 
 
 class _Stack(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
@@ -127,14 +159,20 @@ class _Stack(struct.PyTreeNode, nn.meta.AxisMetadata[Any]):
 
 
 def _site(path: str) -> str:
-    return path.removesuffix("kernel").rstrip("/")
+    return path.rpartition("/")[0]
+
+
+def _is_kernel(path: str) -> bool:
+    return path.rpartition("/")[2] in ("kernel", "embedding")
 
 
 def _folded(path: str, leaf: Any, seen: Mapping[str, Linear]) -> Any:
     """A leaf as the model keeps it."""
-    if path.rpartition("/")[2] != "kernel" or isinstance(leaf, Folded) or not hasattr(leaf, "ndim"):
+    if not _is_kernel(path) or isinstance(leaf, Folded) or not hasattr(leaf, "ndim"):
+        return leaf
+    if path.endswith("embedding") and _site(path) not in seen:
         return leaf
     linear = seen.get(_site(path), Linear(0, 0, leaf.ndim))
     if leaf.ndim < linear.ndim:
         raise InputError(f"{path} has shape {leaf.shape}; its module has {linear.ndim} axes")
-    return fold(leaf, linear.inputs, linear.outputs, linear.why)
+    return fold(leaf, linear.inputs, linear.outputs, linear.why, linear.kind)

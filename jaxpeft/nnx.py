@@ -23,10 +23,10 @@ from flax import nnx
 
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
-from jaxpeft.linear import Linear
+from jaxpeft.linear import Linear, leaf_of
 from jaxpeft.method import MOVED, Leaves, Method, trains
 from jaxpeft.model import Batch, Model, opaque
-from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes
+from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes, kernel_of
 from jaxpeft.quant import Folded, fold, unfolded_all
 
 _updates: contextvars.ContextVar[tree.Flat | None] = contextvars.ContextVar("updates", default=None)
@@ -154,12 +154,13 @@ class _Graph:
         return tree.unflatten({path: self._folded(path, leaf) for path, leaf in flat.items()})
 
     def _folded(self, path: str, leaf: Any) -> Any:
-        if path.rpartition("/")[2] != "kernel" or isinstance(leaf, Folded) or not isinstance(leaf, jax.Array):
+        kernel = path.rpartition("/")[2] == "kernel" or path in self.linear
+        if not kernel or isinstance(leaf, Folded) or not isinstance(leaf, jax.Array):
             return leaf
         linear = self.linear.get(path, Linear(0, 0, leaf.ndim))
         if leaf.ndim < linear.ndim:
             raise InputError(f"{path} has shape {leaf.shape}; its module has {linear.ndim} axes")
-        return fold(leaf, linear.inputs, linear.outputs, linear.why)
+        return fold(leaf, linear.inputs, linear.outputs, linear.why, linear.kind)
 
     def apply(self, params: tree.Params, batch: Batch, key: jax.Array | None) -> Any:
         module = self.build(params, key)
@@ -212,7 +213,7 @@ def _flat(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 def _site(path: str) -> str:
-    return path.removesuffix("kernel").removesuffix("/")
+    return path.rpartition("/")[0]
 
 
 def _at(node: Any, keys: tuple[Any, ...]) -> Any:
@@ -231,7 +232,8 @@ def _look(module: nnx.Module, keys: Mapping[str, tuple[Any, ...]]) -> dict[str, 
     found = {}
     for path, parts in keys.items():
         owner = _at(module, parts[:-1])
-        if parts[-1] == "kernel" and isinstance(owner, KINDS) and owners.get(id(owner.kernel)) == 1:
+        own = isinstance(owner, KINDS) and parts[-1] == leaf_of(owner)
+        if own and owners.get(id(kernel_of(owner))) == 1:
             found[path] = axes(owner)
     return found
 
