@@ -60,7 +60,12 @@ def from_linen(
         with sites.intercepted():
             return module.apply({"params": own_shapes(params), **rest}, **batch, rngs=rngs, method=method)
 
-    return Model(init, opaque(apply), adopt=adopt)
+    def shapes():
+        made = jax.eval_shape(lambda key, batch: module.init(key, **batch, method=method), jax.random.key(0), example)
+        return tree.flatten(nn.meta.unbox(made["params"]))
+
+    example = dict(example)
+    return Model(init, opaque(apply), adopt=adopt, shapes=shapes)
 
 
 def own_shapes(params: Mapping[str, Any]) -> tree.Params:

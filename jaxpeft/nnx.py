@@ -53,7 +53,7 @@ def from_nnx(module: nnx.Module, method: Callable | str | None = None) -> tuple[
         raise InputError(f"from_nnx: {type(module).__name__} is no flax.nnx.Module")
     graph = _Graph(module, method)
     flat = {"/".join(map(str, keys)): leaf.get_value() for keys, leaf in _flat(nnx.state(module, nnx.Param))}
-    return Model(graph.init, opaque(graph.apply), adopt=graph.adopt), tree.unflatten(flat)
+    return Model(graph.init, opaque(graph.apply), adopt=graph.adopt, shapes=graph.shapes), tree.unflatten(flat)
 
 
 def to_nnx(model: Model, params: Mapping[str, Any]) -> nnx.Module:
@@ -148,6 +148,10 @@ class _Graph:
         if not params:
             raise InputError("from_nnx: an NNX module makes its parameters itself; give those that from_nnx returned")
         return self.adopt(params)
+
+    def shapes(self) -> tree.Flat:
+        leaves = {path: leaf.get_value() for path, leaf in {**self.leaves, **self.others}.items()}
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
 
     def adopt(self, params: Mapping[str, Any]) -> tree.Params:
         flat = {str(path): leaf for path, leaf in tree.flatten(params).items()}
