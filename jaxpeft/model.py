@@ -145,6 +145,7 @@ class Model(NamedTuple):
     config: the family's frozen configuration, or None.
     base: of an adapted model, the model before any method.
     adopt: params -> params as this library keeps them: without boxes, kernels as matrices; what is so already stays.
+    shapes: () -> {path: shape and dtype} of the parameters of a model that has no configuration; None for one that has.
     """
 
     init: Callable[[jax.Array, tree.Params], tree.Params]
@@ -152,6 +153,7 @@ class Model(NamedTuple):
     config: Any = None
     base: Model | None = None
     adopt: Callable[[tree.Params], tree.Params] = dict
+    shapes: Callable[[], tree.Flat] | None = None
 
     def hidden(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """The stream after the last layer, (B, S, d); `head` turns it, or a part of it, into logits.

@@ -21,10 +21,10 @@ from flax import nnx
 
 from jaxpeft import sites, tree, updates
 from jaxpeft.errors import InputError
-from jaxpeft.linear import Linear
+from jaxpeft.linear import Linear, leaf_of
 from jaxpeft.method import MOVED, Leaves, Method, trains
 from jaxpeft.model import Batch, Model, opaque
-from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes
+from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes, kernel_of
 from jaxpeft.quant import Folded, fold, unfolded_all
 
 
@@ -49,7 +49,7 @@ def from_nnx(module: nnx.Module, method: Callable | str | None = None) -> tuple[
         raise InputError(f"from_nnx: {type(module).__name__} is no flax.nnx.Module")
     graph = _Graph(module, method)
     flat = {"/".join(map(str, keys)): leaf.get_value() for keys, leaf in _flat(nnx.state(module, nnx.Param))}
-    return Model(graph.init, opaque(graph.apply), adopt=graph.adopt), tree.unflatten(flat)
+    return Model(graph.init, opaque(graph.apply), adopt=graph.adopt, shapes=graph.shapes), tree.unflatten(flat)
 
 
 def to_nnx(model: Model, params: Mapping[str, Any]) -> nnx.Module:
@@ -145,17 +145,22 @@ class _Graph:
             raise InputError("from_nnx: an NNX module makes its parameters itself; give those that from_nnx returned")
         return self.adopt(params)
 
+    def shapes(self) -> tree.Flat:
+        leaves = {path: leaf.get_value() for path, leaf in {**self.leaves, **self.others}.items()}
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
     def adopt(self, params: Mapping[str, Any]) -> tree.Params:
         flat = {str(path): leaf for path, leaf in tree.flatten(params).items()}
         return tree.unflatten({path: self._folded(path, leaf) for path, leaf in flat.items()})
 
     def _folded(self, path: str, leaf: Any) -> Any:
-        if path.rpartition("/")[2] != "kernel" or isinstance(leaf, Folded) or not isinstance(leaf, jax.Array):
+        kernel = path.rpartition("/")[2] == "kernel" or path in self.linear
+        if not kernel or isinstance(leaf, Folded) or not isinstance(leaf, jax.Array):
             return leaf
         linear = self.linear.get(path, Linear(0, 0, leaf.ndim))
         if leaf.ndim < linear.ndim:
             raise InputError(f"{path} has shape {leaf.shape}; its module has {linear.ndim} axes")
-        return fold(leaf, linear.inputs, linear.outputs)
+        return fold(leaf, linear.inputs, linear.outputs, linear.why, linear.kind)
 
     def apply(self, params: tree.Params, batch: Batch, key: jax.Array | None) -> Any:
         module = self.build(params, key)
@@ -208,7 +213,7 @@ def _flat(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 def _site(path: str) -> str:
-    return path.removesuffix("kernel").removesuffix("/")
+    return path.rpartition("/")[0]
 
 
 def _at(node: Any, keys: tuple[Any, ...]) -> Any:
@@ -227,7 +232,8 @@ def _look(module: nnx.Module, keys: Mapping[str, tuple[Any, ...]]) -> dict[str, 
     found = {}
     for path, parts in keys.items():
         owner = _at(module, parts[:-1])
-        if parts[-1] == "kernel" and isinstance(owner, KINDS) and owners.get(id(owner.kernel)) == 1:
+        own = isinstance(owner, KINDS) and parts[-1] == leaf_of(owner)
+        if own and owners.get(id(kernel_of(owner))) == 1:
             found[path] = axes(owner)
     return found
 
