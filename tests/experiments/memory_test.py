@@ -5,11 +5,11 @@ import re
 
 import pytest
 
-from experiments.memory import budgets_7b, common, does_lora_reduce_memory, lora_fa_tables, residuals_7b
+from experiments.memory import budgets_7b, common, does_lora_reduce_memory, lora_fa_tables, remat_forms, residuals_7b
 from experiments.memory.common import GIB
 from jaxpeft.memory import targets
 
-SCRIPTS = (lora_fa_tables, does_lora_reduce_memory, residuals_7b, budgets_7b)
+SCRIPTS = (lora_fa_tables, does_lora_reduce_memory, residuals_7b, budgets_7b, remat_forms)
 NAMES = [script.NAME for script in SCRIPTS]
 # Llama-2-7B's parameters: embedding and head 2 V d, per layer 4 d d + 3 d f + 2 d, a norm d.
 PARAMETERS_7B = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
@@ -31,6 +31,8 @@ def drawn(script):
     if script is does_lora_reduce_memory:
         return script.collect(figures)
     names = list(dict.fromkeys(row["target"] for row in figures.rows))
+    if script is remat_forms:
+        return script.collect(figures, names, script.measured(figures))
     return script.collect(figures, names)
 
 
@@ -52,7 +54,7 @@ def test_figures_say_what_they_are_of(name: str) -> None:
     assert rows
     keys = set()
     for row in rows:
-        assert re.fullmatch(r"\d+\.\d+\.\d+", row["jax"])
+        assert re.fullmatch(r"\d+\.\d+\.\d+(\.\d+)?", row["jax"])
         for field in ("geometry", "batch_size", "seq_len", "dtype", "method", "target"):
             assert row[field], (field, row)
         assert row.get("save") or row.get("refused")
