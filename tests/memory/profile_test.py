@@ -190,7 +190,9 @@ def test_a_lora_step_is_attributed(lora):
     assert found.platform == {"cpu": "cpu", "v5p": "tpu", "h200": "gpu"}[name]
     assert sum(sizes.values()) == found.total_bytes
     assert found.unattributed_bytes <= 0.02 * found.live_bytes
-    assert sum(buffer.bytes for buffer in found.buffers if buffer.module) >= 0.98 * found.live_bytes
+    arrays = [buffer for buffer in found.buffers if buffer.category not in ("alignment", "fragmentation")]
+    assert sum(buffer.bytes for buffer in arrays if buffer.module) >= 0.98 * found.live_bytes
+    assert sum(buffer.bytes for buffer in found.buffers if not buffer.module) <= 0.02 * found.total_bytes
     # Of each layer at least: both norms' inputs and outputs, queries, attention's output; gate, up and their product.
     numbers = 3 * ROWS * LENGTH * (6 * 64 + 3 * 160)
     assert sizes["saved activations"] >= {"cpu": 4, "h200": 4, "v5p": 2}[name] * numbers
