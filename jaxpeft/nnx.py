@@ -24,7 +24,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.linear import Linear, leaf_of
 from jaxpeft.method import MOVED, Leaves, Method, trains
 from jaxpeft.model import Batch, Model, opaque
-from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes, kernel_of
+from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes, held, kernel_of
 from jaxpeft.quant import Folded, fold, unfolded_all
 
 
@@ -187,7 +187,7 @@ class _Graph:
         flat = unfolded_all(tree.flatten(params))
         if lacks := sorted(self.leaves.keys() - flat.keys()):
             raise InputError(f"the parameters lack {', '.join(lacks[:3])}, which the module has")
-        leaves = [(keys, self.leaves[path].replace(flat[path])) for path, keys in self.keys.items()]
+        leaves = [(keys, self.leaves[path].replace(held(flat[path]))) for path, keys in self.keys.items()]
         rest = {keys: leaf.replace(leaf.get_value()) for keys, leaf in self.rest}  # the module's own to change
         rest |= {self.other_keys[path]: leaf.replace(flat[path]) for path, leaf in self.others.items() if path in flat}
         module = nnx.merge(self.graph, nnx.from_flat_state(leaves), nnx.from_flat_state(list(rest.items())))

@@ -34,7 +34,7 @@ from jaxpeft.linear import (
     product_over_axes,
 )
 from jaxpeft.model import Context
-from jaxpeft.quant import unfolded
+from jaxpeft.quant import Folded, unfolded
 
 KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.Embed)
 _ADAPTERS, _KEYS = "site_adapters", "site_keys"  # attributes of a module with adapters
@@ -167,6 +167,31 @@ def adapt(
     setattr(module, _KEYS, nnx.Dict(keys))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A packed kernel of several axes in its module, which may ask for its own shape, not for the matrix's."""
+
+    kernel: Folded
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.own_shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.kernel.dtype
+
+
+def held(leaf: Any) -> Any:
+    """A leaf as the module's parameter holds it."""
+    return _Held(leaf) if isinstance(leaf, Folded) else leaf
+
+
 def _params(leaves: Mapping[str, Any]) -> nnx.Dict:
     return nnx.Dict({k: _params(v) if isinstance(v, Mapping) else nnx.Param(v) for k, v in leaves.items()})
 
@@ -178,6 +203,7 @@ def _values(node: Any) -> Any:
 def _product(module: Any, call: Mapping[str, Any]) -> Product:
     """What a linear module's call computes, as the product of a matrix; in the type in which the module computes."""
     kernel = kernel_of(module).get_value()
+    kernel = kernel.kernel if isinstance(kernel, _Held) else kernel
     if isinstance(module, nnx.Embed):
         method = "attend" if "query" in call else "__call__"
         return product_of_table(call.get("query", call.get("inputs")), kernel, module.dtype, method)
