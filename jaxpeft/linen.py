@@ -1,9 +1,10 @@
 """Any Linen module as a `Model`: its linear maps are found by looking at it run, and their kernels taken for matrices.
 
 A site is what runs: `nn.Dense`, `nn.DenseGeneral` (so attention's projections) and `nn.Einsum`, and where targets name
-them `nn.Conv` and `nn.Embed`, inside `nn.scan`, `nn.vmap`, `nn.remat` and shared modules as anywhere. Which axes of a kernel are inputs and which outputs is asked of the module
-that owns it while it is traced, never of a shape. Where there are several, the parameters of the model hold the kernel
-as `jaxpeft.quant.Folded`, while an adapter reads it; merging gives the module's own shapes back.
+them `nn.Conv` and `nn.Embed`, inside `nn.scan`, `nn.vmap`, `nn.remat` and shared modules as anywhere. Which axes of a
+kernel are inputs and which outputs is asked of the module that owns it while it is traced, never of a shape, and so is
+where layers lie. Where there are several, the parameters of the model hold the kernel as `jaxpeft.quant.Folded`, while
+an adapter reads it; merging gives the module's own shapes back.
 """
 
 from __future__ import annotations
