@@ -1,9 +1,10 @@
 """Any Linen module as a `Model`: its linear maps are found by looking at it run, and their kernels taken for matrices.
 
-A site is what runs: `nn.Dense`, `nn.DenseGeneral` (so attention's projections) and `nn.Einsum`, inside `nn.scan`,
-`nn.remat` and shared modules as anywhere. Which axes of a kernel are inputs and which outputs is asked of the module
-that owns it while it is traced, never of a shape. Where there are several, the parameters of the model hold the kernel
-as `jaxpeft.quant.Folded`, while an adapter reads it; merging gives the module's own shapes back.
+A site is what runs: `nn.Dense`, `nn.DenseGeneral` (so attention's projections) and `nn.Einsum`, and where targets name
+them `nn.Conv` and `nn.Embed`, inside `nn.scan`, `nn.vmap`, `nn.remat` and shared modules as anywhere. Which axes of a
+kernel are inputs and which outputs is asked of the module that owns it while it is traced, never of a shape, and so is
+where layers lie. Where there are several, the parameters of the model hold the kernel as `jaxpeft.quant.Folded`, while
+an adapter reads it; merging gives the module's own shapes back.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from jax.interpreters import partial_eval
 
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
-from jaxpeft.linear import Linear, axes, leaf_of, runs
+from jaxpeft.linear import Linear, leaf_of, runs
+from jaxpeft.linear import axes as axes_of
 from jaxpeft.model import Batch, Model, opaque
 from jaxpeft.quant import EMBEDDING, Folded, fold, unfolded_all
 
@@ -33,7 +35,7 @@ def from_linen(
     """A Model of any Linen module called as `module(**batch)`.
 
     Site methods (LoRA and its family) attach to its linear maps by path; methods on the stack do not apply. Parameters
-    in boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`) are opened.
+    in boxes (`nn.with_partitioning`, `nn.with_logical_partitioning`) are opened; the model's `axes` keeps their names.
 
     Args:
       module: the module; a dropout key is passed as the rng "dropout".
@@ -60,12 +62,17 @@ def from_linen(
         with sites.intercepted():
             return module.apply({"params": own_shapes(params), **rest}, **batch, rngs=rngs, method=method)
 
-    def shapes():
-        made = jax.eval_shape(lambda key, batch: module.init(key, **batch, method=method), jax.random.key(0), example)
-        return tree.flatten(nn.meta.unbox(made["params"]))
+    def made():
+        run = lambda key, batch: module.init(key, **batch, method=method).get("params", {})
+        return jax.eval_shape(run, jax.random.key(0), dict(example))
 
-    example = dict(example)
-    return Model(init, opaque(apply), adopt=adopt, shapes=shapes)
+    def shapes():
+        return tree.flatten(nn.meta.unbox(made()))
+
+    def axes():
+        return {path: names for path, names in tree.flatten(nn.get_partition_spec(made())).items() if any(names)}
+
+    return Model(init, opaque(apply), adopt=adopt, shapes=shapes, axes=axes)
 
 
 def own_shapes(params: Mapping[str, Any]) -> tree.Params:
@@ -87,7 +94,7 @@ def _look(module: nn.Module, example: Batch, method: Any) -> dict[str, Linear]:
         if runs(owner, context.method_name):
             kernel = nn.meta.unbox(owner.get_variable("params", leaf_of(owner)))
             path = "/".join(owner.path)
-            seen[path] = axes(owner, kernel, args, kwargs)
+            seen[path] = axes_of(owner, kernel, args, kwargs)
             if path in stacks:
                 owner.put_variable("params", leaf_of(owner), _Stack(kernel, ()))
         return y

@@ -1,8 +1,9 @@
 """Any NNX module as a `Model`, and back: adapters at its linear maps, and the module with them in it.
 
 A site is a linear module of the graph that owns its kernel: `nnx.Linear`, `nnx.LinearGeneral` (so attention's
-projections) and `nnx.Einsum`, in lists and dicts, under `nnx.scan`, `nnx.vmap` and `nnx.remat` as anywhere. Which axes
-of a kernel are inputs and which outputs is asked of that module; what lies in front of them are layers. As in
+projections) and `nnx.Einsum`, and where targets name them `nnx.Conv` and `nnx.Embed`, in lists and dicts, under
+`nnx.scan`, `nnx.vmap` and `nnx.remat` as anywhere. Which axes of a kernel are inputs and which outputs is asked of that
+module; what lies in front of them are layers. As in
 `jaxpeft.linen`, parameters hold kernels of several axes as `jaxpeft.quant.Folded` while an adapter reads them.
 
 The module is merged from its graph and the parameters in each forward pass, and its linear modules get their adapters
@@ -49,7 +50,8 @@ def from_nnx(module: nnx.Module, method: Callable | str | None = None) -> tuple[
         raise InputError(f"from_nnx: {type(module).__name__} is no flax.nnx.Module")
     graph = _Graph(module, method)
     flat = {"/".join(map(str, keys)): leaf.get_value() for keys, leaf in _flat(nnx.state(module, nnx.Param))}
-    return Model(graph.init, opaque(graph.apply), adopt=graph.adopt, shapes=graph.shapes), tree.unflatten(flat)
+    model = Model(graph.init, opaque(graph.apply), adopt=graph.adopt, shapes=graph.shapes, axes=graph.axes)
+    return model, tree.unflatten(flat)
 
 
 def to_nnx(model: Model, params: Mapping[str, Any]) -> nnx.Module:
@@ -138,6 +140,8 @@ class _Graph:
         self.others = {path: leaf for path, (_, leaf) in known.items() if not isinstance(leaf, nnx.RngState)}
         self.other_keys = {path: known[path][0] for path in self.others}
         self.linear = _look(module, self.keys)
+        specs = {"/".join(map(str, keys)): leaf.get_value() for keys, leaf in _flat(nnx.get_partition_spec(state))}
+        self.names = {path: names for path, names in specs.items() if names is not None and any(names)}
         self.acted = Acted(set())
 
     def init(self, key: jax.Array, params: tree.Params) -> tree.Params:
@@ -148,6 +152,9 @@ class _Graph:
     def shapes(self) -> tree.Flat:
         leaves = {path: leaf.get_value() for path, leaf in {**self.leaves, **self.others}.items()}
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
+    def axes(self) -> dict[str, Any]:
+        return dict(self.names)
 
     def adopt(self, params: Mapping[str, Any]) -> tree.Params:
         flat = {str(path): leaf for path, leaf in tree.flatten(params).items()}

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
@@ -175,6 +176,37 @@ def test_a_subtree_called_as_our_layers_are_hides_nothing():
     adapted, trainable, frozen = jp.setup(method, model, model.init(jax.random.key(3), {}), jax.random.key(0))
     with pytest.raises(jp.InputError, match="lora: the model never calls layers; leave"):
         adapted.apply(jp.combine(trainable, frozen), {"x": X})
+
+
+class Named(nn.Module):
+    """Scanned layers whose kernels' axes have names, and one kernel without."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads", None))
+                return x + nn.DenseGeneral((2, 4), kernel_init=init, name="split")(x).reshape(x.shape), None
+
+        axes, names = {"params": 0}, {nn.PARTITION_NAME: "layers"}
+        layer = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=2, metadata_params=names)
+        return nn.Dense(3, name="out")(layer(name="blocks")(x, None)[0])
+
+
+def test_names_of_axes_are_kept_for_a_mesh():
+    """They place the leaves of a step, a kernel of several axes among them."""
+    model = jp.from_linen(Named(), {"x": X})
+    axes = model.axes()
+    assert axes == {"blocks/split/kernel": PartitionSpec("layers", "embed", "heads", None)}
+    adapted, trainable, frozen = jp.setup(jp.lora(2), model, model.init(jax.random.key(3), {}), jax.random.key(0))
+    assert adapted.axes() == axes
+    mesh, rules = jax.make_mesh((1,), ("fsdp",)), (("layers", None), ("embed", "fsdp"), ("heads", None))
+    spec = lambda path: nn.logical_to_mesh_axes(axes[path], rules) if path in axes else PartitionSpec()
+    placed = {path: jax.device_put(leaf, NamedSharding(mesh, spec(path))) for path, leaf in frozen.items()}
+    assert placed["blocks/split/kernel"].array.sharding.spec == PartitionSpec(None, "fsdp", None, None)
+    found = adapted.apply(jp.combine(trainable, placed), {"x": X})
+    np.testing.assert_allclose(found, adapted.apply(jp.combine(trainable, frozen), {"x": X}), rtol=1e-5, atol=1e-6)
 
 
 def test_what_no_adapter_reads_keeps_its_shape():

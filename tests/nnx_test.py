@@ -234,6 +234,15 @@ def test_a_linear_map_that_no_adapter_fits_is_refused_by_name():
         sites.find(params, ["layers"])
 
 
+def test_names_of_axes_are_kept():
+    with nnx.use_eager_sharding(False):
+        layer = nnx.Linear(8, 3, kernel_metadata={"out_sharding": ("embed", "mlp")}, rngs=nnx.Rngs(0))
+        base, params = jp.from_nnx(nnx.Dict(out=layer, plain=nnx.Linear(8, 3, rngs=nnx.Rngs(0))))
+        assert base.axes() == {"out/kernel": jax.sharding.PartitionSpec("embed", "mlp")}
+        model, _, _ = jp.setup(jp.lora(2), base, params, jax.random.key(0))
+    assert model.axes() == base.axes()
+
+
 def test_what_cannot_be_is_one_line():
     base, params = jp.from_nnx(Listed(nnx.Rngs(0)))
     with pytest.raises(jp.InputError, match="dict is no flax.nnx.Module"):
