@@ -18,6 +18,7 @@ NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv-next
 # The contract, what every method promises, the step and the kernels need no more than JAX.
 NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/train/step_test.py \
+  tests/backward/planned_test.py \
   $(wildcard tests/pallas_kernels)
 # Of the methods one of each kind: a site's, one without a backward pass, one whose leaves move, one that feeds attention.
 NEXT_ONLY = not methods_test or lora or mezo or lisa or prefix
@@ -27,7 +28,8 @@ NEXT_ONLY = not methods_test or lora or mezo or lisa or prefix
 # the flag 0.10.2 has no vmap of names, without which no model is initialised.
 REMAT3_TESTS = tests/backward/programs_test.py tests/backward/residuals_test.py \
   tests/backward/reversible_test.py::test_the_backward_pass_computes_each_layer_again_once \
-  tests/backward/reversible_test.py::test_evaluating_once_or_twice_is_the_same
+  tests/backward/reversible_test.py::test_evaluating_once_or_twice_is_the_same \
+  tests/backward/planned_test.py::test_gradients_are_those_of_a_scan
 REMAT3_ONLY = llama or not (gradients_are or methods or dropout or bfloat16 or accumulation or sharded)
 
 .PHONY: demo demo-chat test test-slow docs lint format test-next clean

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jaxpeft.on_demand import imports
 
 if TYPE_CHECKING:
+    from jaxpeft.backward.planned import planned_scan
     from jaxpeft.backward.policy import checkpoint_policy
     from jaxpeft.backward.residuals import remat
     from jaxpeft.errors import InputError, RunError
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vqt import vqt
-    from jaxpeft.model import Model, Stack
+    from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
     from jaxpeft.peft import export_adapter, import_adapter
     from jaxpeft.train.loss import classification_loss, completion_loss
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from jaxpeft.tree import combine, split
 
 _MODULE_OF = {
+    "Context": "model",
     "InputError": "errors",
     "Method": "method",
     "Model": "model",
@@ -87,6 +89,7 @@ _MODULE_OF = {
     "pfeiffer": "methods.pfeiffer",
     "plan": "memory.functions",
     "prefix": "methods.prefix",
+    "planned_scan": "backward.planned",
     "profile": "memory.functions",
     "save_pretrained": "hf",
     "setup": "method",

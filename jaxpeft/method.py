@@ -343,7 +343,8 @@ def _in_own_shapes(method: Method, flat: tree.Flat) -> tree.Flat:
     Raises:
       InputError: for such a kernel that changes itself.
     """
-    adapted = {path.rsplit("/", 2)[0] + "/kernel" for path in flat if path.count("/") > 1}
+    beside = {path.rsplit("/", 2)[0] for path in flat if path.count("/") > 1}
+    adapted = {f"{site}/{name}" for site in beside for name in ("kernel", "embedding")}
     for path, leaf in flat.items():
         if path in adapted and isinstance(leaf, Folded) and method.changes(path):
             shape = "x".join(map(str, leaf.array.shape))

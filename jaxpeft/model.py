@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxpeft import tree
 
@@ -145,6 +146,9 @@ class Model(NamedTuple):
     config: the family's frozen configuration, or None.
     base: of an adapted model, the model before any method.
     adopt: params -> params as this library keeps them: without boxes, kernels as matrices; what is so already stays.
+    shapes: () -> {path: shape and dtype} of the parameters of a model that has no configuration; None for one that has.
+    axes: () -> {path: names of its axes} of the parameters to which a module of one's own gives such names, for whoever
+      places them on a mesh; nothing here reads them.
     """
 
     init: Callable[[jax.Array, tree.Params], tree.Params]
@@ -152,6 +156,8 @@ class Model(NamedTuple):
     config: Any = None
     base: Model | None = None
     adopt: Callable[[tree.Params], tree.Params] = dict
+    shapes: Callable[[], tree.Flat] | None = None
+    axes: Callable[[], dict[str, PartitionSpec]] = dict
 
     def hidden(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """The stream after the last layer, (B, S, d); `head` turns it, or a part of it, into logits.

@@ -1,8 +1,9 @@
 """Any NNX module as a `Model`, and back: adapters at its linear maps, and the module with them in it.
 
 A site is a linear module of the graph that owns its kernel: `nnx.Linear`, `nnx.LinearGeneral` (so attention's
-projections) and `nnx.Einsum`, in lists and dicts, under `nnx.scan`, `nnx.vmap` and `nnx.remat` as anywhere. Which axes
-of a kernel are inputs and which outputs is asked of that module; what lies in front of them are layers. As in
+projections) and `nnx.Einsum`, and where targets name them `nnx.Conv` and `nnx.Embed`, in lists and dicts, under
+`nnx.scan`, `nnx.vmap` and `nnx.remat` as anywhere. Which axes of a kernel are inputs and which outputs is asked of that
+module; what lies in front of them are layers. As in
 `jaxpeft.linen`, parameters hold kernels of several axes as `jaxpeft.quant.Folded` while an adapter reads them.
 
 The module is merged from its graph and the parameters in each forward pass, and its linear modules get their adapters
@@ -11,25 +12,21 @@ then (nnx_linear.py).
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxpeft import sites, tree
+from jaxpeft import sites, tree, updates
 from jaxpeft.errors import InputError
-from jaxpeft.linear import Linear
+from jaxpeft.linear import Linear, leaf_of
 from jaxpeft.method import MOVED, Leaves, Method, trains
 from jaxpeft.model import Batch, Model, opaque
-from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes
+from jaxpeft.nnx_linear import KINDS, Acted, Adapter, adapt, axes, held, kernel_of
 from jaxpeft.quant import Folded, fold, unfolded_all
-
-_updates: contextvars.ContextVar[tree.Flat | None] = contextvars.ContextVar("updates", default=None)
 
 
 def from_nnx(module: nnx.Module, method: Callable | str | None = None) -> tuple[Model, tree.Params]:
@@ -53,7 +50,8 @@ def from_nnx(module: nnx.Module, method: Callable | str | None = None) -> tuple[
         raise InputError(f"from_nnx: {type(module).__name__} is no flax.nnx.Module")
     graph = _Graph(module, method)
     flat = {"/".join(map(str, keys)): leaf.get_value() for keys, leaf in _flat(nnx.state(module, nnx.Param))}
-    return Model(graph.init, opaque(graph.apply), adopt=graph.adopt), tree.unflatten(flat)
+    model = Model(graph.init, opaque(graph.apply), adopt=graph.adopt, shapes=graph.shapes, axes=graph.axes)
+    return model, tree.unflatten(flat)
 
 
 def to_nnx(model: Model, params: Mapping[str, Any]) -> nnx.Module:
@@ -103,7 +101,7 @@ def carry(base: Model) -> Method:
                 raise InputError(f"carry: {path} is {view.role(path).name} by another method; chain carry last")
 
         def carried(model, params, batch, key):
-            with _collected() as found:
+            with updates.collected() as found:
                 value, aux = function(model, params, batch, key)
             return value, {**aux, **{f"carry:{path}": _wide(leaf)[None] for path, leaf in found.items()}}
 
@@ -142,6 +140,8 @@ class _Graph:
         self.others = {path: leaf for path, (_, leaf) in known.items() if not isinstance(leaf, nnx.RngState)}
         self.other_keys = {path: known[path][0] for path in self.others}
         self.linear = _look(module, self.keys)
+        specs = {"/".join(map(str, keys)): leaf.get_value() for keys, leaf in _flat(nnx.get_partition_spec(state))}
+        self.names = {path: names for path, names in specs.items() if names is not None and any(names)}
         self.acted = Acted(set())
 
     def init(self, key: jax.Array, params: tree.Params) -> tree.Params:
@@ -149,17 +149,25 @@ class _Graph:
             raise InputError("from_nnx: an NNX module makes its parameters itself; give those that from_nnx returned")
         return self.adopt(params)
 
+    def shapes(self) -> tree.Flat:
+        leaves = {path: leaf.get_value() for path, leaf in {**self.leaves, **self.others}.items()}
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in leaves.items()}
+
+    def axes(self) -> dict[str, Any]:
+        return dict(self.names)
+
     def adopt(self, params: Mapping[str, Any]) -> tree.Params:
         flat = {str(path): leaf for path, leaf in tree.flatten(params).items()}
         return tree.unflatten({path: self._folded(path, leaf) for path, leaf in flat.items()})
 
     def _folded(self, path: str, leaf: Any) -> Any:
-        if path.rpartition("/")[2] != "kernel" or isinstance(leaf, Folded) or not isinstance(leaf, jax.Array):
+        kernel = path.rpartition("/")[2] == "kernel" or path in self.linear
+        if not kernel or isinstance(leaf, Folded) or not isinstance(leaf, jax.Array):
             return leaf
         linear = self.linear.get(path, Linear(0, 0, leaf.ndim))
         if leaf.ndim < linear.ndim:
             raise InputError(f"{path} has shape {leaf.shape}; its module has {linear.ndim} axes")
-        return fold(leaf, linear.inputs, linear.outputs)
+        return fold(leaf, linear.inputs, linear.outputs, linear.why, linear.kind)
 
     def apply(self, params: tree.Params, batch: Batch, key: jax.Array | None) -> Any:
         module = self.build(params, key)
@@ -176,9 +184,9 @@ class _Graph:
         y = call(**batch) if not callable(self.method) else call(module, **batch)
         for entry in entries:
             entry.called.update(path for name, path in self.acted.sites if name == entry.name)
-        if (found := _updates.get()) is not None:
+        if updates.wanted():
             state = {"/".join(map(str, keys)): leaf for keys, leaf in _flat(nnx.state(module))}
-            found.update({path: state[path].get_value() for path in self.others})
+            updates.leave({path: state[path].get_value() for path in self.others})
         return y
 
     def build(self, params: tree.Params, key: jax.Array | None = None) -> Any:
@@ -186,7 +194,7 @@ class _Graph:
         flat = unfolded_all(tree.flatten(params))
         if lacks := sorted(self.leaves.keys() - flat.keys()):
             raise InputError(f"the parameters lack {', '.join(lacks[:3])}, which the module has")
-        leaves = [(keys, self.leaves[path].replace(flat[path])) for path, keys in self.keys.items()]
+        leaves = [(keys, self.leaves[path].replace(held(flat[path]))) for path, keys in self.keys.items()]
         rest = {keys: leaf.replace(leaf.get_value()) for keys, leaf in self.rest}  # the module's own to change
         rest |= {self.other_keys[path]: leaf.replace(flat[path]) for path, leaf in self.others.items() if path in flat}
         module = nnx.merge(self.graph, nnx.from_flat_state(leaves), nnx.from_flat_state(list(rest.items())))
@@ -212,7 +220,7 @@ def _flat(state: Any) -> list[tuple[tuple[Any, ...], Any]]:
 
 
 def _site(path: str) -> str:
-    return path.removesuffix("kernel").removesuffix("/")
+    return path.rpartition("/")[0]
 
 
 def _at(node: Any, keys: tuple[Any, ...]) -> Any:
@@ -231,7 +239,8 @@ def _look(module: nnx.Module, keys: Mapping[str, tuple[Any, ...]]) -> dict[str, 
     found = {}
     for path, parts in keys.items():
         owner = _at(module, parts[:-1])
-        if parts[-1] == "kernel" and isinstance(owner, KINDS) and owners.get(id(owner.kernel)) == 1:
+        own = isinstance(owner, KINDS) and parts[-1] == leaf_of(owner)
+        if own and owners.get(id(kernel_of(owner))) == 1:
             found[path] = axes(owner)
     return found
 
@@ -257,17 +266,6 @@ def _seed(module: nnx.Module, key: jax.Array) -> None:
             shape = stream.key.get_value().shape
             stream.key.set_value(jax.random.split(own, shape) if shape else own)
             stream.count.set_value(jnp.zeros_like(stream.count.get_value()))
-
-
-@contextlib.contextmanager
-def _collected() -> Iterator[tree.Flat]:
-    """The state that models of `from_nnx` leave behind while this is entered."""
-    found: tree.Flat = {}
-    token = _updates.set(found)
-    try:
-        yield found
-    finally:
-        _updates.reset(token)
 
 
 def _wide(leaf: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ import dataclasses
 import functools
 import inspect
 import zlib
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,35 +20,64 @@ from flax import linen, nnx
 
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError
-from jaxpeft.linear import Linear, Product, letters, parts_of, product_of_equation, product_over_axes
+from jaxpeft.linear import (
+    Linear,
+    Product,
+    kind_of_module,
+    leaf_of,
+    letters,
+    no_plain_convolution,
+    parts_of,
+    product_of_convolution,
+    product_of_equation,
+    product_of_table,
+    product_over_axes,
+)
 from jaxpeft.model import Context
-from jaxpeft.quant import unfolded
+from jaxpeft.quant import Folded, unfolded
 
-KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum)
+KINDS = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.Embed)
 _ADAPTERS, _KEYS = "site_adapters", "site_keys"  # attributes of a module with adapters
 
 
 def axes(module: Any) -> Linear:
     """The axes of a linear module's kernel, by its own attributes; 0 and 0 where no matrix is what it computes with."""
-    ndim = module.kernel.get_value().ndim
+    kind, given, other = type(module).__name__, kernel_of(module).get_value().shape, kind_of_module(module)
     shape: tuple[int, ...]
-    if isinstance(module, nnx.Linear):
+    why, plain = "", True
+    if isinstance(module, nnx.Embed):
+        inputs, outputs, shape = 1, 1, (module.num_embeddings, module.features)
+    elif isinstance(module, nnx.Conv):
+        inputs, outputs, shape = len(module.kernel_shape) - 1, 1, tuple(module.kernel_shape)
+        why = no_plain_convolution(module)
+    elif isinstance(module, nnx.Linear):
         inputs, outputs, shape = 1, 1, (module.in_features, module.out_features)
         plain = module.dot_general is jax.lax.dot_general
     elif isinstance(module, nnx.LinearGeneral):
-        inputs, outputs, shape = len(module.in_features), len(module.out_features), _shape(module)
-        plain = not module.batch_axis and module.dot_general is None and module.dot_general_cls is None
+        inputs, outputs = len(module.in_features), len(module.out_features)
+        shape = (*(size for _, size in sorted(module.batch_axis.items())), *module.in_features, *module.out_features)
+        plain = module.dot_general is None and module.dot_general_cls is None
+        if module.batch_axis:
+            why = f"its {kind} has batch_axis {dict(module.batch_axis)}, a matrix for each index of them"
     else:
         inputs, outputs = letters(parts_of(module.einsum_str))
-        shape = tuple(module.kernel_shape)
-        plain = module.einsum_op is jnp.einsum
-    own = type(module).__call__ in [kind.__call__ for kind in KINDS]  # and not what a subclass makes of it
-    stacked = module.kernel.get_value().shape[ndim - len(shape) :] == shape  # layers, if any, come first
-    return Linear(inputs, outputs, len(shape)) if own and plain and stacked and inputs else Linear(0, 0, ndim)
+        shape, plain = tuple(module.kernel_shape), module.einsum_op is jnp.einsum
+    if type(module).__call__ not in [known.__call__ for known in KINDS]:
+        why = f"{kind} has a __call__ of its own"
+    elif isinstance(module, nnx.Embed) and type(module).attend is not nnx.Embed.attend:
+        why = f"{kind} has an attend of its own"
+    elif not plain:
+        why = f"its {kind} has a product of its own"
+    elif given[len(given) - len(shape) :] != shape:
+        why = f"its kernel of {given} is {shape} of {kind} with layers that are not on axis 0, where an adapter's are"
+    if why or not inputs:
+        return Linear(0, 0, len(given), why, other)
+    return Linear(inputs, outputs, len(shape), kind=other)
 
 
-def _shape(module: nnx.LinearGeneral) -> tuple[int, ...]:
-    return (*module.in_features, *module.out_features)
+def kernel_of(module: Any) -> nnx.Param:
+    """The parameter that is the matrix of one of `KINDS`."""
+    return getattr(module, leaf_of(module))
 
 
 # Modules with adapters.
@@ -71,40 +100,35 @@ class Adapter:
     acted: Acted
 
 
-class _Bound(NamedTuple):
-    """An adapter with its parameters, called as `sites` says."""
-
-    module: linen.Module
-    leaves: Any
-    rngs: dict[str, jax.Array]
-
-    @property
-    def stacked(self) -> bool:
-        return getattr(self.module, "stacked", False)
-
-    def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
-        return self.module.apply({"params": self.leaves}, inner, x, site, ctx, rngs=self.rngs)
-
-
 class _Key(nnx.Param):
     """A key of an adapter's dropout; a parameter for transformations, so that it is cut where the kernel is."""
 
 
-def _call(module: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Array:
+def _call(module: Any, *args: Any, **kwargs: Any) -> jax.Array:
     """`__call__` of a linear module with adapters, which it puts around its product."""
     kind = type(module).__bases__[0]
-    call = inspect.signature(kind.__call__).bind(module, inputs, *args, **kwargs).arguments
-    x, kernel, bias, back = _product(module, call)
+    return _around(module, inspect.signature(kind.__call__).bind(module, *args, **kwargs).arguments)
+
+
+def _attend(module: Any, *args: Any, **kwargs: Any) -> jax.Array:
+    """`attend` of a table with adapters."""
+    return _around(module, inspect.signature(nnx.Embed.attend).bind(module, *args, **kwargs).arguments)
+
+
+def _around(module: Any, call: Mapping[str, Any]) -> jax.Array:
+    x, kernel, bias, back, through = _product(module, call)
     adapters: list[tuple[Any, str, Context]] = []
     keys = getattr(module, _KEYS)
     for adapter in getattr(module, _ADAPTERS):
         adapter.acted.sites.add((adapter.name, adapter.path))
         rngs = {"dropout": keys[adapter.name].get_value()} if adapter.name in keys else {}
         leaves = _values(getattr(module, adapter.name)) if hasattr(module, adapter.name) else {}
-        adapters.append((_Bound(adapter.module, leaves, rngs), adapter.path, Context()))
-    y = sites.around(adapters, x, kernel, bias)
+        adapters.append((sites.Bound(adapter.module, leaves, rngs), adapter.path, Context()))
+    with jax.named_scope(adapters[0][1] if adapters else type(module).__bases__[0].__name__):
+        y = sites.around(adapters, x, kernel, bias, through)
     y = back(y if bias is None else y + bias.astype(y.dtype))
-    y = y if module.preferred_element_type is None else y.astype(module.preferred_element_type)
+    wanted = getattr(module, "preferred_element_type", None)
+    y = y if wanted is None else y.astype(wanted)
     sharding = call.get("out_sharding")
     return y if sharding is None else jax.sharding.reshard(y, sharding)
 
@@ -112,7 +136,8 @@ def _call(module: Any, inputs: jax.Array, *args: Any, **kwargs: Any) -> jax.Arra
 @functools.cache
 def _adapted(kind: type) -> type:
     """The subclass of a class of linear modules that has adapters."""
-    return type(kind)(f"Adapted{kind.__name__}", (kind,), {"__doc__": kind.__doc__, "__call__": _call})
+    own = {"__call__": _call, "attend": _attend} if issubclass(kind, nnx.Embed) else {"__call__": _call}
+    return type(kind)(f"Adapted{kind.__name__}", (kind,), {"__doc__": kind.__doc__, **own})
 
 
 def adapt(
@@ -142,6 +167,31 @@ def adapt(
     setattr(module, _KEYS, nnx.Dict(keys))
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Held:
+    """A packed kernel of several axes in its module, which may ask for its own shape, not for the matrix's."""
+
+    kernel: Folded
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.kernel.own_shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.kernel.dtype
+
+
+def held(leaf: Any) -> Any:
+    """A leaf as the module's parameter holds it."""
+    return _Held(leaf) if isinstance(leaf, Folded) else leaf
+
+
 def _params(leaves: Mapping[str, Any]) -> nnx.Dict:
     return nnx.Dict({k: _params(v) if isinstance(v, Mapping) else nnx.Param(v) for k, v in leaves.items()})
 
@@ -152,9 +202,16 @@ def _values(node: Any) -> Any:
 
 def _product(module: Any, call: Mapping[str, Any]) -> Product:
     """What a linear module's call computes, as the product of a matrix; in the type in which the module computes."""
-    x, kernel = call["inputs"], module.kernel.get_value()
+    kernel = kernel_of(module).get_value()
+    kernel = kernel.kernel if isinstance(kernel, _Held) else kernel
+    if isinstance(module, nnx.Embed):
+        method = "attend" if "query" in call else "__call__"
+        return product_of_table(call.get("query", call.get("inputs")), kernel, module.dtype, method)
+    x = call["inputs"]
     bias = None if module.bias is None else module.bias.get_value()
     x = x.astype(module.dtype or jnp.promote_types(x.dtype, kernel.dtype))
+    if isinstance(module, nnx.Conv):
+        return product_of_convolution(module, x, kernel, bias)
     if isinstance(module, nnx.Linear):
         return Product(x, kernel, bias, lambda y: y)
     if isinstance(module, nnx.LinearGeneral):

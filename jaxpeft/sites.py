@@ -24,88 +24,41 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-import re
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import patterns, tree
+from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.linear import KINDS, product
+from jaxpeft.linear import Through, product, runs
 from jaxpeft.model import Context, Model, reads_stacks
 from jaxpeft.models.layers import Dense
-from jaxpeft.quant import dot, is_linear, is_packed, low_rank_dot
+from jaxpeft.quant import dot, is_packed, low_rank_dot
+from jaxpeft.targets import chooses, find, first_match, kernel_path
+from pallas_kernels.dropout import drop
 from pallas_kernels.stacked import taken
 
 AdapterFor = Callable[[str], nn.Module]
 AdaptedSegments = Callable[[tree.Params], Sequence[str]]
-
-_PRESETS = {
-    "all-linear": r"^layers.*/[^/]+$",
-    "attention": r"^layers.*/(self_attn|attention|attn)/.+$",
-    "mlp": r"^layers.*/mlp/[^/]+$",
-}
-
-
-def find(params: Mapping[str, Any], targets: str | Iterable[str] = "all-linear") -> list[str]:
-    """The sites that `targets` chooses.
-
-    Args:
-      params: nested parameters; a site is every path with a `kernel` of two axes (three with the layer axis).
-      targets: "all-linear" (every linear map of the layers, not the head; every one where no layers are visible),
-        "attention", "mlp", a regular expression found in the site's path (`re.search`), or names that sites end with,
-        as in PEFT's `target_modules` (`["q_proj", "v_proj"]`, or "q_proj,v_proj").
-
-    Raises:
-      InputError: if a target matches no site, with the nearest names.
-    """
-    flat = tree.flatten(params)
-    sites = sorted(
-        path.removesuffix("/kernel") for path, leaf in flat.items() if path.endswith("/kernel") and is_linear(leaf)
-    )
-    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
-        targets = targets.split(",")
-    if isinstance(targets, str):
-        wanted = [_PRESETS.get(targets, targets)]
-        if targets == "all-linear" and not any(re.search(wanted[0], tree.canonical(site)) for site in sites):
-            wanted = [""]  # a model that shows no layers
-        stray = wanted if targets not in _PRESETS else []
-    else:
-        wanted = [rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets]
-        stray = list(targets)
-    chosen: set[str] = set()
-    for i, pattern in enumerate(wanted):
-        compiled = patterns.compiled(pattern, "targets")
-        found = {site for site in sites if compiled.found(tree.canonical(site)) or compiled.found(site)}
-        if not found:
-            leaves = [site.rsplit("/", 1)[-1] for site in sites] + sorted({tree.canonical(site) for site in sites})
-            what = str(stray[i] if stray else targets)
-            raise InputError(f"targets {what!r}: matches no linear site; nearest: {tree.nearest(what, leaves)}")
-        chosen |= found
-    return sorted(chosen)
-
-
-def chooses(targets: str | Iterable[str], site: str) -> bool:
-    """Whether `find` would choose a site of a model of visible layers; of targets that it takes."""
-    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
-        targets = targets.split(",")
-    if isinstance(targets, str):
-        wanted = [_PRESETS.get(targets, targets)]
-    else:
-        wanted = [rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets]
-    return any(patterns.found(pattern, path, "targets") for pattern in wanted for path in (tree.canonical(site), site))
-
-
-def first_match(values: Mapping[str, Any], site: str, default: Any) -> Any:
-    """The value of the first pattern (regular expression, `re.search`) found in the site's path, else `default`."""
-    for pattern, value in values.items():
-        if patterns.found(pattern, site, "the pattern"):
-            return value
-    return default
+__all__ = [
+    "AdaptedSegments",
+    "AdapterFor",
+    "Bound",
+    "Site",
+    "around",
+    "attach",
+    "chooses",
+    "find",
+    "first_match",
+    "in_force",
+    "intercepted",
+    "kernel_path",
+    "wrap",
+]
 
 
 class Site(NamedTuple):
@@ -115,18 +68,57 @@ class Site(NamedTuple):
     kernel: (n, m), of any type that `jaxpeft.quant` knows.
     bias: (m,), added to what the outermost adapter gives; None where the site has none.
     plain: whether `inner` is the site's own product, and not another adapter.
+    through: what the site computes with other matrices than the kernel, `through(x, *factors)`, where that is not the
+      product of x (..., n) with them; see `jaxpeft.linear`.
     """
 
     path: str
     kernel: Any
     bias: jax.Array | None
     plain: bool
+    through: Through | None = None
 
     def low_rank(
         self, inner: Callable[[jax.Array], jax.Array], x: jax.Array, a: jax.Array, b: jax.Array, **options: Any
     ) -> jax.Array:
         """inner(x) + scale (drop(x) A) B, fused with the product where nothing lies between; see `low_rank_dot`."""
+        if self.through is not None:
+            return inner(x) + _low_rank(self.through, x, a, b, **options)
         return low_rank_dot(x, self.kernel if self.plain else inner, a, b, **options)
+
+
+def _low_rank(
+    through: Through,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    *,
+    scale: float,
+    rate: float = 0.0,
+    seed: jax.Array | None = None,
+    make_a: Callable[..., jax.Array] | None = None,
+) -> jax.Array:
+    """What `low_rank_dot` adds to the product, of another map; indices, which a lookup reads, are not dropped."""
+    if rate and jnp.issubdtype(x.dtype, jnp.floating):
+        x = drop(x.reshape(-1, x.shape[-1]), seed, rate).reshape(x.shape)
+    if make_a is None:
+        return scale * through(x, a, b)
+    return scale * jax.checkpoint(lambda x, a, b: through(x, make_a(a), b))(x, a, b)
+
+
+class Bound(NamedTuple):
+    """An adapter with its parameters, called as any other."""
+
+    module: nn.Module
+    leaves: Any
+    rngs: dict[str, jax.Array]
+
+    @property
+    def stacked(self) -> bool:
+        return getattr(self.module, "stacked", False)
+
+    def __call__(self, inner: Callable, x: jax.Array, site: Site, ctx: Context) -> jax.Array:
+        return self.module.apply({"params": self.leaves}, inner, x, site, ctx, rngs=self.rngs)
 
 
 class _Entry(NamedTuple):
@@ -181,7 +173,7 @@ def attach(
             below = [path.removeprefix(f"{site}/") for path in flat if path.startswith(f"{site}/")]
             if any(path.startswith(f"{name}/") for path in below):
                 continue
-            kernel, bias = flat[f"{site}/kernel"], flat.get(f"{site}/bias")
+            kernel, bias = flat[kernel_path(flat, site)], flat.get(f"{site}/bias")
             if bias is not None:  # of several axes where the outputs have them
                 bias = bias.reshape(*kernel.shape[:-2], kernel.shape[-1])
             site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))
@@ -327,42 +319,67 @@ def _intercept(next_function, args, kwargs, context):
     """
     module = context.module
     ours = isinstance(module, Dense) and context.method_name == "linear"
-    linen = isinstance(module, KINDS) and context.method_name == "__call__"
-    own = [entry for entry in _entries.get() if entry.at(module)] if ours or linen else []
-    if not own and not (linen and is_packed(module.get_variable("params", "kernel"))):
+    linen = runs(module, context.method_name)
+    here = [entry for entry in _entries.get() if entry.at(module)] if ours or linen else []
+    if not here and not (linen and is_packed(module.get_variable("params", "kernel"))):
         return next_function(*args, **kwargs)
     back: Callable[[jax.Array], jax.Array] = lambda y: y
+    through = None
     if ours:
         x, kernel = args
         bias = module.get_variable("params", "bias") if module.use_bias else None
     else:
-        x, kernel, bias, back = product(module, args, kwargs)
+        x, kernel, bias, back, through = product(module, context.method_name, args, kwargs)
     path = "/".join(module.path)
-    adapters = []
-    for entry in own:
+    adapters: list[tuple[Callable[..., jax.Array], str, Context]] = []
+    for entry in here:
         entry.called.add(entry.prefix + path)
-        adapter = entry.adapter_for(entry.prefix + path).clone(parent=module, name=entry.name)
-        adapters.append((adapter, entry.prefix + path, entry.ctx))
-    out = around(adapters, x, kernel, bias)
+        make = functools.partial(entry.adapter_for, entry.prefix + path)
+        own: Any = _bound(make, module, entry.name) if through else make().clone(parent=module, name=entry.name)
+        adapters.append((own, entry.prefix + path, entry.ctx))
+    out = around(adapters, x, kernel, bias, through)
     return back(out + bias.astype(out.dtype) if linen and bias is not None else out)
 
 
+class _Apart(nn.Module):
+    """In which a module is made that belongs to none."""
+
+    make: Callable[[], nn.Module]
+
+    @nn.compact
+    def __call__(self) -> nn.Module:
+        return self.make().clone(parent=None)
+
+
+def _bound(make: Callable[[], nn.Module], module: nn.Module, name: str) -> Bound:
+    """An adapter at a module that may have no submodules while it runs, as those with a `setup`."""
+    rngs = {"dropout": module.make_rng("dropout")} if module.has_rng("dropout") else {}
+    return Bound(_Apart(make, parent=None).apply({}), module.get_variable("params", name, {}), rngs)
+
+
 def around(
-    adapters: Iterable[tuple[Callable[..., jax.Array], str, Context]], x: jax.Array, kernel: Any, bias: jax.Array | None
+    adapters: Iterable[tuple[Callable[..., jax.Array], str, Context]],
+    x: jax.Array,
+    kernel: Any,
+    bias: jax.Array | None,
+    through: Through | None = None,
 ) -> jax.Array:
     """A product with adapters around it, one around the other, the last outermost; the bias is not added.
 
     Args:
       adapters: of each what is called as `adapter(inner, x, site, ctx)`, its site's path and its context.
       x: (..., n).  kernel: (n, m).  bias: (m,), or None.
+      through: as of a `Site`; x is what it reads.
 
     Returns:
       (..., m).
     """
     y: Callable[[jax.Array], jax.Array] = functools.partial(_product, kernel)
+    if through is not None:
+        y = lambda x: through(x, kernel)
     for depth, (adapter, path, ctx) in enumerate(adapters):
         taken_here = kernel if getattr(adapter, "stacked", False) else taken(kernel)
-        y = functools.partial(_adapted, adapter, y, Site(path, taken_here, bias, depth == 0), ctx)
+        y = functools.partial(_adapted, adapter, y, Site(path, taken_here, bias, depth == 0, through), ctx)
     return y(x)
 
 

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
@@ -47,6 +48,19 @@ class Scanned(nn.Module):
         return nn.Dense(4, name="head")(x)
 
 
+class Members(nn.Module):
+    """Members of members under `nn.vmap`, each on the same input."""
+
+    inner: int = 0
+    outer: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        options = {"split_rngs": {"params": True}, "in_axes": None}
+        dense = nn.vmap(nn.Dense, variable_axes={"params": self.inner}, axis_size=3, **options)
+        return nn.vmap(dense, variable_axes={"params": self.outer}, axis_size=2, **options)(8, name="dense")(x)
+
+
 class Equations(nn.Module):
     """`nn.Einsum`, one of which is no matrix from its first axis to its last; a convolution; a table."""
 
@@ -78,6 +92,7 @@ MODULES = {
     ),
     "scanned": (Scanned(), {"blocks/split", "blocks/join", "head"}),
     "equations": (Equations(), {"heads", "join"}),
+    "members": (Members(), {"dense"}),
 }
 
 
@@ -163,6 +178,37 @@ def test_a_subtree_called_as_our_layers_are_hides_nothing():
         adapted.apply(jp.combine(trainable, frozen), {"x": X})
 
 
+class Named(nn.Module):
+    """Scanned layers whose kernels' axes have names, and one kernel without."""
+
+    @nn.compact
+    def __call__(self, x):
+        class Layer(nn.Module):
+            @nn.compact
+            def __call__(self, x, _):
+                init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "heads", None))
+                return x + nn.DenseGeneral((2, 4), kernel_init=init, name="split")(x).reshape(x.shape), None
+
+        axes, names = {"params": 0}, {nn.PARTITION_NAME: "layers"}
+        layer = nn.scan(Layer, variable_axes=axes, split_rngs={"params": True}, length=2, metadata_params=names)
+        return nn.Dense(3, name="out")(layer(name="blocks")(x, None)[0])
+
+
+def test_names_of_axes_are_kept_for_a_mesh():
+    """They place the leaves of a step, a kernel of several axes among them."""
+    model = jp.from_linen(Named(), {"x": X})
+    axes = model.axes()
+    assert axes == {"blocks/split/kernel": PartitionSpec("layers", "embed", "heads", None)}
+    adapted, trainable, frozen = jp.setup(jp.lora(2), model, model.init(jax.random.key(3), {}), jax.random.key(0))
+    assert adapted.axes() == axes
+    mesh, rules = jax.make_mesh((1,), ("fsdp",)), (("layers", None), ("embed", "fsdp"), ("heads", None))
+    spec = lambda path: nn.logical_to_mesh_axes(axes[path], rules) if path in axes else PartitionSpec()
+    placed = {path: jax.device_put(leaf, NamedSharding(mesh, spec(path))) for path, leaf in frozen.items()}
+    assert placed["blocks/split/kernel"].array.sharding.spec == PartitionSpec(None, "fsdp", None, None)
+    found = adapted.apply(jp.combine(trainable, placed), {"x": X})
+    np.testing.assert_allclose(found, adapted.apply(jp.combine(trainable, frozen), {"x": X}), rtol=1e-5, atol=1e-6)
+
+
 def test_what_no_adapter_reads_keeps_its_shape():
     """A convolution's kernel, and those of sites that were not chosen: merged parameters are the module's."""
     for name, target in (("attention", "up"), ("equations", "heads")):
@@ -180,6 +226,48 @@ def test_a_kernel_of_several_axes_that_trains_beside_its_adapter_is_refused():
     both = jp.chain(jp.lora(2), jp.full("query/kernel"))
     with pytest.raises(jp.InputError, match=r"lora.full: changes attention/query/kernel, a kernel of 8x2x6, itself"):
         jp.setup(both, model, model.init(jax.random.key(3), {}), jax.random.key(0))
+
+
+class Doubled(nn.Dense):
+    """A product and something else."""
+
+    @nn.compact
+    def __call__(self, x):
+        return 2 * super().__call__(x)
+
+
+class Odd(nn.Module):
+    """Linear maps that are not the product of a kernel, and one that is."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.DenseGeneral(4, batch_dims=0, name="batch")(x)
+        x = nn.Dense(4, dot_general=lambda *args, **kwargs: jax.lax.dot_general(*args, **kwargs), name="product")(x)
+        return Doubled(3, name="doubled")(nn.Dense(4, dot_general=jax.lax.dot_general, name="plain")(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "site", "why"),
+    [
+        (
+            Members(1, 0),
+            "dense",
+            r"its layers are stacked on axis 1 \(variable_axes\), where an adapter's are on axis 0",
+        ),
+        (Members(0, -1), "dense", "its layers are stacked on axis 3"),
+        (Odd(), "batch", r"its DenseGeneral has batch_dims \(0,\), a matrix for each index of them"),
+        (Odd(), "product", "its Dense has a dot_general of its own"),
+        (Odd(), "doubled", "Doubled has a __call__ of its own"),
+    ],
+)
+def test_a_linear_map_that_no_adapter_fits_is_refused_by_name(module, site, why):
+    params = jp.from_linen(module, {"x": X}).init(jax.random.key(3), {})
+    with pytest.raises(jp.InputError, match="targets 'all-linear': .* is no site: "):
+        sites.find(params)
+    with pytest.raises(jp.InputError, match=f"targets '{site}': {site} is no site: {why}"):
+        sites.find(params, [site])
+    if isinstance(module, Odd):
+        assert sites.find(params, ["plain"]) == ["plain"]
 
 
 def test_an_adapter_that_is_never_called_is_refused_by_name():

@@ -28,7 +28,8 @@ class Block(nnx.Module):
         self.dropout = nnx.Dropout(0.2, rngs=rngs)
 
     def __call__(self, x):
-        return x + self.dropout(self.join(nnx.relu(self.split(x))))
+        heads = self.split(x).reshape(*x.shape[:-1], *self.split.kernel.shape[1:])  # as modules ask for their sizes
+        return x + self.dropout(self.join(nnx.relu(heads)))
 
 
 class Scanned(nnx.Module):

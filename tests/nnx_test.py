@@ -216,6 +216,33 @@ def test_an_adapter_over_packed_kernels(name, format):
     assert np.isfinite(dropped).all() and np.abs(dropped - found).max() > 1e-3
 
 
+class Odd(nnx.Module):
+    """Linear maps that are not the product of a kernel, or whose layers lie elsewhere."""
+
+    def __init__(self, rngs):
+        self.batch = nnx.LinearGeneral(8, 4, batch_axis={0: 3}, rngs=rngs)
+        axes = nnx.StateAxes({nnx.Param: 1, ...: 0})
+        self.layers = nnx.vmap(lambda rngs: nnx.Linear(8, 5, rngs=rngs), out_axes=axes)(rngs.fork(split=3))
+
+
+def test_a_linear_map_that_no_adapter_fits_is_refused_by_name():
+    base, params = jp.from_nnx(Odd(nnx.Rngs(0)))
+    params = base.init(jax.random.key(0), params)
+    with pytest.raises(jp.InputError, match="batch is no site: its LinearGeneral has batch_axis {0: 3}, a matrix for"):
+        sites.find(params, ["batch"])
+    with pytest.raises(jp.InputError, match=r"layers is no site: its kernel of \(8, 3, 5\) is \(8, 5\) of Linear with"):
+        sites.find(params, ["layers"])
+
+
+def test_names_of_axes_are_kept():
+    with nnx.use_eager_sharding(False):
+        layer = nnx.Linear(8, 3, kernel_metadata={"out_sharding": ("embed", "mlp")}, rngs=nnx.Rngs(0))
+        base, params = jp.from_nnx(nnx.Dict(out=layer, plain=nnx.Linear(8, 3, rngs=nnx.Rngs(0))))
+        assert base.axes() == {"out/kernel": jax.sharding.PartitionSpec("embed", "mlp")}
+        model, _, _ = jp.setup(jp.lora(2), base, params, jax.random.key(0))
+    assert model.axes() == base.axes()
+
+
 def test_what_cannot_be_is_one_line():
     base, params = jp.from_nnx(Listed(nnx.Rngs(0)))
     with pytest.raises(jp.InputError, match="dict is no flax.nnx.Module"):

@@ -151,11 +151,13 @@ def test_models_and_loops_of_ones_own(tmp_path, monkeypatch):
 
     needs = found["needs"]
     rows = {"as it is": "as it is", **{f"`{plan}`": plan for plan in ("up=save", "up=offload", "blocks")}}
+    rows |= {f'`"{plan}"`': f"remat {plan}" for plan in ("matmuls", "blocks")}
     rows |= {"`trainable` alone": "blocks", "`jp.masked`": "quiet", "`jp.masked`, one norm logged": "logged"}
     for words, name in rows.items():
         sizes = [needs[name]["temporaries"] / 2**20, needs[name]["host"] / 2**20, needs[name]["flops"] / 1e9]
         shown = figures(page, words)
         np.testing.assert_allclose(shown, sizes[: len(shown)], rtol=0.1, atol=0.1, err_msg=words)
+    assert all(jnp.any(leaf) for leaf in jax.tree.leaves(found["grads"]))
     assert needs["logged"]["temporaries"] - needs["quiet"]["temporaries"] > tree.num_bytes(frozen)  # its gradients
 
     mask = tree.flatten(found["mask"])

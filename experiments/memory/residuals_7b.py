@@ -40,7 +40,7 @@ from experiments.memory.common import GIB
 from jaxpeft import tree
 from jaxpeft.backward import residuals
 from jaxpeft.memory import profile, targets
-from jaxpeft.memory.attribution import Owner, Owners
+from jaxpeft.memory.owners import Owner, Owners
 from jaxpeft.method import view_of
 from jaxpeft.models import family, geometries
 from jaxpeft.train.loss import completion_loss
@@ -58,7 +58,7 @@ PLANS = (
 )
 TITLE = "llama2-7b, batch 16 x 1024, bfloat16, rank 64 on all linear maps, value and gradient, no optimizer"
 LAYERS, D, F = 32, 4096, 11008
-REST = ("workspace", "loss", "fragmentation", "unattributed")  # of what is live at the peak
+REST = ("workspace", "loss", "alignment", "fragmentation", "unattributed")  # of what is live at the peak
 FLOOR = 12 * D + 4 * F  # bytes per token and layer
 # GiB of temporaries at most, as set before the work began; (v5p, h200).
 GOALS = {

@@ -27,12 +27,17 @@ def num_groups(rows: int, tokens_per_row: int, tokens: int, shards: int = 1) -> 
 
 
 def divide(x, groups):
-    """(B, ...) -> (G, B / G, ...); group g takes rows g, g + G, ..., so that sharded rows stay where they are."""
-    return x.reshape(x.shape[0] // groups, groups, *x.shape[1:]).swapaxes(0, 1)
+    """(B, ...) -> (G, B / G, ...); group g takes rows g, g + G, ..., so that sharded rows stay where they are.
+
+    One group is x itself, of any shape.
+    """
+    return x[None] if groups == 1 else x.reshape(x.shape[0] // groups, groups, *x.shape[1:]).swapaxes(0, 1)
 
 
 def join(x):
     """The inverse of `divide`."""
+    if x.shape[0] == 1:
+        return x[0]
     x = x.swapaxes(0, 1)
     return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
@@ -51,7 +56,7 @@ class Loop(NamedTuple):
     paths: per leaf, its path.
     kinds: per leaf, "layer" (indexed by layer), "rows" (by group), "shared", or "stack": as "layer", but a step's part
       is all of it, and the block gets the kernel that it belongs to as `Stacked`, which products read without a copy.
-    x: the leaf that is the stream.
+    streams: the leaves that the block changes from layer to layer: x, or those of x if it is a tree.
     layers: the segment's.  groups: of rows.
     keyed: whether there is a PRNG key.
     kernels: the leaves of each layer's matrices, which may be "stack" where they are frozen.
@@ -62,7 +67,7 @@ class Loop(NamedTuple):
     treedef: Any
     paths: tuple[str, ...]
     kinds: tuple[str, ...]
-    x: int
+    streams: tuple[int, ...]
     layers: range
     groups: int
     keyed: bool
@@ -72,6 +77,11 @@ class Loop(NamedTuple):
         """The loop with the kernels of which nothing is differentiated as stacks."""
         frozen = {i for leaves in self.kernels if not any(perturbed[i] for i in leaves) for i in leaves}
         return self._replace(kinds=tuple("stack" if i in frozen else kind for i, kind in enumerate(self.kinds)))
+
+    @property
+    def x(self) -> int:
+        """The stream, where it is one array."""
+        return self.streams[0]
 
     @property
     def steps(self) -> jax.Array:
@@ -95,12 +105,18 @@ class Loop(NamedTuple):
             part = self.at(whole, kind, step) + part
         return jax.lax.dynamic_update_index_in_dim(whole, part, self.place(kind, step), 0)
 
-    def inputs(self, leaves, stream, step, key):
-        """Everything that `function` takes; the last are the layer's number, and its key."""
-        parts = [
-            (self.at(stream, kind, step) if stream is not None else None) if i == self.x else self.at(leaf, kind, step)
-            for i, (leaf, kind) in enumerate(zip(leaves, self.kinds, strict=True))
-        ]
+    def inputs(self, leaves, streams, step, key):
+        """Everything that `function` takes; the last are the layer's number, and its key.
+
+        Args:
+          leaves: of all layers and groups; those of the streams are not read.
+          streams: as they come into the step's layer; None leaves them out.
+          step: its number.
+          key: of the forward pass, or None.
+        """
+        flowing = dict(zip(self.streams, streams or [None] * len(self.streams), strict=True))
+        whole = [flowing.get(i, leaf) for i, leaf in enumerate(leaves)]
+        parts = [None if x is None else self.at(x, kind, step) for x, kind in zip(whole, self.kinds, strict=True)]
         index = self.layers.start + step // self.groups
         if not self.keyed:
             return [*parts, index]
@@ -108,7 +124,7 @@ class Loop(NamedTuple):
         return [*parts, index, key if self.groups == 1 else jax.random.fold_in(key, step % self.groups)]
 
     def function(self, *inputs):
-        """The block, as a function of flat inputs."""
+        """The block, as a function of flat inputs; [each stream after it]."""
         layer, x, ctx = self.treedef.unflatten(inputs[: len(self.kinds)])
         own = Context(ctx.rows, ctx.shared, *inputs[len(self.kinds) :])
         kinds, *_ = self.treedef.unflatten(self.kinds)
@@ -117,13 +133,18 @@ class Loop(NamedTuple):
             return Stacked(part, own.layer - self.layers.start) if "stack" in jax.tree.leaves(kinds) else part
 
         layer = jax.tree.map(kernel, layer, kinds, is_leaf=is_packed)
-        return self.block(layer, x, own)[0]
+        return jax.tree.leaves(self.block(layer, x, own)[0])
 
-    def programs(self, leaves, stream, key, perturbed) -> Programs:
+    def shapes(self, leaves, streams, key):
+        """Those of the inputs of a step."""
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        return jax.eval_shape(self.inputs, leaves, streams, step, key)
+
+    def programs(self, leaves, streams, key, perturbed) -> Programs:
         """The traced block."""
-        shapes = jax.eval_shape(lambda *args: self.inputs(args[0], args[1], jnp.int32(0), args[2]), leaves, stream, key)
+        shapes = self.shapes(leaves, streams, key)
         # What trains in one layer moves the stream of the next, whether or not it moves that of the first.
-        perturbed = [use or i == self.x for i, use in enumerate(perturbed)]
+        perturbed = [use or i in self.streams for i, use in enumerate(perturbed)]
         return trace(self.function, shapes, [*perturbed, *[False] * (1 + self.keyed)])
 
 
@@ -135,7 +156,7 @@ def loop_over(
     x: jax.Array,
     ctx: Context,
     keyed: bool,
-    tokens: int,
+    tokens: int | None = None,
     shards: int = 1,
     stacked: bool = False,
 ) -> tuple[Loop, list[jax.Array]]:
@@ -145,23 +166,27 @@ def loop_over(
       block: (layer, x, ctx) -> y.
       segment: its name.  layers: its layers' numbers.
       params: stacked over layers.
-      x: (B, S, d).
+      x: (B, S, d), or a tree of such arrays; without `tokens` of any arrays.
       ctx: of the forward pass (see `jaxpeft.model`).
       keyed: whether there is a PRNG key.
-      tokens: of a group, at most (but at least a row of every shard).
+      tokens: of a group, at most (but at least a row of every shard); None: all rows are one group.
       shards: devices over which the rows are divided.
       stacked: whether the block takes frozen kernels as `Stacked`.
     """
-    rows = x.shape[0]
     ctx = Context(ctx.rows, ctx.shared)
-    chex.assert_tree_shape_prefix(ctx.rows, (rows,))
     of_ctx = Context(*(jax.tree.map(lambda _, kind=kind: kind, getattr(ctx, kind)) for kind in ("rows", "shared")))
     leaves, treedef = jax.tree.flatten((params, x, ctx))
-    paths = [*(f"{segment}/{path}" for path in _paths(params)), "x", *_paths(ctx)]
-    kinds = tuple(jax.tree.leaves((jax.tree.map(lambda _: "layer", params), "rows", of_ctx)))
+    first, count = len(jax.tree.leaves(params)), len(jax.tree.leaves(x))
+    paths = [*(f"{segment}/{path}" for path in _paths(params)), *["x"] * count, *_paths(ctx)]
+    kinds = tuple(["layer"] * first + ["rows"] * count + jax.tree.leaves(of_ctx))
     kernels = _kernels(params) if stacked else ()
-    groups = num_groups(rows, x.shape[1], tokens, shards)
-    loop = Loop(segment, block, treedef, tuple(paths), kinds, kinds.index("rows"), layers, groups, keyed, kernels)
+    groups = 1
+    if tokens is not None:
+        rows, length = jax.tree.leaves(x)[0].shape[:2]
+        chex.assert_tree_shape_prefix((x, ctx.rows), (rows,))
+        groups = num_groups(rows, length, tokens, shards)
+    streams = tuple(range(first, first + count))
+    loop = Loop(segment, block, treedef, tuple(paths), kinds, streams, layers, groups, keyed, kernels)
     return loop, [divide(leaf, groups) if kind == "rows" else leaf for leaf, kind in zip(leaves, kinds, strict=True)]
 
 

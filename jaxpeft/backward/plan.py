@@ -38,11 +38,14 @@ class Plan(NamedTuple):
     preset: one of PRESETS; what is done with the names that `actions` leaves out.
     actions: name -> action.
     tokens: tokens that a layer works on at a time; whole rows, at least one.
+    budget: bytes that the layers may keep on the device; then the preset says what else may be done with activations,
+      and the names are chosen when the layers are traced. None: no choice is left.
     """
 
     preset: str = "matmuls"
     actions: tuple[tuple[str, str], ...] = ()
     tokens: int = 2048
+    budget: int | None = None
 
     def __str__(self) -> str:
         """The text that `parse` reads."""

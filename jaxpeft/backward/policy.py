@@ -128,7 +128,7 @@ def _traced(block: Callable[..., Any], args: tuple[Any, ...]) -> Programs:
         results = jax.tree.leaves(block(*treedef.unflatten(leaves)))
         if len(results) != 1:
             raise InputError(f"checkpoint_policy: the block gives {len(results)} arrays; it should give one")
-        return results[0]
+        return results
 
     return trace(function, shapes, [jnp.issubdtype(x.dtype, jnp.inexact) for x in shapes])
 
@@ -147,7 +147,7 @@ def planned(plan: Plan, trained: Callable[[str], bool] | None = None) -> Callabl
     def layers(block, segment, numbers, params, x, ctx, key):
         inputs = (params, x, ctx)
         loop, leaves = _loop(block, segment, numbers, inputs, key)
-        programs = functools.partial(loop.programs, leaves, leaves[loop.x], key)
+        programs = functools.partial(loop.programs, leaves, [leaves[loop.x]], key)
         names = names_of(plan, programs(_differentiated(loop, inputs, trained)))
 
         def layer(x, per_layer):
@@ -167,7 +167,7 @@ def _loop(block, segment, layers, inputs, key) -> tuple[Loop, list[Any]]:
     found: list[Loop] = []
 
     def shapes(params, x, ctx):
-        loop, leaves = loop_over(block, segment, layers, params, x, ctx, key is not None, x.shape[0] * x.shape[1])
+        loop, leaves = loop_over(block, segment, layers, params, x, ctx, key is not None)
         found.append(loop)
         return leaves
 

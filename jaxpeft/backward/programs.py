@@ -24,8 +24,8 @@ Kept = tuple[str, int]  # a name, and which of the activations with that name
 class Programs:
     """A block, traced.
 
-    forward: (*inputs) -> (y, *values of `names`).
-    vjp: (*inputs, d y) -> cotangents of the perturbed inputs, computing the block again.
+    forward: (*inputs) -> (*y, *values of `names`), y one array or several.
+    vjp: (*inputs, *d y) -> cotangents of the perturbed inputs, computing the block again.
     names: the named activations, in order.
     shapes: of these.
     """
@@ -38,7 +38,7 @@ class Programs:
     def backward(self, given: Iterable[Kept]) -> tuple[ClosedJaxpr, list[bool], list[Kept]]:
         """(jaxpr, which inputs it reads, which of `given` it reads).
 
-        The jaxpr maps (the inputs that it reads, d y, the given values that it reads) to the cotangents.
+        The jaxpr maps (the inputs that it reads, *d y, the given values that it reads) to the cotangents.
         """
         wanted = set(given)
         names = [name for name in self.names if name in wanted]
@@ -51,10 +51,10 @@ class Programs:
             eqns=[eqn for i, eqn in enumerate(jaxpr.eqns) if i not in skip],
             debug_info=jaxpr.debug_info.with_unknown_names(),
         )
-        always = [v is jaxpr.invars[-1] for v in opened.invars]
+        inputs = len(self.forward.jaxpr.invars)
+        always = [inputs <= i < len(jaxpr.invars) for i in range(len(opened.invars))]
         pruned, used = partial_eval.dce_jaxpr(opened, [True] * len(jaxpr.outvars), instantiate=always)
-        inputs = len(jaxpr.invars) - 1
-        read = [name for name, use in zip(names, used[inputs + 1 :], strict=True) if use]
+        read = [name for name, use in zip(names, used[len(jaxpr.invars) :], strict=True) if use]
         return ClosedJaxpr(pruned, self.vjp.consts), used[:inputs], read
 
     @functools.cached_property
@@ -125,22 +125,32 @@ def _named(jaxpr) -> dict[Kept, int]:
     return found
 
 
-def trace(function: Callable[..., jax.Array], inputs: list[Any], perturbed: list[bool]) -> Programs:
-    """The programs of function(*inputs) -> y for inputs of these shapes, differentiated where `perturbed`."""
-    forward = jax.make_jaxpr(function)(*inputs)
-    y = jax.ShapeDtypeStruct(forward.out_avals[0].shape, forward.out_avals[0].dtype)
+def trace(function: Callable[..., Any], inputs: list[Any], perturbed: list[bool]) -> Programs:
+    """The programs of function(*inputs), one array or a tree of them, for inputs of these shapes.
+
+    Args:
+      function: to be traced.
+      inputs: arrays, or their shapes.
+      perturbed: per input, whether the backward program differentiates it.
+    """
+
+    def flat(*inputs):
+        return jax.tree.leaves(function(*inputs))
+
+    forward = jax.make_jaxpr(flat)(*inputs)
+    ys = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in forward.out_avals]
 
     def pull(*args):
-        *leaves, d_y = args
+        leaves, d_y = args[: len(inputs)], list(args[len(inputs) :])
 
         def of(*moved):
             rest = iter(moved)
-            return function(*[next(rest) if use else leaf for leaf, use in zip(leaves, perturbed, strict=True)])
+            return flat(*[next(rest) if use else leaf for leaf, use in zip(leaves, perturbed, strict=True)])
 
         moved = [leaf for leaf, use in zip(leaves, perturbed, strict=True) if use]
         return jax.vjp(of, *moved)[1](d_y)
 
-    vjp = jax.make_jaxpr(pull)(*inputs, y)
+    vjp = jax.make_jaxpr(pull)(*inputs, *ys)
     named = _named(forward.jaxpr)
     if list(named) != list(_named(vjp.jaxpr)):
         raise ValueError("a block names other activations when it is differentiated")

@@ -39,13 +39,14 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 
-from jaxpeft import tree
+from jaxpeft import tree, updates
 from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.backward.loop import Static, join, loop_over
+from jaxpeft.backward.options import options
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Model, Stack, scan_layers, takes_stacks, through_blocks
+from jaxpeft.model import Batch, Context, Model, Stack, scan_layers, takes_stacks, through_blocks
 
 Form = Literal["loops", "policy"]
 FORMS = typing.get_args(Form)
@@ -88,9 +89,7 @@ def remat(
     if plan.preset == "everything":
         return model
     if not model.stack.layered:
-        raise InputError(
-            f"--save {plan}: this model shows no layers; give its blocks to jax.checkpoint with jp.checkpoint_policy"
-        )
+        return _scanned(model, plan, form)
     if model.stack.run is not scan_layers:
         raise InputError(f"--save {plan}: this model runs its layers in its own way; use --save everything")
     if form == "policy":
@@ -100,13 +99,36 @@ def remat(
     return model._replace(stack=model.stack._replace(run=planned(plan, shards)))
 
 
+def _scanned(model: Model, plan: Plan, form: Form) -> Model:
+    """A model without visible layers, with the scans over stacked parameters that it runs under a plan."""
+    if form == "policy":
+        raise InputError(
+            f"--save {plan} --remat policy: this model shows no layers; give jp.checkpoint_policy({str(plan)!r}) to "
+            "its nn.remat, nnx.remat or jax.checkpoint, or use --remat loops"
+        )
+    from jaxpeft.backward import scans  # which runs its loops here
+
+    def forward(params, batch, key):
+        with updates.handed_on() as state:
+            return model.stack.embed(params, batch, key)[0], state
+
+    def embed(params, batch, key):
+        if not batch:  # nothing runs: the module itself is wanted
+            return model.stack.embed(params, batch, key)
+        x, state = scans.in_scans(forward, plan)(params, batch, key)
+        updates.leave(state)
+        return x, Context()
+
+    return model._replace(stack=model.stack._replace(embed=embed))
+
+
 def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]:
     """`run` of a stack (see `jaxpeft.model`) under a plan."""
 
     def layers(block, segment, numbers, params, x, ctx, key):
         rest = (params, x, ctx, key is not None, plan.tokens, shards, takes_stacks(block.func))
         loop, leaves = loop_over(block, segment, numbers, *rest)
-        return join(_run(loop, plan, leaves, key))
+        return join(run_loop(loop, plan, leaves, key)[0])
 
     return by_segment(layers)
 
@@ -191,47 +213,72 @@ def record(name: str, segment: Any) -> None:
 # The two loops.
 
 
-def _decide(loop, plan, leaves, stream, key, perturbed):
+def _decide(loop, plan, leaves, streams, key, perturbed):
     """(traced block, {kept: action}, the backward jaxpr, inputs that it reads, kept values in its order)."""
-    traced = loop.programs(leaves, stream, key, perturbed)
+    traced = loop.programs(leaves, streams, key, perturbed)
+    plan = plan if plan.budget is None else _under_budget(plan, loop, traced, streams)
     actions = decide(plan, traced)
     closed, used, read = traced.backward(actions)
     actions = {name: actions[name] for name in read}
-    if used[loop.x]:
-        actions = {**actions, (INPUT, 0): dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)}
+    action = dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)
+    actions |= {(INPUT, n): action for n, i in enumerate(loop.streams) if used[i]}
     return traced, actions, closed, used, read
 
 
-def _shapes(traced, stream):
-    one = jax.ShapeDtypeStruct(stream.shape[1:], stream.dtype)
-    return {**dict(zip(traced.names, traced.shapes, strict=True)), (INPUT, 0): one}
+def _under_budget(plan, loop, traced, streams):
+    """The plan with the least recomputation under the budget."""
+    segment = Segment(traced, len(loop.steps), {}, _shapes(traced, streams))
+    more = {"offload": ("offload",), "compressed": ("compress",)}.get(plan.preset, ())
+    found = options({loop.name: segment}, ("save", *more), plan.tokens)
+    chosen = next((option.plan for option in found if option.kept <= plan.budget), None)
+    if chosen is None:
+        raise InputError(
+            f"budget={plan.budget}: the inputs of {len(loop.layers)} layers alone take {found[-1].kept} bytes"
+        )
+    return chosen
+
+
+def _shapes(traced, streams):
+    ones = {(INPUT, n): jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for n, x in enumerate(streams)}
+    return {**dict(zip(traced.names, traced.shapes, strict=True)), **ones}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _run(loop, plan, leaves, key):
+def run_loop(loop, plan, leaves, key):
+    """The streams after all layers, [(groups, rows, ...) each]; differentiated under a plan.
+
+    Args:
+      loop: of `loop_over`.
+      plan: what is kept.
+      leaves: the loop's.
+      key: of the forward pass, or None.
+    """
     loop = loop.stacked([False] * len(leaves))
 
-    def body(stream, step):
-        y = loop.function(*loop.inputs(leaves, stream, step, key))
-        return loop.put(stream, y, "rows", step), None
+    def body(streams, step):
+        ys = loop.function(*loop.inputs(leaves, streams, step, key))
+        return [loop.put(x, y, "rows", step) for x, y in zip(streams, ys, strict=True)], None
 
-    return jax.lax.scan(body, leaves[loop.x], loop.steps)[0]
+    return jax.lax.scan(body, [leaves[i] for i in loop.streams], loop.steps)[0]
 
 
 def _forward(loop, plan, leaves, key):
     perturbed = [leaf.perturbed for leaf in leaves]
     loop = loop.stacked(perturbed)
     leaves, key = [leaf.value for leaf in leaves], None if key is None else key.value
-    stream = leaves[loop.x]
-    traced, actions, *_ = _decide(loop, plan, leaves, stream, key, perturbed)
+    streams = [leaves[i] for i in loop.streams]
+    traced, actions, *_ = _decide(loop, plan, leaves, streams, key, perturbed)
     compute = jaxpr_as_fun(traced.forward)
-    record(loop.name, Segment(traced, len(loop.steps), actions, _shapes(traced, stream)))
+    shapes = _shapes(traced, streams)
+    record(loop.name, Segment(traced, len(loop.steps), actions, shapes))
 
     def body(carry, step):
-        stream, kept = carry
-        inputs = loop.inputs(leaves, stream, step, key)
-        y, *values = compute(*inputs)
-        values = {**dict(zip(traced.names, values, strict=True)), (INPUT, 0): inputs[loop.x]}
+        streams, kept = carry
+        inputs = loop.inputs(leaves, streams, step, key)
+        results = compute(*inputs)
+        ys, values = results[: len(streams)], results[len(streams) :]
+        values = dict(zip(traced.names, values, strict=True))
+        values |= {(INPUT, n): inputs[i] for n, i in enumerate(loop.streams)}
         seed = _seed(step, key)
         kept, out = dict(kept), {}
         for name, action in actions.items():
@@ -242,54 +289,55 @@ def _forward(loop, plan, leaves, key):
                 else:
                     kept[name] = jax.tree.map(lambda x, part: loop.put(x, part, "steps", step), kept[name], value)
         with jax.named_scope("stream"):
-            return (loop.put(stream, y, "rows", step), kept), out
+            streams = [loop.put(x, y, "rows", step) for x, y in zip(streams, ys, strict=True)]
+            return (streams, kept), out
 
-    shapes = _shapes(traced, stream)
     empty = {name: _empty(shapes[name], action, len(loop.steps)) for name, action in actions.items()}
-    (end, kept), out = jax.lax.scan(body, (stream, {k: x for k, x in empty.items() if x is not None}), loop.steps)
+    (end, kept), out = jax.lax.scan(body, (streams, {k: x for k, x in empty.items() if x is not None}), loop.steps)
     kept = [out[name] if name in out else kept[name] for name in actions]
-    leaves = [None if i == loop.x else leaf for i, leaf in enumerate(leaves)]
-    return end, (Static(perturbed), leaves, key, kept, jnp.zeros((0,), stream.dtype))
+    leaves = [None if i in loop.streams else leaf for i, leaf in enumerate(leaves)]
+    return end, (Static(perturbed), leaves, key, kept, [jnp.zeros((0,), x.dtype) for x in streams])
 
 
 def _backward(loop, plan, saved, d_end):
     perturbed, leaves, key, kept, like = saved
-    if isinstance(d_end, SymbolicZero):
+    if all(isinstance(d, SymbolicZero) for d in d_end):
         return [None] * len(leaves), None
     loop = loop.stacked(perturbed)
-    stream = jax.ShapeDtypeStruct(d_end.shape, like.dtype)
-    traced, actions, closed, used, read = _decide(loop, plan, leaves, stream, key, perturbed)
+    streams = [jax.ShapeDtypeStruct(d.shape, x.dtype) for d, x in zip(d_end, like, strict=True)]
+    d_end = [jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in d_end]
+    traced, actions, closed, used, read = _decide(loop, plan, leaves, streams, key, perturbed)
     compute = jaxpr_as_fun(closed)
-    shapes = _shapes(traced, stream)
-    moved = [i for i, use in enumerate(perturbed) if use or i == loop.x]
+    shapes = _shapes(traced, streams)
+    moved = [i for i, use in enumerate(perturbed) if use or i in loop.streams]
 
     def body(carry, step):
-        d_stream, totals = carry
+        d_streams, totals = carry
         values = {
             name: _fetch(x, step, action, name, shapes[name])
             for (name, action), x in zip(actions.items(), kept, strict=True)
         }
         inputs = loop.inputs(leaves, None, step, key)
-        inputs[loop.x] = values.get((INPUT, 0))
+        for n, i in enumerate(loop.streams):
+            inputs[i] = values.get((INPUT, n))
         inputs = [x for x, use in zip(inputs, used, strict=True) if use]
-        d_y = loop.at(d_stream, "rows", step)
-        found = dict(zip(moved, compute(*inputs, d_y, *[values[name] for name in read]), strict=True))
+        d_ys = [loop.at(d, "rows", step) for d in d_streams]
+        found = dict(zip(moved, compute(*inputs, *d_ys, *[values[name] for name in read]), strict=True))
         with jax.named_scope("stream"):
-            d_stream = loop.put(d_stream, found.pop(loop.x), "rows", step)
+            d_streams = [loop.put(d, found.pop(i), "rows", step) for d, i in zip(d_streams, loop.streams, strict=True)]
         totals = dict(totals)
         for i, part in found.items():
             with jax.named_scope(f"grad:{loop.paths[i]}"):
                 totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=True)
-        return (d_stream, totals), None
+        return (d_streams, totals), None
 
-    totals = {i: jnp.zeros(leaves[i].shape, leaves[i].dtype) for i in moved if i != loop.x}
-    (d_stream, totals), _ = jax.lax.scan(body, (d_end, totals), loop.steps, reverse=True)
-    if perturbed[loop.x]:
-        totals[loop.x] = d_stream
+    totals = {i: jnp.zeros(leaves[i].shape, leaves[i].dtype) for i in moved if i not in loop.streams}
+    (d_streams, totals), _ = jax.lax.scan(body, (d_end, totals), loop.steps, reverse=True)
+    totals |= {i: d for i, d in zip(loop.streams, d_streams, strict=True) if perturbed[i]}
     return [totals.get(i) for i in range(len(leaves))], None
 
 
-_run.defvjp(_forward, _backward, symbolic_zeros=True)
+run_loop.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 # What is done with an activation that is kept.

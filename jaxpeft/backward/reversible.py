@@ -131,7 +131,7 @@ def _half(function: Function, loop: Loop, leaves, dtype, key, perturbed, twice: 
 
     loop = loop._replace(block=block)
     stream = jax.ShapeDtypeStruct(leaves[loop.x].shape, dtype)
-    shapes = jax.eval_shape(lambda *args: loop.inputs(args[0], args[1], jnp.int32(0), args[2]), leaves, stream, key)
+    shapes = loop.shapes(leaves, [stream], key)
     read = partial_eval.dce_jaxpr(jax.make_jaxpr(loop.function)(*shapes).jaxpr, [True])[1]
     moved = [i == loop.x or (p and r) for i, (p, r) in enumerate(zip(perturbed, read, strict=False))]
     programs = trace(loop.function, shapes, [*moved, *[False] * (len(shapes) - len(moved))])

@@ -1,4 +1,8 @@
-"""`jaxpeft profile`: who owns the bytes at the peak of a fine-tuning step, as its target's compiler laid them out."""
+"""`jaxpeft profile`: who owns the bytes at the peak of a step, as its target's compiler laid them out.
+
+The step is one of ours that is compiled for it, or what XLA has written about any program (--xla-dump). A file is what
+JAX has written about the memory in use on its devices.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,28 @@ import dataclasses
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import tyro
 
 from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, settled
 from jaxpeft.errors import InputError
 from jaxpeft.files import check_empty
+
+if TYPE_CHECKING:
+    from jaxpeft.memory.profile import Profile as Found
 
 
 @dataclasses.dataclass(frozen=True)
 class Profile(StepArguments):
     """Say who owns the bytes at a step's peak: category, module and activation, from the compiler's own assignment."""
 
+    file: tyro.conf.Positional[Path | None] = None
+    """What jax.profiler.save_device_memory_profile wrote, to be shown in place of a step."""
+    xla_dump: Path | None = None
+    """Folder that a program with XLA_FLAGS=--xla_dump_to=DIR filled, to be read in place of a step that is compiled."""
+    module: str | None = None
+    """Which of the programs of --xla-dump, by its name or a part of it. Default: the largest."""
     out: Path | None = None
     """Folder for profile.html, profile.png and profile.json."""
     dump: Path | None = None
@@ -27,14 +42,23 @@ class Profile(StepArguments):
     """Print one JSON document on stdout and nothing else there."""
 
 
+_OF_FILES = ("file", "xla_dump", "out", "limit", "json")  # the flags of what is not compiled here
+
+
 def run(args: Profile) -> dict[str, Any]:
     """Returns the profile (see `jaxpeft.memory.profile.to_json`) with the step that it is of.
 
     Raises:
       InputError: for arguments that cannot be used.
     """
-    args = settled(args)
-    check_step(args)
+    read = _of_file if args.file else _of_dump if args.xla_dump else _of_step
+    if read is not _of_step:
+        _check_alone(args)
+    else:
+        if args.module is not None:
+            raise InputError(f"--module {args.module}: belongs to --xla-dump")
+        args = settled(args)
+        check_step(args)
     if args.limit < 1:
         raise InputError(f"--limit {args.limit}: must be at least 1")
     for name, folder in (("out", args.out), ("dump", args.dump)):
@@ -42,10 +66,63 @@ def run(args: Profile) -> dict[str, Any]:
             check_empty(f"--{name}", folder)
     describe_only()
 
+    from jaxpeft import files
+    from jaxpeft.memory import draw, profile
+
+    about, found, title = read(args)
+    document = {**about, "profile": profile.to_json(found, args.limit)}
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        draw.write_html(found, args.out / "profile.html", title)
+        draw.write_png(found, args.out / "profile.png", title)
+        files.write_json(args.out / "profile.json", document)
+    return document
+
+
+def _check_alone(args: Profile) -> None:
+    """Raises InputError for a flag of a step beside a file or a dump of another program."""
+    given = f"{args.file}" if args.file else "--xla-dump"
+    allowed = _OF_FILES if args.file else (*_OF_FILES, "module")
+    if args.file and args.xla_dump:
+        raise InputError(f"--xla-dump {args.xla_dump}: not together with {args.file}; give one of them")
+    for field in dataclasses.fields(args):
+        if field.name not in allowed and getattr(args, field.name) != field.default:
+            raise InputError(
+                f"--{field.name.replace('_', '-')}: not together with {given}, of which nothing is compiled; leave it "
+                "out"
+            )
+
+
+def _of_file(args: Profile) -> tuple[dict[str, Any], Found, str]:
+    """What is in use by a file of JAX's: (what the document says of it, the profile, a title)."""
+    from jaxpeft.memory import in_use
+
+    assert args.file is not None
+    found = in_use.read(args.file)
+    return {"file": str(args.file)}, found, found.title
+
+
+def _of_dump(args: Profile) -> tuple[dict[str, Any], Found, str]:
+    """A program of a folder of XLA's files, likewise."""
+    from jaxpeft.memory import dumped, hlo
+
+    assert args.xla_dump is not None
+    made = dumped.read(args.xla_dump, args.module)
+    others = [one for one in made.modules if one != made.module]
+    if others and args.module is None:
+        note = f"reading {made.module.name}, the largest; --module takes another: {hlo.listed(others)}"
+        print(note, file=sys.stderr, flush=True)
+    modules = [{"name": one.name, "bytes": one.bytes} for one in made.modules]
+    about = {"xla_dump": str(args.xla_dump), "module": made.module.name, "modules": modules}
+    return about, made.profile, made.profile.title
+
+
+def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
+    """A fine-tuning step, compiled here, likewise."""
     import jax
 
-    from jaxpeft import assets, files, models
-    from jaxpeft.memory import draw, planner, profile, targets
+    from jaxpeft import assets, models
+    from jaxpeft.memory import planner, profile, targets
     from jaxpeft.models import geometries
 
     assert args.seq_len is not None
@@ -66,18 +143,9 @@ def run(args: Profile) -> dict[str, Any]:
         made = planner.row(step, device, dump=dump)
         metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
         found = profile.read(dump, profile.step_owners(step.state, step.batch, step.base, metrics))
-    document = {"model": args.model or "embedded", "task": args.task, "method": name, **made, "dtype": dtype}
-    document["profile"] = profile.to_json(found, args.limit)
-    if args.out is not None:
-        title = (
-            f"{document['model']}, {name}, batch {args.batch_size} x {args.seq_len}, {dtype}, {device.name}, "
-            f"{step.plan}"
-        )
-        args.out.mkdir(parents=True, exist_ok=True)
-        draw.write_html(found, args.out / "profile.html", title)
-        draw.write_png(found, args.out / "profile.png", title)
-        files.write_json(args.out / "profile.json", document)
-    return document
+    about = {"model": args.model or "embedded", "task": args.task, "method": name, **made, "dtype": dtype}
+    title = f"{about['model']}, {name}, batch {args.batch_size} x {args.seq_len}, {dtype}, {device.name}, {step.plan}"
+    return about, found, title
 
 
 def show(document: dict[str, Any]) -> None:
@@ -89,14 +157,25 @@ def show(document: dict[str, Any]) -> None:
 
     found = document["profile"]
     console = rich.console.Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 140)
-    console.print(
-        f"{document['model']}, {document['method']}, batch {document['batch_size']} x {document['seq_len']} tokens, "
-        f"{document['dtype']}, {document['target']}, --save {document['save']}"
-        f"{' --remat policy' if document['remat'] == 'policy' else ''}, JAX {document['jax']}\n"
-        f"peak {human_bytes(found['total_bytes'])} of {human_bytes(document['device_bytes'])}",
-        soft_wrap=True,
-    )
+    console.print(_heading(document), soft_wrap=True)
     if found["host_bytes"]:
         console.print(f"in the host's memory {human_bytes(found['host_bytes'])}")
 
     console.print("", text(found, console.width), sep="\n", soft_wrap=True)
+
+
+def _heading(document: dict[str, Any]) -> str:
+    """What the tables are of, and the bytes of all."""
+    from jaxpeft.train.report import human_bytes
+
+    total = human_bytes(document["profile"]["total_bytes"])
+    if "file" in document:
+        return f"{document['file']}\nin use {total}"
+    if "xla_dump" in document:
+        return f"{document['module']} of {document['xla_dump']}, {document['profile']['platform']}\npeak {total}"
+    return (
+        f"{document['model']}, {document['method']}, batch {document['batch_size']} x {document['seq_len']} tokens, "
+        f"{document['dtype']}, {document['target']}, --save {document['save']}"
+        f"{' --remat policy' if document['remat'] == 'policy' else ''}, JAX {document['jax']}\n"
+        f"peak {total} of {human_bytes(document['device_bytes'])}"
+    )

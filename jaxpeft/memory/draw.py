@@ -1,5 +1,7 @@
 """A profile as one self-contained HTML page and as a PNG: memory over the schedule, and a treemap of the peak.
 
+What is in use at a moment has no schedule: then it is the treemap alone.
+
 Both pictures come from the same two layouts: `steps`, a timeline that fits the width, and `squarify`, the treemap of
 Bruls, Huizing & van Wijk 2000 ("Squarified Treemaps"): rows of rectangles that are as square as can be.
 """
@@ -12,9 +14,9 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from jaxpeft.memory.attribution import CATEGORIES
+from jaxpeft.memory.owners import CATEGORIES
 from jaxpeft.memory.profile import Profile, table
 from jaxpeft.train.report import human_bytes
 
@@ -31,10 +33,24 @@ COLORS = {
     "arguments": "#a0cbe8",
     "outputs": "#ffbe7d",
     "constants": "#ff9da7",
+    "alignment": "#bab0ac",
     "fragmentation": "#d3d3d3",
     "unattributed": "#4d4d4d",
+    "buffers": "#4e79a7",
+    "executables": "#f28e2b",
+    "other": "#4d4d4d",
 }
-_LIGHT = ("loss", "fragmentation", "constants", "workspace", "adapters", "arguments", "outputs")
+_LIGHT = (
+    "loss",
+    "alignment",
+    "fragmentation",
+    "constants",
+    "workspace",
+    "adapters",
+    "arguments",
+    "outputs",
+    "executables",
+)
 
 
 class Tile(NamedTuple):
@@ -121,22 +137,12 @@ def write_png(profile: Profile, path: Path, title: str = "") -> None:
     from matplotlib.figure import Figure  # without pyplot: no display and no global state
     from matplotlib.patches import Patch, Rectangle
 
-    figure = Figure(figsize=(11, 10), dpi=130, layout="constrained")
-    over_time, at_peak = figure.subplots(2, 1, height_ratios=(2, 3))
+    timed = bool(profile.timeline)
+    figure = Figure(figsize=(11, 10 if timed else 6.5), dpi=130, layout="constrained")
+    *above, at_peak = figure.subplots(1 + timed, 1, squeeze=False, height_ratios=(2, 3)[1 - timed :]).flat
     figure.suptitle(title or _title(profile), fontsize=12, fontweight="bold")
-    unit, scale = _unit(profile.total_bytes)
-
-    positions, live = steps(profile)
-    columns = [[size / scale for size in live[category]] for category in live]
-    over_time.stackplot(positions, columns, colors=[COLORS[c] for c in live], step="post", linewidth=0)
-    over_time.axhline(profile.total_bytes / scale, color="black", linewidth=0.8, linestyle="--")
-    over_time.axvline(profile.peak_position, color="black", linewidth=0.8, linestyle=":")
-    over_time.set_xlim(0, max(positions[-1], 1))
-    over_time.set_ylim(0, profile.total_bytes / scale * 1.08)
-    over_time.set_xlabel("position in the schedule (a loop's body counts once)")
-    over_time.set_ylabel(f"live bytes ({unit})")
-    over_time.set_title(f"allocated {human_bytes(profile.total_bytes)} (dashed), peak dotted", fontsize=9, loc="right")
-    over_time.spines[["top", "right"]].set_visible(False)
+    for axes in above:
+        _draw_timeline(axes, profile)
 
     for tile in tiles(profile, 1100, 560, gap=3):
         place = ((tile.x, tile.y), tile.width, tile.height)
@@ -154,6 +160,22 @@ def write_png(profile: Profile, path: Path, title: str = "") -> None:
     figure.savefig(path, format="png")
 
 
+def _draw_timeline(over_time: Any, profile: Profile) -> None:
+    """Live bytes over the schedule, by category."""
+    unit, scale = _unit(profile.total_bytes)
+    positions, live = steps(profile)
+    columns = [[size / scale for size in live[category]] for category in live]
+    over_time.stackplot(positions, columns, colors=[COLORS[c] for c in live], step="post", linewidth=0)
+    over_time.axhline(profile.total_bytes / scale, color="black", linewidth=0.8, linestyle="--")
+    over_time.axvline(profile.peak_position, color="black", linewidth=0.8, linestyle=":")
+    over_time.set_xlim(0, max(positions[-1], 1))
+    over_time.set_ylim(0, profile.total_bytes / scale * 1.08)
+    over_time.set_xlabel("position in the schedule (a loop's body counts once)")
+    over_time.set_ylabel(f"live bytes ({unit})")
+    over_time.set_title(f"allocated {human_bytes(profile.total_bytes)} (dashed), peak dotted", fontsize=9, loc="right")
+    over_time.spines[["top", "right"]].set_visible(False)
+
+
 def write_html(profile: Profile, path: Path, title: str = "") -> None:
     """Writes one page that needs nothing else: the timeline, the treemap, the table of owners."""
     heading = html.escape(title or _title(profile))
@@ -167,18 +189,20 @@ def write_html(profile: Profile, path: Path, title: str = "") -> None:
         f"<td>{human_bytes(row['bytes'])}</td><td>{row['share']:.1%}</td></tr>"
         for row in table(profile, 100)
     )
-    positions, live = steps(profile)
+    positions, live = steps(profile) if profile.timeline else ([0], {})
     data = json.dumps({"at": positions, "live": live, "colors": COLORS}).replace("</", "<\\/")
     page = _PAGE
     for name, text in {
         "TITLE": heading,
         "LEGEND": legend,
-        "TIMELINE": _timeline_svg(profile, positions, live),
+        "TIMELINE": f"<h2>Live memory over the schedule</h2>{_timeline_svg(profile, positions, live)}"
+        if profile.timeline
+        else "",
         "TREEMAP": _treemap_svg(profile),
         "ROWS": rows,
         "DATA": data,
-        "SUMMARY": f"{profile.total_bytes:,} bytes allocated, {profile.live_bytes:,} live at position "
-        f"{profile.peak_position} of {profile.positions}; {profile.unattributed_bytes:,} without an owner",
+        "SUMMARY": html.escape(_summary(profile)),
+        "HEADING": "Who owns the peak" if profile.timeline else "Who owns what is in use",
     }.items():
         page = page.replace(f"@{name}@", text)
     Path(path).write_text(page, encoding="utf-8")
@@ -188,6 +212,17 @@ def _title(profile: Profile) -> str:
     return (
         profile.title
         or f"Memory of the compiled step on {profile.platform.upper()}: {human_bytes(profile.total_bytes)}"
+    )
+
+
+def _summary(profile: Profile) -> str:
+    own = f"{profile.unattributed_bytes:,} without an owner"
+    if not profile.timeline:
+        devices = "".join(f"; {name}: {size:,}" for name, size in profile.devices)
+        return f"{profile.total_bytes:,} bytes in use, {own}{devices}"
+    return (
+        f"{profile.total_bytes:,} bytes allocated, {profile.live_bytes:,} live at position "
+        f"{profile.peak_position} of {profile.positions}; {own}"
     )
 
 
@@ -316,8 +351,8 @@ td:nth-child(n+3), th:nth-child(n+3) { text-align: right; font-variant-numeric: 
 </style></head><body>
 <h1>@TITLE@</h1><p>@SUMMARY@</p>
 <div class="legend">@LEGEND@</div>
-<h2>Live memory over the schedule</h2>@TIMELINE@
-<h2>Who owns the peak</h2>@TREEMAP@
+@TIMELINE@
+<h2>@HEADING@</h2>@TREEMAP@
 <h2>Owners</h2>
 <table><thead><tr><th>category</th><th>owner</th><th>arrays</th><th>bytes</th><th></th><th>share</th></tr></thead>
 <tbody>@ROWS@</tbody></table>
@@ -325,7 +360,7 @@ td:nth-child(n+3), th:nth-child(n+3) { text-align: right; font-variant-numeric: 
 <script>
 const data = @DATA@, svg = document.getElementById("timeline"), tip = document.getElementById("tip");
 const cursor = document.getElementById("cursor"), left = 62, wide = 1100;
-svg.addEventListener("mousemove", event => {
+svg?.addEventListener("mousemove", event => {
   const box = svg.getBoundingClientRect(), x = (event.clientX - box.left) / box.width * wide;
   const column = Math.floor((x - left) / (wide - left) * data.at.length);
   if (column < 0 || column >= data.at.length) return;
@@ -339,6 +374,6 @@ svg.addEventListener("mousemove", event => {
   tip.style.display = "block";
   tip.style.left = Math.min(event.clientX + 14, innerWidth - 260) + "px"; tip.style.top = event.clientY + 14 + "px";
 });
-svg.addEventListener("mouseleave", () => { tip.style.display = "none"; cursor.setAttribute("visibility", "hidden"); });
+svg?.addEventListener("mouseleave", () => { tip.style.display = "none"; cursor.setAttribute("visibility", "hidden"); });
 </script></body></html>
 """

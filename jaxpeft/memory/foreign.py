@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 
 from jaxpeft.errors import InputError
 from jaxpeft.memory import hlo, name_stack
-from jaxpeft.memory.attribution import CATEGORIES, Attribution, Buffer, Owner, Owners, without_ones
+from jaxpeft.memory.attribution import Attribution, without_ones
 from jaxpeft.memory.hlo import Instruction
+from jaxpeft.memory.owners import CATEGORIES, Buffer, Owner, Owners
 
 Categories = Callable[[str], str | None]
 

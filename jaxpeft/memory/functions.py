@@ -20,7 +20,7 @@ from jaxpeft.backward.flops import count_flops
 from jaxpeft.files import check_empty
 from jaxpeft.memory import foreign, hlo, targets
 from jaxpeft.memory import profile as profiles
-from jaxpeft.memory.attribution import Owner, Owners
+from jaxpeft.memory.owners import Owner, Owners
 from jaxpeft.memory.profile import Profile
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,9 +21,9 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from jaxpeft import files
-from jaxpeft.errors import InputError
-from jaxpeft.memory.source import Frame, nearest
+from jaxpeft.errors import InputError, did_you_mean
 from jaxpeft.memory.wire import Damaged, Message
+from jaxpeft.source import Frame, nearest
 
 _HOST = 5  # XLA's number ("color") of the host's memory; 0 is the device's
 DUMP_OPTIONS = {"xla_dump_hlo_as_text": True, "xla_dump_hlo_as_proto": True}
@@ -109,16 +110,21 @@ class Program(NamedTuple):
 
 
 class Module(NamedTuple):
-    """A compiled function among a folder's dumps. bytes: of its buffers."""
+    """A compiled function among a folder's dumps: module_0012.jit_step. bytes: of its buffers."""
 
     name: str
     path: Path
     bytes: int
 
+    @property
+    def function(self) -> str:
+        """The name without XLA's number: jit_step."""
+        return re.sub(r"^module_\d+\.", "", self.name)
+
 
 FLAGS = 'XLA_FLAGS="--xla_dump_to=DIR --xla_dump_hlo_as_text --xla_dump_hlo_as_proto"'
 _SUFFIX = "after_optimizations.hlo.pb"
-_MOST = 2**31  # bytes of one file: what a protocol buffer may have
+_MOST = 2**29  # bytes of one file; those of models with all their layers unrolled have 2^27
 
 
 def modules(folder: Path) -> list[Module]:
@@ -127,12 +133,18 @@ def modules(folder: Path) -> list[Module]:
     Raises:
       InputError: if there is none, or a file is damaged.
     """
+    folder = Path(folder)
+    if not os.path.isdir(folder):
+        why = "is no folder" if os.path.lexists(folder) else "no such folder"
+        raise InputError(f"{folder}: {why}; name the one that --xla_dump_to filled")
     found = []
-    for path in sorted(Path(folder).glob(f"*{_SUFFIX}")):
-        with _whole(path):
+    for path in sorted(folder.glob(f"*{_SUFFIX}")):
+        with whole(path):
             sizes = [allocation.number(2) for allocation in _load(path).message(3).messages(3)]
         if sizes:
             found.append(Module(_name(path), path, sum(sizes)))
+    if not found and any(folder.glob("*after_optimizations.txt")):
+        raise InputError(f"{folder}: has XLA's texts, but no *{_SUFFIX}; add --xla_dump_hlo_as_proto, as in {FLAGS}")
     if not found:
         raise InputError(
             f"{folder}: no *{_SUFFIX} with a buffer assignment; compile with compiler_options={DUMP_OPTIONS} and "
@@ -141,32 +153,56 @@ def modules(folder: Path) -> list[Module]:
     return sorted(found, key=lambda module: -module.bytes)
 
 
+def choose(found: list[Module], folder: Path, name: str | None = None) -> Module:
+    """The first (largest) of a folder's modules, or of those that `name` is the name or a part of the name of.
+
+    Raises:
+      InputError: if none has such a name.
+    """
+    if name is None:
+        return found[0]
+    exact = [one for one in found if name in (one.name, one.function)]
+    chosen = exact or [one for one in found if name in one.name]
+    if not chosen:
+        near = did_you_mean(name, {one.function for one in found}) if len(found) <= _FEW else ""
+        raise InputError(f"{folder}: no module is called {name!r}{near or f'; the largest are {listed(found)}'}")
+    return chosen[0]
+
+
 def read(folder: Path, module: str | None = None) -> Program:
     """The program that a folder of XLA's dumps describes; of several, the one with the largest buffers.
 
     Args:
       folder: of the dumps.
-      module: a part of the name of the only ones that are meant.
+      module: the name of the only ones that are meant, or a part of it.
 
     Raises:
       InputError: if the folder lacks the dumps, they are damaged, or none has such a name.
     """
-    found = modules(folder)
-    chosen = [one for one in found if module is None or module in one.name]
-    if not chosen:
-        raise InputError(f"{folder}: no module is called {module!r}; there are {listed(found)}")
-    path = chosen[0].path
+    return read_module(choose(modules(folder), folder, module))
+
+
+def read_module(module: Module) -> Program:
+    """The program that one of a folder's modules is.
+
+    Raises:
+      InputError: if its live ranges are missing, or a file is damaged.
+    """
+    path = module.path
     ranges = Path(str(path).removesuffix(".hlo.pb") + "-live-range.txt")
-    missing = (
-        f"{folder}: {ranges.name} is missing; compile with compiler_options={DUMP_OPTIONS}, or set {FLAGS}: as text "
-        "too, not as proto alone"
-    )
+    missing = f"{path.parent}: {ranges.name} is missing; add --xla_dump_hlo_as_text, as in {FLAGS}"
     text = files.read_text(ranges, missing, _MOST)
-    with _whole(path):
+    with whole(ranges):
+        if "\n  Live ranges at " not in text:  # what follows the ranges themselves
+            raise Damaged("cut short")
+    with whole(path):
         return _program(_load(path), text, path.name)
 
 
-def listed(found: list[Module], most: int = 8) -> str:
+_FEW = 8
+
+
+def listed(found: list[Module], most: int = _FEW) -> str:
     """The names of modules as part of a line."""
     names = [module.name for module in found[:most]]
     return ", ".join(names) + (f" and {len(found) - most} more" if len(found) > most else "")
@@ -174,19 +210,33 @@ def listed(found: list[Module], most: int = 8) -> str:
 
 def _name(path: Path) -> str:
     """module_0012.jit_step.sm_9.0_gpu_after_optimizations.hlo.pb -> module_0012.jit_step."""
-    return re.sub(r"\.[^.]*(?:\.\d+_gpu_|_)?" + re.escape(_SUFFIX) + "$", "", path.name)
+    return _COMPILER.sub("", path.name.removesuffix(_SUFFIX))
+
+
+_COMPILER = re.compile(
+    r"\.(?:cpu_|(?:sm_\d+(?:\.\w+)?|gfx\w+)_gpu_|gpu_|cl_\d+\.)?$"
+)  # what follows the function's name
 
 
 def _load(path: Path) -> Message:
+    """A file's message; a file that is too large is refused before it is read."""
+    if path.is_file() and path.stat().st_size > _MOST:
+        raise InputError(f"{path}: has more than {_MOST} bytes; such a document has fewer")
     return Message(files.read_bytes(path, f"{path}: is gone", _MOST))
 
 
 @contextlib.contextmanager
-def _whole(path: Path) -> Iterator[None]:
+def whole(path: Path) -> Iterator[None]:
+    """What such a file cannot hold is said in one line."""
     try:
         yield
     except (Damaged, LookupError):
-        raise InputError(f"{path}: damaged or cut short; compile again with an empty xla_dump_to") from None
+        raise InputError(damaged(path)) from None
+
+
+def damaged(path: Path) -> str:
+    """The line for a file that tells of no program."""
+    return f"{path}: damaged or cut short; compile again with an empty xla_dump_to"
 
 
 def _program(proto: Message, ranges: str, name: str) -> Program:

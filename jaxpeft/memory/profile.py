@@ -19,7 +19,7 @@ map's name); any other is *unnamed*: its module path, its shape and its op_name 
 
 What the peak is: every allocation in device memory, of arguments, results and constants, and the block that holds all
 temporaries. That block is as large as the compiler made it; what it holds beyond the temporaries live at the fullest
-moment is "fragmentation", so that the categories add up to the compiler's total exactly.
+moment is "alignment" and "fragmentation" (layout.py), so that the categories add up to the compiler's total exactly.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from jaxpeft.memory import hlo
-from jaxpeft.memory.attribution import CATEGORIES, Attribution, Buffer, Owner, Owners, step_owners
+from jaxpeft.memory import hlo, layout
+from jaxpeft.memory.attribution import Attribution
 from jaxpeft.memory.dataflow import Dataflow
+from jaxpeft.memory.owners import CATEGORIES, KINDS, Buffer, Owner, Owners, step_owners
 from jaxpeft.train.report import human_bytes
 
 __all__ = ["CATEGORIES", "Buffer", "Owner", "Owners", "Profile", "profile", "read", "step_owners", "table", "text"]
@@ -46,12 +47,13 @@ class Profile(NamedTuple):
     platform: "tpu", "gpu" or "cpu".
     total_bytes: of all allocations in device memory; the sum over `buffers`.
     peak_position: where in the schedule the most temporaries are live, of `positions`.
-    live_bytes: live there; less than `total_bytes` by the fragmentation.
-    buffers: at the peak, largest first, fragmentation included.
-    timeline: (position, {category: live bytes}) at every position where something changes, fragmentation excluded.
+    live_bytes: live there; less than `total_bytes` by alignment and fragmentation.
+    buffers: at the peak, largest first, alignment and fragmentation included.
+    timeline: (position, {category: live bytes}) at every position where something changes; these two excluded.
     unattributed_bytes: of the buffers that have no owner.
     host_bytes: in the host's memory (what is offloaded); in none of the above.
     title: what it is of, as pictures and pages say it; "" leaves that to them.
+    devices: (device, bytes) of what is in use on several; () for a program, whose figures are of one.
     """
 
     platform: str
@@ -64,6 +66,7 @@ class Profile(NamedTuple):
     unattributed_bytes: int
     host_bytes: int
     title: str = ""
+    devices: tuple[tuple[str, int], ...] = ()
 
     def __str__(self) -> str:
         lines = [self.title] if self.title else []
@@ -95,7 +98,7 @@ class Profile(NamedTuple):
     @property
     def categories(self) -> dict[str, int]:
         """Bytes at the peak by category, in the order of `CATEGORIES`; their sum is `total_bytes`."""
-        total = dict.fromkeys(CATEGORIES, 0)
+        total = dict.fromkeys((*CATEGORIES, *KINDS), 0)
         for buffer in self.buffers:
             total[buffer.category] += buffer.bytes
         return {category: size for category, size in total.items() if size}
@@ -117,11 +120,13 @@ def profile(program: hlo.Program, owners: Owners, attribution: type[Attribution]
     attribute = attribution(program, flow, owners)
     spans: list[tuple[Buffer, int, int]] = []  # buffers of the block of temporaries, and when they are live
     fixed: list[Buffer] = []
+    owners_of: dict[hlo.Key, str] = {}
     end = max(len(program.order), 1)
     for allocation in program.allocations.values():
         if allocation.kind == "temporary":
             for group, pieces in placed.get(allocation.number, {}).items():
                 buffer = attribute.temporary(group, pieces)
+                owners_of[group] = buffer.owner
                 spans += [(buffer, first, last) for _, first, last in pieces]
         elif allocation.bytes:
             fixed.append(attribute.allocation(allocation, end))
@@ -139,7 +144,14 @@ def profile(program: hlo.Program, owners: Owners, attribution: type[Attribution]
     peak, live = max(timeline, key=lambda point: sum(point[1].values()))
     total = sum(allocation.bytes for allocation in program.allocations.values())
     buffers = fixed + [buffer for buffer, first, last in spans if first <= peak <= last]
-    if waste := total - sum(buffer.bytes for buffer in buffers):
+    waste = total - sum(buffer.bytes for buffer in buffers)
+    for block in placed:
+        for row in layout.unused(program, block, peak, lambda key: owners_of.get(flow.group(key), "")):
+            # Arrays in one place, as in an update's, are counted once there and twice in the ranges.
+            if (size := min(row.bytes, waste)) > 0:
+                buffers.append(row._replace(bytes=size))
+                waste -= size
+    if waste:
         buffers.append(Buffer(waste, "", "", "", 0, end, "fragmentation"))
     buffers.sort(key=lambda buffer: -buffer.bytes)
     return Profile(
@@ -163,8 +175,8 @@ def table(profile: Profile, limit: int = 20) -> list[dict[str, Any]]:
     """
     total: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
     for buffer in profile.buffers:
-        row = total[buffer.category, "" if buffer.category == "fragmentation" else buffer.owner]
-        row[0] += 1
+        row = total[buffer.category, buffer.owner]
+        row[0] += buffer.arrays
         row[1] += buffer.bytes
     ordered = sorted(total.items(), key=lambda item: -item[1][1])
     rows = [(category, owner, count, size) for (category, owner), (count, size) in ordered[:limit]]
@@ -189,13 +201,16 @@ def text(found: Mapping[str, Any], width: int = 140) -> str:
     categories = table("category", "bytes", "share")
     for name, size in found["categories"].items():
         categories.add_row(name, human_bytes(size), f"{size / found['total_bytes']:.1%}")
+    devices = table("device", "bytes", "share")
+    for name, size in found.get("devices", {}).items():
+        devices.add_row(name, human_bytes(size), f"{size / max(found['total_bytes'], 1):.1%}")
     owners = table("owner", "category", "arrays", "bytes", "share")
     for row in found["owners"]:
         owners.add_row(
             row["owner"], row["category"], str(row["arrays"]), human_bytes(row["bytes"]), f"{row['share']:.1%}"
         )
     console = rich.console.Console(file=io.StringIO(), markup=False, highlight=False, width=width)
-    console.print(categories, "", owners)
+    console.print(categories, "", *([devices, ""] if devices.row_count else []), owners)
     if found["unattributed_bytes"]:
         console.print(f"\nwithout an owner: {human_bytes(found['unattributed_bytes'])}")
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
@@ -217,7 +232,7 @@ def to_json(profile: Profile, limit: int = 100) -> dict[str, Any]:
             {"module": b.module, "shape": b.shape, "bytes": b.bytes, "op_name": b.op_name} for b in unnamed
         ],
         "unattributed_bytes": profile.unattributed_bytes,
-    }
+    } | ({"devices": dict(profile.devices)} if profile.devices else {})
 
 
 def _placed(program: hlo.Program, flow: Dataflow) -> dict[int, dict[hlo.Key, list[tuple[int, int, int]]]]:

@@ -1,83 +1,20 @@
 """What fits a device: the plan with the least recomputation under a budget, the largest batch, the longest sequence.
 
-A plan's kept bytes and recomputation follow from the trace (`options`); what a step needs besides is learned from the
-compiler, and whatever is returned has been compiled and fits.
+A plan's kept bytes and recomputation follow from the trace (`jaxpeft.backward.options`); what a step needs besides is
+learned from the compiler, and whatever is returned has been compiled and fits.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from jaxpeft import tree
-from jaxpeft.backward.plan import INPUT, Plan
-from jaxpeft.backward.programs import matmuls
-from jaxpeft.backward.residuals import Segment
+from jaxpeft.backward.options import options
+from jaxpeft.backward.plan import Plan
 from jaxpeft.errors import InputError
 from jaxpeft.memory.planner import Step, cost, row
 from jaxpeft.memory.targets import Target
-
-
-class Option(NamedTuple):
-    """A table of actions, and what it costs.
-
-    kept: bytes on the device.  flops: recomputed.  altered: bytes that are compressed or in the host's memory.
-    """
-
-    plan: Plan
-    kept: int
-    flops: float
-    altered: int
-
-
-def options(
-    segments: Mapping[str, Segment], actions: Iterable[str] = ("save",), tokens: int = Plan().tokens
-) -> list[Option]:
-    """The tables worth considering, least recomputation first: none keeps more for no less recomputation.
-
-    Args:
-      segments: of a trace under any plan.
-      actions: what may be done with an activation that is not recomputed.
-      tokens: of the plans.
-    """
-    actions = tuple(actions)
-    names: list[str] = []
-    for segment in segments.values():
-        programs = segment.programs
-        names = list(dict.fromkeys([*names, *(name for name, _ in matmuls(programs, (), programs.names))]))
-    # The log-sum-exp is of use only with the output that it belongs to.
-    groups = [tuple(n for n in names if n in (name, f"{name}_lse")) for name in names if not name.endswith("_lse")]
-    found: dict[tuple[float, int], Option] = {}
-    for chosen in itertools.product((False, True), repeat=len(groups)):
-        saved = {name for group, use in zip(groups, chosen, strict=True) if use for name in group}
-        flops, sizes = 0.0, dict.fromkeys((INPUT, *saved), dict.fromkeys(("save", *actions), 0))
-        for segment in segments.values():
-            given = [name for name in segment.programs.names if name[0] in saved]
-            flops += segment.programs.recompute_flops(given) * segment.steps
-            for name in [*segment.programs.work(given)[1], (INPUT, 0)]:
-                before = sizes[name[0]]
-                sizes[name[0]] = {a: before[a] + segment.stored_bytes(name, a) for a in before}
-        read = [name for name in names if name in saved and sizes[name]["save"]]
-        for choice in itertools.product(actions, repeat=len(read)):
-            table = dict(zip(read, choice, strict=True))
-            kept = sizes[INPUT]["save"] + sum(sizes[n][a] for n, a in table.items() if a != "offload")
-            altered = sum(sizes[n]["save"] for n, a in table.items() if a != "save")
-            option = Option(Plan("blocks", tuple(table.items()), tokens), kept, flops, altered)
-            best = found.get((flops, kept))
-            if best is None or option.altered < best.altered:
-                found[flops, kept] = option
-    return _frontier(found.values())
-
-
-def _frontier(found: Iterable[Option]) -> list[Option]:
-    """Least recomputation first, then least altered; left out is what keeps no less than one before it."""
-    ordered = sorted(found, key=lambda option: (option.flops, option.altered, option.kept))
-    frontier: list[Option] = []
-    for option in ordered:
-        if not frontier or option.kept < frontier[-1].kept:
-            frontier.append(option)
-    return frontier
 
 
 def fit(

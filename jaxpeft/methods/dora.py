@@ -43,7 +43,7 @@ from jaxpeft.methods import lora as _lora
 from jaxpeft.methods.ia3 import scaled
 from jaxpeft.model import Context, Model
 from jaxpeft.peft import form
-from jaxpeft.quant import dense, dot
+from jaxpeft.quant import CONVOLUTION, dense, dot
 from jaxpeft.quant import merged as as_merged
 from pallas_kernels import dropout as _dropout
 
@@ -157,7 +157,7 @@ def dora(
     def adapter(site):
         return DoRA(rank_of(site), scale_at(config, site), dropout, init)
 
-    choose = _lora.chosen_sites("dora", targets, rank_of)
+    choose = _lora.chosen_sites("dora", targets, rank_of, (CONVOLUTION,))
     return Method(
         forward=lambda model, view: _measured(sites.attach(model, "dora", adapter, choose)),
         roles=trains(lambda path: path.endswith(("/dora/a", "/dora/b", "/dora/mag"))),

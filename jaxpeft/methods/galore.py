@@ -180,7 +180,7 @@ def galore(
     def forward(model: Model, view: View) -> Model:
         def choose(params):
             flat = tree.flatten(params)
-            found = [site for site in sites.find(params, targets) if view.role(f"{site}/kernel") == MOVED]
+            found = [site for site in sites.find(params, targets, "galore") if view.role(f"{site}/kernel") == MOVED]
             if not found:
                 raise InputError(
                     f"galore: none of the kernels that targets {targets!r} names trains in {_names(view)}; leaves of "

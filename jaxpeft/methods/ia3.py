@@ -103,7 +103,7 @@ def ia3(targets: Targets = TARGETS, feedforward: str | Sequence[str] = FEEDFORWA
         return f"/{tree.canonical(site)}".endswith(f"/{name.replace('.', '/')}")
 
     def choose(params):
-        found = sites.find(params, targets)
+        found = sites.find(params, targets, "ia3")
         for name in feed if feed != list(FEEDFORWARD) else ():
             if not any(ends(site, name) for site in found):
                 nearest = tree.nearest(name, [site.rsplit("/", 1)[-1] for site in found])

@@ -3,6 +3,9 @@
     y = x W + s (drop(x) A) B        x (..., n), W (n, m) frozen, A (n, r), B (r, m)
     s = alpha / r, with rsLoRA alpha / sqrt(r)
 
+At a table whose rows x looks up, A's rows are looked up beside them, and nothing is dropped: W[x] + s A[x] B. At a
+convolution A is the kernel of another one, and B one of size 1.
+
 A is random and B zero, so the adapted model starts at the base. Kept for the backward pass: x (shared by the sites
 that read it) and x A; dropout's mask is drawn again.
 
@@ -18,7 +21,7 @@ base as ordinary LoRA of rank 2r.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,7 +35,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains, unchanged
 from jaxpeft.model import Context
 from jaxpeft.peft import form
-from jaxpeft.quant import dense, like
+from jaxpeft.quant import CONVOLUTION, EMBEDDING, dense, kind_of, like
 from jaxpeft.quant import merged as as_merged
 
 Targets = str | Sequence[str]
@@ -55,6 +58,13 @@ INITS: dict[str, Callable[..., jax.Array]] = {
 }
 
 
+def start_of(init: str, kernel: Any) -> Callable[..., jax.Array]:
+    """How A (n, r) starts beside a kernel: kaiming's bound is that of one input where a row of a table is looked up."""
+    if init == "kaiming" and kind_of(kernel) == EMBEDDING:
+        return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -1, 1)
+    return INITS[init]
+
+
 class LoRA(nn.Module):
     """The adapted product. Parameters: a (n, r), b (r, m), float32."""
 
@@ -68,7 +78,7 @@ class LoRA(nn.Module):
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
         n, m = site.kernel.shape
-        a = self.param("a", INITS[self.init_a], (n, self.rank))
+        a = self.param("a", start_of(self.init_a, site.kernel), (n, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
         rate, seed = 0.0, None
         if self.dropout and self.has_rng("dropout"):
@@ -110,14 +120,16 @@ def check_kernel(name: str, site: str, rank: int, kernel: Any) -> None:
         raise InputError(f"{name}: rank {rank} is above the smaller side of {site}, a kernel of {n} x {m}")
 
 
-def chosen_sites(name: str, targets: Targets, rank_of: Callable[[str], int]) -> Callable[[tree.Params], list[str]]:
-    """params -> the sites that targets choose, each checked against its rank."""
+def chosen_sites(
+    name: str, targets: Targets, rank_of: Callable[[str], int], kinds: Collection[str] = ()
+) -> Callable[[tree.Params], list[str]]:
+    """params -> the sites that targets choose, each checked against its rank; `kinds` as of `sites.find`."""
 
     def choose(params):
         flat = tree.flatten(params)
-        found = sites.find(params, targets)
+        found = sites.find(params, targets, name, kinds)
         for site in found:
-            check_kernel(name, site, rank_of(site), flat[f"{site}/kernel"])
+            check_kernel(name, site, rank_of(site), flat[sites.kernel_path(flat, site)])
         return found
 
     return choose
@@ -172,7 +184,7 @@ def lora(
     def adapter(site):
         return LoRA(rank_of(site), scale(site), dropout, "kaiming" if init == "pissa" else init)
 
-    choose = chosen_sites("lora", targets, rank_of)
+    choose = chosen_sites("lora", targets, rank_of, (EMBEDDING, CONVOLUTION))
 
     def prepare(params, view):
         flat = tree.flatten(params)
@@ -213,10 +225,11 @@ def fold(
     merged = {path: leaf for path, leaf in flat.items() if marker not in path}
     for site in sorted({path.split(marker)[0] for path in flat if marker in path}):
         leaves = {path.rsplit("/", 1)[1]: leaf for path, leaf in flat.items() if path.startswith(site + marker)}
-        kernel = merged[f"{site}/kernel"]
+        path = sites.kernel_path(merged, site)
+        kernel = merged[path]
         a, b = factors(leaves, kernel.shape[-2])
         delta = scale(site) * jnp.matmul(a, b, precision="highest")
-        merged[f"{site}/kernel"] = as_merged(kernel, dense(kernel) + delta)
+        merged[path] = as_merged(kernel, dense(kernel) + delta)
     return tree.unflatten(merged)
 
 
@@ -226,7 +239,8 @@ def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.
     An adapter that is already there (imported, for the original W) keeps its four leaves. Of a packed kernel the
     decomposition is of what it unpacks to, and what is left of W is packed again.
     """
-    kernel = flat[f"{site}/kernel"]
+    path = sites.kernel_path(flat, site)
+    kernel = flat[path]
     wide = dense(kernel)
     own = {name: flat.get(f"{site}/lora/{name}") for name in ("a", "b", "a0", "b0")}
     if own["a0"] is None:
@@ -235,7 +249,7 @@ def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.
         own["a"] = own["a0"] = u[..., :, :rank] * root[..., None, :]
         own["b"] = own["b0"] = root[..., :, None] * vt[..., :rank, :]
     rest = like(kernel, wide - scale * jnp.matmul(own["a0"], own["b0"], precision="highest"))
-    return {f"{site}/kernel": rest, **{f"{site}/lora/{name}": leaf for name, leaf in own.items()}}
+    return {path: rest, **{f"{site}/lora/{name}": leaf for name, leaf in own.items()}}
 
 
 # Hugging Face PEFT.

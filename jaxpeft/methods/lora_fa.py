@@ -16,7 +16,8 @@ Adam ignores.
 
 Paper: Zhang et al. 2023, "LoRA-FA", arXiv:2308.03303; the projected form as in PEFT's LoRA-FA optimizer. Deviations:
 the Gram matrix is computed in each step (n r^2 operations per site, nothing beside the step); the projection comes
-before the optimizer's clipping, where PEFT clips first. Dropout is on x A, where it needs no copy and no mask of x.
+before the optimizer's clipping, where PEFT clips first. Dropout is on x A, where it needs no copy and no mask of x;
+at a convolution it is on x, and where a table's rows are looked up there is none.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from jaxpeft.method import Method, Objective, Spec, trains, unchanged
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Context
 from jaxpeft.peft import form
+from jaxpeft.quant import CONVOLUTION, EMBEDDING
 
 
 class LoRAFA(nn.Module):
@@ -54,16 +56,19 @@ class LoRAFA(nn.Module):
         n, m = site.kernel.shape
         make_a: Any = None
         if self.store_a:
-            a = self.param("a", _lora.INITS[self.init_a], (n, self.rank))
+            a = self.param("a", _lora.start_of(self.init_a, site.kernel), (n, self.rank))
         else:
             a = self.param("seed", lambda key: jax.random.bits(key, (), jnp.uint32))
             make_a = Regenerate(n, self.rank, self.init_a)
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
-        if self.dropout and self.has_rng("dropout"):
+        rate, seed = 0.0, None
+        if self.dropout and self.has_rng("dropout") and site.through is not None:
+            rate, seed = self.dropout, jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
+        elif self.dropout and self.has_rng("dropout"):
             low = x @ (make_a(a) if make_a else a).astype(x.dtype)
             low = checkpoint_name(_lora.drop(low, self.dropout, self.make_rng("dropout")), "lora_low")
             return inner(x) + self.scale * (low @ b.astype(x.dtype))
-        return site.low_rank(inner, x, a, b, scale=self.scale, make_a=make_a)
+        return site.low_rank(inner, x, a, b, scale=self.scale, rate=rate, seed=seed, make_a=make_a)
 
 
 class Regenerate(NamedTuple):
@@ -127,7 +132,8 @@ def lora_fa(
         del site
         return LoRAFA(rank, scale, dropout, init, store_a)
 
-    choose = _lora.chosen_sites("lora_fa", targets, lambda site: rank)
+    kinds = (EMBEDDING, CONVOLUTION) if store_a else (CONVOLUTION,)
+    choose = _lora.chosen_sites("lora_fa" if store_a else "lora_fa(store_a=False)", targets, lambda site: rank, kinds)
 
     def gradient(objective: Objective, view) -> Objective:
         def value_and_grad(trainable, frozen, batch, key, opt_state):
@@ -136,7 +142,7 @@ def lora_fa(
             for path, g in own.items():
                 site = path.removesuffix("/lora_fa/b")
                 leaves = {name: frozen.get(f"{site}/lora_fa/{name}") for name in ("a", "seed")}
-                a, _ = factors(config, {**leaves, "b": g}, frozen[f"{site}/kernel"].shape[-2])
+                a, _ = factors(config, {**leaves, "b": g}, frozen[sites.kernel_path(frozen, site)].shape[-2])
                 own[path] = project(a, g, scale)
             return value, {**grads, **own}
 

@@ -78,7 +78,7 @@ def quantize(
 
     def convert(params):
         flat = tree.flatten(params)
-        kernels = {f"{site}/kernel": flat[f"{site}/kernel"] for site in sites.find(params, targets)}
+        kernels = {f"{site}/kernel": flat[f"{site}/kernel"] for site in sites.find(params, targets, "quantize")}
         plain = {path: kernel for path, kernel in kernels.items() if not is_packed(kernel)}
         for path, kernel in plain.items():
             check(path.removesuffix("/kernel"), kernel, bool(tree.segments(params)))

@@ -15,9 +15,9 @@ The forms are in the methods' own files (see `jaxpeft.peft.form`).
 With jaxpeft.json an adapter comes back as the method that made it, bit for bit, and trains on; without it, or when the
 tensors have changed since, it is read as what PEFT says it is.
 
-What PEFT has no form for (adapters between layers, side networks, several methods that add leaves) is written in ours:
-the peft_type is JAXPEFT, so that PEFT takes it for nothing else, the tensors are called by our paths, and jaxpeft.json
-is needed to read them.
+What PEFT has no form for (adapters between layers, side networks, several methods that add leaves, any of a module of
+one's own) is written in ours: the peft_type is JAXPEFT, so that PEFT takes it for nothing else, the tensors are called
+by our paths, and jaxpeft.json is needed to read them.
 
 Source: the format as huggingface/peft 0.21 writes and reads it.
 """

@@ -15,10 +15,11 @@ import numpy as np
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method
+from jaxpeft.model import Model
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.peft.schema import OWN, WEIGHTS, adapter_config, own_document
-from jaxpeft.quant import is_packed
+from jaxpeft.quant import is_packed, unfolded_all
 
 NATIVE = "JAXPEFT"  # the peft_type of what PEFT has no form for
 
@@ -34,7 +35,45 @@ SIZES = (
     "tie_word_embeddings",
 )
 _SAMPLES = 64  # elements per leaf
+_KERNELS = ("kernel", "embedding")  # what adapters of a model without a configuration may change before they train
 _LAST = re.compile(r"\b(score|classifier|classifier\.out_proj)\.weight$")  # the tensor whose rows are the labels'
+
+
+class Foreign(NamedTuple):
+    """In place of a configuration: a model that has none. `shapes` are of its parameters, by path."""
+
+    model: Model
+    shapes: tree.Flat
+    num_labels: int = 0
+    head: str = ""
+
+
+def config_of(base: Any) -> Any:
+    """A configuration, of itself or of a model; of a model without one, a `Foreign`.
+
+    Raises:
+      InputError: for a model that says nothing of its parameters, or what is neither.
+    """
+    if not isinstance(base, Model):
+        if base is None:
+            raise InputError("an adapter's base is None; for a model without a configuration give the model itself")
+        return base
+    own = base.base or base
+    if own.config is None and own.shapes is None:
+        raise InputError("an adapter's base: the model has no configuration, and is not one of from_linen or from_nnx")
+    return own.config if own.shapes is None else Foreign(own, own.shapes())
+
+
+def shapes_of(config: Any) -> tree.Flat:
+    """{path: shape and dtype} of a base's own parameters."""
+    return config.shapes if isinstance(config, Foreign) else models.FAMILIES[config.model_type].shapes(config)
+
+
+def _sizes(config: Any) -> dict[str, Any]:
+    """What a base's arrays can be told by: sizes of its configuration, or the shapes of a model without one."""
+    if isinstance(config, Foreign):
+        return {path: list(leaf.shape) for path, leaf in config.shapes.items()}
+    return {name: getattr(config, name) for name in SIZES if hasattr(config, name)}
 
 
 class Module(NamedTuple):
@@ -71,15 +110,17 @@ def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) ->
       params: nested parameters, adapters and all.
       kernels: False leaves the kernels out (they are not the base's own).
     """
-    shapes = models.FAMILIES[config.model_type].shapes(config)
+    shapes = shapes_of(config)
     samples = {}
-    for path, leaf in tree.flatten(params).items():
+    for path, leaf in unfolded_all(tree.flatten(params)).items():
         known = path in shapes and getattr(leaf, "shape", None) == shapes[path].shape and not is_packed(leaf)
-        if known and not path.startswith(SCOPE) and (kernels or not path.endswith("/kernel")):
+        known = known and is_own(path, config) and leaf.size > 0
+        if known and (kernels or path.rpartition("/")[2] not in _KERNELS[: 1 + isinstance(config, Foreign)]):
+            leaf = jnp.atleast_1d(leaf)
             at = np.linspace(0, leaf.size - 1, _SAMPLES).astype(np.int64)
             elements = np.asarray(jax.device_get(leaf[np.unravel_index(at, leaf.shape)])).astype(jnp.bfloat16)
             samples[path] = hashlib.sha256(elements.tobytes()).hexdigest()[:16]
-    return {"sizes": {name: getattr(config, name) for name in SIZES if hasattr(config, name)}, "samples": samples}
+    return {"sizes": _sizes(config), "samples": samples}
 
 
 def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mapping[str, Any] | None) -> None:
@@ -94,11 +135,10 @@ def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mappi
     Raises:
       InputError: if the adapter is for another base, with the first difference.
     """
+    here = _sizes(config)
     for name, value in stored["sizes"].items():
-        if name in SIZES and getattr(config, name, None) != value:
-            raise InputError(
-                f"{where}: an adapter for another base: {name} is {getattr(config, name, None)} here, {value} there"
-            )
+        if (name in SIZES or isinstance(config, Foreign)) and here.get(name) != value:
+            raise InputError(f"{where}: an adapter for another base: {name} is {here.get(name)} here, {value} there")
     found = fingerprint(config, params)["samples"] if params is not None else {}
     for path, digest in stored["samples"].items():
         if found.get(path, digest) != digest:
@@ -127,17 +167,20 @@ def adapter_rope_scaling(directory: str | os.PathLike[str], given: str | None = 
 
 def is_own(path: str, config: Any) -> bool:
     """Whether a path is one of the base's parameters; a classifier of rows is no part of it."""
-    return tree.canonical(path) in models.FAMILIES[config.model_type].shapes(config) and not path.startswith(SCOPE)
+    if isinstance(config, Foreign):
+        return path in config.shapes
+    return tree.canonical(path) in shapes_of(config) and not path.startswith(SCOPE)
 
 
 def is_added(path: str, method: Method, config: Any) -> bool:
     """Whether a parameter belongs to the adapter, among which is a classifier that trains."""
-    return method.changes(path) if path.startswith(SCOPE) else not is_own(path, config)
+    classifies = path.startswith(SCOPE) and not isinstance(config, Foreign)
+    return method.changes(path) if classifies else not is_own(path, config)
 
 
 def classifier_names(config: Any) -> dict[str, tuple[str, bool]]:
     """Our path -> (Hugging Face's tensor name, transposed there) of the classifier of rows; {} where there is none."""
-    shapes = models.FAMILIES[config.model_type].shapes(config)
+    shapes = {} if isinstance(config, Foreign) else shapes_of(config)
     return {path: models.hf_name(config, path) for path in shapes if path.startswith(SCOPE)}
 
 

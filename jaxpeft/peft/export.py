@@ -16,7 +16,7 @@ from jaxpeft import method as methods
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.peft.base import NATIVE, classifier_names, fingerprint, is_added, is_own
+from jaxpeft.peft.base import NATIVE, Foreign, classifier_names, config_of, fingerprint, is_added, is_own
 from jaxpeft.peft.form import Form, Written, base_of, form_of
 from jaxpeft.peft.schema import CONFIG, FORMAT, OWN, WEIGHTS
 
@@ -50,7 +50,8 @@ def export_adapter(
       params: nested parameters of the adapted model; the adapters suffice, the base's leaves give it a fingerprint to
         be told by.
       method: the method that they are of.
-      base_config: the model's configuration (`Model.config`).
+      base_config: the model's configuration (`Model.config`), or the model. One of `from_linen` or `from_nnx` has none,
+        and PEFT no names for its modules: its adapter is written in our form.
       base_name: folder or hub id of the base, for PEFT's `base_model_name_or_path`.
       replace: an adapter that is already in `directory` may be replaced; nothing else ever is.
       labels: names of what a model that classifies rows tells apart, in order; they are kept with the adapter.
@@ -63,6 +64,7 @@ def export_adapter(
     Raises:
       InputError: if parameters of the base itself train; if `directory` is in the way or cannot be written.
     """
+    base_config = config_of(base_config)
     found = adapter_of(method, params, base_config)
     target = files.expanded(directory)
     files.check_target(target, CONFIG if replace else None)
@@ -120,6 +122,8 @@ def adapter_of(method: Method, params: Mapping[str, Any], config: Any) -> tuple[
     if changed or not added:
         what = f"{changed[0]} trains too and has no place in an adapter" if changed and added else "is no adapter"
         raise InputError(f"{names}: {what}; merge it and save the whole model instead")
+    if isinstance(config, Foreign):
+        return None
     leaves = [path for path in added if not path.startswith(SCOPE)]
     forms = {at: form for at, spec in enumerate(method.specs) if (form := form_of(spec.name))}
     owners = [(at, form) for at, form in forms.items() if leaves and all(form.owns(path) for path in leaves)]

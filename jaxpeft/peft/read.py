@@ -21,7 +21,16 @@ from jaxpeft.method import Method, Spec, chain, from_specs, setup
 from jaxpeft.methods.full import full
 from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.peft.base import NATIVE, adapter_labels, check_base, classifier_names, is_added
+from jaxpeft.peft.base import (
+    NATIVE,
+    Foreign,
+    adapter_labels,
+    check_base,
+    classifier_names,
+    config_of,
+    is_added,
+    shapes_of,
+)
 from jaxpeft.peft.form import Form, base_of, form_of, method_for
 from jaxpeft.peft.schema import CONFIG, FORMAT, OWN, WEIGHTS, Own, adapter_config, own_document
 
@@ -49,7 +58,8 @@ def import_adapter(
 
     Args:
       directory: a folder with adapter_config.json and adapter_model.safetensors.
-      base_config: the configuration of the base (`Model.config`).
+      base_config: the configuration of the base (`Model.config`), or the base itself; of a model of `from_linen` or
+        `from_nnx` the latter, to read what `export_adapter` wrote of such a one.
       base_params: the base's nested parameters, to recognise an adapter for another base of the same sizes.
 
     Returns:
@@ -61,6 +71,7 @@ def import_adapter(
         supported.
     """
     folder = files.expanded(directory)
+    base_config = config_of(base_config)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
     config = adapter_config(folder)
@@ -72,6 +83,8 @@ def import_adapter(
         )
     if config.get("peft_type") == NATIVE:
         return _as_it_is(folder, own, base_config, base_params)
+    if isinstance(base_config, Foreign):
+        raise InputError(f"{folder}: an adapter in PEFT's form, by names of a known family's modules, not this model's")
     specs, at, form = _method(folder, config, own)
     if own:
         _require(folder, own, ("method", *form.facts, "base"))
@@ -110,7 +123,7 @@ def attach(directory: str | os.PathLike[str], base: Model, params: tree.Params) 
     Raises:
       InputError: as `import_adapter` does.
     """
-    method, leaves = import_adapter(directory, base.config, params)
+    method, leaves = import_adapter(directory, base, params)
     flat = {**tree.flatten(params), **leaves}
     model, trainable, frozen = setup(method, base, tree.unflatten(flat), jax.random.key(0))
     return model, tree.combine(trainable, frozen), method
@@ -184,7 +197,8 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
 
 def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config: Any) -> None:
     """Refuses leaves that are not exactly those that the method adds to such a base: names, shapes and types."""
-    cuts = {int(layer) for path in leaves if (found := _CUT.match(path)) for layer in found.groups()}
+    found = [] if isinstance(config, Foreign) else [_CUT.match(path) for path in leaves]
+    cuts = {int(layer) for cut in found if cut for layer in cut.groups()}
 
     def added(key, params):
         for layer in sorted(cuts):  # where a function that no file can name had cut the stack
@@ -192,8 +206,8 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
         _, trainable, rest = setup(method, base, params, key, batches=lambda: ())
         return {path: leaf for path, leaf in {**trainable, **rest}.items() if is_added(path, method, config)}
 
-    base = models.model_of(config)
-    params = tree.unflatten(models.FAMILIES[config.model_type].shapes(config))
+    base = config.model if isinstance(config, Foreign) else models.model_of(config)
+    params = tree.unflatten(shapes_of(config))
     expected = jax.eval_shape(added, jax.eval_shape(lambda: jax.random.key(0)), params)
     if lacking := sorted(expected.keys() - leaves.keys()):
         raise InputError(f"{where}: lacks {lacking[0]} of shape {expected[lacking[0]].shape}, which {method.name} has")

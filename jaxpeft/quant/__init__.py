@@ -1,10 +1,24 @@
 """Kernels that are not plain arrays: what every kernel can be asked (`Kernel`), and the products that take them all."""
 
 from jaxpeft.quant.dot import dot, low_rank_dot
-from jaxpeft.quant.folded import Folded, fold, folded_as, is_linear, matrix, refolded, unfolded, unfolded_all
+from jaxpeft.quant.folded import (
+    CONVOLUTION,
+    EMBEDDING,
+    Folded,
+    fold,
+    folded_as,
+    is_linear,
+    kind_of,
+    matrix,
+    refolded,
+    unfolded,
+    unfolded_all,
+)
 from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack
 
 __all__ = [
+    "CONVOLUTION",
+    "EMBEDDING",
     "FORMATS",
     "Folded",
     "Kernel",
@@ -15,6 +29,7 @@ __all__ = [
     "folded_as",
     "is_linear",
     "is_packed",
+    "kind_of",
     "like",
     "low_rank_dot",
     "matrix",

@@ -18,8 +18,12 @@ import jax
 from jaxpeft.quant.dot import dot
 from jaxpeft.quant.kernel import dense, like, merged
 
+EMBEDDING, CONVOLUTION = "an embedding", "a convolution"
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["inputs", "outputs", "axes"])
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["array"], meta_fields=["inputs", "outputs", "axes", "why", "kind"]
+)
 @dataclasses.dataclass(frozen=True)
 class Folded:
     """A kernel (layers..., inputs..., outputs...) as a matrix, or a stack of them.
@@ -27,12 +31,16 @@ class Folded:
     array: as its module has it; where it is packed, the matrix.
     inputs, outputs: how many axes of it they are; 0 and 0 for what is no linear map, and so no site.
     axes: (inputs..., outputs...) of a packed kernel; None of one that still has them.
+    why: what is wrong with targets that choose it, in a few words; empty where nothing is.
+    kind: EMBEDDING or CONVOLUTION, of a matrix that is no linear map's.
     """
 
     array: Any
     inputs: int
     outputs: int
     axes: tuple[int, ...] | None = None
+    why: str = ""
+    kind: str = ""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,9 +77,9 @@ class Folded:
         return (*self.array.shape[:-2], *self.axes) if self.axes else tuple(self.array.shape)
 
 
-def fold(array: Any, inputs: int, outputs: int) -> Any:
-    """A kernel as a matrix; a plain array where it is one already."""
-    return array if inputs == outputs == 1 else Folded(array, inputs, outputs)
+def fold(array: Any, inputs: int, outputs: int, why: str = "", kind: str = "") -> Any:
+    """A kernel as a matrix; a plain array where it is one already, and a linear map's."""
+    return array if inputs == outputs == 1 and not kind else Folded(array, inputs, outputs, why=why, kind=kind)
 
 
 def folded_as(kernel: Any, function: Callable[[jax.Array], Any]) -> Any:
@@ -102,7 +110,7 @@ def unfolded_all(flat: Mapping[str, Any]) -> dict[str, Any]:
 def refolded(flat: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
     """`{path: leaf}` in which what was a `Folded` in `before` is one again, of what the leaf has become."""
     return {
-        path: Folded(leaf, of.inputs, of.outputs)
+        path: dataclasses.replace(of, array=leaf, axes=None)
         if isinstance(of := before.get(path), Folded) and not isinstance(leaf, Folded)
         else leaf
         for path, leaf in flat.items()
@@ -111,7 +119,12 @@ def refolded(flat: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, An
 
 def is_linear(kernel: Any) -> bool:
     """Whether a leaf called kernel is that of a linear map."""
-    return not isinstance(kernel, Folded) or kernel.inputs > 0
+    return not isinstance(kernel, Folded) or (kernel.inputs > 0 and not kernel.kind)
+
+
+def kind_of(leaf: Any) -> str:
+    """EMBEDDING, CONVOLUTION, or empty for a linear map and what is no kernel."""
+    return leaf.kind if isinstance(leaf, Folded) else ""
 
 
 @dot.register(Folded)  # type: ignore[attr-defined]

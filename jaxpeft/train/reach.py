@@ -13,6 +13,7 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Objective
 from jaxpeft.model import Batch
+from jaxpeft.sites import kernel_path
 
 
 def unreached(loss: Callable[[tree.Flat], jax.Array], leaves: tree.Flat) -> list[str]:
@@ -40,12 +41,12 @@ def check_reached(
       InputError: with the sites' names.
     """
     known = {**rest, **trained}
-    adapters = {path: leaf for path, leaf in trained.items() if _kernel_beside(path) in known}
+    adapters = {path: leaf for path, leaf in trained.items() if kernel_path(known, _site(path)) in known}
     if not (adapters and objective.backward):
         return
     others: dict[str, Any] = {path: leaf for path, leaf in trained.items() if path not in adapters}
     loss = lambda leaves: objective.value({**others, **leaves}, rest, batch, key)[0]
-    if dead := sorted({path.rpartition("/")[0].rpartition("/")[0] for path in unreached(loss, adapters)}):
+    if dead := sorted({_site(path) for path in unreached(loss, adapters)}):
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
         raise InputError(
             f"{method.name}: the loss does not depend on {', '.join(dead[:3])}{more} by anything that can be "
@@ -53,6 +54,6 @@ def check_reached(
         )
 
 
-def _kernel_beside(path: str) -> str:
-    """The kernel of the site whose adapter has this leaf."""
-    return "/".join([*path.split("/")[:-2], "kernel"])
+def _site(path: str) -> str:
+    """The site whose adapter has this leaf."""
+    return "/".join(path.split("/")[:-2])

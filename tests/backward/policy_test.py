@@ -214,8 +214,8 @@ def test_refusals_of_a_model():
     with pytest.raises(InputError, match="--remat 'rings': unknown form; known: loops, policy"):
         jp.remat(model, "matmuls", form="rings")
     own = jp.from_linen(nn.Dense(3), {"inputs": X})
-    with pytest.raises(InputError, match="this model shows no layers; give its blocks to jax.checkpoint"):
-        jp.remat(own, "matmuls")
+    with pytest.raises(InputError, match="this model runs no scan over stacked parameters"):
+        jp.remat(own, "matmuls").apply(own.init(jax.random.key(0), {}), {"inputs": X})
     with pytest.raises(InputError, match="meft: this model shows no layers"):
         jp.setup(jp.meft(), own, own.init(jax.random.key(0), {}), jax.random.key(0))
     with pytest.raises(InputError, match="no activation is called 'gate'"):

@@ -1,0 +1,38 @@
+"""The profile of a program that XLA has described in a folder, `--xla_dump_to=DIR`, whoever compiled it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from jaxpeft.errors import InputError
+from jaxpeft.memory import foreign, hlo
+from jaxpeft.memory.profile import Profile, profile
+
+
+class Dumped(NamedTuple):
+    """A program of a folder. module: which one; modules: all that are there, the one with the largest buffers first."""
+
+    profile: Profile
+    module: hlo.Module
+    modules: list[hlo.Module]
+
+
+def read(folder: Path, module: str | None = None) -> Dumped:
+    """The profile of the largest program of a folder, or of the largest that `module` names.
+
+    Owners are what the program alone tells: see `foreign`.
+
+    Raises:
+      InputError: if the folder lacks the dumps, they are damaged, or none has such a name.
+    """
+    found = hlo.modules(folder)
+    chosen = hlo.choose(found, folder, module)
+    program = hlo.read_module(chosen)
+    try:
+        made = profile(program, foreign.owners_of(program), foreign.ForeignAttribution)
+    except InputError:
+        raise
+    except (ValueError, LookupError, RecursionError):  # a file that is whole, and tells of no program
+        raise InputError(hlo.damaged(chosen.path)) from None
+    return Dumped(made._replace(title=f"{chosen.function} on {program.platform}"), chosen, found)
