@@ -71,7 +71,8 @@ def remat(
     masks of their own.
 
     Args:
-      model: a model of stacked layers.
+      model: a model of stacked layers; or one of `from_linen` or `from_nnx`, of which the scans over stacked parameters
+        run so (scans.py).
       save: a plan, or its text (see `parse`).
       shards: devices over which the rows of a batch are divided.
       form: "loops", our own, which take a few rows at a time and can compress; or "policy", a scan over
@@ -81,7 +82,7 @@ def remat(
 
     Raises:
       InputError: for a plan that cannot be read, or that a policy cannot do, or a model whose layers are not run by the
-        ordinary scan. When traced: for a name that no activation has.
+        ordinary scan. When traced: for a name that no activation has, or a module without such a scan.
     """
     plan = parse(save)
     if form not in FORMS:
