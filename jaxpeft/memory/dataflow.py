@@ -105,14 +105,18 @@ class Dataflow:
                     self.unite((call.id, index), self.value(self._root(branch), index))
 
     def _unite_updates(self) -> None:
-        places = {value.key: (value.allocation, value.offset) for value in self.program.values}
         for key in self._keys:
             update = self.update(key)
             if update is None:
                 continue
-            target = self._outside(update.operands[0])
-            if target is not None and places.get(target) == places.get(key):
+            target = self.outside(update.operands[0])
+            if target is not None and self.places.get(target) == self.places.get(key):
                 self.unite(target, key)
+
+    @functools.cached_property
+    def places(self) -> dict[Key, tuple[int, int]]:
+        """(allocation, offset) of the values in device memory."""
+        return {value.key: (value.allocation, value.offset) for value in self.program.values}
 
     def update(self, key: Key) -> Instruction | None:
         """The dynamic-update-slice that yields a value, in a fusion or before a copy too; None if something else does.
@@ -135,7 +139,7 @@ class Dataflow:
                 return None
         return None
 
-    def _outside(self, instruction: int) -> Key | None:
+    def outside(self, instruction: int) -> Key | None:
         """The value that an operand inside a fusion stands for."""
         of = self._instructions[instruction]
         for _ in range(100):

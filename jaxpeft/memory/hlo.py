@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -43,6 +44,7 @@ class Instruction(NamedTuple):
     number: the parameter's number, or the index of a get-tuple-element.
     computation: id of the computation it is in.
     frame: of the Python stack that made it, a key of `Program.sources`; 0 if the program does not say.
+    proto: the HloInstructionProto itself, of the opcodes of which more is asked; else empty.
     """
 
     id: int
@@ -56,6 +58,7 @@ class Instruction(NamedTuple):
     computation: int
     shape_proto: bytes
     frame: int = 0
+    proto: bytes = b""
 
     def shape(self, index: Index = ()) -> tuple[str, tuple[int, ...]]:
         """(dtype, dimensions) of the array at `index`."""
@@ -244,8 +247,8 @@ def _program(proto: Message, ranges: str, name: str) -> Program:
     instructions, computations = {}, {}
     for computation in module.messages(3):
         own, ids = computation.number(5), []
-        for message in computation.messages(2):
-            instruction = _instruction(message, own)
+        for raw in computation.raws(2):
+            instruction = _instruction(raw, own)
             instructions[instruction.id] = instruction
             ids.append(instruction.id)
         computations[own] = tuple(ids), computation.number(6)
@@ -292,8 +295,13 @@ def _check(instructions: dict[int, Instruction], computations: dict[int, tuple[t
         raise Damaged("instructions are missing")
 
 
-def _instruction(message: Message, computation: int) -> Instruction:
+_ASKED = ("while", "dot", "convolution", "custom-call", "compare")
+
+
+def _instruction(raw: bytes, computation: int) -> Instruction:
+    message = Message(raw)
     opcode = message.text(2)
+    asked = opcode in _ASKED or opcode == "constant" and len(raw) < 256
     metadata = message.message(7)
     return Instruction(
         id=message.number(35),
@@ -307,6 +315,7 @@ def _instruction(message: Message, computation: int) -> Instruction:
         computation=computation,
         shape_proto=message.raw(3),
         frame=metadata.number(15),
+        proto=raw if asked else b"",
     )
 
 
@@ -349,6 +358,42 @@ def _live_ranges(text: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
     order = re.findall(r"^\s+\d+:(\S+)$", schedule, re.MULTILINE)
     live = re.findall(r"^\s+(\S+\{[\d,]*\}):(\d+)-(\d+)$", rest, re.MULTILINE)
     return order, {label: (int(first), int(last)) for label, first, last in live}
+
+
+class Leaf(NamedTuple):
+    """An array of a shape that may be a nested tuple.
+
+    space: XLA's number of the memory that it is in; order: of its axes, the one that varies fastest first.
+    bytes: in that layout; a TPU's arrays come in whole tiles.
+    """
+
+    index: Index
+    dtype: str
+    elements: int
+    space: int
+    order: tuple[int, ...]
+    bytes: float
+
+
+@functools.lru_cache(maxsize=65536)
+def array_leaves(proto: bytes, index: Index = ()) -> list[Leaf]:
+    """The arrays of a shape."""
+    message = Message(proto)
+    kind = _DTYPES[message.number(2)] if message.number(2) < len(_DTYPES) else "f8"
+    if kind == "tuple":
+        return [leaf for n, part in enumerate(message.raws(4)) for leaf in array_leaves(part, (*index, n))]
+    bits = _BITS.get(kind) or int("".join(filter(str.isdigit, kind.partition("e")[0])) or 0)
+    dims, layout = message.numbers(3), message.message(5)
+    order = layout.numbers(1)
+    placed = [dims[axis] for axis in reversed(order)] if len(order) == len(dims) else list(dims)
+    for tile in list(layout.messages(6))[:1]:
+        sizes = tile.numbers(1)[-len(placed) :] if placed else ()
+        for n, size in enumerate(reversed(sizes), 1):
+            placed[-n] = -(-placed[-n] // size) * size
+    return [Leaf(index, kind, math.prod(dims), layout.number(8), order, math.prod(placed) * bits / 8)]
+
+
+_BITS = {"pred": 8, "token": 0, "opaque": 0, "invalid": 0, "c64": 64, "c128": 128}
 
 
 @functools.lru_cache(maxsize=65536)

@@ -48,11 +48,15 @@ class Message:
         """A repeated string."""
         return [_bytes(value, field).decode(errors="replace") for value in self._fields.get(field, [])]
 
+    def raws(self, field: int) -> list[bytes]:
+        """Repeated bytes."""
+        return [_bytes(value, field) for value in self._fields.get(field, [])]
+
     def message(self, field: int) -> Message:
         return Message(self.raw(field))
 
     def messages(self, field: int) -> Iterator[Message]:
-        return (Message(_bytes(value, field)) for value in self._fields.get(field, []))
+        return (Message(value) for value in self.raws(field))
 
     def numbers(self, field: int) -> tuple[int, ...]:
         """A repeated integer, packed or not."""
