@@ -22,6 +22,31 @@ def count_flops(jaxpr: Any) -> float:
     return sum(equation_flops(eqn) for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns)
 
 
+def flops_by_name(jaxpr: Any, around: str = "", times: int = 1) -> dict[str, float]:
+    """The same by JAX's name stack of each product: "jvp(Block)/mlp/gate_proj/dot_general"; their sum is the count."""
+    found: dict[str, float] = {}
+    for eqn in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+        name = f"{around}{eqn.source_info.name_stack}/" if str(eqn.source_info.name_stack) else around
+        inner = [x for x in jax.tree.leaves(eqn.params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
+        if eqn.primitive.name in FLOPS or not inner:
+            own = {f"{name}{eqn.primitive.name}": times * equation_flops(eqn)}
+        elif eqn.primitive.name == "cond":
+            branches = [flops_by_name(branch, name, times) for branch in eqn.params["branches"]]
+            own = max(branches, key=lambda branch: sum(branch.values()))
+        else:
+            length = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+            own = {}
+            for x in inner:
+                _add(own, flops_by_name(x, name, times * length))
+        _add(found, own)
+    return {name: count for name, count in found.items() if count}
+
+
+def _add(total: dict[str, float], more: dict[str, float]) -> None:
+    for name, count in more.items():
+        total[name] = total.get(name, 0.0) + count
+
+
 def equation_flops(eqn: Any) -> float:
     """The same of one equation."""
     name, params = eqn.primitive.name, eqn.params

@@ -36,6 +36,8 @@ class Profile(StepArguments):
     """Folder for profile.html, profile.png and profile.json."""
     dump: Path | None = None
     """Folder for XLA's own files (HLO, buffer assignment, live ranges), which xprof and other tools read."""
+    traffic: bool = False
+    """Say what the step moves through memory, too: bytes by kind and owner, copies, time at the target's bandwidth."""
     limit: int = 20
     """Owners to list."""
     json: bool = False
@@ -82,7 +84,7 @@ def run(args: Profile) -> dict[str, Any]:
 def _check_alone(args: Profile) -> None:
     """Raises InputError for a flag of a step beside a file or a dump of another program."""
     given = f"{args.file}" if args.file else "--xla-dump"
-    allowed = _OF_FILES if args.file else (*_OF_FILES, "module")
+    allowed = _OF_FILES if args.file else (*_OF_FILES, "module", "traffic")
     if args.file and args.xla_dump:
         raise InputError(f"--xla-dump {args.xla_dump}: not together with {args.file}; give one of them")
     for field in dataclasses.fields(args):
@@ -107,7 +109,7 @@ def _of_dump(args: Profile) -> tuple[dict[str, Any], Found, str]:
     from jaxpeft.memory import dumped, hlo
 
     assert args.xla_dump is not None
-    made = dumped.read(args.xla_dump, args.module)
+    made = dumped.read(args.xla_dump, args.module, args.traffic)
     others = [one for one in made.modules if one != made.module]
     if others and args.module is None:
         note = f"reading {made.module.name}, the largest; --module takes another: {hlo.listed(others)}"
@@ -122,7 +124,7 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
     import jax
 
     from jaxpeft import assets, models
-    from jaxpeft.memory import planner, profile, targets
+    from jaxpeft.memory import hlo, planner, profile, targets, traffic
     from jaxpeft.models import geometries
 
     assert args.seq_len is not None
@@ -142,7 +144,13 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
         dump = args.dump or Path(scratch)
         made = planner.row(step, device, dump=dump)
         metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
-        found = profile.read(dump, profile.step_owners(step.state, step.batch, step.base, metrics))
+        owners = profile.step_owners(step.state, step.batch, step.base, metrics)
+        program = hlo.read(dump)
+    found = profile.profile(program, owners)
+    if args.traffic:
+        found = found._replace(
+            traffic=traffic.traffic(program, owners, target=device, flops=planner.products(step, device))
+        )
     about = {"model": args.model or "embedded", "task": args.task, "method": name, **made, "dtype": dtype}
     title = f"{about['model']}, {name}, batch {args.batch_size} x {args.seq_len}, {dtype}, {device.name}, {step.plan}"
     return about, found, title
@@ -152,6 +160,7 @@ def show(document: dict[str, Any]) -> None:
     """Prints the categories and the largest owners."""
     import rich.console
 
+    from jaxpeft.memory import traffic
     from jaxpeft.memory.profile import text
     from jaxpeft.train.report import human_bytes
 
@@ -162,6 +171,8 @@ def show(document: dict[str, Any]) -> None:
         console.print(f"in the host's memory {human_bytes(found['host_bytes'])}")
 
     console.print("", text(found, console.width), sep="\n", soft_wrap=True)
+    if "traffic" in found:
+        console.print("", traffic.text(found["traffic"], console.width), sep="\n", soft_wrap=True)
 
 
 def _heading(document: dict[str, Any]) -> str:

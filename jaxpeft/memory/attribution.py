@@ -154,6 +154,29 @@ class Attribution:
         first, last = min(piece[1] for piece in pieces), max(piece[2] for piece in pieces)
         return Buffer(size, writer.name, text, op_name, first, last, category, module, activation)
 
+    def array(self, group: hlo.Key) -> str:
+        """The category of an array wherever it is kept; what is copied along a loop's state is what it was before."""
+        for instruction, _ in self._flow.members[group]:
+            if owner := self._argument(self._instructions[instruction]):
+                return owner.category
+        return self.temporary(group, [(1, 0, 0)]).category
+
+    def module(self, op_name: str) -> str:
+        """The module that a name stack tells of, or ""; what is kept or summed up is of the module that it is for."""
+        for kind, name in name_stack.SCOPE.findall(op_name):
+            if path := name if kind == "grad" else self._site(name):
+                return self._known(path)
+        return self._known(self._module(op_name)) if name_stack.words(op_name) else ""
+
+    def site(self, instruction: Instruction, key: hlo.Key | None) -> str:
+        """The module that an instruction works for where it yields `key`, which says so where its name does not."""
+        names = [instruction.op_name]
+        if key is not None and instruction.opcode == "fusion" and key[1]:  # one of several results
+            names = [i.op_name for i in self._flow.origin(*key)] + names
+        if found := next(filter(None, map(self.module, names)), ""):
+            return found
+        return "" if key is None else self._known(self.temporary(self._flow.group(key), [(1, 0, 0)]).module)
+
     def _best_name(self, key: hlo.Key) -> tuple[str, Instruction]:
         """(the most telling op_name of what a value passed through, the instruction that computed it).
 

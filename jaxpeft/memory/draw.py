@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpeft.memory import draw_traffic
 from jaxpeft.memory.owners import CATEGORIES
 from jaxpeft.memory.profile import Profile, table
 from jaxpeft.train.report import human_bytes
@@ -177,7 +178,7 @@ def _draw_timeline(over_time: Any, profile: Profile) -> None:
 
 
 def write_html(profile: Profile, path: Path, title: str = "") -> None:
-    """Writes one page that needs nothing else: the timeline, the treemap, the table of owners."""
+    """Writes one page that needs nothing else: the timeline, the treemap, what moves, the table of owners."""
     heading = html.escape(title or _title(profile))
     legend = "".join(
         f'<span><i style="background:{COLORS[c]}"></i>{c} <b>{human_bytes(size)}</b></span>'
@@ -199,6 +200,7 @@ def write_html(profile: Profile, path: Path, title: str = "") -> None:
         if profile.timeline
         else "",
         "TREEMAP": _treemap_svg(profile),
+        "TRAFFIC": "" if profile.traffic is None else draw_traffic.section(profile.traffic),
         "ROWS": rows,
         "DATA": data,
         "SUMMARY": html.escape(_summary(profile)),
@@ -353,6 +355,7 @@ td:nth-child(n+3), th:nth-child(n+3) { text-align: right; font-variant-numeric: 
 <div class="legend">@LEGEND@</div>
 @TIMELINE@
 <h2>@HEADING@</h2>@TREEMAP@
+@TRAFFIC@
 <h2>Owners</h2>
 <table><thead><tr><th>category</th><th>owner</th><th>arrays</th><th>bytes</th><th></th><th>share</th></tr></thead>
 <tbody>@ROWS@</tbody></table>

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from jaxpeft.errors import InputError
 from jaxpeft.memory import foreign, hlo
 from jaxpeft.memory.profile import Profile, profile
+from jaxpeft.memory.traffic import traffic
 
 
 class Dumped(NamedTuple):
@@ -18,10 +19,10 @@ class Dumped(NamedTuple):
     modules: list[hlo.Module]
 
 
-def read(folder: Path, module: str | None = None) -> Dumped:
+def read(folder: Path, module: str | None = None, moved: bool = False) -> Dumped:
     """The profile of the largest program of a folder, or of the largest that `module` names.
 
-    Owners are what the program alone tells: see `foreign`.
+    Owners are what the program alone tells: see `foreign`. moved: whether to say what it moves, too.
 
     Raises:
       InputError: if the folder lacks the dumps, they are damaged, or none has such a name.
@@ -30,7 +31,10 @@ def read(folder: Path, module: str | None = None) -> Dumped:
     chosen = hlo.choose(found, folder, module)
     program = hlo.read_module(chosen)
     try:
-        made = profile(program, foreign.owners_of(program), foreign.ForeignAttribution)
+        owners = foreign.owners_of(program)
+        made = profile(program, owners, foreign.ForeignAttribution)
+        if moved:
+            made = made._replace(traffic=traffic(program, owners, foreign.ForeignAttribution))
     except InputError:
         raise
     except (ValueError, LookupError, RecursionError):  # a file that is whole, and tells of no program

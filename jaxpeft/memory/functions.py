@@ -22,6 +22,7 @@ from jaxpeft.memory import foreign, hlo, targets
 from jaxpeft.memory import profile as profiles
 from jaxpeft.memory.owners import Owner, Owners
 from jaxpeft.memory.profile import Profile
+from jaxpeft.memory.traffic import traffic as traffic_of
 
 
 def profile(
@@ -32,6 +33,7 @@ def profile(
     static_argnums: int | Sequence[int] = (),
     categories: Callable[[str], str | None] | None = None,
     dump: str | os.PathLike[str] | None = None,
+    traffic: bool = False,
 ) -> Profile:
     """Who owns the bytes at the peak of any function, as a target's compiler lays them out.
 
@@ -44,6 +46,8 @@ def profile(
       categories: an argument's path ("params/dense/kernel": the argument's name, then the keys) -> one of
         `jaxpeft.memory.profile.CATEGORIES`, or None to have it guessed. Without it all are guessed: `foreign.guess`.
       dump: a folder for XLA's files, new or empty: what else lies there might be taken for the function's.
+      traffic: whether to say what the function moves through memory, too. Its products are those of the compiled
+        program; what kernels compute, that does not tell.
 
     Returns:
       The profile; `print` shows its table, `to_json`, `write_html` and `write_png` give the rest. A result is of the
@@ -64,6 +68,8 @@ def profile(
         targets.compile_lowered(where, traced.lower(), folder)
         program = hlo.read(folder)
     found = profiles.profile(program, owners, foreign.ForeignAttribution)
+    if traffic:
+        found = found._replace(traffic=traffic_of(program, owners, foreign.ForeignAttribution, where))
     return found._replace(title=f"{getattr(function, '__name__', 'function')} on {where.name}")
 
 

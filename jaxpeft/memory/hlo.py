@@ -301,7 +301,7 @@ _ASKED = ("while", "dot", "convolution", "custom-call", "compare")
 def _instruction(raw: bytes, computation: int) -> Instruction:
     message = Message(raw)
     opcode = message.text(2)
-    asked = opcode in _ASKED or opcode == "constant" and len(raw) < 256
+    asked = opcode in _ASKED or (opcode == "constant" and len(raw) < 256)
     metadata = message.message(7)
     return Instruction(
         id=message.number(35),
@@ -363,11 +363,12 @@ def _live_ranges(text: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
 class Leaf(NamedTuple):
     """An array of a shape that may be a nested tuple.
 
+    at: its place there.
     space: XLA's number of the memory that it is in; order: of its axes, the one that varies fastest first.
     bytes: in that layout; a TPU's arrays come in whole tiles.
     """
 
-    index: Index
+    at: Index
     dtype: str
     elements: int
     space: int

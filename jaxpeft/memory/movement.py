@@ -135,7 +135,7 @@ class _Walk:
         for operand, share in zip(i.operands, shares, strict=True):
             for leaf in array_leaves(self._instructions[operand].shape_proto):
                 if size := share * leaf.bytes:
-                    yield Access(self._flow.value(operand, leaf.index), size, self._space(leaf.space))
+                    yield Access(self._flow.value(operand, leaf.at), size, self._space(leaf.space))
 
     def _shares(self, i: Instruction) -> list[float]:
         """Of each operand, the part that is read."""
@@ -165,33 +165,33 @@ class _Walk:
         updates = self._updates(i)
         leaves = array_leaves(i.shape_proto)
         if i.opcode == "copy-start":
-            leaves = [leaf for leaf in leaves if leaf.index == (0,)]
-        elif i.opcode.endswith("-start") and any(leaf.index[:1] == (1,) for leaf in leaves):
-            leaves = [leaf for leaf in leaves if leaf.index[:1] == (1,)]
+            leaves = [leaf for leaf in leaves if leaf.at == (0,)]
+        elif i.opcode.endswith("-start") and any(leaf.at[:1] == (1,) for leaf in leaves):
+            leaves = [leaf for leaf in leaves if leaf.at[:1] == (1,)]
         elif i.target.startswith("__cu"):  # what follows is its workspace
-            leaves = [leaf for leaf in leaves if leaf.dtype not in ("u8", "s8") or leaf.index in ((), (0,))]
+            leaves = [leaf for leaf in leaves if leaf.dtype not in ("u8", "s8") or leaf.at in ((), (0,))]
         for leaf in leaves:
             size = leaf.bytes
-            if leaf.index in updates:
-                update = updates[leaf.index]
+            if leaf.at in updates:
+                update = updates[leaf.at]
                 part = self._size(update.operands[2 if update.opcode == "scatter" else 1])
                 size = leaf.bytes * min(1.0, part / max(leaf.elements, 1))
             if size:
-                yield Access(self._flow.value(i.id, leaf.index), size, self._space(leaf.space))
+                yield Access(self._flow.value(i.id, leaf.at), size, self._space(leaf.space))
 
     def _updates(self, i: Instruction) -> dict[Index, Instruction]:
         """{index of a result: the update that writes it in its operand's own place}."""
         found = {}
         for leaf in array_leaves(i.shape_proto) if i.opcode in ("fusion", "dynamic-update-slice", "scatter") else ():
-            update = i if i.opcode == "scatter" else self._flow.update((i.id, leaf.index))
-            key = self._flow.value(i.id, leaf.index)
+            update = i if i.opcode == "scatter" else self._flow.update((i.id, leaf.at))
+            key = self._flow.value(i.id, leaf.at)
             if update is None or key is None:
                 continue
             target = self._flow.outside(update.operands[0])
             place = self._flow.places.get(key)
             on_chip = self._space(leaf.space) == "chip"
-            if target is not None and (on_chip or place is not None and place == self._flow.places.get(target)):
-                found[leaf.index] = update
+            if target is not None and (on_chip or (place is not None and place == self._flow.places.get(target))):
+                found[leaf.at] = update
         return found
 
     def _size(self, instruction: int) -> int:
@@ -211,7 +211,7 @@ class _Walk:
         if "host" in spaces:
             return "host"
         if i.opcode == "custom-call":
-            if "fmha" in i.target or "attention" in i.op_name and i.target in _PALLAS:
+            if "fmha" in i.target or ("attention" in i.op_name and i.target in _PALLAS):
                 return "attention"
             return "product" if i.target.startswith("__cu") else "kernel"
         computes = _computes(self._flow, i)
@@ -284,4 +284,3 @@ def _operand_share(i: Instruction, number: int, operand: Instruction, in_place: 
     if i.opcode in ("dynamic-slice", "slice", "gather", "broadcast") and number == 0:
         return _elements(i) / max(_elements(operand), 1)
     return 0.0 if in_place and number == 0 else 1.0
-

@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxpeft import tree
 from jaxpeft.backward import residuals
-from jaxpeft.backward.flops import count_flops
+from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.plan import Plan, parse
 from jaxpeft.backward.residuals import Segment
 from jaxpeft.errors import InputError
@@ -157,6 +157,12 @@ def cost(step: Step) -> Cost:
         again += count_flops(jax.make_jaxpr(step.model.head)(params, tokens))
     activations = activation_bytes(segments, step.model, step.state, step.batch, step.accumulate, step.task.loss)
     return Cost(flops, again, activations, kept_bytes(segments, "host"), segments)
+
+
+def products(step: Step, target: Target) -> dict[str, float]:
+    """{name stack: FLOPs} of a step's matrix products, of one device."""
+    found = flops_by_name(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
+    return {name: count / target.chips for name, count in found.items()}
 
 
 def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None) -> dict[str, Any]:

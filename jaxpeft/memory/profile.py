@@ -35,6 +35,8 @@ from jaxpeft.memory import hlo, layout
 from jaxpeft.memory.attribution import Attribution
 from jaxpeft.memory.dataflow import Dataflow
 from jaxpeft.memory.owners import CATEGORIES, KINDS, Buffer, Owner, Owners, step_owners
+from jaxpeft.memory.traffic import Traffic
+from jaxpeft.memory.traffic import text as traffic_text
 from jaxpeft.train.report import human_bytes
 
 __all__ = ["CATEGORIES", "Buffer", "Owner", "Owners", "Profile", "profile", "read", "step_owners", "table", "text"]
@@ -54,6 +56,7 @@ class Profile(NamedTuple):
     host_bytes: in the host's memory (what is offloaded); in none of the above.
     title: what it is of, as pictures and pages say it; "" leaves that to them.
     devices: (device, bytes) of what is in use on several; () for a program, whose figures are of one.
+    traffic: what the function moves; None where nobody asked.
     """
 
     platform: str
@@ -67,13 +70,15 @@ class Profile(NamedTuple):
     host_bytes: int
     title: str = ""
     devices: tuple[tuple[str, int], ...] = ()
+    traffic: Traffic | None = None
 
     def __str__(self) -> str:
         lines = [self.title] if self.title else []
         lines.append(f"peak {human_bytes(self.total_bytes)}, {self.platform}")
         if self.host_bytes:
             lines.append(f"in the host's memory {human_bytes(self.host_bytes)}")
-        return "\n".join([*lines, "", text(self.to_json(20))])
+        lines += ["", text(self.to_json(20))]
+        return "\n".join([*lines, "", traffic_text(self.traffic.to_json(20))] if self.traffic else lines)
 
     def table(self, limit: int = 20) -> list[dict[str, Any]]:
         """The largest owners; see `table`."""
@@ -217,8 +222,10 @@ def text(found: Mapping[str, Any], width: int = 140) -> str:
 
 
 def to_json(profile: Profile, limit: int = 100) -> dict[str, Any]:
-    """The profile as JSON can hold it: totals, categories, owners, and every unnamed activation."""
+    """The profile as JSON can hold it: totals, categories, owners, every unnamed activation, and what moves."""
     unnamed = [b for b in profile.buffers if b.category == "saved activations" and not b.activation]
+    more = {"devices": dict(profile.devices)} if profile.devices else {}
+    more |= {} if profile.traffic is None else {"traffic": profile.traffic.to_json(limit)}
     return {
         "platform": profile.platform,
         "total_bytes": profile.total_bytes,
@@ -232,7 +239,8 @@ def to_json(profile: Profile, limit: int = 100) -> dict[str, Any]:
             {"module": b.module, "shape": b.shape, "bytes": b.bytes, "op_name": b.op_name} for b in unnamed
         ],
         "unattributed_bytes": profile.unattributed_bytes,
-    } | ({"devices": dict(profile.devices)} if profile.devices else {})
+        **more,
+    }
 
 
 def _placed(program: hlo.Program, flow: Dataflow) -> dict[int, dict[hlo.Key, list[tuple[int, int, int]]]]:
