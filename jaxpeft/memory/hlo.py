@@ -12,8 +12,6 @@ The field numbers below are those of xla/service/hlo.proto and xla/xla_data.prot
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -23,17 +21,14 @@ from typing import NamedTuple
 
 from jaxpeft import files
 from jaxpeft.errors import InputError, did_you_mean
+from jaxpeft.memory import shapes
+from jaxpeft.memory.shapes import Index
 from jaxpeft.memory.wire import Damaged, Message
 from jaxpeft.source import Frame, nearest
 
 _HOST = 5  # XLA's number ("color") of the host's memory; 0 is the device's
 DUMP_OPTIONS = {"xla_dump_hlo_as_text": True, "xla_dump_hlo_as_proto": True}
 
-_DTYPES = (
-    "invalid pred s8 s16 s32 s64 u8 u16 u32 u64 f16 f32 f64 tuple opaque c64 bf16 token c128 f8e5m2 f8e4m3fn s4 u4"
-).split()
-
-Index = tuple[int, ...]  # the place of an array in a nested tuple; () for an array
 Key = tuple[int, Index]  # (instruction id, index): an array that an instruction yields
 
 
@@ -62,7 +57,7 @@ class Instruction(NamedTuple):
 
     def shape(self, index: Index = ()) -> tuple[str, tuple[int, ...]]:
         """(dtype, dimensions) of the array at `index`."""
-        return _shape(self.shape_proto, index)
+        return shapes.array(self.shape_proto, index)
 
 
 class Value(NamedTuple):
@@ -358,52 +353,3 @@ def _live_ranges(text: str) -> tuple[list[str], dict[str, tuple[int, int]]]:
     order = re.findall(r"^\s+\d+:(\S+)$", schedule, re.MULTILINE)
     live = re.findall(r"^\s+(\S+\{[\d,]*\}):(\d+)-(\d+)$", rest, re.MULTILINE)
     return order, {label: (int(first), int(last)) for label, first, last in live}
-
-
-class Leaf(NamedTuple):
-    """An array of a shape that may be a nested tuple.
-
-    at: its place there.
-    space: XLA's number of the memory that it is in; order: of its axes, the one that varies fastest first.
-    bytes: in that layout; a TPU's arrays come in whole tiles.
-    """
-
-    at: Index
-    dtype: str
-    elements: int
-    space: int
-    order: tuple[int, ...]
-    bytes: float
-
-
-@functools.lru_cache(maxsize=65536)
-def array_leaves(proto: bytes, index: Index = ()) -> list[Leaf]:
-    """The arrays of a shape."""
-    message = Message(proto)
-    kind = _DTYPES[message.number(2)] if message.number(2) < len(_DTYPES) else "f8"
-    if kind == "tuple":
-        return [leaf for n, part in enumerate(message.raws(4)) for leaf in array_leaves(part, (*index, n))]
-    bits = _BITS.get(kind) or int("".join(filter(str.isdigit, kind.partition("e")[0])) or 0)
-    dims, layout = message.numbers(3), message.message(5)
-    order = layout.numbers(1)
-    placed = [dims[axis] for axis in reversed(order)] if len(order) == len(dims) else list(dims)
-    for tile in list(layout.messages(6))[:1]:
-        sizes = tile.numbers(1)[-len(placed) :] if placed else ()
-        for n, size in enumerate(reversed(sizes), 1):
-            placed[-n] = -(-placed[-n] // size) * size
-    return [Leaf(index, kind, math.prod(dims), layout.number(8), order, math.prod(placed) * bits / 8)]
-
-
-_BITS = {"pred": 8, "token": 0, "opaque": 0, "invalid": 0, "c64": 64, "c128": 128}
-
-
-@functools.lru_cache(maxsize=65536)
-def _shape(proto: bytes, index: Index) -> tuple[str, tuple[int, ...]]:
-    message = Message(proto)
-    for i in index:
-        parts = list(message.messages(4))
-        if i >= len(parts):
-            return "invalid", ()
-        message = parts[i]
-    kind = message.number(2)
-    return _DTYPES[kind] if kind < len(_DTYPES) else f"type{kind}", message.numbers(3)

@@ -16,12 +16,14 @@ branches of a conditional the one that moves most counts.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from jaxpeft.memory import products
 from jaxpeft.memory.dataflow import Dataflow
-from jaxpeft.memory.hlo import Index, Instruction, Key, array_leaves
+from jaxpeft.memory.hlo import Instruction, Key
+from jaxpeft.memory.shapes import Index, leaves
 from jaxpeft.memory.trips import trips
 
 COPIES = ("slice", "update", "transpose", "layout", "convert", "join", "whole")
@@ -62,6 +64,7 @@ _MOVES = {
     "broadcast": "fill",
     "iota": "fill",
 }
+_ATTENTION = re.compile(r"attention|mha")  # in the kernel's own name, the last of its name stack
 _WITHIN = ("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "fusion")
 _HOST = 5  # XLA's number of the host's memory
 _FEW = 16  # bytes of a scalar: what is written from no more is a fill
@@ -133,7 +136,7 @@ class _Walk:
     def _reads(self, i: Instruction) -> Iterator[Access]:
         shares = self._shares(i)
         for operand, share in zip(i.operands, shares, strict=True):
-            for leaf in array_leaves(self._instructions[operand].shape_proto):
+            for leaf in leaves(self._instructions[operand].shape_proto):
                 if size := share * leaf.bytes:
                     yield Access(self._flow.value(operand, leaf.at), size, self._space(leaf.space))
 
@@ -163,14 +166,14 @@ class _Walk:
 
     def _writes(self, i: Instruction) -> Iterator[Access]:
         updates = self._updates(i)
-        leaves = array_leaves(i.shape_proto)
+        results = leaves(i.shape_proto)
         if i.opcode == "copy-start":
-            leaves = [leaf for leaf in leaves if leaf.at == (0,)]
-        elif i.opcode.endswith("-start") and any(leaf.at[:1] == (1,) for leaf in leaves):
-            leaves = [leaf for leaf in leaves if leaf.at[:1] == (1,)]
+            results = [leaf for leaf in results if leaf.at == (0,)]
+        elif i.opcode.endswith("-start") and any(leaf.at[:1] == (1,) for leaf in results):
+            results = [leaf for leaf in results if leaf.at[:1] == (1,)]
         elif i.target.startswith("__cu"):  # what follows is its workspace
-            leaves = [leaf for leaf in leaves if leaf.dtype not in ("u8", "s8") or leaf.at in ((), (0,))]
-        for leaf in leaves:
+            results = [leaf for leaf in results if leaf.dtype not in ("u8", "s8") or leaf.at in ((), (0,))]
+        for leaf in results:
             size = leaf.bytes
             if leaf.at in updates:
                 update = updates[leaf.at]
@@ -182,7 +185,7 @@ class _Walk:
     def _updates(self, i: Instruction) -> dict[Index, Instruction]:
         """{index of a result: the update that writes it in its operand's own place}."""
         found = {}
-        for leaf in array_leaves(i.shape_proto) if i.opcode in ("fusion", "dynamic-update-slice", "scatter") else ():
+        for leaf in leaves(i.shape_proto) if i.opcode in ("fusion", "dynamic-update-slice", "scatter") else ():
             update = i if i.opcode == "scatter" else self._flow.update((i.id, leaf.at))
             key = self._flow.value(i.id, leaf.at)
             if update is None or key is None:
@@ -211,7 +214,7 @@ class _Walk:
         if "host" in spaces:
             return "host"
         if i.opcode == "custom-call":
-            if "fmha" in i.target or ("attention" in i.op_name and i.target in _PALLAS):
+            if "fmha" in i.target or _ATTENTION.search("/".join(i.op_name.split("/")[-2:])):
                 return "attention"
             return "product" if i.target.startswith("__cu") else "kernel"
         computes = _computes(self._flow, i)
@@ -231,7 +234,7 @@ class _Walk:
 
 
 def _order(i: Instruction) -> tuple[int, ...]:
-    return array_leaves(i.shape_proto)[0].order
+    return leaves(i.shape_proto)[0].order
 
 
 def _computes(flow: Dataflow, i: Instruction) -> set[str]:

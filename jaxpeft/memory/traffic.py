@@ -108,7 +108,8 @@ class Traffic(NamedTuple):
 
     def to_json(self, limit: int = 100) -> dict[str, Any]:
         """As JSON can hold it: totals, by kind, by category of arrays, by module, and the largest copies."""
-        modules = self._by("module")
+        # What stays on a TPU's chip has products and no bytes.
+        modules = dict.fromkeys(self.flops, dict.fromkeys(_SIZES, 0.0)) | self._by("module")
         owners = [
             {"owner": name, **sizes, "flops": self.flops.get(name, 0.0)}
             | self.seconds(sizes["read"] + sizes["written"], self.flops.get(name, 0.0))
@@ -137,11 +138,14 @@ class Traffic(NamedTuple):
         """{a field's value: {"read", "written", "avoidable"}}."""
         found: dict[str, dict[str, float]] = {}
         for row in self.rows:
-            sizes = found.setdefault(getattr(row, field), {"read": 0.0, "written": 0.0, "avoidable": 0.0})
+            sizes = found.setdefault(getattr(row, field), dict.fromkeys(_SIZES, 0.0))
             sizes["read"] += row.read
             sizes["written"] += row.written
             sizes["avoidable"] += row.read + row.written if row.kind in AVOIDABLE else 0.0
         return {name: found[name] for name in (*order, *found) if name in found}
+
+
+_SIZES = ("read", "written", "avoidable")
 
 
 def _joined(owners: list[dict[str, Any]]) -> list[dict[str, Any]]:

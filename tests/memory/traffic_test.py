@@ -1,0 +1,178 @@
+"""What compiled programs move, against what is known by hand and what the compilers count themselves."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import cli
+from jaxpeft.backward.flops import count_flops, flops_by_name
+from jaxpeft.errors import InputError
+from jaxpeft.memory import dumped, foreign, hlo, targets, traffic
+from jaxpeft.memory.movement import AVOIDABLE
+
+pytestmark = pytest.mark.usefixtures("optimised")
+
+ROWS, WIDTH, LAYERS = 256, 128, 5
+LAYER, STREAM = 4 * WIDTH * WIDTH, 4 * ROWS * WIDTH  # bytes
+
+
+def f32(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+X, STACK = f32(ROWS, WIDTH), f32(LAYERS, WIDTH, WIDTH)
+
+
+def moved(tmp_path, function, *args, target="cpu"):
+    """(what it moves, its executable)."""
+    device = targets.target(target)
+    try:
+        targets.devices(device)
+    except InputError as error:
+        pytest.skip(str(error))
+    compiled = targets.compile(device, function, *args, dump=tmp_path)
+    program = hlo.read(tmp_path)
+    owners = foreign.owners_of(program)
+    return traffic.traffic(program, owners, foreign.ForeignAttribution, device), compiled.executable
+
+
+def product(x, w):
+    return x @ w
+
+
+def in_turn(x, stack):
+    """A scan that keeps nothing."""
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+
+def all_kept(x, stack):
+    """A scan that puts its input of every layer into its place."""
+    return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), x), x, stack)
+
+
+@pytest.mark.parametrize("target", ["cpu", "h200", "v5e"])
+def test_one_product_is_what_it_is_by_hand(tmp_path, target):
+    # Large enough that no compiler cuts the sum in parts, or keeps the operands on the chip.
+    n, k, m = 8192, 1024, 8192
+    x, w = jax.ShapeDtypeStruct((n, k), jnp.bfloat16), jax.ShapeDtypeStruct((k, m), jnp.bfloat16)
+    found, _ = moved(tmp_path, product, x, w, target=target)
+    of = found.to_json()
+    assert sum(found.flops.values()) == 2 * n * k * m
+    if target == "cpu":  # computes in float32
+        assert of["kinds"]["product"]["written"] in (2 * n * m, 4 * n * m)
+        return
+    assert (of["read"], of["written"], of["avoidable_bytes"]) == (2 * k * (n + m), 2 * n * m, 0)
+    device = targets.target(target)
+    assert of["bandwidth_s"] == pytest.approx(2 * (k * (n + m) + n * m) / device.bandwidth)
+    assert of["rate_s"] == pytest.approx(2 * n * k * m / device.flops)
+    assert of["least_s"] == max(of["bandwidth_s"], of["rate_s"])
+
+
+@pytest.mark.parametrize("target", ["cpu", "h200", "v5e"])
+def test_a_loop_counts_by_its_trips(tmp_path, target):
+    found, _ = moved(tmp_path, in_turn, X, STACK, target=target)
+    assert found.unknown_loops == 0
+    assert found.times["product"] == LAYERS
+    assert sum(found.flops.values()) == 2 * ROWS * WIDTH * WIDTH * LAYERS
+    weights = sum(row.read for row in found.rows if row.category == "arguments")
+    assert weights <= LAYERS * LAYER + 2 * STREAM  # a layer of the stack each time, not the stack
+
+
+@pytest.mark.parametrize("target", ["cpu", "h200"])
+def test_a_scan_that_copies_moves_what_it_copies(tmp_path, target):
+    plain, _ = moved(tmp_path / "plain", in_turn, X, STACK, target=target)
+    copies, _ = moved(tmp_path / "copies", all_kept, X, STACK, target=target)
+    update = copies.to_json()["kinds"]["copy: update"]
+    assert update["times"] == LAYERS
+    assert update["written"] == LAYERS * STREAM  # each time its own row, not the whole
+    assert update["read"] == pytest.approx(LAYERS * STREAM, rel=1e-3)
+    assert "copy: update" not in plain.to_json()["kinds"]
+    filled = copies.to_json()["kinds"]["fill"]
+    assert filled["written"] == pytest.approx(LAYERS * STREAM, rel=1e-3)  # with zeros, before the loop
+    assert copies.avoidable - plain.avoidable >= 3 * LAYERS * STREAM
+    assert copies.copies[0].kind in AVOIDABLE and copies.copies[0].bytes == max(copy.bytes for copy in copies.copies)
+
+
+@pytest.mark.parametrize("direction", ["up", "down"])
+def test_trips_that_only_the_condition_tells(tmp_path, direction):
+    def count(x):
+        step, test = (1, lambda s: s[0] < 9) if direction == "up" else (-1, lambda s: s[0] > 2)
+        return jax.lax.while_loop(test, lambda s: (s[0] + step, jnp.sin(s[1])), (jnp.int32(9 - 7 * step), x))
+
+    found, _ = moved(tmp_path, count, X)
+    assert found.unknown_loops == 0 and found.times["elementwise"] >= 7
+
+
+def test_a_loop_of_unknown_length_is_said(tmp_path):
+    def until(x):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e3, lambda x: x + 1, x)
+
+    found, _ = moved(tmp_path, until, X)
+    assert found.unknown_loops == 1
+    assert "loops of unknown length, counted once: 1" in traffic.text(found.to_json())
+
+
+def loss(params, x):
+    hidden = jnp.tanh(x @ params["first"])
+    return jnp.mean((hidden @ params["second"]).astype(jnp.float32) ** 2)
+
+
+PARAMS = {"first": f32(WIDTH, 384), "second": f32(384, 24)}
+
+
+@pytest.mark.parametrize("function", [loss, jax.grad(loss)], ids=["value", "gradient"])
+def test_without_loops_it_is_the_compilers_own_count(tmp_path, function):
+    found, executable = moved(tmp_path, function, PARAMS, X)
+    assert found.bytes == pytest.approx(executable.cost_analysis()["bytes accessed"], rel=0.03)
+
+
+@pytest.mark.parametrize("target", ["cpu", "h200", "v5e"])
+def test_owners_kinds_and_arrays_add_up(tmp_path, target):
+    found, _ = moved(tmp_path, jax.grad(loss), PARAMS, X, target=target)
+    of = found.to_json(3)
+    for field in ("kinds", "categories"):
+        assert sum(row["read"] + row["written"] for row in of[field].values()) == pytest.approx(of["bytes"])
+        assert sum(row["avoidable"] for row in of[field].values()) == pytest.approx(of["avoidable_bytes"])
+    assert sum(row["read"] + row["written"] for row in of["owners"]) == pytest.approx(of["bytes"])
+    assert sum(row["flops"] for row in of["owners"]) == pytest.approx(of["flops"])
+    assert of["flops"] == 2 * ROWS * (2 * WIDTH * 384 + 3 * 384 * 24)
+    json.dumps(of)
+
+
+def test_products_by_name_add_up_to_the_count():
+    jaxpr = jax.make_jaxpr(jax.grad(lambda stack, x: jnp.sum(in_turn(x, stack))))(STACK, X)
+    assert sum(flops_by_name(jaxpr).values()) == count_flops(jaxpr) == 3 * 2 * ROWS * WIDTH * WIDTH * LAYERS
+
+
+def test_profile_says_what_a_function_moves(tmp_path):
+    found = jp.profile(jax.grad(loss), PARAMS, X, traffic=True, dump=tmp_path / "dump")
+    assert "moved " in str(found) and found.to_json()["traffic"]["bytes"] == found.traffic.bytes
+    assert dumped.read(tmp_path / "dump", moved=True).profile.traffic.bytes == found.traffic.bytes
+    assert "traffic" not in jp.profile(loss, PARAMS, X).to_json()
+    found.write_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "What moves" in page and '<svg id="traffic"' in page
+
+
+def test_a_step_is_said_by_module(tmp_path, capsys):
+    flags = ["--traffic", "--batch-size", "2", "--seq-len", "32", "--json", "--limit", "100"]
+    assert cli.main(["profile", *flags]) == 0
+    document = json.loads(capsys.readouterr().out)
+    found = document["profile"]["traffic"]
+    assert found["flops"] == document["flops"]
+    owners = {row["owner"]: row for row in found["owners"]}
+    of_products = {name for name, row in owners.items() if row["flops"]}
+    assert {"layers/mlp/gate_proj/lora", "layers/self_attn/q_proj/lora", "lm_head"} & of_products
+    assert "" not in of_products
+    assert found["categories"]["weights"]["read"] > document["bytes"]["weights"] / 2
+    assert found["bytes"] == pytest.approx(sum(row["read"] + row["written"] for row in owners.values()))
+    assert "least_s" not in found  # a CPU's bandwidth is not known
+
+
+def test_a_file_of_what_is_in_use_moves_nothing(tmp_path, capsys):
+    (tmp_path / "memory.prof").write_bytes(b"")
+    assert cli.main(["profile", str(tmp_path / "memory.prof"), "--traffic"]) == 2
+    assert "--traffic: not together with" in capsys.readouterr().err
