@@ -253,8 +253,8 @@ class _Whose:
         return {name: size / total for name, size in shares.items()} or {self.module(move.instruction, None): 1.0}
 
 
-def text(found: Mapping[str, Any], width: int = 140, limit: int = 20) -> str:
-    """The kinds, the arrays and the largest modules of a document (`Traffic.to_json`), as tables of so many columns."""
+def text(found: Mapping[str, Any], width: int = 140) -> str:
+    """The kinds, the arrays and the modules of a document (`Traffic.to_json`), as tables of so many columns."""
     import rich.console
     import rich.table
 
@@ -280,7 +280,7 @@ def text(found: Mapping[str, Any], width: int = 140, limit: int = 20) -> str:
     for name, row in found["categories"].items():
         arrays.add_row(name, *sizes(row))
     modules = table("module", *columns, *(["ms at the rate"] if timed else []), "avoidable")
-    for row in [*found["owners"][:limit], *_joined(found["owners"][limit:])]:
+    for row in found["owners"]:
         rate = [f"{1e3 * row['rate_s']:.2f}"] if timed else []
         modules.add_row(row["owner"] or "no module", *sizes(row), *rate, human_bytes(row["avoidable"]))
     console = rich.console.Console(file=io.StringIO(), markup=False, highlight=False, width=width)
