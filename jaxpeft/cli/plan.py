@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ class Plan(StepArguments):
     """Bytes of one device, such as 24GiB: find the plan with the least recomputation that fits, for `train --save`."""
     actions: str | None = None
     """What --budget may do besides recomputing, with commas: save, compress, offload. Default: save."""
+    traffic: bool = False
+    """Say what each step moves and its least time on the target, too; see `profile --traffic`."""
     largest: bool = False
     """Find the largest batch and the longest sequence that fit, too; compiles several times for each row."""
     check: bool = False
@@ -35,7 +38,7 @@ class Plan(StepArguments):
 
 
 def run(args: Plan) -> dict[str, Any]:
-    """Returns {"model", "rows": [...]}; see `jaxpeft.memory.planner.row` for a row.
+    """Returns {"model", "rows": [...]}; see `jaxpeft.memory.planner.row` for a row, `_moving` for one with --traffic.
 
     Raises:
         InputError: for arguments that cannot be used.
@@ -89,10 +92,11 @@ def run(args: Plan) -> dict[str, Any]:
                 if budget is None:
                     step = make(method, device, plan)
                     _say(f"compiling {name} for {device.name}, {step.plan}")
-                    made = planner.row(step, device)
+                    made = _moving(step, device) if args.traffic else planner.row(step, device)
                 else:
                     by_plan = lambda plan, method=method, device=device: make(method, device, plan)
                     step, made = search.fit(by_plan, device, budget, allowed, _say)
+                    made |= _moving(step, device) if args.traffic else {}
                     made["budget_bytes"] = budget
                 if args.largest:
                     made |= _largest(args, make, method, device, step.plan, config, budget or device.usable_bytes)
@@ -105,6 +109,16 @@ def run(args: Plan) -> dict[str, Any]:
 
         write_bars(document, args.picture)
     return document
+
+
+def _moving(step: Any, device: Any) -> dict[str, Any]:
+    """The row of a step, with the totals of `Traffic.to_json` as "traffic"."""
+    from jaxpeft.memory import planner
+
+    with tempfile.TemporaryDirectory(prefix="jaxpeft-plan-") as dump:
+        made = planner.row(step, device, dump=dump)
+        found = planner.moved(step, device, Path(dump)).to_json(0)
+    return {**made, "traffic": {name: value for name, value in found.items() if not isinstance(value, list)}}
 
 
 def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config: Any, room: int) -> dict[str, int]:
@@ -150,6 +164,12 @@ def _measured(step: Any, device: Any) -> int:
     return targets.measured_peak(jax.jit(step.function, donate_argnums=0), state, batch)
 
 
+def _moved(found: dict[str, Any], unit: int) -> tuple[str, str, str]:
+    """What is moved, the share of copies and fills, and the least time, if it is known."""
+    least = f"{1e3 * found['least_by_module_s']:.1f}" if "least_by_module_s" in found else "-"
+    return f"{found['bytes'] / unit:.2f}", f"{found['avoidable_bytes'] / max(found['bytes'], 1):.1%}", least
+
+
 def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -165,7 +185,9 @@ def show(document: dict[str, Any]) -> None:
     rows = document["rows"]
     unit, size = unit_of(rows)
     table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for number, column in enumerate(("method", "target", *CATEGORIES, "total", "left", "fits", "TFLOP", "recomputed")):
+    moving = ("moved", "copies", "ms at least") if any("traffic" in row for row in rows) else ()
+    columns = ("method", "target", *CATEGORIES, "total", "left", "fits", "TFLOP", "recomputed", *moving)
+    for number, column in enumerate(columns):
         table.add_column(column, justify="right" if number > 1 else "left", overflow="fold")
 
     def digits(value):
@@ -182,6 +204,7 @@ def show(document: dict[str, Any]) -> None:
             "yes" if row["fits"] else "no",
             f"{row['flops'] / 1e12:.3g}",
             f"{share:.1%}",
+            *(_moved(row["traffic"], size) if moving else ()),
         )
     console = rich.console.Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 160)
     first, dtypes = rows[0], "/".join(dict.fromkeys(row["dtype"] for row in rows))

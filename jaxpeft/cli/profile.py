@@ -124,7 +124,7 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
     import jax
 
     from jaxpeft import assets, models
-    from jaxpeft.memory import hlo, planner, profile, targets, traffic
+    from jaxpeft.memory import planner, profile, targets
     from jaxpeft.models import geometries
 
     assert args.seq_len is not None
@@ -144,13 +144,9 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
         dump = args.dump or Path(scratch)
         made = planner.row(step, device, dump=dump)
         metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
-        owners = profile.step_owners(step.state, step.batch, step.base, metrics)
-        program = hlo.read(dump)
-    found = profile.profile(program, owners)
-    if args.traffic:
-        found = found._replace(
-            traffic=traffic.traffic(program, owners, target=device, flops=planner.products(step, device))
-        )
+        found = profile.read(dump, profile.step_owners(step.state, step.batch, step.base, metrics))
+        if args.traffic:
+            found = found._replace(traffic=planner.moved(step, device, dump))
     about = {"model": args.model or "embedded", "task": args.task, "method": name, **made, "dtype": dtype}
     title = f"{about['model']}, {name}, batch {args.batch_size} x {args.seq_len}, {dtype}, {device.name}, {step.plan}"
     return about, found, title

@@ -74,6 +74,8 @@ class Dataflow:
             return of.operands[0], (0, *index)
         if of.opcode == "async-done":
             return of.operands[0], (1, *index)
+        if of.opcode == "async-start" and index[:1] == (1,):  # (operands, result, ...) of what is called
+            return self._root(of.called[0]), index[1:]
         if of.opcode == "while" or of.opcode in _ALIASES:
             return of.operands[0], index
         if of.opcode == "call":

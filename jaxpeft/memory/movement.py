@@ -192,8 +192,8 @@ class _Walk:
                 continue
             target = self._flow.outside(update.operands[0])
             place = self._flow.places.get(key)
-            on_chip = self._space(leaf.space) == "chip"
-            if target is not None and (on_chip or (place is not None and place == self._flow.places.get(target))):
+            apart = self._space(leaf.space) != "device"  # where the places of values are not known
+            if target is not None and (apart or (place is not None and place == self._flow.places.get(target))):
                 found[leaf.at] = update
         return found
 

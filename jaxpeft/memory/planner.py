@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -25,8 +26,10 @@ from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.plan import Plan, parse
 from jaxpeft.backward.residuals import Segment
 from jaxpeft.errors import InputError
-from jaxpeft.memory import targets
+from jaxpeft.memory import hlo, targets
+from jaxpeft.memory.owners import step_owners
 from jaxpeft.memory.targets import Target
+from jaxpeft.memory.traffic import Traffic, traffic
 from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
 from jaxpeft.models import family
@@ -163,6 +166,13 @@ def products(step: Step, target: Target) -> dict[str, float]:
     """{name stack: FLOPs} of a step's matrix products, of one device."""
     found = flops_by_name(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
     return {name: count / target.chips for name, count in found.items()}
+
+
+def moved(step: Step, target: Target, dump: Path) -> Traffic:
+    """What a step moves whose compilation for a target filled the folder `dump`."""
+    metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
+    owners = step_owners(step.state, step.batch, step.base, metrics)
+    return traffic(hlo.read(dump), owners, target=target, flops=products(step, target))
 
 
 def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None) -> dict[str, Any]:

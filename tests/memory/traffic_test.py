@@ -9,9 +9,12 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import cli
 from jaxpeft.backward.flops import count_flops, flops_by_name
+from jaxpeft.cli import plan
 from jaxpeft.errors import InputError
 from jaxpeft.memory import dumped, foreign, hlo, targets, traffic
 from jaxpeft.memory.movement import AVOIDABLE
+from pallas_kernels.lora_matmul import lora_matmul
+from pallas_kernels.stacked import Stacked
 
 pytestmark = pytest.mark.usefixtures("optimised")
 
@@ -170,6 +173,53 @@ def test_a_step_is_said_by_module(tmp_path, capsys):
     assert found["categories"]["weights"]["read"] > document["bytes"]["weights"] / 2
     assert found["bytes"] == pytest.approx(sum(row["read"] + row["written"] for row in owners.values()))
     assert "least_s" not in found  # a CPU's bandwidth is not known
+
+
+def test_a_plan_says_what_its_steps_move(capsys):
+    assert cli.main(["plan", "--batch-size", "2", "--seq-len", "32", "--traffic", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    row = document["rows"][0]
+    assert row["traffic"]["bytes"] > row["bytes"]["weights"] and row["traffic"]["flops"] == row["flops"]
+    plan.show(document)
+    shown = capsys.readouterr().out
+    assert "moved" in shown and "ms at least" in shown
+
+
+def test_the_hosts_memory_is_apart(tmp_path):
+    device = targets.target("v5e")
+    try:
+        on = jax.sharding.SingleDeviceSharding(targets.devices(device)[0])
+    except InputError as error:
+        pytest.skip(str(error))
+
+    def there(x):
+        return jax.device_put(jnp.sin(x), on.with_memory_kind("pinned_host"))
+
+    compiled = jax.jit(there, out_shardings=on.with_memory_kind("pinned_host"))
+    shape = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=on)
+    targets.compile_lowered(device, compiled.lower(shape), tmp_path)
+    program = hlo.read(tmp_path)
+    of = traffic.traffic(program, foreign.owners_of(program), foreign.ForeignAttribution, device).to_json()
+    assert of["host_bytes"] == 4 * 1024 * 1024 and of["avoidable_bytes"] == 0
+    assert "to and from the host's memory 4.00 MiB" in traffic.text(of)
+
+
+def test_a_kernel_reads_a_layer_of_the_stack(tmp_path):
+    layers, n = 4, 256
+    shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, n), (layers, n, n), (n, 64), (64, n))]
+
+    def run(x, stack, a, b):
+        def layer(x, index):
+            return lora_matmul(x, Stacked(stack, index), a, b), None
+
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    found, _ = moved(tmp_path, run, *shapes, target="h200")
+    kernels = [row for row in found.rows if row.kind == "kernel"]
+    x, w, low = 2 * 512 * n, 2 * n * n, 2 * 64 * n
+    assert sum(row.written for row in kernels) == layers * (x + 2 * 512 * 64)
+    read = layers * (x + low) + layers * (x + w + 2 * 512 * 64 + low)  # x A, then all of it
+    assert sum(row.read for row in kernels) == pytest.approx(read, rel=1e-3)
 
 
 def test_a_file_of_what_is_in_use_moves_nothing(tmp_path, capsys):
