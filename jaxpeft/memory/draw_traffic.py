@@ -27,9 +27,9 @@ def bars(traffic: Traffic, limit: int = 24) -> list[tuple[str, dict[str, float],
     for row in traffic.rows:
         copied = "fills" if row.kind == "fill" else "copies" if row.kind in AVOIDABLE else ""
         group = copied or _GROUPS.get(row.kind, "collectives" if row.kind == "collective" else "elementwise")
-        found[row.module or "no module"][group] += row.read + row.written
+        found[row.module][group] += row.read + row.written
     order = sorted(found.items(), key=lambda item: -sum(item[1].values()))
-    made = [(name, sizes, traffic.flops.get(name, 0.0)) for name, sizes in order]
+    made = [(name or "no module", sizes, traffic.flops.get(name, 0.0)) for name, sizes in order]
     if rest := made[limit:]:
         sizes = {group: sum(sizes[group] for _, sizes, _ in rest) for group in COLORS}
         made = [*made[:limit], (f"{len(rest)} further modules", sizes, sum(flops for *_, flops in rest))]

@@ -17,6 +17,8 @@ def flops(program: Program, instruction: Instruction) -> float:
         inside = program.computations[instruction.called[0]][0]
         return sum(flops(program, program.instructions[i]) for i in inside)
     shapes = [program.instructions[operand].shape()[1] for operand in instruction.operands[:2]]
+    if len(shapes) < 2:
+        return 0.0
     if instruction.opcode == "dot":
         numbers = Message(instruction.proto).message(_DOT)
         return 2.0 * math.prod(instruction.shape()[1]) * math.prod(shapes[0][axis] for axis in numbers.numbers(1))

@@ -260,6 +260,7 @@ def text(found: Mapping[str, Any], width: int = 140) -> str:
 
     total = max(found["bytes"], 1)
     timed = "bandwidth_s" in found
+    unit, scale = _unit(found) if timed else ("", 0.0)
 
     def table(first: str, *columns: str) -> rich.table.Table:
         made = rich.table.Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
@@ -270,22 +271,27 @@ def text(found: Mapping[str, Any], width: int = 140) -> str:
     def sizes(row: Mapping[str, Any]) -> list[str]:
         both = row["read"] + row["written"]
         cells = [human_bytes(row["read"]), human_bytes(row["written"]), f"{both / total:.1%}"]
-        return [*cells, f"{1e3 * both * found['bandwidth_s'] / total:.2f}"] if timed else cells
+        return [*cells, f"{scale * both * found['bandwidth_s'] / total:.2f}"] if timed else cells
 
-    columns = ["read", "written", "share", *(["ms"] if timed else [])]
+    columns = ["read", "written", "share", *([unit] if timed else [])]
     kinds = table("moved by", "times", *columns)
     for name, row in found["kinds"].items():
         kinds.add_row(name, f"{row['times']:,}", *sizes(row))
     arrays = table("arrays", *columns)
     for name, row in found["categories"].items():
         arrays.add_row(name, *sizes(row))
-    modules = table("module", *columns, *(["ms at the rate"] if timed else []), "avoidable")
+    modules = table("module", *columns, *([f"{unit} at the rate"] if timed else []), "avoidable")
     for row in found["owners"]:
-        rate = [f"{1e3 * row['rate_s']:.2f}"] if timed else []
+        rate = [f"{scale * row['rate_s']:.2f}"] if timed else []
         modules.add_row(row["owner"] or "no module", *sizes(row), *rate, human_bytes(row["avoidable"]))
     console = rich.console.Console(file=io.StringIO(), markup=False, highlight=False, width=width)
     console.print(summary(found), "", kinds, "", arrays, "", modules, soft_wrap=False)
     return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())  # type: ignore[attr-defined]
+
+
+def _unit(found: Mapping[str, Any]) -> tuple[str, float]:
+    """The unit of a document's times, and how many of it make a second."""
+    return ("ms", 1e3) if found["bandwidth_s"] + found["rate_s"] >= 1e-3 else ("µs", 1e6)
 
 
 def summary(found: Mapping[str, Any]) -> str:
@@ -293,10 +299,9 @@ def summary(found: Mapping[str, Any]) -> str:
     part = found["avoidable_bytes"] / max(found["bytes"], 1)
     lines = [f"moved {human_bytes(found['bytes'])}, of which copies and fills {part:.1%}"]
     if "bandwidth_s" in found:
-        lines.append(
-            f"at the target's bandwidth {1e3 * found['bandwidth_s']:.2f} ms, products at its rate "
-            f"{1e3 * found['rate_s']:.2f} ms; the larger by module {1e3 * found['least_by_module_s']:.2f} ms"
-        )
+        unit, scale = _unit(found)
+        times = (f"{scale * found[name]:.2f} {unit}" for name in ("bandwidth_s", "rate_s", "least_by_module_s"))
+        lines.append("at the target's bandwidth {}, products at its rate {}; the larger by module {}".format(*times))
     if found["host_bytes"]:
         lines.append(f"to and from the host's memory {human_bytes(found['host_bytes'])}")
     if found["unknown_loops"]:

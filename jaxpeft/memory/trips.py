@@ -20,14 +20,15 @@ def trips(flow: Dataflow, loop: Instruction) -> int | None:
     """
     if found := _KNOWN.search(Message(loop.proto).raw(_CONFIG)):
         return int(found[1])
-    condition = next(c for c in loop.called[:2] if c != flow.body(loop))
+    a, b = loop.called[:2]
+    condition = b if flow.body(loop) == a else a
     root = flow.program.instructions[flow.program.computations[condition][1]]
     while root.opcode in ("fusion", *_SAME):
         inside = flow.program.computations[root.called[0]][1] if root.opcode == "fusion" else root.operands[0]
         root = flow.program.instructions[inside]
     if root.opcode != "compare":
         return None
-    first, last = (_constant(flow, operand) for operand in root.operands)
+    first, last = (_constant(flow, operand) for operand in root.operands[:2])
     if first is None or last is None:
         return None
     direction = Message(root.proto).text(_DIRECTION)
