@@ -64,7 +64,7 @@ def find(
             raise InputError(f"targets {what!r}: {site} is no site: {refused[site]}; choose targets without it")
         for site in sorted(found & others.keys()):
             if others[site] not in kinds:
-                raise InputError(f"{method}: does not adapt {site}, {others[site]}; lora does")
+                raise InputError(f"{method}: does not adapt {site}, {others[site]}; leave it out of targets")
         if not found:
             for site in others:
                 if compiled.found(site):

@@ -96,10 +96,10 @@ def test_a_preset_chooses_neither():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (jp.ia3(targets=["table"]), "ia3: does not adapt table, an embedding; lora does"),
-        (jp.paca(2, targets=["conv"]), "paca: does not adapt blocks/conv, a convolution; lora does"),
-        (jp.dora(2, targets=["table"]), "dora: does not adapt table, an embedding; lora does"),
-        (jp.galore(2, targets=["patch"]), "galore: does not adapt patch, a convolution; lora does"),
+        (jp.ia3(targets=["table"]), "ia3: does not adapt table, an embedding; leave it out of targets"),
+        (jp.paca(2, targets=["conv"]), "paca: does not adapt blocks/conv, a convolution; leave it out of targets"),
+        (jp.dora(2, targets=["table"]), "dora: does not adapt table, an embedding; leave it out of targets"),
+        (jp.galore(2, targets=["patch"]), "galore: does not adapt patch, a convolution; leave it out of targets"),
         (jp.chain(jp.quantize(targets=["table"]), jp.lora(2)), "quantize: does not adapt table, an embedding"),
         (jp.lora_fa(2, targets=["table"], store_a=False), r"lora_fa\(store_a=False\): does not adapt table"),
         (jp.lora(2, targets="patch"), r"targets 'patch': patch, a convolution, is chosen by name alone: \['patch'\]"),

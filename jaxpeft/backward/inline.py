@@ -118,6 +118,11 @@ def name_products(closed: ClosedJaxpr) -> tuple[ClosedJaxpr, str]:
     return opened(flat, change), "/".join(prefix)
 
 
+def names_in(closed: ClosedJaxpr) -> list[str]:
+    """The names that a plan may speak of in a function, with those that `name_products` gives."""
+    return [name for equation in name_products(closed)[0].jaxpr.eqns if (name := name_of(equation)) is not None]
+
+
 def _scope(equation: Any) -> list[str]:
     return [word for word in str(equation.source_info.name_stack).split("/") if _MODULE.fullmatch(word)]
 

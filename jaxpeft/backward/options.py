@@ -46,7 +46,8 @@ def options(
         programs = segment.programs
         names = list(dict.fromkeys([*names, *(name for name, _ in matmuls(programs, (), programs.names))]))
     # The log-sum-exp is of use only with the output that it belongs to.
-    groups = [tuple(n for n in names if n in (name, f"{name}_lse")) for name in names if not name.endswith("_lse")]
+    alone = [name for name in names if name.removesuffix("_lse") not in names or not name.endswith("_lse")]
+    groups = [tuple(n for n in names if n in (name, f"{name}_lse")) for name in alone]
     found: dict[tuple[float, int], Option] = {}
     for saved in _subsets(segments, groups):
         flops, sizes = _costs(segments, saved, actions)

@@ -19,6 +19,7 @@ The presets:
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from jaxpeft.errors import InputError
@@ -61,6 +62,8 @@ def parse(text: str | Plan) -> Plan:
     """
     if isinstance(text, Plan):
         return text
+    if not isinstance(text, str):
+        raise InputError(f"--save {text!r}: a plan should be text, such as 'matmuls', or a Plan")
     first, *rest = [word.strip() for word in text.split(",")]
     if "=" in first:
         first, rest = "blocks", [first, *rest]
@@ -83,6 +86,11 @@ def parse(text: str | Plan) -> Plan:
     if first == "everything" and rest:
         raise InputError(f"--save {text!r}: everything is plain autodiff and takes no more words; start from matmuls")
     return plan._replace(actions=tuple(actions.items()))
+
+
+def without_codes(plan: Plan, names: Iterable[str]) -> bool:
+    """Whether a plan is `compressed`, and none of these is a name of which that preset makes codes."""
+    return plan.preset == "compressed" and not {*names, *dict(plan.actions)}.intersection(_COMPRESSED)
 
 
 def action_of(preset: str, name: str) -> str:

@@ -6,6 +6,7 @@ The names that a plan speaks of are those that the block gives; products without
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -68,16 +69,22 @@ def planned_scan(
         raise InputError(
             "planned_scan: a key needs a Context as ctx, in which the block finds its own; or put keys into params"
         )
+    if plan.tokens != Plan().tokens and not own:
+        raise InputError(
+            f"planned_scan: tokens={plan.tokens} needs a Context as ctx, which says what belongs to rows; leave it out"
+        )
     told = Context(ctx.rows, ctx.shared) if own else Context(shared=ctx)
     layers = range(_length(params))
+    if not layers:
+        return x
     _check(block, params, x, ctx if own else None, told, key)
 
     def layer(part, x, here):
         return block(part, x, here if own else here.shared), None
 
     if plan.preset == "everything":
-        numbers = jnp.arange(len(layers))
-        return jax.lax.scan(lambda x, part: layer(part[0], x, told.at(part[1], key)), x, (params, numbers))[0]
+        of = (params, jnp.arange(len(layers)))
+        return jax.lax.scan(lambda x, part: layer(part[0], x, told.at(part[1], key)), x, of)[0]
     tokens = plan.tokens if own else None
     loop, leaves = loop_over(layer, name, layers, params, x, told, key is not None, tokens, shards)
     loop, leaves, _ = named(loop, leaves, key)
@@ -91,9 +98,9 @@ def _within(plan: Plan, budget: int | None) -> Plan:
         raise InputError(
             f"planned_scan: save={str(plan)!r} leaves a budget no choice; use matmuls, offload or compressed"
         )
-    if not isinstance(budget, int) or isinstance(budget, bool) or budget < 1:
+    if not isinstance(budget, numbers.Integral) or isinstance(budget, bool) or budget < 1:
         raise InputError(f"planned_scan: budget={budget!r} should be bytes, a whole number above 0")
-    return plan._replace(budget=budget)
+    return plan._replace(budget=int(budget))
 
 
 def _length(params: Any) -> int:
@@ -140,13 +147,18 @@ def named(loop: Loop, leaves: list[Any], key: Any) -> tuple[Loop, list[Any], str
     )
     named, prefix = name_products(ClosedJaxpr(jaxpr, ()))
     compute = jaxpr_as_fun(named)
-    params, x, ctx = jax.tree.unflatten(loop.treedef, range(len(leaves)))
+    leaves = [*leaves, *(jnp.asarray(const) for const in closed.consts)]
+    params, x, ctx = jax.tree.unflatten(loop.treedef, range(loop.treedef.num_leaves))
+    places = (params, x, Context(ctx.rows, {"own": ctx.shared, "consts": [*range(len(loop.kinds), len(leaves))]}))
+    order, treedef = jax.tree.flatten(places)  # of a dict's entries the names decide
 
     def block(layer, x, own):
         known = jax.tree.leaves((layer, x, Context(own.rows, own.shared["own"])))
         return compute(*own.shared["consts"], *known, own.layer, *([] if own.key is None else [own.key])), None
 
-    consts = [jnp.asarray(const) for const in closed.consts]
-    treedef = jax.tree.structure((params, x, Context(ctx.rows, {"own": ctx.shared, "consts": consts})))
-    kinds, paths = (*loop.kinds, *["shared"] * len(consts)), (*loop.paths, *["closed over"] * len(consts))
-    return loop._replace(block=block, treedef=treedef, kinds=kinds, paths=paths), [*leaves, *consts], prefix
+    more = len(leaves) - len(loop.kinds)
+    kinds, paths = [*loop.kinds, *["shared"] * more], [*loop.paths, *["closed over"] * more]
+    loop = loop._replace(
+        block=block, treedef=treedef, kinds=tuple(kinds[i] for i in order), paths=tuple(paths[i] for i in order)
+    )
+    return loop, [leaves[i] for i in order], prefix

@@ -58,6 +58,8 @@ def checkpoint_policy(plan: str | Plan, block: Callable[..., Any] | None = None,
         block, for a name that none of its activations has, or results that are not one array.
     """
     plan = checked(parse(plan))
+    if block is not None and not args:
+        raise InputError("checkpoint_policy: the block needs its arguments, or their shapes, after it")
     if block is not None and plan.preset != "everything":
         return by_name(*names_of(plan, _traced(block, args)))
     saved = [name for name, action in plan.actions if action == "save"]

@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.backward.flops import equation_flops
-from jaxpeft.backward.plan import INPUT, Plan, action_of
+from jaxpeft.backward.plan import INPUT, Plan, action_of, without_codes
 from jaxpeft.errors import InputError
 from pallas_kernels.platform import part_of
 
@@ -43,7 +43,7 @@ class Programs:
         wanted = set(given)
         names = [name for name in self.names if name in wanted]
         jaxpr = self.vjp.jaxpr
-        named = _named(jaxpr)
+        named = self._places
         values = [jaxpr.eqns[named[name]].outvars[0] for name in names]
         skip = {named[name] for name in names}
         opened = jaxpr.replace(
@@ -56,6 +56,11 @@ class Programs:
         pruned, used = partial_eval.dce_jaxpr(opened, [True] * len(jaxpr.outvars), instantiate=always)
         read = [name for name, use in zip(names, used[len(jaxpr.invars) :], strict=True) if use]
         return ClosedJaxpr(pruned, self.vjp.consts), used[:inputs], read
+
+    @functools.cached_property
+    def _places(self) -> dict[Kept, int]:
+        """Where the backward program has `names`; what only a rule of differentiation names (`custom_vjp`) is none."""
+        return {name: i for name, i in _named(self.vjp.jaxpr).items() if name in self.names}
 
     @functools.cached_property
     def _graph(self):
@@ -79,7 +84,7 @@ class Programs:
         for node, (i, _) in enumerate(parts, len(jaxpr.eqns)):
             reads[i].append(node)
             flops[i] -= flops[node]
-        return reads, flops, makers(jaxpr.outvars), _named(jaxpr)
+        return reads, flops, makers(jaxpr.outvars), self._places
 
     def work(self, given: Iterable[Kept]) -> tuple[float, list[Kept]]:
         """(FLOPs of matrix products of `backward(given)`, those of `given` that it reads), without making it."""
@@ -125,6 +130,10 @@ def _named(jaxpr) -> dict[Kept, int]:
     return found
 
 
+def _count(names: Iterable[Kept], name: str) -> int:
+    return sum(other == name for other, _ in names)
+
+
 def trace(function: Callable[..., Any], inputs: list[Any], perturbed: list[bool]) -> Programs:
     """The programs of function(*inputs), one array or a tree of them, for inputs of these shapes.
 
@@ -152,8 +161,14 @@ def trace(function: Callable[..., Any], inputs: list[Any], perturbed: list[bool]
 
     vjp = jax.make_jaxpr(pull)(*inputs, *ys)
     named = _named(forward.jaxpr)
-    if list(named) != list(_named(vjp.jaxpr)):
-        raise ValueError("a block names other activations when it is differentiated")
+    known = {name for name, _ in named}
+    again = [name for name in _named(vjp.jaxpr) if name[0] in known]
+    if list(named) != again:
+        other = next((name for name, _ in named if _count(named, name) != _count(again, name)), next(iter(known)))
+        raise InputError(
+            f"{other!r} is the name of {_count(named, other)} activations of a layer, of {_count(again, other)} where "
+            "it is differentiated; give what a custom_vjp or custom_jvp names inside another name"
+        )
     values = [forward.jaxpr.eqns[i].outvars[0] for i in named.values()]
     opened = forward.jaxpr.replace(
         outvars=[*forward.jaxpr.outvars, *values], debug_info=forward.jaxpr.debug_info.with_unknown_names()
@@ -166,19 +181,33 @@ def trace(function: Callable[..., Any], inputs: list[Any], perturbed: list[bool]
     )
 
 
-def decide(plan: Plan, programs: Programs) -> dict[Kept, str]:
-    """What happens to each named activation that is kept, {(name, occurrence): action}; the rest is recomputed.
+def check_names(plan: Plan, names: Iterable[str]) -> None:
+    """Refuses a plan that speaks of an activation that is none of these, or that would compress and finds none to.
 
     Raises:
-      InputError: for a name in the plan that no activation has.
+      InputError: with the nearest.
     """
-    known = list(dict.fromkeys(name for name, _ in programs.names))
+    known = list(dict.fromkeys(names))
+    if without_codes(plan, known):
+        raise InputError(
+            f"--save {plan}: compressed makes codes of projections by the names of this library's models (q_proj, "
+            f"...), and nothing is called so here; write NAME=compress; known: {', '.join(known)}"
+        )
     for name, _ in plan.actions:
         if name not in (*known, INPUT):
             raise InputError(
                 f"--save {plan}: no activation is called {name!r}; nearest: {tree.nearest(name, known)}; "
                 f"known: {', '.join((INPUT, *known))}"
             )
+
+
+def decide(plan: Plan, programs: Programs) -> dict[Kept, str]:
+    """What happens to each named activation that is kept, {(name, occurrence): action}; the rest is recomputed.
+
+    Raises:
+      InputError: for a name in the plan that no activation has.
+    """
+    check_names(plan, (name for name, _ in programs.names))
     table = dict(plan.actions)
     fixed = {name for name in programs.names if table.get(name[0], "recompute") != "recompute"}
     free = [name for name in programs.names if name[0] not in table and action_of(plan.preset, name[0]) != "recompute"]

@@ -12,9 +12,9 @@ read is not kept. The names are those that the model gives (`jax.ad_checkpoint.c
     action      store, fetch
     save        the array itself
     recompute   nothing
-    compress    8-bit codes and one float32 scale per token, rounded so that the mean is exact (compressed.py); the
-                forward pass goes on with the exact value, the backward pass reads the rounded one (as in ActNN, Chen
-                et al. 2021, arXiv:2104.14129)
+    compress    8-bit codes and one float32 scale per token, rounded so that the mean is exact (compressed.py; what has
+                fewer than two axes, or is no float, is saved); the forward pass goes on with the exact value, the
+                backward pass reads the rounded one (as in ActNN, Chen et al. 2021, arXiv:2104.14129)
     offload     the array in the host's pinned memory
 
 A block gets its frozen kernels as layers of the stacks that they lie in (`pallas_kernels.stacked`): the fused products
@@ -220,9 +220,14 @@ def _decide(loop, plan, leaves, streams, key, perturbed):
     plan = plan if plan.budget is None else _under_budget(plan, loop, traced, streams)
     actions = decide(plan, traced)
     closed, used, read = traced.backward(actions)
+    shapes = _shapes(traced, streams)
     actions = {name: actions[name] for name in read}
     action = dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)
     actions |= {(INPUT, n): action for n, i in enumerate(loop.streams) if used[i]}
+    actions = {
+        name: "save" if action == "compress" and not _codes(shapes[name]) else action
+        for name, action in actions.items()
+    }
     return traced, actions, closed, used, read
 
 
@@ -357,6 +362,11 @@ def _store(x, action: str, name: Kept, seed):
     return jax.device_put(x, jax.memory.Space.Host) if action == "offload" else x
 
 
+def _codes(shape) -> bool:
+    """Whether there are codes for an array: of floats, with tokens and channels."""
+    return jnp.issubdtype(shape.dtype, jnp.floating) and len(shape.shape) > 1
+
+
 def _empty(shape, action: str, steps: int):
     """Where all steps' values are written; None for what is offloaded."""
     if action == "offload":
@@ -367,7 +377,9 @@ def _empty(shape, action: str, steps: int):
 @functools.cache
 def _stored(shape, action: str):
     """Shapes of an activation as it is kept."""
-    return jax.eval_shape(compress, shape, jax.ShapeDtypeStruct((), jnp.uint32)) if action == "compress" else shape
+    if action != "compress" or not _codes(shape):
+        return shape
+    return jax.eval_shape(compress, shape, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
 def _fetch(kept, step, action: str, name: Kept, shape):

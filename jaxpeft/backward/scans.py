@@ -21,10 +21,11 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from jaxpeft.backward.inline import evaluate, line_of, opened
+from jaxpeft.backward.inline import evaluate, line_of, names_in, opened
 from jaxpeft.backward.loop import join, loop_over
-from jaxpeft.backward.plan import Plan
+from jaxpeft.backward.plan import INPUT, Plan, without_codes
 from jaxpeft.backward.planned import named
+from jaxpeft.backward.programs import check_names
 from jaxpeft.backward.residuals import run_loop
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context
@@ -37,8 +38,13 @@ def in_scans(function: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
     `jax.checkpoint` of the whole does nothing more.
 
     Raises:
-      InputError: when it is called: if there is no such scan, or one that cannot be run so.
+      InputError: for `tokens=`. When it is called: if there is no such scan, or one that cannot be run so.
     """
+    if plan.tokens != Plan().tokens:
+        raise InputError(
+            f"--save {plan}: tokens={plan.tokens} means nothing: the scans of a module do not say which arrays have "
+            "rows; leave it out"
+        )
 
     def run(params, *more):
         closed, shape = jax.make_jaxpr(function, return_shape=True)(params, *more)
@@ -46,11 +52,16 @@ def in_scans(function: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         leaves = jax.tree.leaves((params, *more))
         origins = _origins(flat.jaxpr, len(jax.tree.leaves(params)))
         found: list[str] = []
+        stacks = [equation for equation in flat.jaxpr.eqns if _is_stack(equation, origins)]
+        check_names(plan, [name for stack in stacks for name in names_in(stack.params["jaxpr"])])
 
         def change(equation, inputs):
             if not _is_stack(equation, origins):
                 return None
-            results, name = _replaced(equation, inputs, plan, found)
+            known = (INPUT, *names_in(equation.params["jaxpr"]))
+            own = plan._replace(actions=tuple(action for action in plan.actions if action[0] in known))
+            own = own._replace(preset="matmuls") if without_codes(own, known) else own
+            results, name = _replaced(equation, inputs, own, found)
             found.append(name)
             return results
 
@@ -87,7 +98,7 @@ def _spread(jaxpr: Any, found: dict[Any, frozenset[Any]]) -> dict[Any, frozenset
 
 
 def _is_stack(equation: Any, origins: dict[Any, frozenset[str]]) -> bool:
-    if equation.primitive.name != "scan" or equation.params["reverse"]:
+    if equation.primitive.name != "scan" or equation.params["reverse"] or not equation.params["length"]:
         return False
     over = [v for v in equation.invars[sum(_counts(equation)) :] if not isinstance(v, Literal)]
     return any(origins.get(v) == {"params"} for v in over)
@@ -135,10 +146,10 @@ def _look(equation: Any) -> _Scan:
     after = body.jaxpr.outvars[:carries]
     inside = _spread(body.jaxpr, {v: frozenset([i]) for i, v in enumerate(before)})
     moving = [i for i in range(carries) if after[i] is not before[i]]
-    # What is made of floating point that differs from layer to layer, and what is made of that.
-    over = [v for v in body.jaxpr.invars[consts + carries :] if jnp.issubdtype(v.aval.dtype, jnp.floating)]
-    layered = _spread(body.jaxpr, {v: frozenset(["layer"]) for v in over})
-    streams = [i for i in moving if not isinstance(after[i], Literal) and layered.get(after[i])]
+    # Floats made of what differs from layer to layer, and what is made of those.
+    layered = _spread(body.jaxpr, {v: frozenset(["layer"]) for v in body.jaxpr.invars[consts + carries :]})
+    floats = [i for i in moving if jnp.issubdtype(after[i].aval.dtype, jnp.floating)]
+    streams = [i for i in floats if not isinstance(after[i], Literal) and layered.get(after[i])]
     scan = _Scan(body, consts, carries, streams, [i for i in moving if i not in streams], inside)
     while more := [i for i in scan.others if scan.depends(i, scan.streams)]:
         streams = sorted([*scan.streams, *more])
@@ -150,6 +161,10 @@ def _part(scan: _Scan, outputs: Sequence[int]) -> Callable[..., list[Any]]:
     """The body's function of all its inputs, of which only what these outputs need is read."""
     jaxpr = scan.body.jaxpr
     wanted = [i in outputs for i in range(len(jaxpr.outvars))]
+    if not any(i in scan.streams for i in outputs):  # what only has effects runs with the streams, once
+        equations = [equation for equation in jaxpr.eqns if equation.outvars or not equation.effects]
+        effects = frozenset().union(*(equation.effects for equation in equations))
+        jaxpr = jaxpr.replace(eqns=equations, effects=effects)
     pruned, used = partial_eval.dce_jaxpr(jaxpr, wanted)
     compute = jaxpr_as_fun(ClosedJaxpr(pruned, scan.body.consts))
     return lambda inputs: compute(*[x for x, use in zip(inputs, used, strict=True) if use])

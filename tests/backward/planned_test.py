@@ -67,7 +67,7 @@ def test_gradients_are_those_of_a_scan(of, save):
     """Of the parameters, of what is closed over, of x; what is kept is what the plan says."""
 
     def loss(scanned):
-        return lambda params, gain, x: square(scanned(lambda layer, x, ctx: of(layer, x, ctx * gain), params, x))
+        return lambda params, gain, x: square(scanned(lambda layer, x, ctx: of(layer, x, ctx - gain), params, x))
 
     plain = loss(lambda f, params, x: jax.lax.scan(lambda x, layer: (f(layer, x, 1.0), None), x, params)[0])
     wanted = jax.jit(jax.grad(plain, argnums=(0, 1, 2)))(PARAMS, GAIN, X)
@@ -188,11 +188,44 @@ def test_many_names_are_given_up_one_by_one():
     assert kept == [0, 5, 11]
 
 
+def test_odd_blocks():
+    """No layers; names that only a rule of differentiation gives; what has no codes; a name that ends in _lse."""
+    assert jp.planned_scan(block, jax.tree.map(lambda leaf: leaf[:0], PARAMS), X, GAIN) is X
+
+    @jax.custom_vjp
+    def product(x, w):
+        return jnp.tanh(x @ w)
+
+    def forward(x, w):
+        hidden = checkpoint_name(x @ w, "inside")
+        return jnp.tanh(hidden), (x, w, hidden)
+
+    def backward(kept, d_y):
+        x, w, hidden = kept
+        d = d_y * (1 - jnp.tanh(hidden) ** 2)
+        return d @ w.T, jnp.einsum("bsi,bsj->ij", x, d)
+
+    product.defvjp(forward, backward)
+
+    def layer(part, x, ctx):
+        gate = checkpoint_name(jnp.sum(x * part["up"][:, 0]), "gate")
+        return x + jnp.sin(gate) * checkpoint_name(product(x, part["up"]) @ part["down"], "out_lse")
+
+    run = lambda **given: gradients(lambda params: square(jp.planned_scan(layer, params, X, **given)), PARAMS)
+    wanted, _ = run(save="everything")
+    for given in ({"save": "gate=compress"}, {"budget": 10**9}):
+        got, kept = run(**given)
+        assert_equal(got, wanted)
+        assert ("gate" if "save" in given else "out_lse") in kept["layers"]["device"]
+
+
 REFUSED = {
     "name": ({"save": "hiden=save"}, "no activation is called 'hiden'; nearest: hidden"),
     "budget": ({"budget": INPUT - 1}, f"budget={INPUT - 1}: the inputs of 4 layers alone take {INPUT} bytes"),
     "no_choice": ({"budget": 10, "save": "blocks"}, "leaves a budget no choice"),
     "text": ({"budget": "1GiB"}, "budget='1GiB' should be bytes"),
+    "compressed": ({"save": "compressed"}, "nothing is called so here; write NAME=compress; known: hidden, "),
+    "rows": ({"save": "matmuls,tokens=4"}, "tokens=4 needs a Context as ctx"),
     "key": ({"key": KEYS[0]}, "a key needs a Context"),
     "layers": ({"params": {**PARAMS, "up": PARAMS["up"][:2]}}, "params has leaves of 2, 4 layers"),
     "none": ({"params": {}}, "params has no leaves"),
@@ -233,6 +266,46 @@ def test_counters_constants_and_collections_pass():
     wanted = jax.jit(jax.value_and_grad(function, argnums=(0, 1, 2)))(*args)
     found = jax.jit(jax.value_and_grad(in_scans(function, parse("matmuls")), argnums=(0, 1, 2)))(*args)
     assert_equal(found, wanted)
+
+
+def test_two_scans_have_names_of_their_own():
+    """A plan may speak of what only one of them names; effects happen once."""
+    calls = []
+
+    def function(params, x):
+        def layer(name):
+            def body(carry, layer):
+                x, n = carry
+                jax.debug.callback(calls.append, n)
+                return (x + jnp.tanh(checkpoint_name(x @ layer["up"], name)) @ layer["down"], n + 1), None
+
+            return body
+
+        carry, _ = jax.lax.scan(layer("first"), (x, 0), params)
+        return square(jax.lax.scan(layer("second"), carry, params)[0][0])
+
+    with residuals.recorded() as segments:
+        planned = in_scans(function, parse("first=save"))
+        assert_equal(jax.jit(jax.grad(planned))(PARAMS, X), jax.grad(function)(PARAMS, X))
+    kept = {name: segment.kept_bytes()["device"].keys() for name, segment in segments.items()}
+    assert kept == {"layers": {"first", "block_input"}, "layers_1": {"block_input"}}
+    with pytest.raises(jp.InputError, match="no activation is called 'third'; nearest: first"):
+        in_scans(function, parse("third=save"))(PARAMS, X)
+    calls.clear()
+    jax.block_until_ready(jax.jit(planned)(PARAMS, X))
+    jax.effects_barrier()
+    assert len(calls) == 2 * LAYERS
+
+
+def test_packed_layers_are_layers():
+    """Stacked parameters need not be floats."""
+    codes = jnp.round(100 * PARAMS["up"] @ PARAMS["down"]).astype(jnp.int8)
+    layer = lambda x, codes, scale: x + jnp.tanh(x @ codes.astype(jnp.float32) * scale)
+    function = lambda params, x: jax.lax.scan(lambda x, w: (layer(x, w, params["scale"]), None), x, params["codes"])[0]
+    params = {"codes": codes, "scale": jnp.asarray(0.01)}
+    got, kept = gradients(lambda x: square(in_scans(function, parse("blocks"))(params, x)), X)
+    assert_equal(got, jax.grad(lambda x: square(function(params, x)), argnums=(0,))(X))
+    assert kept["layers"]["device"] == {"block_input": INPUT}
 
 
 def test_scans_that_cannot_be_are_refused():
