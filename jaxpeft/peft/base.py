@@ -6,6 +6,7 @@ import hashlib
 import os
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +20,7 @@ from jaxpeft.model import Model
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.peft.schema import OWN, WEIGHTS, adapter_config, own_document
-from jaxpeft.quant import is_packed, unfolded_all
+from jaxpeft.quant import Folded, is_packed, unfolded_all
 
 NATIVE = "JAXPEFT"  # the peft_type of what PEFT has no form for
 
@@ -40,20 +41,27 @@ _LAST = re.compile(r"\b(score|classifier|classifier\.out_proj)\.weight$")  # the
 
 
 class Foreign(NamedTuple):
-    """In place of a configuration: a model that has none. `shapes` are of its parameters, by path."""
+    """In place of a configuration: a model that has none.
+
+    shapes: of its parameters, by path.
+    names: {site: the module's name for PEFT}, with {i} for the layer where the site has layers.
+    """
 
     model: Model
     shapes: tree.Flat
+    names: Mapping[str, str] = MappingProxyType({})
     num_labels: int = 0
     head: str = ""
 
 
-def config_of(base: Any) -> Any:
-    """A configuration, of itself or of a model; of a model without one, a `Foreign`.
+def config_of(base: Any, names: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """A configuration, of itself or of a model; of a model without one, a `Foreign` with these names.
 
     Raises:
-      InputError: for a model that says nothing of its parameters, or what is neither.
+      InputError: for a model that says nothing of its parameters, or what is neither; for names of one that has its own.
     """
+    if names and (not isinstance(base, Model) or (base.base or base).config is not None):
+        raise InputError("names: a model of a known family has names of its own; leave them out")
     if not isinstance(base, Model):
         if base is None:
             raise InputError("an adapter's base is None; for a model without a configuration give the model itself")
@@ -61,7 +69,7 @@ def config_of(base: Any) -> Any:
     own = base.base or base
     if own.config is None and own.shapes is None:
         raise InputError("an adapter's base: the model has no configuration, and is not one of from_linen or from_nnx")
-    return own.config if own.shapes is None else Foreign(own, own.shapes())
+    return own.config if own.shapes is None else Foreign(own, own.shapes(), names)
 
 
 def shapes_of(config: Any) -> tree.Flat:
@@ -87,6 +95,8 @@ class Module(NamedTuple):
 
 def modules(config: Any) -> dict[str, Module]:
     """Hugging Face module name -> module, in the order of the layers, for every kernel of the configuration."""
+    if isinstance(config, Foreign):
+        return _named(config)
     found = {}
     family = models.FAMILIES[config.model_type]
     for path, leaf in family.shapes(config).items():
@@ -95,6 +105,31 @@ def modules(config: Any) -> dict[str, Module]:
         name, site = models.hf_name(config, path)[0].removesuffix(".weight"), path.removesuffix("/kernel")
         layers = range(leaf.shape[0]) if tree.stacked(path) else (None,)
         found.update({name.format(i=layer): Module(site, layer, *leaf.shape[-2:]) for layer in layers})
+    return dict(sorted(found.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0)))
+
+
+def _named(config: Foreign) -> dict[str, Module]:
+    """The same of a model of one's own, by the names that were given."""
+    kept = tree.flatten(jax.eval_shape(config.model.adopt, tree.unflatten(config.shapes)))
+    kernels = {path.removesuffix("/kernel"): leaf for path, leaf in kept.items() if path.endswith("/kernel")}
+    found: dict[str, Module] = {}
+    for site, name in config.names.items():
+        if site not in kernels:
+            raise InputError(f"names: {site!r} is no site of this model; nearest: {tree.nearest(site, kernels)}")
+        kernel = kernels[site]
+        if isinstance(kernel, Folded) and (kernel.kind or not kernel.inputs):
+            raise InputError(f"names: {site!r} is {kernel.kind or 'no linear map'}; PEFT's form is of linear maps")
+        *layers, n, m = kernel.shape
+        if len(layers) > 1 or len(layers) != name.count("{i}"):
+            wanted = "{i} once, for the layer" if layers else "no {i}, as it has no layers"
+            raise InputError(
+                f"names: {site!r} is called {name!r}, of a kernel {(*layers, n, m)}; it should have {wanted}"
+            )
+        for layer in range(layers[0]) if layers else (None,):
+            own = name.replace("{i}", str(layer))
+            if own in found:
+                raise InputError(f"names: {site!r} is called {own!r}, as {found[own].site!r} is")
+            found[own] = Module(site, layer, n, m)
     return dict(sorted(found.items(), key=lambda item: (item[1].layer is None, item[1].layer or 0)))
 
 

@@ -36,6 +36,7 @@ def export_adapter(
     labels: Sequence[str] = (),
     rope_scaling: str | None = None,
     beside: Mapping[str, str] = types.MappingProxyType({}),
+    names: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Path:
     """Writes the adapters in `params` for PEFT and for `import_adapter`. The folder appears whole or not at all.
 
@@ -51,20 +52,24 @@ def export_adapter(
         be told by.
       method: the method that they are of.
       base_config: the model's configuration (`Model.config`), or the model. One of `from_linen` or `from_nnx` has none,
-        and PEFT no names for its modules: its adapter is written in our form.
+        and PEFT knows no modules of it: its adapter is written in our form, unless `names` are given.
       base_name: folder or hub id of the base, for PEFT's `base_model_name_or_path`.
       replace: an adapter that is already in `directory` may be replaced; nothing else ever is.
       labels: names of what a model that classifies rows tells apart, in order; they are kept with the adapter.
       rope_scaling: KIND=FACTOR, with which the base was loaded; jaxpeft.json keeps it, as PEFT has no place for it.
       beside: further files of the folder, {name: text}.
+      names: of a model of one's own: {site: the name of that linear module in the torch model that PEFT adapts}, with {i}
+        for the layer where the site has layers, {"layers/up": "model.layers.{i}.mlp.up_proj"}. Kernels are (n, m) here, as
+        their modules flatten to.
 
     Returns:
       `directory`.
 
     Raises:
-      InputError: if parameters of the base itself train; if `directory` is in the way or cannot be written.
+      InputError: if parameters of the base itself train; if `directory` is in the way or cannot be written; for names of
+        what is no site, or a site with an adapter and without a name.
     """
-    base_config = config_of(base_config)
+    base_config = config_of(base_config, names)
     found = adapter_of(method, params, base_config)
     target = files.expanded(directory)
     files.check_target(target, CONFIG if replace else None)
@@ -122,9 +127,9 @@ def adapter_of(method: Method, params: Mapping[str, Any], config: Any) -> tuple[
     if changed or not added:
         what = f"{changed[0]} trains too and has no place in an adapter" if changed and added else "is no adapter"
         raise InputError(f"{names}: {what}; merge it and save the whole model instead")
-    if isinstance(config, Foreign):
+    if isinstance(config, Foreign) and not config.names:
         return None
-    leaves = [path for path in added if not path.startswith(SCOPE)]
+    leaves = [path for path in added if isinstance(config, Foreign) or not path.startswith(SCOPE)]
     forms = {at: form for at, spec in enumerate(method.specs) if (form := form_of(spec.name))}
     owners = [(at, form) for at, form in forms.items() if leaves and all(form.owns(path) for path in leaves)]
     return owners[0] if len(owners) == 1 else None

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +46,10 @@ _KINDS = ("F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U64", "U32", 
 
 
 def import_adapter(
-    directory: str | os.PathLike[str], base_config: Any, base_params: Mapping[str, Any] | None = None
+    directory: str | os.PathLike[str],
+    base_config: Any,
+    base_params: Mapping[str, Any] | None = None,
+    names: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tuple[Method, tree.Flat]:
     """Reads an adapter.
 
@@ -61,6 +65,7 @@ def import_adapter(
       base_config: the configuration of the base (`Model.config`), or the base itself; of a model of `from_linen` or
         `from_nnx` the latter, to read what `export_adapter` wrote of such a one.
       base_params: the base's nested parameters, to recognise an adapter for another base of the same sizes.
+      names: of a model of one's own, to read one in PEFT's form: as `export_adapter` takes them.
 
     Returns:
       (method, leaves): leaves `{path: array}` to put among the base's parameters before `jaxpeft.setup` (see
@@ -71,7 +76,7 @@ def import_adapter(
         supported.
     """
     folder = files.expanded(directory)
-    base_config = config_of(base_config)
+    base_config = config_of(base_config, names)
     if not folder.is_dir():
         raise InputError(f"{folder}: no such directory")
     config = adapter_config(folder)
@@ -83,8 +88,10 @@ def import_adapter(
         )
     if config.get("peft_type") == NATIVE:
         return _as_it_is(folder, own, base_config, base_params)
-    if isinstance(base_config, Foreign):
-        raise InputError(f"{folder}: an adapter in PEFT's form, by names of a known family's modules, not this model's")
+    if isinstance(base_config, Foreign) and not base_config.names:
+        raise InputError(
+            f"{folder}: an adapter in PEFT's form, by names of modules; say how this model's are called: names="
+        )
     specs, at, form = _method(folder, config, own)
     if own:
         _require(folder, own, ("method", *form.facts, "base"))
@@ -114,8 +121,13 @@ def import_adapter(
     return method, {**leaves, **classifier}
 
 
-def attach(directory: str | os.PathLike[str], base: Model, params: tree.Params) -> tuple[Model, tree.Params, Method]:
-    """A model with the adapter in a folder.
+def attach(
+    directory: str | os.PathLike[str],
+    base: Model,
+    params: tree.Params,
+    names: Mapping[str, str] = types.MappingProxyType({}),
+) -> tuple[Model, tree.Params, Method]:
+    """A model with the adapter in a folder; `names` as in `import_adapter`.
 
     Returns:
       (adapted model, its nested parameters, the method).
@@ -123,7 +135,7 @@ def attach(directory: str | os.PathLike[str], base: Model, params: tree.Params) 
     Raises:
       InputError: as `import_adapter` does.
     """
-    method, leaves = import_adapter(directory, base, params)
+    method, leaves = import_adapter(directory, base, params, names)
     flat = {**tree.flatten(params), **leaves}
     model, trainable, frozen = setup(method, base, tree.unflatten(flat), jax.random.key(0))
     return model, tree.combine(trainable, frozen), method
@@ -265,7 +277,7 @@ def _without_classifier(
 ) -> tuple[dict[str, np.ndarray], tree.Flat]:
     """(The other tensors, the leaves of the classifier of rows, float32)."""
     rest, leaves = dict(tensors), {}
-    shapes = models.FAMILIES[config.model_type].shapes(config)
+    shapes = shapes_of(config)
     for path, (name, transposed) in classifier_names(config).items():
         if (tensor := rest.pop(f"base_model.model.{name}", None)) is None:
             continue
@@ -287,7 +299,7 @@ def _without_copies(
       InputError: if one has another shape than the base's, or other values (compared where `params` are given).
     """
     rest = dict(tensors)
-    for path, shape in models.FAMILIES[config.model_type].shapes(config).items():
+    for path, shape in () if isinstance(config, Foreign) else shapes_of(config).items():
         if tree.stacked(path):
             continue
         name, transposed = models.hf_name(config, path)

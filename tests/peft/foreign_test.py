@@ -3,13 +3,16 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
 from flax import linen as nn
 from flax import nnx
 
 import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.peft import attach
+from jaxpeft.quant import unfolded_all
 from tests import tiny
 from tests.modules import X, moved
 
@@ -97,7 +100,84 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     adapted, trainable, _ = jp.setup(method, ours, weights, jax.random.key(0))
     known = jp.export_adapter(tmp_path / "known", tree.unflatten(trainable), method, adapted)
     assert jp.import_adapter(known, ours.config)[1].keys() == trainable.keys()
-    with pytest.raises(jp.InputError, match="known: an adapter in PEFT's form, by names of a known family's modules"):
+    with pytest.raises(
+        jp.InputError, match="known: an adapter in PEFT's form, by names of modules; say how this model's are"
+    ):
         jp.import_adapter(known, base, params)
     with pytest.raises(jp.InputError, match="full: is no adapter; merge it"):
         jp.export_adapter(tmp_path / "full", params, jp.full(), base)
+
+
+NAMES = {"layers/split": "blocks.{i}.split", "layers/join": "blocks.{i}.join", "classifier": "classifier"}
+
+
+class Twin(torch.nn.Module):
+    """What of `Tower` are linear maps, in torch; its convolution and gain are left to the input."""
+
+    def __init__(self, params):
+        super().__init__()
+
+        def linear(leaves, n, m):
+            found = torch.nn.Linear(n, m)
+            found.weight.data = torch.tensor(np.asarray(leaves["kernel"]).reshape(n, m).T.copy())
+            found.bias.data = torch.tensor(np.asarray(leaves["bias"]).reshape(m))
+            return found
+
+        layers = [jax.tree.map(lambda leaf, i=i: leaf[i], params["layers"]) for i in range(2)]
+        pairs = [{name: linear(layer[name], 8, 8) for name in ("split", "join")} for layer in layers]
+        self.blocks = torch.nn.ModuleList(torch.nn.ModuleDict(pair) for pair in pairs)
+        self.classifier = linear(params["classifier"], 8, 4)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block["join"](block["split"](x))
+        return self.classifier(x)
+
+
+@pytest.mark.parametrize("method", [jp.lora(2, targets=[*NAMES]), jp.dora(2, targets=["join"])], ids=["lora", "dora"])
+def test_peft_reads_an_adapter_whose_modules_are_named(method, tmp_path):
+    """PEFT computes on the torch twin what the adapted module computes; it comes back, and so does what PEFT writes."""
+    base, params = linen()
+    model, trainable, frozen = jp.setup(method, base, params, jax.random.key(0))
+    trained = jp.combine(moved(trainable), frozen)
+    folder = jp.export_adapter(tmp_path / "adapter", trained, method, model, names=NAMES)
+    own = unfolded_all(tree.flatten(params))
+    inputs = nn.Conv(8, (3,)).apply({"params": {name: own[f"conv/{name}"] for name in ("kernel", "bias")}}, X)
+    adapted = peft.PeftModel.from_pretrained(Twin(tree.unflatten(own)), folder)
+    wanted = adapted(torch.tensor(np.asarray(inputs))).detach().numpy()
+    np.testing.assert_allclose(model.apply(trained, {"x": X}), wanted, rtol=1e-5, atol=1e-5)
+
+    _, leaves = jp.import_adapter(folder, base, params, names=NAMES)
+    assert leaves.keys() == trainable.keys()
+    adapted.save_pretrained(tmp_path / "theirs")
+    again, again_params, found = attach(tmp_path / "theirs", base, params, names=NAMES)
+    assert found.specs[0].name == method.specs[0].name
+    np.testing.assert_allclose(again.apply(again_params, {"x": X}), wanted, rtol=1e-5, atol=1e-5)
+
+
+REFUSED = {
+    "site": ({"layers/splits": "a"}, "names: 'layers/splits' is no site of this model; nearest: layers/split"),
+    "layers": ({"layers/split": "split"}, "it should have {i} once, for the layer"),
+    "layer": ({"classifier": "head.{i}"}, "it should have no {i}, as it has no layers"),
+    "twice": (
+        {"classifier": "b.0", "layers/join": "b.{i}"},
+        "names: 'layers/join' is called 'b.0', as 'classifier' is",
+    ),
+    "convolution": ({"conv": "conv"}, "names: 'conv' is a convolution; PEFT's form is of linear maps"),
+    "without": ({"layers/join": "b.{i}"}, "lora: classifier has no name for PEFT; named are layers/join"),
+}
+
+
+@pytest.mark.parametrize(("names", "said"), REFUSED.values(), ids=REFUSED)
+def test_names_are_refused_in_a_line(names, said, tmp_path):
+    base, params = linen()
+    method = jp.lora(2, targets=["classifier"])
+    _, trainable, frozen = jp.setup(method, base, params, jax.random.key(0))
+    trained = jp.combine(moved(trainable), frozen)
+    with pytest.raises(jp.InputError) as error:
+        jp.export_adapter(tmp_path / "adapter", trained, method, base, names=names)
+    assert said in str(error.value)
+    assert not (tmp_path / "adapter").exists()
+    ours, _ = tiny.model()
+    with pytest.raises(jp.InputError, match="names: a model of a known family has names of its own"):
+        jp.import_adapter(tmp_path, ours, names=names)

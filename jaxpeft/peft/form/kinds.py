@@ -11,8 +11,8 @@ import numpy as np
 from jaxpeft import method as methods
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.peft.base import Module, modules
-from jaxpeft.quant import dense
+from jaxpeft.peft.base import Foreign, Module, modules
+from jaxpeft.quant import dense, matrix
 
 Fields = Mapping[str, Any]  # of adapter_config.json
 Config = Mapping[str, Any]  # of a `Spec`: the factory's arguments
@@ -31,6 +31,11 @@ class Base(NamedTuple):
     modules: Mapping[str, Module]
     params: tree.Flat | None = None
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it is of no known family, and its modules are those that were named."""
+        return isinstance(self.config, Foreign)
+
     def kernel(self, name: str) -> np.ndarray:
         """A module's kernel (n, m), float32.
 
@@ -40,7 +45,7 @@ class Base(NamedTuple):
         if self.params is None:
             raise InputError(f"{name} is read with the base's kernel; give the base's parameters too")
         site, layer, _, _ = self.modules[name]
-        kernel = self.params[f"{site}/kernel"]
+        kernel = matrix(self.params[f"{site}/kernel"])
         return np.asarray(dense(kernel if layer is None else jax.tree.map(lambda stack: stack[layer], kernel)))
 
 

@@ -78,10 +78,15 @@ def per_site(
 
     def write(config, leaves, base):
         parts, kept = {}, {}
-        first = {segment: start for segment, start, _ in tree.segments(tree.unflatten(leaves))}
+        segments = [] if base.foreign else tree.segments(tree.unflatten(leaves))
+        first = {segment: start for segment, start, _ in segments}
         places = {(module.site, module.layer): name for name, module in base.modules.items()}
         for path, own in _by_site(leaves, scope).items():
             site, start = tree.canonical(path), first.get(path.split("/")[0])
+            if base.foreign:
+                site, start = path, 0 if (path, 0) in places else None
+            if base.foreign and (site, start) not in places:
+                raise InputError(f"{path} has no name for PEFT; named are {', '.join(sorted({s for s, _ in places}))}")
             if (site, start) not in places:
                 raise InputError(f"{path} is no linear site of this {base.config.model_type} configuration")
             made = to_tensors(config, own, base.modules[places[site, start]])
@@ -274,6 +279,8 @@ def _stacked(
 def sites_as_targets(sites: Iterable[str], base: Base) -> list[str]:
     """Names that choose these sites and no others, for a factory's `targets`: their last parts if that is enough."""
     sites = set(sites)
+    if base.foreign:  # it may have others than those that are named
+        return sorted(sites)
     last = {site.rsplit("/", 1)[-1] for site in sites}
     same = {module.site for module in base.modules.values() if module.site.rsplit("/", 1)[-1] in last}
     return sorted(last if same == sites else sites)
@@ -282,6 +289,8 @@ def sites_as_targets(sites: Iterable[str], base: Base) -> list[str]:
 def last_names_suffice(names: Iterable[str], base: Base) -> bool:
     """Whether the last parts of these modules' names are those of no other module."""
     names = set(names)
+    if base.foreign:  # there may be others than those that were given
+        return False
     last = {name.rsplit(".", 1)[-1] for name in names}
     return {name for name in base.modules if name.rsplit(".", 1)[-1] in last} == names
 
