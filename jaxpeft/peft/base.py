@@ -58,7 +58,7 @@ def config_of(base: Any, names: Mapping[str, str] = MappingProxyType({})) -> Any
     """A configuration, of itself or of a model; of a model without one, a `Foreign` with these names.
 
     Raises:
-      InputError: for a model that says nothing of its parameters, or what is neither; for names of one that has its own.
+      InputError: for a model that says nothing of its parameters, or what is neither; for names of one that has some.
     """
     if names and (not isinstance(base, Model) or (base.base or base).config is not None):
         raise InputError("names: a model of a known family has names of its own; leave them out")

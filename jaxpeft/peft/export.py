@@ -58,16 +58,16 @@ def export_adapter(
       labels: names of what a model that classifies rows tells apart, in order; they are kept with the adapter.
       rope_scaling: KIND=FACTOR, with which the base was loaded; jaxpeft.json keeps it, as PEFT has no place for it.
       beside: further files of the folder, {name: text}.
-      names: of a model of one's own: {site: the name of that linear module in the torch model that PEFT adapts}, with {i}
-        for the layer where the site has layers, {"layers/up": "model.layers.{i}.mlp.up_proj"}. Kernels are (n, m) here, as
-        their modules flatten to.
+      names: of a model of one's own: {site: what that linear module is called in the torch model that PEFT adapts},
+        with {i} for the layer where the site has layers: {"layers/up": "model.layers.{i}.mlp.up_proj"}. A kernel of
+        several axes is the matrix that they flatten to.
 
     Returns:
       `directory`.
 
     Raises:
-      InputError: if parameters of the base itself train; if `directory` is in the way or cannot be written; for names of
-        what is no site, or a site with an adapter and without a name.
+      InputError: if parameters of the base itself train; if `directory` is in the way or cannot be written; for names
+        of what is no site, or a site with an adapter and without a name.
     """
     base_config = config_of(base_config, names)
     found = adapter_of(method, params, base_config)

@@ -148,7 +148,7 @@ def test_peft_reads_an_adapter_whose_modules_are_named(method, tmp_path):
     np.testing.assert_allclose(model.apply(trained, {"x": X}), wanted, rtol=1e-5, atol=1e-5)
 
     _, leaves = jp.import_adapter(folder, base, params, names=NAMES)
-    assert leaves.keys() == trainable.keys()
+    assert trainable.keys() <= leaves.keys()
     adapted.save_pretrained(tmp_path / "theirs")
     again, again_params, found = attach(tmp_path / "theirs", base, params, names=NAMES)
     assert found.specs[0].name == method.specs[0].name
