@@ -18,7 +18,8 @@ NEXT_PYTHON ?= python3.12
 NEXT_VENV ?= .venv-next
 # The contract, what every method promises, the step and the kernels need no more than JAX.
 NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/train/step_test.py \
-  tests/backward/planned_test.py \
+  $(addprefix tests/backward/planned_test.py::,test_gradients_are_those_of_a_scan \
+    test_counters_constants_and_collections_pass test_scanned_stacks_of_flax_run_under_a_plan) \
   $(wildcard tests/pallas_kernels)
 # Of the methods one of each kind: a site's, one without a backward pass, one whose leaves move, one that feeds attention.
 NEXT_ONLY = not methods_test or lora or mezo or lisa or prefix

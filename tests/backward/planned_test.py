@@ -86,7 +86,7 @@ def test_gradients_are_those_of_a_scan(of, save):
 
 
 def test_a_compiled_step_takes_what_the_plan_keeps():
-    """Temporaries of the gradient: fewer than of `lax.scan`; two plans differ by what one keeps and one does not."""
+    """Temporaries of the gradient: fewer than of `lax.scan`; two plans differ by what one keeps, and a layer's work."""
     x = jnp.ones((64, 16, WIDTH))
 
     def temporaries(loss):
@@ -99,7 +99,7 @@ def test_a_compiled_step_takes_what_the_plan_keeps():
     )
     hidden = x.nbytes // WIDTH * INNER * LAYERS
     assert blocks < matmuls < scan
-    assert matmuls - blocks == pytest.approx(hidden, rel=0.02)
+    assert 0.98 * hidden <= matmuls - blocks <= hidden + 2 * hidden / LAYERS
 
 
 def test_products_are_called_as_their_modules():
