@@ -73,7 +73,7 @@ def fault(folder: Path, within: str = "") -> str | None:
 def _files(folder: Path) -> Iterator[str]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if path.is_file() and name != NAME:
+        if path.is_file() and name not in (NAME, f"{NAME}.tmp"):  # the latter of a process that ended writing it
             yield name
 
 

@@ -116,8 +116,12 @@ def write_json(file: Path, value: Mapping[str, Any], **options: Any) -> None:
     """Writes a JSON file durably; what was there before is replaced at once."""
     text = json.dumps(value, indent=2, ensure_ascii=False, **options) + "\n"
     fresh = file.with_name(file.name + ".tmp")
-    write(fresh, text.encode())
-    os.replace(fresh, file)
+    try:
+        write(fresh, text.encode())
+        os.replace(fresh, file)
+    except OSError:  # a full disk
+        fresh.unlink(missing_ok=True)
+        raise
 
 
 def write(file: Path, data: bytes) -> None:
