@@ -7,6 +7,7 @@ modules that it runs in, or by the line of code that makes it.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
@@ -50,7 +51,8 @@ def evaluate(closed: ClosedJaxpr, inputs: Sequence[Any], change: Change = lambda
             if called is None:
                 results = _alone(jaxpr, equation, known)
             else:
-                with jax.named_scope(str(equation.source_info.name_stack)):
+                scope = str(equation.source_info.name_stack)
+                with jax.named_scope(scope) if scope else contextlib.nullcontext():
                     results = evaluate(called, known, change)
         values.update(zip(equation.outvars, results, strict=True))
     return [v.val if isinstance(v, Literal) else values[v] for v in jaxpr.outvars]
@@ -141,8 +143,6 @@ def _with_names(equations: Iterable[Any]) -> set[Any]:
     """The variables that are given a name, or whose sum with something is, whatever its shape or type."""
     named: set[Any] = set()
     for equation in reversed([*equations]):
-        if name_of(equation) or (
-            equation.primitive.name in _ALIKE and named.intersection(equation.outvars) and equation.outvars
-        ):
+        if name_of(equation) or (equation.primitive.name in _ALIKE and named.intersection(equation.outvars)):
             named.update(v for v in equation.invars if not isinstance(v, Literal))
     return named

@@ -53,12 +53,13 @@ def in_scans(function: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
         origins = _origins(flat.jaxpr, len(jax.tree.leaves(params)))
         found: list[str] = []
         stacks = [equation for equation in flat.jaxpr.eqns if _is_stack(equation, origins)]
-        check_names(plan, [name for stack in stacks for name in names_in(stack.params["jaxpr"])])
+        names = {id(equation): names_in(equation.params["jaxpr"]) for equation in stacks}
+        check_names(plan, [name for own in names.values() for name in own])
 
         def change(equation, inputs):
-            if not _is_stack(equation, origins):
+            if id(equation) not in names:
                 return None
-            known = (INPUT, *names_in(equation.params["jaxpr"]))
+            known = (INPUT, *names[id(equation)])
             own = plan._replace(actions=tuple(action for action in plan.actions if action[0] in known))
             own = own._replace(preset="matmuls") if without_codes(own, known) else own
             results, name = _replaced(equation, inputs, own, found)
@@ -119,7 +120,7 @@ class _Scan(NamedTuple):
     consts, carries: how many.
     streams: the carries that layers change.
     others: the carries that change without them (counters).
-    inside: of what each variable is made: ("carry", i).
+    inside: of which carries each variable is made.
     """
 
     body: ClosedJaxpr
@@ -220,7 +221,6 @@ def _replaced(equation: Any, inputs: list[Any], plan: Plan, taken: Sequence[str]
         written = [jax.lax.dynamic_update_index_in_dim(all, y, ctx.layer, 0) for all, y in parts]
         return (results[: len(streams)], written), None
 
-    # The loop's arrays have rows in front; here all of an array is one row.
     avals = [scan.outputs[n].aval for n in made]
     empty = [jnp.zeros((length, *aval.shape), aval.dtype) for aval in avals]
     x, told = ([start[i] for i in scan.streams], empty), Context(shared={"consts": consts, "fixed": fixed})
