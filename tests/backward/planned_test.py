@@ -376,6 +376,25 @@ def test_scanned_stacks_of_flax_run_under_a_plan(stack, make):
         jp.remat(model, "blocks", form="policy")
 
 
+def test_an_adapter_without_effect_is_refused_under_a_plan():
+    """As without one, by its name."""
+
+    class Dead(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(WIDTH, name="used")(x) + jax.lax.stop_gradient(nn.Dense(WIDTH, name="dead")(x)), None
+
+    class Tower(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.scan(Dead, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)()(x, None)[0]
+
+    base, method = jp.from_linen(Tower(), {"x": X}), jp.lora(2)
+    model, *leaves = jp.setup(method, base, base.init(jax.random.key(0), {}), jax.random.key(0))
+    with pytest.raises(jp.InputError, match="lora: the loss does not depend on ScanDead_0/dead by"):
+        losses(jp.remat(model, "matmuls"), method, *leaves, 1)
+
+
 class Normed(nnx.Module):
     """A layer with batch statistics and a count of its calls."""
 
