@@ -111,12 +111,12 @@ def _total(head: ClosedJaxpr, leaves: list[Any], rows: list[jax.Array]) -> jax.A
 
 
 def _losses(logits, target, weight):
-    """Cross-entropies (n,) and their derivative (n, V); NaN for a token that counts and whose target is no word."""
-    words = logits.shape[-1]
+    """Cross-entropies (n,) and their derivative (n, V), float32; NaN for tokens that count with a target that is no word."""
+    logits, words = logits.astype(jnp.float32), logits.shape[-1]
     zero = target[0] - target[0]  # of the chunk: JAX would take (n, V) numbers of none out of the loop, and keep them
     hit = jnp.arange(words) + zero == target[:, None]
     known = ((target >= 0) & (target < words)) | (weight == 0)
-    at_target = jnp.sum(jnp.where(hit, logits, zero.astype(logits.dtype)), axis=-1)
+    at_target = jnp.sum(jnp.where(hit, logits, zero.astype(jnp.float32)), axis=-1)
     scale = jax.nn.logsumexp(logits, axis=-1)
     return scale - jnp.where(known, at_target, jnp.nan), jnp.exp(logits - scale[:, None]) - hit
 
@@ -138,7 +138,10 @@ def _total_jvp(head, primals, tangents):
 
         found, pull = jax.vjp(logits, *[inputs[i] for i in of_head])
         losses, derivative = _losses(found, target, weight)
-        gradient = [*pull(weight[:, None] * derivative), *[losses for i in moved if i not in of_head]]
+        gradient = [
+            *pull((weight[:, None] * derivative).astype(found.dtype)),
+            *[losses for i in moved if i not in of_head],
+        ]
         sums = [a + b for a, b in zip(sums, gradient, strict=False)]
         return (total + jnp.sum(weight * losses), sums), gradient[len(of_leaves) :]
 

@@ -9,6 +9,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
+from jaxpeft.model import opaque
 from jaxpeft.models.decoder import from_hf
 from tests import residuals, tiny
 
@@ -79,6 +80,20 @@ def test_weights_are_differentiated_forwards_and_backwards():
     np.testing.assert_allclose(jax.jit(jax.grad(loss))(weights), by_hand, rtol=1e-4, atol=1e-7)
     _, forward = jax.jit(lambda w, d: jax.jvp(loss, (w,), (d,)))(weights, along)
     np.testing.assert_allclose(forward, jnp.vdot(by_hand, along), rtol=1e-4)
+
+
+def test_logits_of_a_module_may_be_bfloat16():
+    """A model without visible layers gives logits of its own type; their logarithms and sums are float32."""
+    logits = jax.random.normal(jax.random.key(0), (4, 16, 97), jnp.bfloat16)
+    model = jp.Model(lambda key, params: params, opaque(lambda params, batch, key: params["logits"]))
+    batch = tiny.batch()
+    expected, by_hand = jax.value_and_grad(lambda logits: plain(model, {"logits": logits}, batch))(
+        logits.astype(jnp.float32)
+    )
+    found, gradient = jax.value_and_grad(lambda p: jp.completion_loss(model, p, batch)[0])({"logits": logits})
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert gradient["logits"].dtype == jnp.bfloat16
+    np.testing.assert_allclose(gradient["logits"], by_hand, rtol=2**-8, atol=1e-9)
 
 
 def test_a_target_that_is_no_word_shows():
