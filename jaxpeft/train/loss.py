@@ -104,14 +104,15 @@ def _total(head: ClosedJaxpr, leaves: list[Any], rows: list[jax.Array]) -> jax.A
 
     def add(total, chunk):
         x, target, weight = chunk
-        losses, _ = _losses(*jaxpr_as_fun(head)(*leaves, x), target, weight)
+        (logits,) = jaxpr_as_fun(head)(*leaves, x)
+        losses, _ = _losses(logits, target, weight)
         return total + jnp.sum(weight * losses), None
 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), rows)[0]
 
 
 def _losses(logits, target, weight):
-    """Cross-entropies (n,) and their derivative (n, V), float32; NaN for tokens that count with a target that is no word."""
+    """Float32 cross-entropies (n,), NaN for a token that counts with a target that is no word; d losses / d logits."""
     logits, words = logits.astype(jnp.float32), logits.shape[-1]
     zero = target[0] - target[0]  # of the chunk: JAX would take (n, V) numbers of none out of the loop, and keep them
     hit = jnp.arange(words) + zero == target[:, None]
@@ -129,19 +130,17 @@ def _total_jvp(head, primals, tangents):
     of_leaves, of_head = ([i for i in moved if i < end] for end in (len(leaves), len(leaves) + 1))
 
     def add(carry, chunk):
-        total, sums = carry
-        *inputs, target, weight = *leaves, *chunk
+        (total, sums), (x, target, weight) = carry, chunk
+        inputs = [*leaves, x]
 
         def logits(*values):
             own = dict(zip(of_head, values, strict=True))
-            return jaxpr_as_fun(head)(*[own.get(i, x) for i, x in enumerate(inputs)])[0]
+            return jaxpr_as_fun(head)(*[own.get(i, given) for i, given in enumerate(inputs)])[0]
 
         found, pull = jax.vjp(logits, *[inputs[i] for i in of_head])
         losses, derivative = _losses(found, target, weight)
-        gradient = [
-            *pull((weight[:, None] * derivative).astype(found.dtype)),
-            *[losses for i in moved if i not in of_head],
-        ]
+        of_weight = [losses for i in moved if i not in of_head]
+        gradient = [*pull((weight[:, None] * derivative).astype(found.dtype)), *of_weight]
         sums = [a + b for a, b in zip(sums, gradient, strict=False)]
         return (total + jnp.sum(weight * losses), sums), gradient[len(of_leaves) :]
 
