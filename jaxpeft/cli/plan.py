@@ -149,6 +149,7 @@ def _measured(step: Any, device: Any) -> int:
     import jax.numpy as jnp
 
     from jaxpeft.memory import targets
+    from jaxpeft.train.step import in_place
 
     if not targets.attached(device):
         here = jax.devices()[0].device_kind
@@ -161,7 +162,7 @@ def _measured(step: Any, device: Any) -> int:
 
     state = jax.tree.map(filled, step.state)
     batch = jax.tree.map(filled, step.batch)
-    return targets.measured_peak(jax.jit(step.function, donate_argnums=0), state, batch)
+    return targets.measured_peak(jax.jit(in_place(step.function), donate_argnums=0), *state.parted, batch)
 
 
 def _moved(found: dict[str, Any], unit: int) -> tuple[str, str, str]:

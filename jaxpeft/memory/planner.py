@@ -37,14 +37,14 @@ from jaxpeft.models.labels import SCOPE
 from jaxpeft.train.memory import account, activation_bytes, kept_bytes
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
-from jaxpeft.train.step import make_train_step, objective_of
+from jaxpeft.train.step import in_place, make_train_step, objective_of
 from jaxpeft.train.task import TASKS, Task, check_head, config_for
 
 
 class Step(NamedTuple):
     """A train step and the shapes that it takes.
 
-    function: (state, batch) -> (state, metrics); the state is donated.
+    function: (state, batch) -> (state, metrics); it is compiled as `train.step.in_place`.
     state: TrainState of ShapeDtypeStructs.  batch: {name: ShapeDtypeStruct}.
     base: the base model's paths, without a classifier's.  model: under its memory plan.  plan: that plan.
     accumulate: micro-batches.  task: what it is for.  rows, length: of a batch; the length in tokens.
@@ -182,7 +182,8 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
       InputError: for a slice whose devices do not divide the rows.
     """
     traced = cost(step) if traced is None else traced
-    compiled = targets.compile(target, step.function, *placed(step, target), donate_argnums=0, dump=dump)
+    state, batch = placed(step, target)
+    compiled = targets.compile(target, in_place(step.function), *state.parted, batch, donate_argnums=0, dump=dump)
     return {
         "target": target.name,
         "save": str(step.plan),
