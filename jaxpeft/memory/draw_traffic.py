@@ -76,7 +76,7 @@ def draw(axes: Any, traffic: Traffic, limit: int = 12) -> None:
     axes.set_xlim(0, 1.1 * max([*left, 1e-30]))
     axes.set_xlabel("ms at the target's bandwidth; | its products at the rate" if timed else "GiB read and written")
     axes.set_title(summary(traffic.to_json(0)).split("\n")[0], fontsize=9, loc="right")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=8, loc="center right")
     axes.spines[["top", "right"]].set_visible(False)
 
 
