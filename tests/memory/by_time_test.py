@@ -82,6 +82,16 @@ def test_the_frontier_has_ever_more_time_for_ever_less_memory(segments):
         assert any(other.kept <= option.kept and cost(other) <= cost(option) for other in chosen)
 
 
+def test_low_rank_products_are_kept_longer_by_time_than_by_flops(segments):
+    """Hardly any FLOPs, but all of x to read: with less memory they are among the last to be given up."""
+    found = tables(segments, ("save",), rates=search.rates(targets.target("h200")))
+
+    def least(cost):
+        return min(option.kept for option in frontier(found, cost) if "lora_low" in dict(option.plan.actions))
+
+    assert least(lambda option: option.seconds) < least(lambda option: option.flops)
+
+
 @pytest.fixture
 def timed(monkeypatch):
     """(a CPU of known rates, {plan: seconds}): compiled rows, each once, whose time is their products' unless set."""

@@ -11,7 +11,7 @@ from jaxpeft import cli
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.cli import plan
 from jaxpeft.errors import InputError
-from jaxpeft.memory import draw_traffic, dumped, foreign, hlo, targets, traffic
+from jaxpeft.memory import bars, draw_traffic, dumped, foreign, hlo, targets, traffic
 from jaxpeft.memory.movement import AVOIDABLE
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.stacked import Stacked
@@ -183,6 +183,10 @@ def test_a_plan_says_what_its_steps_move(capsys):
     plan.show(document)
     shown = capsys.readouterr().out
     assert "moved" in shown and "ms at least" in shown
+    moves = {"bytes": 3e9, "bound_s": 0.0125}
+    assert bars.label({"bytes": {"total": 2e9}}, "GB", 10**9) == "2.0"
+    said = bars.label({"bytes": {"total": 2e9}, "traffic": moves}, "GB", 10**9)
+    assert said == "2.0; moves 3.0 GB, 12.5 ms at least"
 
 
 def test_the_hosts_memory_is_apart(tmp_path):
