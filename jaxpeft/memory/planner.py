@@ -12,6 +12,7 @@ the compiler sets aside. FLOPs are those of matrix products (see `flops`).
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -168,6 +169,14 @@ def moved(step: Step, target: Target, dump: Path) -> Traffic:
     metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
     owners = step_owners(step.state, step.batch, step.base, metrics)
     return traffic(hlo.read(dump), owners, target=target, flops=products(step, target))
+
+
+def moving(step: Step, target: Target, traced: Cost | None = None) -> dict[str, Any]:
+    """A row of the plan (`row`) with what the step moves: the totals of `Traffic.to_json` as "traffic"."""
+    with tempfile.TemporaryDirectory(prefix="jaxpeft-plan-") as dump:
+        made = row(step, target, traced, dump)
+        found = moved(step, target, Path(dump)).to_json(0)
+    return {**made, "traffic": {name: value for name, value in found.items() if not isinstance(value, list)}}
 
 
 def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None) -> dict[str, Any]:
