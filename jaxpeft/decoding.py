@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxpeft.quant import is_packed
 from pallas_kernels import attention
@@ -149,9 +150,14 @@ def _put(cache: Cache, key: jax.Array, value: jax.Array, start: Any) -> dict[str
     layer, update = cache["layer"], jax.lax.dynamic_update_slice
     k, v = key.swapaxes(1, 2)[None].astype(cache["k"].dtype), value.transpose(0, 2, 3, 1)[None].astype(cache["v"].dtype)
     return {
-        "k": update(cache["k"], k, (layer, 0, 0, start, 0)),
-        "v": update(cache["v"], v, (layer, 0, 0, 0, start)),
+        "k": _as_kept(update(cache["k"], k, (layer, 0, 0, start, 0))),
+        "v": _as_kept(update(cache["v"], v, (layer, 0, 0, 0, start))),
     }
+
+
+def _as_kept(x: jax.Array) -> jax.Array:
+    """x laid out by its axes: what comes in from the projections may not lay the cache out as it lies itself."""
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
 
 
 def _written(cache: Cache, key: jax.Array, value: jax.Array, segments: jax.Array) -> dict[str, Any]:
