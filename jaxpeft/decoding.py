@@ -156,8 +156,9 @@ def _put(cache: Cache, key: jax.Array, value: jax.Array, start: Any) -> dict[str
 
 
 def _as_kept(x: jax.Array) -> jax.Array:
-    """x laid out by its axes: what comes in from the projections may not lay the cache out as it lies itself."""
-    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    """x laid out by its axes on a GPU: what comes from the projections may not lay the cache out as it lies itself."""
+    by_axes = Layout(tuple(range(x.ndim)))
+    return jax.lax.platform_dependent(x, cuda=lambda x: with_layout_constraint(x, by_axes), default=lambda x: x)
 
 
 def _written(cache: Cache, key: jax.Array, value: jax.Array, segments: jax.Array) -> dict[str, Any]:
