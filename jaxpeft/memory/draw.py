@@ -30,6 +30,7 @@ COLORS = {
     "saved activations": "#59a14f",
     "loss": "#edc948",
     "workspace": "#76b7b2",
+    "cache": "#d37295",
     "batch": "#9c755f",
     "arguments": "#a0cbe8",
     "outputs": "#ffbe7d",

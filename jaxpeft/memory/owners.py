@@ -17,6 +17,7 @@ CATEGORIES = (  # in the order of tables and pictures
     "saved activations",
     "loss",
     "workspace",
+    "cache",
     "batch",
     "arguments",
     "outputs",
