@@ -110,7 +110,7 @@ def _candidates(found: list[Option], least: dict[str, Any]) -> list[Option]:
     """Plans by what they cost: recomputation or, where the row of the one that keeps least has its time, time."""
     if "traffic" not in least:
         return frontier(found, lambda option: option.flops)
-    own = min(found, key=lambda option: option.kept)
+    own = next(option for option in found if not option.plan.actions)
     rest = least["traffic"]["least_by_module_s"] - own.seconds
     return frontier(found, lambda option: max(rest + option.seconds, option.transfer))
 
