@@ -43,6 +43,7 @@ from jaxpeft import tree, updates
 from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.backward.loop import Static, join, loop_over
 from jaxpeft.backward.options import options
+from jaxpeft.backward.places import empty
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
@@ -334,10 +335,10 @@ def _backward(loop, plan, saved, d_end):
         totals = dict(totals)
         for i, part in found.items():
             with jax.named_scope(f"grad:{loop.paths[i]}"):
-                totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=True)
+                totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=not loop.once(loop.kinds[i]))
         return (d_streams, totals), None
 
-    totals = {i: jnp.zeros(leaves[i].shape, leaves[i].dtype) for i in moved if i not in loop.streams}
+    totals = {i: loop.total(leaves[i], loop.kinds[i]) for i in moved if i not in loop.streams}
     (d_streams, totals), _ = jax.lax.scan(body, (d_end, totals), loop.steps, reverse=True)
     totals |= {i: d for i, d in zip(loop.streams, d_streams, strict=True) if perturbed[i]}
     return [totals.get(i) for i in range(len(leaves))], None
@@ -371,7 +372,7 @@ def _empty(shape, action: str, steps: int):
     """Where all steps' values are written; None for what is offloaded."""
     if action == "offload":
         return None
-    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), _stored(shape, action))
+    return jax.tree.map(lambda x: empty((steps, *x.shape), x.dtype), _stored(shape, action))
 
 
 @functools.cache
