@@ -285,8 +285,8 @@ def _forward(loop, plan, leaves, key):
         streams, kept = carry
         inputs = loop.inputs(leaves, streams, step, key)
         results = compute(traced.forward, inputs, {n: kept[name] for name, n in numbers.items()}, step)
-        ys, values = results[: len(streams)], results[len(streams) :]
-        values = dict(zip(traced.names, values, strict=True))
+        ys = results[: len(streams)]
+        values: dict[Kept, Any] = dict(zip(traced.names, results[len(streams) :], strict=True))
         values |= {(INPUT, n): inputs[i] for n, i in enumerate(loop.streams)}
         seed = _seed(step, key)
         kept, out = dict(kept), {}

@@ -178,7 +178,10 @@ class _Walk:
             if len(leaves(operand.shape_proto)) == 1 and len(operand.shape()[1]) > 2
             if (place := self._flow.places.get(self._flow.value(operand.id) or (-1, ()))) is not None
         }
-        results = {leaf.at: self._flow.places.get(self._flow.value(i.id, leaf.at)) for leaf in leaves(i.shape_proto)}
+        results = {
+            leaf.at: self._flow.places.get(self._flow.value(i.id, leaf.at) or (-1, ()))
+            for leaf in leaves(i.shape_proto)
+        }
         return {at: stacks[place] for at, place in results.items() if place in stacks}
 
     def _writes(self, i: Instruction) -> Iterator[Access]:
