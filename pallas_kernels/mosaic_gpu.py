@@ -19,6 +19,7 @@ multiple of 8), and the one before it a multiple of 8: `padded` adds zeros where
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,12 +90,14 @@ def launch(
       body: the kernel.
       *args: arrays, or dictionaries of them.
       name: of the kernel, in profiles.
-      out: ShapeDtypeStruct, or a tuple of them.
+      out: ShapeDtypeStruct, or a tuple of them; or an array, which is written in its own place.
       blocks: size of the grid.
       interpret: None for the device, or `interpreter(...)`.
       **scratch: shared memory and barriers of a block.
     """
     body.__name__ = name
+    if isinstance(out, jax.Array):
+        return _launch_into(body, args, out, name, blocks, interpret, scratch)
     return plgpu.kernel(
         body,
         out_type=out,
@@ -106,6 +109,26 @@ def launch(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         interpret=interpret,
     )(*args)
+
+
+def _launch_into(body, args, out, name: str, blocks: int, interpret: Any, scratch) -> jax.Array:
+    """`launch` with a reference of an array in place of results; JAX 0.10's `plgpu.kernel` takes none."""
+    mesh = plgpu.Mesh(grid=(blocks,), grid_names=(BLOCK_AXIS,), num_threads=COMPUTE + 1, thread_name=WARPGROUP_AXIS)
+
+    def scoped(*refs):
+        pl.run_scoped(functools.partial(body, *refs), collective_axes=WARPGROUP_AXIS, **scratch)
+
+    def run(ref):
+        pl.kernel(
+            scoped,
+            out_type=(),
+            mesh=mesh,
+            compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
+            interpret=interpret,
+            name=name,
+        )(*args, ref)
+
+    return pl.run_state(run)(out)
 
 
 def specialise(compute: Callable[[jax.Array], None], memory: Callable[[], None], memory_registers: int = 40) -> None:

@@ -26,7 +26,7 @@ What W, f and g are is left to the operations: a `Part` is operands, their block
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,6 +34,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.stacked import Stacked, whole
 from pallas_kernels.tiles_tpu import LANES, Config, bytes_of
 
 # Loops' bodies are unrolled: these bound a program's size and the time to compile it. Elements of a chunk of rows that
@@ -80,6 +81,7 @@ def call(
     bytes_accessed: int,
     interpret: Any,
     name: str,
+    aliases: Mapping[int, int] | None = None,
 ):
     """`pl.pallas_call` with scalars in SMEM, which kernel and index maps get: the one place for its many settings."""
     results = pl.pallas_call(
@@ -94,6 +96,7 @@ def call(
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=config.vmem_limit_bytes),
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=bytes_accessed, transcendentals=0),
+        input_output_aliases=dict(aliases or {}),
         interpret=interpret or False,
         name=name,
     )(*prefetch, *operands)
@@ -147,6 +150,7 @@ def low_rank_product(
     chunk: int | None = None,
     unrolled: bool = False,
     scratch: Sequence[Any] = (),
+    into: Stacked | None = None,
 ):
     """y = x W + g(f(x)), and f(x).
 
@@ -165,9 +169,10 @@ def low_rank_product(
       chunk: rows that `down` and `up` get at a time; None: as many as masks allow.
       unrolled: whether `step.first` is known when the kernel is traced, rather than a loop's variable.
       scratch: VMEM for `weight`.
+      into: the layer of a stack that y is written to.
 
     Returns:
-      (y (T, m), low (r, T)) in x's dtype.
+      (y (T, m), or the stack with it, low (r, T)) in x's dtype.
     """
     (total, n), tiles = x.shape, config
     if n % tiles.inputs:
@@ -177,7 +182,13 @@ def low_rank_product(
     chunk = chunk or masked_rows(tiles)
     product_rows = math.gcd(PRODUCT_ROWS[x.dtype.itemsize], tiles.rows)
 
+    stack, place = (None, None) if into is None else whole(into)
+    given = () if stack is None else (stack,)
+    # W's layer stays the last of the scalars, and the seed the first.
+    prefetch = prefetch if place is None else (prefetch[0], place, *prefetch[1:])
+
     def kernel(*refs):
+        refs = (*refs[: len(prefetch)], *refs[len(prefetch) + len(given) :])
         scalars, (x_ref,), of_weight, of_down, of_up, (y_ref, z_ref), (low_ref, sum_ref), extra = _split(
             refs, len(prefetch), 1, *counts, 2, 2, len(scratch)
         )
@@ -215,19 +226,24 @@ def low_rank_product(
 
             for_chunks(tiles.rows, chunk, rows, unrolled)
 
-    outputs = (jax.ShapeDtypeStruct((total, columns), x.dtype), jax.ShapeDtypeStruct((rank, total), x.dtype))
+    y = jax.ShapeDtypeStruct((total, columns), x.dtype)
+    low = jax.ShapeDtypeStruct((rank, total), x.dtype)
+    y_spec = pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, k, *_: (i, j))
+    if stack is not None:
+        y_spec = pl.BlockSpec((None, tiles.rows, tiles.columns), lambda i, j, k, seed, place, *_: (place[0], i, j))
     return call(
         kernel,
-        (x, *weight.operands, *down.operands, *up.operands),
+        (*given, x, *weight.operands, *down.operands, *up.operands),
         (
+            *(pl.BlockSpec(memory_space=pl.ANY) for _ in given),
             pl.BlockSpec((tiles.rows, tiles.inputs), lambda i, j, k, *_: (i, k)),
             *weight.specs,
             *down.specs,
             *up.specs,
         ),
-        outputs,
+        (y if stack is None else jax.ShapeDtypeStruct(stack.shape, stack.dtype), low),
         (
-            pl.BlockSpec((tiles.rows, tiles.columns), lambda i, j, k, *_: (i, j)),
+            y_spec,
             pl.BlockSpec((rank, tiles.rows), lambda i, j, k, *_: (0, i)),
         ),
         grid=grid,
@@ -240,9 +256,10 @@ def low_rank_product(
         semantics=("parallel", "arbitrary", "arbitrary"),
         config=config,
         flops=2 * total * (n * columns + rank * (n + columns)),
-        bytes_accessed=bytes_read + bytes_of(x, *outputs),
+        bytes_accessed=bytes_read + bytes_of(x, y, low),
         interpret=interpret,
         name=name,
+        aliases={len(prefetch): 0} if given else {},
     )
 
 

@@ -76,6 +76,8 @@ class KernelFallback(UserWarning):
 FLOPS: dict[str, Callable[..., float]] = {}
 # operation's name -> the same of what is left of it when only the outputs with these numbers are used.
 PARTS: dict[str, Part] = {}
+# operation's name -> the operation that takes a `Stacked` last, and writes its first result there.
+INTO: dict[str, Callable[..., Any]] = {}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 _said: set[str] = set()
@@ -108,6 +110,7 @@ def operation(
     default: Callable[..., Any],
     flops: Callable[..., float] | None = None,
     part: Part | None = None,
+    into: Callable[..., Any] | None = None,
     **platforms: Implementation,
 ) -> Callable[..., Any]:
     """A function whose implementation is chosen by the platform that it is lowered for.
@@ -117,6 +120,8 @@ def operation(
       default: (*args, **static) -> arrays; plain JAX, any shapes. It also says what comes out.
       flops: what the operation costs, by the same arguments as shapes.
       part: what computes some of the outputs for less.
+      into: the operation that takes the same arguments and, last, a layer of a stack (`stacked.Stacked`), which it
+        writes; in the place of the first output, of two axes, it gives the stack.
       **platforms: "tpu" or "cuda" -> Implementation, used where it supports the arguments.
 
     Returns:
@@ -128,6 +133,8 @@ def operation(
     primitive.multiple_results = True
     if flops is not None:
         FLOPS[name] = flops
+    if into is not None:
+        INTO[name] = into
     if part is not None:
         PARTS[name] = part
         partial_eval.dce_rules[primitive] = functools.partial(_dce, part)

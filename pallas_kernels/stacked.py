@@ -3,6 +3,9 @@
 A loop over layers has their kernels in one array W (L, n, m). A kernel of ours is a custom call to XLA, and gets its
 operands whole: W[l] would be copied out of the stack before each call. So the products take the stack and the number
 of the layer, and copy W[l]'s tiles to the chip from there. Plain JAX takes the slice (`taken`), as the loop would.
+
+What a loop keeps of each step is such a stack, too: a custom call's result would be copied to its place there. So
+operations may write a layer of a stack that they are given (`platform.INTO`). Plain JAX puts the result there (`put`).
 """
 
 from __future__ import annotations
@@ -82,6 +85,11 @@ AnyPacked = Packed | Stacked  # a packed kernel, alone or in a stack
 def taken(w: Any) -> Any:
     """w itself, or the layer that it is of a stack."""
     return w.take() if isinstance(w, Stacked) else w
+
+
+def put(out: Stacked, y: jax.Array) -> jax.Array:
+    """The stack with y in the place of the layer."""
+    return jax.lax.dynamic_update_index_in_dim(out.stack, y.astype(out.dtype), out.index, 0)
 
 
 def whole(w: Any) -> tuple[Any, jax.Array | None]:

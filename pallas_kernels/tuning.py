@@ -44,12 +44,12 @@ class Sizes(NamedTuple):
         return f"{self.n} {self.m} {self.r} {jnp.dtype(self.dtype).name}"
 
 
-def kernels(package: str, function: str, sizes: Callable[..., Sizes]) -> dict[str, Any]:
+def kernels(package: str, function: str, sizes: Callable[..., Sizes], like: str | None = None) -> dict[str, Any]:
     """{platform: implementation} of an operation whose kernels are `function` in <package>.gpu and <package>.tpu.
 
     A file of kernels has, beside the functions, `supports_<function>` and a NamedTuple `Config`; the functions take
     `config`. It is imported when a program for its platform is lowered, no sooner. `sizes` takes the operation's
-    arguments.
+    arguments; `like` is the function whose tuned tiles serve, if it is another.
     """
 
     def of(platform: str) -> Implementation:
@@ -57,7 +57,7 @@ def kernels(package: str, function: str, sizes: Callable[..., Sizes]) -> dict[st
             return importlib.import_module(f"{package}.{_FILES[platform]}")
 
         def run(*args, device: str, **static):
-            config = find(f"{package.rpartition('.')[2]}.{function}", device, sizes(*args))
+            config = find(f"{package.rpartition('.')[2]}.{like or function}", device, sizes(*args))
             if config is not None:
                 static["config"] = file().Config(**config)
             return getattr(file(), function)(*args, **static)

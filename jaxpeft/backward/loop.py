@@ -13,6 +13,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.backward.places import empty
 from jaxpeft.backward.programs import Programs, trace
 from jaxpeft.model import Context
 from jaxpeft.quant import is_packed
@@ -104,6 +105,14 @@ class Loop(NamedTuple):
         if add:
             part = self.at(whole, kind, step) + part
         return jax.lax.dynamic_update_index_in_dim(whole, part, self.place(kind, step), 0)
+
+    def once(self, kind) -> bool:
+        """Whether each element of a leaf is part of one step alone."""
+        return kind == "layer" and self.groups == 1
+
+    def total(self, leaf, kind):
+        """Where the gradients of a leaf are put by all steps: zeros, unless each step writes a part of its own."""
+        return (empty if self.once(kind) else jnp.zeros)(leaf.shape, leaf.dtype)
 
     def inputs(self, leaves, streams, step, key):
         """Everything that `function` takes; the last are the layer's number, and its key.

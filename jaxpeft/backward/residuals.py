@@ -43,6 +43,7 @@ from jaxpeft import tree, updates
 from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.backward.loop import Static, join, loop_over
 from jaxpeft.backward.options import options
+from jaxpeft.backward.places import compute, empty, makers
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
@@ -274,21 +275,26 @@ def _forward(loop, plan, leaves, key):
     leaves, key = [leaf.value for leaf in leaves], None if key is None else key.value
     streams = [leaves[i] for i in loop.streams]
     traced, actions, *_ = _decide(loop, plan, leaves, streams, key, perturbed)
-    compute = jaxpr_as_fun(traced.forward)
     shapes = _shapes(traced, streams)
+    numbers = {name: n for n, name in enumerate(traced.names, len(streams)) if actions.get(name) == "save"}
+    placed = makers(traced.forward, list(numbers.values()))
+    numbers = {name: n for name, n in numbers.items() if n in placed}
     record(loop.name, Segment(traced, len(loop.steps), actions, shapes))
 
     def body(carry, step):
         streams, kept = carry
         inputs = loop.inputs(leaves, streams, step, key)
-        results = compute(*inputs)
-        ys, values = results[: len(streams)], results[len(streams) :]
-        values = dict(zip(traced.names, values, strict=True))
+        results = compute(traced.forward, inputs, {n: kept[name] for name, n in numbers.items()}, step)
+        ys = results[: len(streams)]
+        values: dict[Kept, Any] = dict(zip(traced.names, results[len(streams) :], strict=True))
         values |= {(INPUT, n): inputs[i] for n, i in enumerate(loop.streams)}
         seed = _seed(step, key)
         kept, out = dict(kept), {}
         for name, action in actions.items():
             with jax.named_scope(f"save:{name[0]}"):
+                if name in numbers:
+                    kept[name] = values[name]
+                    continue
                 value = _store(values[name], action, name, seed)
                 if action == "offload":
                     out[name] = value  # a loop's results may lie in the host's memory, what it carries may not
@@ -313,7 +319,7 @@ def _backward(loop, plan, saved, d_end):
     streams = [jax.ShapeDtypeStruct(d.shape, x.dtype) for d, x in zip(d_end, like, strict=True)]
     d_end = [jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in d_end]
     traced, actions, closed, used, read = _decide(loop, plan, leaves, streams, key, perturbed)
-    compute = jaxpr_as_fun(closed)
+    pull = jaxpr_as_fun(closed)
     shapes = _shapes(traced, streams)
     moved = [i for i, use in enumerate(perturbed) if use or i in loop.streams]
 
@@ -328,16 +334,16 @@ def _backward(loop, plan, saved, d_end):
             inputs[i] = values.get((INPUT, n))
         inputs = [x for x, use in zip(inputs, used, strict=True) if use]
         d_ys = [loop.at(d, "rows", step) for d in d_streams]
-        found = dict(zip(moved, compute(*inputs, *d_ys, *[values[name] for name in read]), strict=True))
+        found = dict(zip(moved, pull(*inputs, *d_ys, *[values[name] for name in read]), strict=True))
         with jax.named_scope("stream"):
             d_streams = [loop.put(d, found.pop(i), "rows", step) for d, i in zip(d_streams, loop.streams, strict=True)]
         totals = dict(totals)
         for i, part in found.items():
             with jax.named_scope(f"grad:{loop.paths[i]}"):
-                totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=True)
+                totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=not loop.once(loop.kinds[i]))
         return (d_streams, totals), None
 
-    totals = {i: jnp.zeros(leaves[i].shape, leaves[i].dtype) for i in moved if i not in loop.streams}
+    totals = {i: loop.total(leaves[i], loop.kinds[i]) for i in moved if i not in loop.streams}
     (d_streams, totals), _ = jax.lax.scan(body, (d_end, totals), loop.steps, reverse=True)
     totals |= {i: d for i, d in zip(loop.streams, d_streams, strict=True) if perturbed[i]}
     return [totals.get(i) for i in range(len(leaves))], None
@@ -371,7 +377,7 @@ def _empty(shape, action: str, steps: int):
     """Where all steps' values are written; None for what is offloaded."""
     if action == "offload":
         return None
-    return jax.tree.map(lambda x: jnp.zeros((steps, *x.shape), x.dtype), _stored(shape, action))
+    return jax.tree.map(lambda x: empty((steps, *x.shape), x.dtype), _stored(shape, action))
 
 
 @functools.cache

@@ -35,6 +35,7 @@ from jax.interpreters import partial_eval
 from jaxpeft import tree
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.loop import Loop, Static, divide, join, loop_over
+from jaxpeft.backward.places import empty
 from jaxpeft.backward.plan import Plan
 from jaxpeft.backward.programs import decide, trace
 from jaxpeft.backward.residuals import record
@@ -266,7 +267,7 @@ def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
 
     start, valid = encoded(coupling, (x1, x2))
     slots = (len(loop.layers) // coupling.every + 1) * loop.groups if coupling.every and keep else 0
-    pairs = tuple(jnp.zeros((slots, *x.shape[1:]), x.dtype) for x in start) if slots else ()
+    pairs = tuple(empty((slots, *x.shape[1:]), x.dtype) for x in start) if slots else ()
     # The values of one step are carried, and one of each is read at the end: else the branches of this loop would be
     # relieved of them, and be other programs than those of the backward loop.
     made = [[jnp.zeros(v.shape, v.dtype) for v in half.shapes[1:]] for half in halves] if keep else None

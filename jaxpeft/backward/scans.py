@@ -23,6 +23,7 @@ from jax.interpreters import partial_eval
 
 from jaxpeft.backward.inline import evaluate, line_of, names_in, opened
 from jaxpeft.backward.loop import join, loop_over
+from jaxpeft.backward.places import empty
 from jaxpeft.backward.plan import INPUT, Plan, without_codes
 from jaxpeft.backward.planned import named
 from jaxpeft.backward.programs import check_names
@@ -222,8 +223,8 @@ def _replaced(equation: Any, inputs: list[Any], plan: Plan, taken: Sequence[str]
         return (results[: len(streams)], written), None
 
     avals = [scan.outputs[n].aval for n in made]
-    empty = [jnp.zeros((length, *aval.shape), aval.dtype) for aval in avals]
-    x, told = ([start[i] for i in scan.streams], empty), Context(shared={"consts": consts, "fixed": fixed})
+    all_layers = [empty((length, *aval.shape), aval.dtype) for aval in avals]
+    x, told = ([start[i] for i in scan.streams], all_layers), Context(shared={"consts": consts, "fixed": fixed})
     loop, leaves = loop_over(block, "layers", range(length), (xs, before), x, told, False)
     loop, leaves, prefix = named(loop, leaves, None)
     name = _unique(prefix.rpartition("/")[2] or "layers", taken)

@@ -5,7 +5,8 @@ An instruction reads its operands and writes its results once. Of these rules a 
     fusion                its arguments and results; of an argument that it only slices, the slice
     update in place       of a dynamic-update-slice (or a scatter) into its own array, the update
     slice, gather         what is taken out
-    kernel of Pallas      of a stack of layers, handed over whole beside a layer's number (s32[1]), one layer
+    kernel of Pallas      of a stack of layers, handed over whole beside a layer's number (s32[1]), one layer; of one
+                          that it writes in its own place, one layer written, nothing read
     bitcast, tuple, ...   nothing, as nothing is done
     start and done        of an asynchronous operation: once
 
@@ -159,6 +160,8 @@ class _Walk:
             given = [self._instructions[operand] for operand in i.operands]
             if any(operand.shape() == ("s32", (1,)) for operand in given):
                 shares = [1 / o.shape()[1][0] if self._is_stack(o) else 1.0 for o in given]
+            for number in self._layers_written(i).values():
+                shares[number] = 0.0
         return shares
 
     def _is_stack(self, operand: Instruction) -> bool:
@@ -166,8 +169,25 @@ class _Walk:
         argument = origin.opcode == "parameter" and origin.computation == self._program.entry
         return argument and len(operand.shape()[1]) > 2 and operand.shape()[1] == origin.shape()[1]
 
+    def _layers_written(self, i: Instruction) -> dict[Index, int]:
+        """{index of a result: the operand} of the stacks that a kernel of Pallas writes a layer of, in their place."""
+        given = [self._instructions[operand] for operand in i.operands]
+        if i.target not in _PALLAS or not any(operand.shape() == ("s32", (1,)) for operand in given):
+            return {}
+        stacks = {
+            place: number
+            for number, operand in enumerate(given)
+            if len(leaves(operand.shape_proto)) == 1 and len(operand.shape()[1]) > 2
+            if (place := self._flow.places.get(self._flow.value(operand.id) or (-1, ()))) is not None
+        }
+        results = {
+            leaf.at: self._flow.places.get(self._flow.value(i.id, leaf.at) or (-1, ()))
+            for leaf in leaves(i.shape_proto)
+        }
+        return {at: stacks[place] for at, place in results.items() if place in stacks}
+
     def _writes(self, i: Instruction) -> Iterator[Access]:
-        updates = self._updates(i)
+        updates, layers = self._updates(i), self._layers_written(i)
         results = leaves(i.shape_proto)
         if i.opcode == "copy-start":
             results = [leaf for leaf in results if leaf.at == (0,)]
@@ -181,6 +201,8 @@ class _Walk:
                 update = updates[leaf.at]
                 part = self._size(update.operands[2 if update.opcode == "scatter" else 1])
                 size = leaf.bytes * min(1.0, part / max(leaf.elements, 1))
+            if leaf.at in layers:
+                size = leaf.bytes / self._instructions[i.operands[layers[leaf.at]]].shape()[1][0]
             if size:
                 yield Access(self._flow.value(i.id, leaf.at), size, self._space(leaf.space))
 

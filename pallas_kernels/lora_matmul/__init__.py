@@ -81,10 +81,17 @@ low = operation(
     flops=flops_of_low,
     **tuning.kernels("pallas_kernels.lora_matmul", "low", sizes_of_low),
 )
+forward_into = operation(
+    "lora_forward_into",
+    reference.forward_into,
+    flops=flops_of_both,
+    **tuning.kernels("pallas_kernels.lora_matmul", "forward_into", sizes_of_both, like="forward"),
+)
 forward = operation(
     "lora_forward",
     reference.forward,
     flops=flops_of_both,
+    into=forward_into,
     part=Part(outputs=(1,), function=low, args=(0, -3, -1), static=("scale", "rate")),
     **tuning.kernels("pallas_kernels.lora_matmul", "forward", sizes_of_both),
 )

@@ -30,6 +30,18 @@ def forward(x, w, a, b, seed, *, scale: float, rate: float, config: Config | Non
     return y[:t], z[:r, :t]
 
 
+def forward_into(
+    x, w, a, b, seed, out, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
+):
+    """(the stack that `out` (T, m) is a layer of, with y there, z (r, T)); T a multiple of 8."""
+    (t, n), (r, m) = x.shape, b.shape
+    config = config or default_config(t, n, m, r)
+    a, b = whole_ranks(a, b)
+    z = low_product(x, a, seed, transposed=True, scale=scale, rate=rate, config=config, interpret=interpret)
+    stack = product(x, w, z, b, transposed=False, into=out, config=config, interpret=interpret)
+    return stack, z[:r, :t]
+
+
 def low(x, a, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None):
     """z (r, T); see reference.py."""
     t, (n, r) = len(x), a.shape
@@ -62,6 +74,16 @@ def factor_gradient(z, x, seed, *, rate: float, config: Config | None = None, in
 def supports_forward(x, w, a, b, seed, *, scale: float, rate: float) -> bool:
     """Whether `forward` takes arguments of these shapes."""
     return supported(x, w, a, b) and b.shape[0] in RANKS
+
+
+def supports_forward_into(x, w, a, b, seed, out, *, scale: float, rate: float) -> bool:
+    """Whether `forward_into` takes arguments of these shapes: as `forward`, in whole tiles of rows."""
+    return supports_forward(x, w, a, b, seed, scale=scale, rate=rate) and len(x) % ALIGNMENT == 0 and writes(x, out)
+
+
+def writes(x, out) -> bool:
+    """Whether rows of x's products can be written to a layer of a stack."""
+    return out.stack.ndim == 3 and out.dtype == x.dtype and len(x) == out.shape[0]
 
 
 def supports_input_gradient(dy, w, a, b, seed, *, scale: float, rate: float) -> bool:

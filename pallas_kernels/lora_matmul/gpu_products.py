@@ -89,9 +89,9 @@ def seed_of(extra):
     return extra["seed"][0] if "seed" in extra else None
 
 
-def of_layer(ref, extra):
-    """The kernel: the whole, or that of a layer of the stack."""
-    return ref.at[extra["layer"][0]] if "layer" in extra else ref
+def of_layer(ref, extra, name="layer"):
+    """The whole, or a layer of the stack."""
+    return ref.at[extra[name][0]] if name in extra else ref
 
 
 def _of_tile(ref, extra, tile):
@@ -247,15 +247,18 @@ def product(
     config: Config,
     rate=0.0,
     owner=None,
+    into=None,
     interpret=None,
 ):
     """x W + drop(z^T B) (T, m) for w (k, m) and b (r, m), or w (m, k) and b (m, r) if transposed.
 
-    With an owner, b is (G, ...). w may be a layer of a stack.
+    With an owner, b is (G, ...). w may be a layer of a stack. `into`, a layer of a stack, is where the result is
+    written; then that stack is what is given back.
     """
     t, k = x.shape
     m = w.shape[0 if transposed else 1]
     w, layer = whole(w)
+    stack, place = (None, None) if into is None else whole(into)
     columns, slots = config.columns, slots_of_product(config, k, len(z), x.dtype.itemsize, masked=rate > 0)
     steps, low_steps = ceil_div(k, TILE), ceil_div(len(z), TILE)
     row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(m, columns)
@@ -264,10 +267,10 @@ def product(
     shape = (columns, TILE) if transposed else (TILE, columns)
 
     def body(x_ref, w_ref, z_ref, b_ref, extra, y_ref, x_slots, w_slots, staging, full, empty):
-        ring = Ring(full, empty, slots)
+        ring, y_ref = Ring(full, empty, slots), of_layer(y_ref, extra, "place")
 
-        def place(tile):
-            return gpu.snake(tile, row_tiles, column_tiles, config.width)
+        def tile_at(number):
+            return gpu.snake(number, row_tiles, column_tiles, config.width)
 
         def panel(ref, i, column):
             """Step i's part of w or b, for the tile's columns."""
@@ -276,7 +279,7 @@ def product(
 
         def memory():
             def tile(first, number):
-                row, column = place(number)
+                row, column = tile_at(number)
                 mine, own_w = _of_tile(b_ref, extra, row), of_layer(w_ref, extra)
 
                 def step(i, _):
@@ -305,7 +308,7 @@ def product(
             rows = pl.ds(half * TILE, TILE)
 
             def tile(first, number):
-                row, column = place(number)
+                row, column = tile_at(number)
                 start = row * ROWS + half * TILE
 
                 def accumulate(acc):
@@ -373,9 +376,9 @@ def product(
         w,
         z,
         b,
-        scalars(rate, seed, owner=owner, layer=layer),
+        scalars(rate, seed, owner=owner, layer=layer, place=place),
         name="lora_product_transposed" if transposed else "lora_product",
-        out=jax.ShapeDtypeStruct((t, m), x.dtype),
+        out=jax.ShapeDtypeStruct((t, m), x.dtype) if stack is None else stack,
         blocks=blocks,
         interpret=interpret,
         x_slots=gpu.swizzled(slots, ROWS, TILE, dtype=x.dtype),

@@ -18,13 +18,19 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from pallas_kernels.dropout import drop
-from pallas_kernels.stacked import taken
+from pallas_kernels.stacked import put, taken
 
 
 def forward(x, w, a, b, seed, *, scale: float, rate: float):
     """(y (T, m), z (r, T)) of x (T, n), w (n, m), a (n, r), b (r, m), seed () int32; all in x's dtype."""
     z = low(x, a, seed, scale=scale, rate=rate)
     return x @ taken(w) + jnp.einsum("rt,rm->tm", z, b), z
+
+
+def forward_into(x, w, a, b, seed, out, *, scale: float, rate: float):
+    """(the stack that `out` (T, m) is a layer of, with y there, z (r, T)); the others as of `forward`."""
+    y, z = forward(x, w, a, b, seed, scale=scale, rate=rate)
+    return put(out, y), z
 
 
 def low(x, a, seed, *, scale: float, rate: float):

@@ -38,7 +38,7 @@ from pallas_kernels import mosaic_tpu as tpu
 from pallas_kernels import tiles_tpu
 from pallas_kernels.dropout import keep
 from pallas_kernels.mosaic_tpu import Part, Step, dot
-from pallas_kernels.stacked import whole
+from pallas_kernels.stacked import put, whole
 from pallas_kernels.tiles_tpu import Config
 
 __all__ = [
@@ -49,11 +49,13 @@ __all__ = [
     "factor_candidates",
     "factor_gradient",
     "forward",
+    "forward_into",
     "input_gradient",
     "low",
     "low_candidates",
     "supports_factor_gradient",
     "supports_forward",
+    "supports_forward_into",
     "supports_input_gradient",
     "supports_low",
 ]
@@ -61,7 +63,9 @@ __all__ = [
 # The products. `seed` is () int32; `config` None is the default; `interpret` is for `pltpu.InterpretParams`.
 
 
-def forward(x, w, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None):
+def forward(
+    x, w, a, b, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None, out: Any = None
+):
     """(y (T, m), z (r, T)) of x (T, n), w (n, m), a (n, r), b (r, m), seed () int32; all in x's dtype."""
     (total, n), (r, m) = x.shape, b.shape
     config = config or default_config(total, n, m, r, x.dtype.itemsize)
@@ -77,7 +81,17 @@ def forward(x, w, a, b, seed, *, scale: float, rate: float, config: Config | Non
         bytes_read=tiles_tpu.bytes_of(w, a, b),
         interpret=interpret,
         name="lora_forward",
+        into=out,
     )
+
+
+def forward_into(x, w, a, b, seed, out, **options):
+    """(the stack that `out` (T, m) is a layer of, with y there, z (r, T)); options as of `forward`."""
+    config = options.pop("config", None) or default_config(*x.shape, out.shape[1], b.shape[0], x.dtype.itemsize)
+    if len(x) % config.rows:  # a ragged tile would reach beyond the layer
+        y, z = forward(x, w, a, b, seed, config=config, **options)
+        return put(out, y), z
+    return forward(x, w, a, b, seed, out=out, config=config, **options)
 
 
 def input_gradient(
@@ -338,6 +352,12 @@ def configs(function: str, *args) -> list[Config]:
 def supports_forward(x, w, a, b, seed, *, scale: float, rate: float) -> bool:
     """Whether `forward` takes the arguments: bfloat16 or float32, ranks 4 to 256, n and m multiples of 128."""
     return _supported((x, w, a, b), a.shape[-1], w.shape, rate) and x.ndim == 2
+
+
+def supports_forward_into(x, w, a, b, seed, out, *, scale: float, rate: float) -> bool:
+    """Whether `forward_into` takes the arguments: as `forward`, and a layer of x's dtype."""
+    fits = out.stack.ndim == 3 and out.dtype == x.dtype and out.shape == (x.shape[0], w.shape[1])
+    return supports_forward(x, w, a, b, seed, scale=scale, rate=rate) and fits
 
 
 def supports_input_gradient(dy, w, a, b, seed, *, scale: float, rate: float) -> bool:

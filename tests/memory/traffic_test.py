@@ -9,6 +9,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import cli
 from jaxpeft.backward.flops import count_flops, flops_by_name
+from jaxpeft.backward.places import empty
 from jaxpeft.cli import plan
 from jaxpeft.errors import InputError
 from jaxpeft.memory import bars, draw_traffic, dumped, foreign, hlo, targets, traffic
@@ -303,3 +304,23 @@ def test_a_file_of_what_is_in_use_moves_nothing(tmp_path, capsys):
     (tmp_path / "memory.prof").write_bytes(b"")
     assert cli.main(["profile", str(tmp_path / "memory.prof"), "--traffic"]) == 2
     assert "--traffic: not together with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["h200", "v5e"])
+def test_what_a_loop_writes_whole_is_not_filled_before(tmp_path, target):
+    def all_written(x, stack):
+        def layer(carry, step):
+            x, kept = carry
+            kept = jax.lax.dynamic_update_index_in_dim(kept, x, step, 0)
+            return (jnp.tanh(x @ stack[step]), kept), None
+
+        kept = empty((LAYERS, *x.shape), x.dtype)
+        return jax.lax.scan(layer, (x, kept), jnp.arange(LAYERS))[0]
+
+    found, _ = moved(tmp_path, all_written, X, STACK, target=target)
+    assert sum(row.written for row in found.rows if row.kind == "fill") < STREAM
+
+
+def test_what_looks_for_nan_sees_zeros():
+    with jax.debug_nans(True):
+        assert not empty((3, 2), jnp.float32).any()

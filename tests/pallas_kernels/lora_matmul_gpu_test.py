@@ -122,6 +122,33 @@ def test_a_stack_compiles(optimised, capfd, function):
     assert found.opcodes == ["custom-call"] * 2 and found.temporaries == 0
 
 
+@pytest.mark.xfail(strict=True, reason="interpretation gives an array written in its own place back as NaN")
+@pytest.mark.parametrize(("name", "rate"), [("even", 0.25), ("even", 0.0)])
+def test_a_layer_is_written_in_its_stack(name, rate):
+    """The result is that layer, to the bit; the others are as they were."""
+    given = arrays(**shapes.SMALL[name])
+    args = [given[argument] for argument in ARGUMENTS["forward"]]
+    y, z = mosaic.run(gpu.forward, *args, **options("forward", rate))
+    before = jnp.arange(3, dtype=y.dtype)[:, None, None] * jnp.ones_like(y)
+    out = Stacked(before, jnp.int32(1))
+    assert gpu.supports_forward_into(*args, out, **options("forward", rate))
+    stack, low = mosaic.run(gpu.forward_into, *args, out, **options("forward", rate))
+    np.testing.assert_array_equal(stack, before.at[1].set(y))
+    np.testing.assert_array_equal(low, z)
+
+
+def test_a_stack_that_is_written_compiles(optimised, capfd):
+    """Nothing but the kernels, and an array that is not filled: neither the layer nor the stack is copied."""
+    given = structs(8192, 1024, 4096, 16)
+
+    def run(*args, **static):
+        return gpu.forward_into(*args, Stacked(jax.lax.empty((3, 8192, 4096), jnp.bfloat16), jnp.int32(1)), **static)
+
+    found = mosaic.compiled(capfd, run, *(given[name] for name in ARGUMENTS["forward"]), **options("forward", 0.0))
+    assert found.spills and not any(found.spills)
+    assert set(found.opcodes) == {"constant", "custom-call"} and found.temporaries <= 1024
+
+
 def test_what_is_supported():
     def supported(dtype=jnp.bfloat16, r=16, n=256, m=128):
         given = structs(200, n, m, r, dtype)

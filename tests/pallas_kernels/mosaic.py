@@ -119,6 +119,12 @@ def _taught() -> Iterator[None]:
             whole[tuple(slice(extent) for extent in found.shape)] = found
         return whole
 
+    index = gpu_callbacks.get_memory_space_idx
+
+    def index_of(space):
+        """A reference of an array that is written in its own place has no space of its own: it is in GMEM."""
+        return index(mosaic_gpu.plgpu.GMEM if space is None else space)
+
     lock, programs = threading.Lock(), {}
 
     def run_compiled(jaxpr, consts, *args):
@@ -131,6 +137,7 @@ def _taught() -> Iterator[None]:
 
     with (
         mock.patch.object(thread_map, "_run_jaxpr", run_compiled),
+        mock.patch.object(gpu_callbacks, "get_memory_space_idx", index_of),
         mock.patch.object(utils, "to_range", ranges),
         mock.patch.object(memory, "get_buffer_content", read),
         mock.patch.object(memory, "store_buffer_content", write),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import packed
-from pallas_kernels.lora_matmul import lora_matmul
+from pallas_kernels.lora_matmul import forward, forward_into, lora_matmul
 from pallas_kernels.lora_matmul import tpu as lora_tpu
 from pallas_kernels.multi_lora_matmul import multi_lora_matmul
 from pallas_kernels.multi_lora_matmul import tpu as multi_tpu
@@ -110,3 +110,39 @@ def test_tpu_kernels_read_it_where_it_lies(optimised, name):
     made, _ = compiled("v5e", function, *shapes, **static)
     # Besides, the layer's number as a vector. A copy of the layer would be a MiB, or half of one.
     assert made.memory.temporaries <= 4096 + (4 * 512 * 1024 // 128 if format else 0)
+
+
+@pytest.mark.parametrize("rows", [256, 264])
+def test_a_tpu_kernel_writes_it_where_it_lies(optimised, rows):
+    """To the bit what is written elsewhere, interpreted; compiled, no copy of the layer."""
+    args = normal(rows, 128), *kernels(128, 128)[:1], normal(128, 8), normal(8, 128), jnp.int32(3)
+    static = {"scale": 1.5, "rate": 0.2}
+    config = lora_tpu.Config(128, 128, 128)
+    y, z = lora_tpu.forward(*args, **static, config=config, interpret=INTERPRETED)
+    before = normal(LAYERS, rows, 128, seed=2)
+    out = Stacked(before, jnp.int32(LAYER))
+    assert lora_tpu.supports_forward_into(*args, out, **static)
+    stack, low = lora_tpu.forward_into(*args, out, **static, config=config, interpret=INTERPRETED)
+    np.testing.assert_array_equal(stack, before.at[LAYER].set(y))
+    np.testing.assert_array_equal(low, z)
+
+    def run(*args, **static):
+        out = jax.lax.empty((LAYERS, 2048, 1024), jnp.bfloat16)
+        return lora_tpu.forward_into(*args, Stacked(out, jnp.int32(LAYER)), **static)
+
+    _, (x, *rest), static, _ = calls(2048, 512, 1024, 16, jnp.bfloat16)["lora forward"]
+    w = Stacked(jnp.zeros((LAYERS, 512, 1024), jnp.bfloat16), jnp.int32(LAYER))
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (x, w, *rest))
+    made, _ = compiled("v5e", run, *shapes, **static)
+    assert made.memory.temporaries <= 8192
+
+
+@pytest.mark.parametrize("rows", [5, 128])
+def test_plain_jax_writes_the_same(rows):
+    x, a, b = normal(rows, 128), normal(128, 4), normal(4, 64)
+    w, _ = kernels(128, 64)
+    y, z = forward(x, w, a, b, jnp.int32(3), scale=1.5, rate=0.2)
+    before = normal(LAYERS, rows, 64, seed=2)
+    stack, low = forward_into(x, w, a, b, jnp.int32(3), Stacked(before, jnp.int32(LAYER)), scale=1.5, rate=0.2)
+    np.testing.assert_array_equal(stack, before.at[LAYER].set(y))
+    np.testing.assert_array_equal(low, z)
