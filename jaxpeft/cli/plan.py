@@ -148,6 +148,7 @@ def _measured(step: Any, device: Any) -> int:
     import jax
     import jax.numpy as jnp
 
+    from jaxpeft.compilation import compiled
     from jaxpeft.memory import targets
 
     if not targets.attached(device):
@@ -159,9 +160,10 @@ def _measured(step: Any, device: Any) -> int:
             return jax.random.key(0)
         return jnp.ones(x.shape, x.dtype)
 
-    state = jax.tree.map(filled, step.state)
-    batch = jax.tree.map(filled, step.batch)
-    return targets.measured_peak(jax.jit(step.function, donate_argnums=0), state, batch)
+    function = compiled(jax.jit(step.function, donate_argnums=0).lower(step.state, step.batch))
+    state = jax.block_until_ready(jax.tree.map(filled, step.state))
+    batch = jax.block_until_ready(jax.tree.map(filled, step.batch))
+    return targets.measured_peak(function, state, batch)
 
 
 def _moved(found: dict[str, Any], unit: int) -> tuple[str, str, str]:

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import tree
+from jaxpeft import compilation, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.plan import Plan, parse
@@ -187,7 +187,9 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
       InputError: for a slice whose devices do not divide the rows.
     """
     traced = cost(step) if traced is None else traced
-    compiled = targets.compile(target, step.function, *placed(step, target), donate_argnums=0, dump=dump)
+    options = compilation.options(target.platform)
+    state, batch = placed(step, target)
+    compiled = targets.compile(target, step.function, state, batch, donate_argnums=0, dump=dump, options=options)
     return {
         "target": target.name,
         "save": str(step.plan),
