@@ -46,6 +46,15 @@ def test_no_stack_is_widened_by_a_bfloat16_step(narrow):
     assert not (stacks["bf16"] & stacks["f32"])
 
 
+def test_a_kept_part_is_put_in_its_place_in_16_bits(narrow):
+    """Not by widening all layers' parts to replace one's, which a loop would do that fuses the two conversions."""
+    step, executable = narrow
+    rows, length = step.batch["tokens"].shape
+    kept = rf"\[{LAYERS},{rows},{length},\d+\]"
+    assert re.search(rf"= u16{kept}\S* dynamic-update-slice", executable.as_text())
+    assert not re.search(rf"= f32{kept}\S* dynamic-update-slice", executable.as_text())
+
+
 def test_what_is_planned_is_what_runs(narrow):
     step, executable = narrow
     planned = planner.row(step, CPU)["bytes"]
