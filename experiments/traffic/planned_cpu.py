@@ -3,7 +3,7 @@
     python -m experiments.traffic.planned_cpu           # a quarter of an hour on two CPU cores; resumes
     python -m experiments.traffic.planned_cpu --draw    # table from the data
 
-RESULT
+29 of 30 steps are within 10 %, +0.3 to +10.6 %; SmolLM2-135M takes some 65 MiB more than planned whatever it keeps.
 
 Each row is a process of its own: `jaxpeft plan --target cpu --check`, LoRA of rank 8 on every linear map. Planned are
 the compiler's bytes of the step; measured is the most that the process has resident while a step runs, above what it

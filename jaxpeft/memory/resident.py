@@ -24,26 +24,26 @@ def most_resident(call: Callable[[], Any]) -> int:
       InputError: where there is no such count.
     """
     try:
+        _settle()
         with contextlib.suppress(AttributeError):  # freed memory that the allocator keeps would be taken unseen
             ctypes.CDLL(None).malloc_trim(0)
-        before = _settled()
         (_PROCESS / "clear_refs").write_text("5")  # the peak begins anew
+        before = _bytes("VmRSS")
         jax.block_until_ready(call())
         return _bytes("VmHWM") - before
     except OSError as error:
         raise InputError(f"no memory statistics on this cpu: {error}; measure on Linux, a GPU or a TPU") from error
 
 
-def _settled(polls: int = 40, seconds: float = 0.05) -> int:
-    """The bytes that are resident when threads that run on, as a device's do, give nothing more back."""
+def _settle(polls: int = 40, seconds: float = 0.05) -> None:
+    """Waits until threads that run on, as a device's do, give nothing more back."""
     last = _bytes("VmRSS")
     for _ in range(polls):
         time.sleep(seconds)
         now = _bytes("VmRSS")
         if now >= last:
-            break
+            return
         last = now
-    return _bytes("VmRSS")
 
 
 def _bytes(name: str) -> int:
