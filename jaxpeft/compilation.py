@@ -1,4 +1,4 @@
-"""Compiled programs kept for the next run: JAX's persistent compilation cache, in the user's cache folder.
+"""How programs are compiled, and kept for the next run: JAX's persistent compilation cache, in the user's cache folder.
 
     CACHE/compiled/MACHINE/   JAX's files, one for each program
 
@@ -33,6 +33,11 @@ _SETTINGS: dict[str, Any] = {
     "jax_persistent_cache_min_entry_size_bytes": -1,
     "jax_raise_persistent_cache_errors": False,
 }
+
+# XLA has no 16-bit arithmetic on a CPU: it widens a layer's slice of a stack as the slice of a widened stack. Without
+# this pass that stays where it is, and costs a layer; with it, the widened stack is made before the loop, and kept.
+_OPTIONS: dict[str, dict[str, Any]] = {"cpu": {"xla_disable_hlo_passes": "while-loop-invariant-code-motion"}}
+
 _READING, _WRITING = (f"Error {doing} persistent compilation cache" for doing in ("reading", "writing"))
 
 
@@ -82,17 +87,26 @@ def cached(wanted: bool = True) -> Iterator[Path | None]:
         yield place
 
 
+def options(platform: str) -> dict[str, Any]:
+    """The compiler's options for whole steps on "cpu", "cuda" or "tpu", as `jax.jit(compiler_options=...)` takes them.
+
+    On a CPU they keep a step in a 16-bit type from holding the stacks of kernels and of kept arrays in float32 as well.
+    """
+    return dict(_OPTIONS.get(platform, {}))
+
+
 def compiled(lowered: Any) -> Any:
-    """`lowered.compile()`, of which the compiler's `memory_analysis()` is known.
+    """`lowered` compiled with `options` for the default backend, of which the `memory_analysis()` is known.
 
     Not every platform can say it of a program that comes from the cache; there it is compiled.
     """
-    executable = lowered.compile()
+    chosen = options(jax.default_backend())
+    executable = lowered.compile(chosen) if chosen else lowered.compile()
     with contextlib.suppress(Exception):  # what a platform raises that cannot is its own
         if executable.memory_analysis() is not None:
             return executable
     with _settings({"jax_enable_compilation_cache": False}):
-        return lowered.compile({})  # options, none as they are: without them it would give the same one again
+        return lowered.compile(chosen)  # options, though there be none: without them it would give the same one again
 
 
 @contextlib.contextmanager

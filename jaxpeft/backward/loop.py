@@ -6,6 +6,7 @@ work on shrinks with the group. A step is one block on one group; layers are the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,6 +26,26 @@ def num_groups(rows: int, tokens_per_row: int, tokens: int, shards: int = 1) -> 
     own = max(rows // shards, 1)
     most = max(tokens // tokens_per_row, 1)
     return next(groups for groups in range(1, own + 1) if own % groups == 0 and own // groups <= most)
+
+
+def replaced(whole, part, place):
+    """whole (L, ...) with its row number `place` replaced by part (...).
+
+    XLA has no 16-bit floating point on a CPU: it would widen all rows to replace one, and narrow them again. Integers
+    it moves as they are.
+    """
+    if whole.dtype not in (jnp.bfloat16, jnp.float16):
+        return jax.lax.dynamic_update_index_in_dim(whole, part, place, 0)
+
+    def floats(whole, part, place):
+        return jax.lax.dynamic_update_index_in_dim(whole, part, place, 0)
+
+    def integers(whole, part, place):
+        bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
+        found = jax.lax.dynamic_update_index_in_dim(bits(whole), bits(part), place, 0)
+        return jax.lax.bitcast_convert_type(found, whole.dtype)
+
+    return jax.lax.platform_dependent(whole, part, place, cpu=integers, default=floats)
 
 
 def divide(x, groups):
@@ -104,7 +125,7 @@ class Loop(NamedTuple):
             return whole + part if add else part
         if add:
             part = self.at(whole, kind, step) + part
-        return jax.lax.dynamic_update_index_in_dim(whole, part, self.place(kind, step), 0)
+        return replaced(whole, part, self.place(kind, step))
 
     def once(self, kind) -> bool:
         """Whether each element of a leaf is part of one step alone."""

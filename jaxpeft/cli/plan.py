@@ -144,6 +144,7 @@ def _measured(step: Any, device: Any) -> int:
     import jax
     import jax.numpy as jnp
 
+    from jaxpeft.compilation import compiled
     from jaxpeft.memory import targets
     from jaxpeft.train.step import in_place
 
@@ -156,9 +157,11 @@ def _measured(step: Any, device: Any) -> int:
             return jax.random.key(0)
         return jnp.ones(x.shape, x.dtype)
 
-    state = jax.tree.map(filled, step.state)
-    batch = jax.tree.map(filled, step.batch)
-    return targets.measured_peak(jax.jit(in_place(step.function), donate_argnums=0), *state.parted, batch)
+    jitted = jax.jit(in_place(step.function), donate_argnums=0)
+    function = compiled(jitted.lower(*step.state.parted, step.batch))
+    state = jax.block_until_ready(jax.tree.map(filled, step.state))
+    batch = jax.block_until_ready(jax.tree.map(filled, step.batch))
+    return targets.measured_peak(function, *state.parted, batch)
 
 
 def _moved(found: dict[str, Any], unit: int) -> tuple[str, str, str]:

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import tree
+from jaxpeft import compilation, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.plan import Plan, parse
@@ -192,7 +192,8 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     """
     traced = cost(step) if traced is None else traced
     state, batch = placed(step, target)
-    compiled = targets.compile(target, in_place(step.function), *state.parted, batch, donate_argnums=0, dump=dump)
+    args, options = (*state.parted, batch), compilation.options(target.platform)
+    compiled = targets.compile(target, in_place(step.function), *args, donate_argnums=0, dump=dump, options=options)
     return {
         "target": target.name,
         "save": str(step.plan),

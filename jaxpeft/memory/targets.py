@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
@@ -45,6 +46,7 @@ from jaxpeft.errors import InputError, first_line
 from jaxpeft.executable import Memory, analysed, assigned
 from jaxpeft.memory import hlo
 from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS, Kind
+from jaxpeft.memory.resident import most_resident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,6 +254,7 @@ def compile(
     dump: str | os.PathLike[str] | None = None,
     in_shardings: Any = None,
     out_shardings: Any = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Compiled:
     """Compiles `function(*args)` for a target; nothing is allocated or run.
 
@@ -263,6 +266,7 @@ def compile(
       dump: a folder for XLA's files: HLO before and after optimisation, buffer assignment, live ranges.
       in_shardings: as for `jax.jit`, over `devices(target)`, in place of the arguments' own.
       out_shardings: as for `jax.jit`; None leaves them to the compiler.
+      options: of the compiler, as `jax.jit(compiler_options=...)` takes them.
 
     Raises:
       InputError: if the target's compiler is not installed.
@@ -272,14 +276,19 @@ def compile(
     shardings |= {"out_shardings": out_shardings} if out_shardings is not None else {}
     default = None if in_shardings is not None else SingleDeviceSharding(devices(target)[0])
     lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*abstract(args, default))
-    return compile_lowered(target, lowered, dump)
+    return compile_lowered(target, lowered, dump, options)
 
 
-def compile_lowered(target: Target, lowered: Any, dump: str | os.PathLike[str] | None = None) -> Compiled:
+def compile_lowered(
+    target: Target,
+    lowered: Any,
+    dump: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Compiled:
     """What `compile` does with a function that is lowered for the target's devices."""
     executable, refusal = None, None
     with _dump_folder(target, dump) as folder:
-        options: dict[str, Any] = _GPU_OPTIONS if target.platform == "cuda" else {}
+        options = {**(_GPU_OPTIONS if target.platform == "cuda" else {}), **(options or {})}
         if folder is not None:
             options = {**options, "xla_dump_to": str(folder), **hlo.DUMP_OPTIONS}
         try:
@@ -365,12 +374,17 @@ def attached(target: Target) -> bool:
 def measured_peak(function: Callable[..., Any], *args: Any) -> int:
     """Bytes in use at the peak, on the attached device, after `function(*args)` has run.
 
-    The allocator counts from the start of the process: measure in a fresh one, whose arguments are what the plan has.
+    An accelerator's allocator counts from the start of the process: measure in a fresh one, whose arguments are what
+    the plan has. A CPU's memory is the process's, of which Linux says the most that was resident: what `function`,
+    compiled (`jax.stages.Compiled`), adds to its arguments while it runs.
 
     Raises:
-      InputError: if the device keeps no such statistics (a cpu).
+      InputError: if neither keeps such statistics.
     """
     device = jax.devices()[0]
+    if device.platform == "cpu":
+        jax.block_until_ready(function(*jax.tree.map(jnp.copy, args)))  # the code comes into memory, too, once
+        return sum(x.nbytes for x in jax.tree.leaves(args)) + most_resident(lambda: function(*args))
     jax.block_until_ready(function(*args))
     statistics = device.memory_stats()
     if not statistics or "peak_bytes_in_use" not in statistics:

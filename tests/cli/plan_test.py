@@ -127,7 +127,6 @@ def test_a_budget_prints_a_plan_that_it_takes_back(config, capsys):
         (["--picture", "absent/bars.png"], "--picture absent/bars.png: there is no folder absent"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--accumulate", "3"], "--accumulate 3: must divide --batch-size 2"),
-        (["--check"], "no memory statistics on cpu"),
         (["--check", "--target", "h200"], "--check: the target is h200, attached is cpu"),
     ],
 )
