@@ -29,12 +29,22 @@ def bytes_per_token(model, trainable, frozen, make_batch, of="hidden"):
     return (kept[1] - kept[0]) / tokens
 
 
-def intermediates(jaxpr):
-    """Shapes of all values in a jaxpr and in the jaxprs inside it."""
+def equations(jaxpr):
+    """All equations of a jaxpr and of the jaxprs inside it."""
     for equation in jaxpr.eqns:
-        for variable in equation.outvars:
-            yield variable.aval.shape
+        yield equation
         for parameter in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
             inner = getattr(parameter, "jaxpr", parameter)
             if hasattr(inner, "eqns"):
-                yield from intermediates(inner)
+                yield from equations(inner)
+
+
+def intermediates(jaxpr):
+    """Shapes of all values in a jaxpr and in the jaxprs inside it."""
+    return [variable.aval.shape for equation in equations(jaxpr) for variable in equation.outvars]
+
+
+def products(jaxpr):
+    """Shapes of the operands and the result of every matrix product."""
+    dots = [equation for equation in equations(jaxpr) if equation.primitive.name == "dot_general"]
+    return [[variable.aval.shape for variable in (*dot.invars, *dot.outvars)] for dot in dots]

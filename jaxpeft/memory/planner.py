@@ -133,7 +133,7 @@ class Cost(NamedTuple):
     """What a step's trace tells, without a compiler.
 
     flops: of its matrix products, recomputation included.
-    recompute_flops: of products that the backward pass computes again, the loss's head included.
+    recompute_flops: of products that the backward pass computes again.
     activations: bytes that are kept for the backward pass on the device; host: likewise in the host's memory.
     segments: the layers as they were traced, of one micro-batch; {} under plain autodiff.
     """
@@ -153,11 +153,6 @@ def cost(step: Step) -> Cost:
     if not step.backward:
         return Cost(flops, 0.0, 0, 0, {})
     again = step.accumulate * sum(segment.recompute_flops() for segment in segments.values())
-    if step.task.head_again:
-        params = jax.eval_shape(lambda state: state.params, step.state)
-        x = jax.eval_shape(lambda params, batch: step.model.hidden(params, batch), params, step.batch)
-        tokens = jax.ShapeDtypeStruct((x.shape[0] * x.shape[1], x.shape[2]), x.dtype)
-        again += count_flops(jax.make_jaxpr(step.model.head)(params, tokens))
     activations = activation_bytes(segments, step.model, step.state, step.batch, step.accumulate, step.task.loss)
     return Cost(flops, again, activations, kept_bytes(segments, "host"), segments)
 

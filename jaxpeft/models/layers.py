@@ -35,7 +35,7 @@ def lookup(table: Any, ids: jax.Array) -> jax.Array:
 @functools.singledispatch
 def unembed(table: Any, x: jax.Array) -> jax.Array:
     """x (..., d) times a table (V, d) transposed, in x's dtype: the logits of a tied head."""
-    return x @ table.astype(x.dtype).T
+    return jnp.einsum("...d,vd->...v", x, table.astype(x.dtype))  # no transpose, which a loop would keep as a copy
 
 
 class Dense(nn.Module):

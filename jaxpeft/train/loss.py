@@ -3,25 +3,33 @@
     loss = sum_t w_t (logsumexp(head(h_t)) - head(h_t)[target_t]) / sum_t w_t
 
 Float32 logits of all tokens are often the largest array of a fine-tuning step (16 x 1024 tokens x 128k words: 8 GiB).
-Here the head runs over chunks of tokens, and each chunk's logits are computed again in the backward pass. The head is
-the model's own function, so adapters on it, tied embeddings and final norms need no special case.
+Here the head runs over chunks of tokens. A chunk's gradient is taken while its logits exist, so that the head's product
+is computed once: what is kept for the backward pass are d h of all tokens, in place of h, and the gradients of what
+trains in the head (as in Liger Kernel, Hsu et al. 2024, arXiv:2410.10989). The head is the model's own function, so
+adapters on it, tied embeddings and final norms need no special case.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
 import jax
 import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.model import Batch, Model
 
+LOGIT_BYTES = 1 << 26  # of the logits that exist at once, in the type of the stream
+
 
 def completion_loss(
-    model: Model, params: tree.Params, batch: Batch, key: jax.Array | None = None, chunk: int = 512
+    model: Model, params: tree.Params, batch: Batch, key: jax.Array | None = None, chunk: int | None = None
 ) -> tuple[jax.Array, dict[str, Any]]:
     """Mean cross-entropy over the tokens that count.
 
@@ -30,7 +38,7 @@ def completion_loss(
       params: nested parameters.
       batch: tokens, targets (B, S) int32; loss_weights (B, S) float32, 0 for prompts and padding.
       key: dropout key, or None.
-      chunk: tokens whose logits exist at once.
+      chunk: tokens whose logits exist at once; None: as many as have `LOGIT_BYTES` (bfloat16: 256 at 128k words).
 
     Returns:
       (loss, aux): nats per token; aux["weight"] is the sum of the weights, by which micro-batches are averaged. A
@@ -43,23 +51,110 @@ def completion_loss(
     chex.assert_type([batch["targets"], batch["loss_weights"]], [int, float])
     x = model.hidden(params, batch, key)
     chex.assert_shape([x[..., 0], batch["targets"], batch["loss_weights"]], x.shape[:2])
-    tokens = x.shape[0] * x.shape[1]
-    chunk = min(chunk, tokens)
-    pad = -tokens % chunk
-    x = jnp.pad(x.reshape(tokens, -1), ((0, pad), (0, 0))).reshape(-1, chunk, x.shape[-1])
-    targets = jnp.pad(batch["targets"].reshape(-1), (0, pad)).reshape(-1, chunk)
-    weights = jnp.pad(batch["loss_weights"].reshape(-1), (0, pad)).reshape(-1, chunk)
-
-    @jax.checkpoint
-    def part(total, inputs: tuple[jax.Array, jax.Array, jax.Array]):
-        h, target, weight = inputs
-        logits = model.head(params, h)
-        at_target = jnp.take_along_axis(logits, target[:, None], axis=-1)[:, 0]
-        return total + jnp.sum(weight * (jax.nn.logsumexp(logits, axis=-1) - at_target)), None
-
-    total, _ = jax.lax.scan(part, jnp.zeros((), jnp.float32), (x, targets, weights))
     weight = jnp.sum(batch["loss_weights"], dtype=jnp.float32)
-    return total / jnp.maximum(weight, 1e-9), {"weight": weight}
+    shares = batch["loss_weights"] / jnp.maximum(weight, 1e-9)
+
+    x = x.reshape(-1, x.shape[-1])
+    vocabulary = jax.eval_shape(model.head, params, x[:1]).shape[-1]
+    chunks = _chunks(len(x), max(LOGIT_BYTES // (vocabulary * x.dtype.itemsize), 1) if chunk is None else chunk)
+    x, targets, shares = (_cut(rows, chunks) for rows in (x, batch["targets"].reshape(-1), shares.reshape(-1)))
+    head, leaves = _traced(model.head, params, x[0])
+    return _total(head, leaves, [x, targets, shares]), {"weight": weight}
+
+
+def _chunks(tokens: int, most: int) -> int:
+    """The number of chunks of at most `most` tokens: one that divides them if that makes no more than twice as many.
+
+    >>> _chunks(4096, 130), _chunks(1000, 512), _chunks(1009, 512)
+    (32, 2, 2)
+    """
+    fewest = -(-tokens // most)
+    return next((chunks for chunks in range(fewest, 2 * fewest) if tokens % chunks == 0), fewest)
+
+
+def _cut(rows: jax.Array, chunks: int) -> jax.Array:
+    """(tokens, ...) -> (chunks, tokens of each, ...), the last filled up with zeros."""
+    rows = jnp.pad(rows, ((0, -len(rows) % chunks), *[(0, 0)] * (rows.ndim - 1)))
+    return rows.reshape(chunks, -1, *rows.shape[1:])
+
+
+def _traced(head: Callable[..., jax.Array], params: tree.Params, x: jax.Array) -> tuple[ClosedJaxpr, list[Any]]:
+    """(the head as a jaxpr of (*leaves, x (n, d)), the leaves: what it reads of `params` and what it closes over)."""
+    leaves, treedef = jax.tree.flatten(params)
+    closed = jax.make_jaxpr(lambda leaves, x: head(treedef.unflatten(leaves), x))(leaves, x)
+    leaves = [*closed.consts, *leaves]
+    opened = closed.jaxpr.replace(
+        constvars=[],
+        invars=[*closed.jaxpr.constvars, *closed.jaxpr.invars],
+        debug_info=closed.jaxpr.debug_info.with_unknown_names(),
+    )
+    pruned, used = partial_eval.dce_jaxpr(opened, [True], instantiate=[*[False] * len(leaves), True])
+    return ClosedJaxpr(pruned, ()), [leaf for leaf, use in zip(leaves, used, strict=False) if use]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _total(head: ClosedJaxpr, leaves: list[Any], rows: list[jax.Array]) -> jax.Array:
+    """sum_t w_t (logsumexp(head(h_t)) - head(h_t)[target_t]), () float32.
+
+    Args:
+      head: of `_traced`.
+      leaves: that it reads.
+      rows: x (C, n, d), targets (C, n) and weights (C, n) of the C chunks.
+    """
+
+    def add(total, chunk):
+        x, target, weight = chunk
+        (logits,) = jaxpr_as_fun(head)(*leaves, x)
+        losses, _ = _losses(logits, target, weight)
+        return total + jnp.sum(weight * losses), None
+
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), rows)[0]
+
+
+def _losses(logits, target, weight):
+    """Float32 cross-entropies (n,), NaN for a token that counts with a target that is no word; d losses / d logits."""
+    logits, words = logits.astype(jnp.float32), logits.shape[-1]
+    zero = target[0] - target[0]  # of the chunk: JAX would take (n, V) numbers of none out of the loop, and keep them
+    hit = jnp.arange(words) + zero == target[:, None]
+    known = ((target >= 0) & (target < words)) | (weight == 0)
+    at_target = jnp.sum(jnp.where(hit, logits, zero.astype(jnp.float32)), axis=-1)
+    scale = jax.nn.logsumexp(logits, axis=-1)
+    return scale - jnp.where(known, at_target, jnp.nan), jnp.exp(logits - scale[:, None]) - hit
+
+
+def _total_jvp(head, primals, tangents):
+    """The loop takes each chunk's gradient too; the tangent of the total is its inner product with the tangents."""
+    leaves, rows = primals
+    along = [*tangents[0], *tangents[1]]
+    moved = [i for i, d in enumerate(along) if not isinstance(d, SymbolicZero)]
+    of_leaves, of_head = ([i for i in moved if i < end] for end in (len(leaves), len(leaves) + 1))
+
+    def add(carry, chunk):
+        (total, sums), (x, target, weight) = carry, chunk
+        inputs = [*leaves, x]
+
+        def logits(*values):
+            own = dict(zip(of_head, values, strict=True))
+            return jaxpr_as_fun(head)(*[own.get(i, given) for i, given in enumerate(inputs)])[0]
+
+        found, pull = jax.vjp(logits, *[inputs[i] for i in of_head])
+        losses, derivative = _losses(found, target, weight)
+        of_weight = [losses for i in moved if i not in of_head]
+        gradient = [*pull((weight[:, None] * derivative).astype(found.dtype)), *of_weight]
+        sums = [a + b for a, b in zip(sums, gradient, strict=False)]
+        return (total + jnp.sum(weight * losses), sums), gradient[len(of_leaves) :]
+
+    start = jnp.zeros((), jnp.float32), [jnp.zeros_like(leaves[i]) for i in of_leaves]
+    (total, sums), of_rows = jax.lax.scan(add, start, rows)
+    inner = map(_inner, [*sums, *of_rows], [along[i] for i in moved])
+    return total, sum(inner, jnp.zeros((), jnp.float32))
+
+
+def _inner(gradient, tangent):
+    return jnp.sum(gradient.astype(jnp.float32) * tangent.astype(jnp.float32))
+
+
+_total.defjvp(_total_jvp, symbolic_zeros=True)
 
 
 def classification_loss(

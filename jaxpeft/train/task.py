@@ -74,7 +74,6 @@ class Task(NamedTuple):
     shapes: (config.json's configuration, rows, tokens, packed) -> {name: ShapeDtypeStruct} of a batch.
     counts: what aux["weight"] counts, as metrics.jsonl calls it.
     unit: of the loss.
-    head_again: whether the backward pass computes the head's products again.
     """
 
     read: Callable[..., Data]
@@ -85,7 +84,6 @@ class Task(NamedTuple):
     shapes: Callable[..., dict[str, jax.ShapeDtypeStruct]]
     counts: str
     unit: str
-    head_again: bool
 
 
 # Texts that are continued.
@@ -169,7 +167,6 @@ TASKS = {
         shapes=_text_shapes,
         counts="target_tokens",
         unit="nats per token",
-        head_again=True,
     ),
     "classify": Task(
         read=_read_rows,
@@ -180,7 +177,6 @@ TASKS = {
         shapes=_row_shapes,
         counts="rows",
         unit="per row",
-        head_again=False,
     ),
 }
 
