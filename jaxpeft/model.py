@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxpeft import tree
+from jaxpeft import sharding, tree
 
 Batch = Mapping[str, jax.Array]
 Cache = Mapping[str, jax.Array]
@@ -197,12 +197,13 @@ def scan_layers(
       cache: None, or a pytree with leading axis L (all layers), which comes back updated.
     """
     x, ctx = stack.embed(params, batch, key)
-    parts = []
+    x, parts = sharding.rows(x), []
     for segment, first, end in tree.segments(params):
 
         def body(x, per_layer, segment=segment):
             layer, index, past = per_layer
-            return stack.block(layer, x, ctx.at(index, key), past, segment)
+            x, past = stack.block(sharding.gathered(layer, segment), x, ctx.at(index, key), past, segment)
+            return sharding.rows(x), past
 
         part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
         x, part = jax.lax.scan(body, x, (params[segment], jnp.arange(first, end), part))

@@ -249,12 +249,14 @@ def rows(x: Any, axis: int = 0) -> Any:
 def gathered(params: tree.Params, segment: str = "") -> tree.Params:
     """Nested parameters, whole over `fsdp`: those of one layer of a segment, or those beside the layers."""
     mesh = _mesh()
-    if mesh is None or mesh.shape["fsdp"] == 1:
+    if mesh is None or mesh.shape["fsdp"] == 1 or not isinstance(params, Mapping):
         return params
     flat = {f"{segment}/{path}" if segment else path: taken(leaf) for path, leaf in tree.flatten(params).items()}
     shapes = {path: leaf.shape for path, leaf in flat.items()}
 
     def put(x, spec):
+        if "fsdp" not in spec:
+            return x
         kept = [axis if axis != "fsdp" else None for axis in spec]
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
 
