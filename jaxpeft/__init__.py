@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from jaxpeft.train.masked import masked, trainable_mask
     from jaxpeft.train.run import Run, run
     from jaxpeft.train.state import TrainState, init_state
-    from jaxpeft.train.step import make_train_step
+    from jaxpeft.train.step import jit_step, make_train_step
     from jaxpeft.tree import combine, split
 
 _MODULE_OF = {
@@ -77,6 +77,7 @@ _MODULE_OF = {
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
     "lst": "methods.lst",
+    "jit_step": "train.step",
     "make_train_step": "train.step",
     "masked": "train.masked",
     "meft": "methods.meft",

@@ -15,10 +15,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import tree
+from jaxpeft import decoding, tree
 from jaxpeft.backward.loop import num_groups
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Cache, Context, Model, Stack, scan_layers
+from jaxpeft.model import Batch, Cache, Context, Model, Stack, scan_layers, takes_stacks
 
 
 class Features(NamedTuple):
@@ -28,7 +28,7 @@ class Features(NamedTuple):
     kept: (K, B, S, d), the outputs of the chosen layers in order.
     last: h_L (B, S, d).
     ctx: the context, of no layer.
-    cache: the backbone's, after the pass; None without.
+    cache: the backbone's, which these layers have written; its index is still that of before. None without.
     """
 
     embedded: jax.Array
@@ -53,32 +53,26 @@ def frozen_pass(
       params: nested parameters.
       batch: as the model takes it.
       layers: whose outputs are kept, ascending, counted from 0.
-      cache: None, or the backbone's, with leading axis L.
+      cache: None, or the backbone's.
       until: the layer to stop before, where the stack has been cut (`tree.cut_layers`); None: all run.
     """
     x, ctx = jax.lax.stop_gradient(stack.embed(params, batch, None))
     embedded, slots = x, jnp.asarray(layers, jnp.int32)
     kept = jnp.zeros((len(layers), *x.shape), x.dtype)
-    parts = []
     for segment, first, end in tree.segments(params):
         if until is not None and first >= until:
             break
 
-        def body(carry, per_layer, segment=segment):
+        def step(carry, layer, index, past, segment=segment):
             x, kept = carry
-            layer, index, past = per_layer
             x, past = jax.lax.stop_gradient(stack.block(layer, x, ctx.at(index), past, segment))
             # Every layer writes where the next chosen one will; what comes after the last is written nowhere.
             with jax.named_scope("save:features"):
                 kept = kept.at[jnp.searchsorted(slots, index)].set(x, mode="drop")
             return (x, kept), past
 
-        part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
-        frozen = jax.lax.stop_gradient(params[segment])
-        (x, kept), part = jax.lax.scan(body, (x, kept), (frozen, jnp.arange(first, end), part))
-        parts.append(part)
-    if cache is not None:
-        cache = jax.tree.map(lambda *c: jnp.concatenate(c), *parts)
+        frozen, stacked = jax.lax.stop_gradient(params[segment]), takes_stacks(stack.block)
+        (x, kept), cache = decoding.scan(step, (x, kept), frozen, range(first, end), cache, stacked)
     return Features(embedded, kept, x, ctx, cache)
 
 

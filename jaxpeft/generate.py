@@ -6,8 +6,10 @@ A batch of prompts is padded on the left, so that all rows write the same cache 
     segment   0 in the padding, 1 elsewhere: nothing that counts sees the padding
     position  slot - (P - len_b): each row counts from its own first token
 
-One pass over all prompts fills the cache, then a `lax.while_loop` takes a token per row and step and ends early when
-every row has ended, or after some steps: `stream` shows what there is and goes on. P and the number of slots are
+One pass over all prompts fills the cache and chooses the first tokens, then a `lax.while_loop` reads a token per row and
+step and chooses the next. It ends early when every row has ended, or after some steps: `stream` shows what there is and
+goes on. A row that has ended reads on, and nobody looks at what it says. The cache is carried through all of it and
+written in place, one slot per step (`jaxpeft.decoding`). P and the number of slots are
 rounded up to a few sizes, from 128 on at most a quarter above, so calls of similar lengths share a compilation.
 
 Randomness belongs to a prompt and not to its batch: token t of prompt i is drawn with fold_in(fold_in(key, i), t).
@@ -189,10 +191,10 @@ def _padded(prompts: Sequence[Sequence[int]], max_new_tokens: int, room: int) ->
 
 
 def _first(model: Model, params, how: _How, prompts, max_new_tokens: int, numbers: Sequence[int]) -> dict[str, Any]:
-    """The state when the prompts have been read; `numbers` are theirs, to draw by.
+    """The state when the prompts have been read and the first tokens chosen; `numbers` are theirs, to draw by.
 
-    t (): steps taken.  token (B,): chosen and not taken in yet.  new (B, slots), of which count (B,) are the text's.
-    limit (B,): the most it gets.  done (B,).  lengths (B,): of the prompts.  keys (B,).  cache.
+    t (): tokens chosen.  token (B,): the last, which the model has not read yet.  new (B, slots): all of them, of which
+    count (B,) are the text's.  limit (B,): the most it gets.  done (B,).  lengths (B,): of the prompts.  keys (B,).  cache.
     """
     batch, slots = _padded(prompts, max_new_tokens, model.config.max_position_embeddings)
     rows = np.zeros(len(batch["limit"]), np.int32)
@@ -207,50 +209,48 @@ def _read(model, slots, kind, params, batch, settings, key, rows):
     del batch["limit"]
     b = len(limit)
     x, cache = model.stack.run(model.stack, params, batch, None, model.stack.init_cache(b, slots))
-    zero = jnp.zeros((), jnp.int32)
-    keys = jax.vmap(lambda row: jax.random.fold_in(key, row))(rows)
-    return {
-        "t": zero,
-        "token": _choose(model, kind, params, settings, keys, x, zero),
+    state = {
+        "t": jnp.zeros((), jnp.int32),
         "done": limit == 0,
         "count": jnp.zeros_like(limit),
         "limit": limit,
         "lengths": batch["segment_ids"].sum(1),
-        "keys": keys,
+        "keys": jax.vmap(lambda row: jax.random.fold_in(key, row))(rows),
         "new": jnp.zeros((b, slots), jnp.int32),
         "cache": cache,
     }
+    return _with_token(model, kind, params, settings, state, x)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "kind"), donate_argnames=("state",))
 def _steps(model, kind, params, settings, state, until):
-    """The state after `until` steps, or when every text has ended."""
-    b = len(state["token"])
+    """The state when `until` tokens have been chosen, or every text has ended."""
+    segments = jnp.ones((len(state["token"]), 1), jnp.int32)
 
     def unfinished(state):
         return ~state["done"].all() & (state["t"] < until)
 
     def step(state):
-        """Takes in the token that was chosen and chooses the next."""
-        t, token = state["t"], state["token"]
-        ended = state["done"] | jnp.isin(token, settings["ends"])
-        count = state["count"] + ~ended
-        done = ended | (count >= state["limit"])
-        new = state["new"].at[:, t].set(token)
-
-        def following():
-            one = {
-                "tokens": token[:, None],
-                "positions": (state["lengths"] + t)[:, None],
-                "segment_ids": jnp.ones((b, 1), jnp.int32),
-            }
-            x, cache = model.stack.run(model.stack, params, one, None, state["cache"])
-            return _choose(model, kind, params, settings, state["keys"], x, t + 1), cache
-
-        token, cache = jax.lax.cond(done.all(), lambda: (token, state["cache"]), following)
-        return {**state, "t": t + 1, "token": token, "done": done, "count": count, "new": new, "cache": cache}
+        """Reads the token that was chosen and chooses the next."""
+        one = {
+            "tokens": state["token"][:, None],
+            "positions": (state["lengths"] + state["t"] - 1)[:, None],
+            "segment_ids": segments,
+        }
+        x, cache = model.stack.run(model.stack, params, one, None, state["cache"])
+        return _with_token(model, kind, params, settings, {**state, "cache": cache}, x)
 
     return jax.lax.while_loop(unfinished, step, state)
+
+
+def _with_token(model, kind, params, settings, state, x):
+    """The state with one more token, chosen from the last hidden state (B, S, d)."""
+    t = state["t"]
+    token = _choose(model, kind, params, settings, state["keys"], x, t)
+    ended = state["done"] | jnp.isin(token, settings["ends"])
+    count = state["count"] + ~ended
+    done, new = ended | (count >= state["limit"]), state["new"].at[:, t].set(token)
+    return {**state, "t": t + 1, "token": token, "done": done, "count": count, "new": new}
 
 
 def _choose(model, kind, params, settings, keys, x, t):

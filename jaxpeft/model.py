@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxpeft import sharding, tree
+from jaxpeft import decoding, sharding, tree
 
 Batch = Mapping[str, jax.Array]
 Cache = Mapping[str, jax.Array]
@@ -110,7 +110,7 @@ class Stack(NamedTuple):
     """A model as the functions that methods see.
 
     embed: (params, batch, key) -> (x, ctx)                     x (B, S, d) in the compute dtype
-    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters and cache, or None
+    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters; the cache with its number, or None
     head:  (params, x) -> logits float32 (..., V)               final norm and unembedding, for any leading axes
     run:   (stack, params, batch, key, cache) -> (x, cache)     embed and all layers
     pool:  (x, batch) -> (B, d)                                 what stands for a whole row where rows are classified
@@ -194,23 +194,18 @@ def scan_layers(
       params: nested parameters.
       batch: dict of (B, S) arrays.
       key: PRNG key for dropout, or None; layer i gets `fold_in(key, i)`.
-      cache: None, or a pytree with leading axis L (all layers), which comes back updated.
+      cache: None, or what `init_cache` makes (see `jaxpeft.decoding`), which comes back with this pass's tokens.
     """
     x, ctx = stack.embed(params, batch, key)
-    x, parts = sharding.rows(x), []
+    x = sharding.rows(x)
     for segment, first, end in tree.segments(params):
 
-        def body(x, per_layer, segment=segment):
-            layer, index, past = per_layer
+        def step(x, layer, index, past, segment=segment):
             x, past = stack.block(sharding.gathered(layer, segment), x, ctx.at(index, key), past, segment)
             return sharding.rows(x), past
 
-        part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
-        x, part = jax.lax.scan(body, x, (params[segment], jnp.arange(first, end), part))
-        parts.append(part)
-    if cache is not None:
-        cache = jax.tree.map(lambda *c: jnp.concatenate(c), *parts)
-    return x, cache
+        x, cache = decoding.scan(step, x, params[segment], range(first, end), cache, takes_stacks(stack.block))
+    return x, cache and decoding.advanced(cache, x.shape[1])
 
 
 def opaque(apply: Callable[..., Any]) -> Stack:

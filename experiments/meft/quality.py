@@ -148,7 +148,7 @@ class Runner:
         )
         model, *_ = self.setup(0)
         step = jp.make_train_step(model, self.method, self.optimizer(1.0), self.task.loss)
-        self.step, self.eval_step = Compiled(step, donate=True), Compiled(self.task.eval_step(model))
+        self.step, self.eval_step = Compiled(step, steps=True), Compiled(self.task.eval_step(model))
         widths = tuple(range(8, self.length + 1, 8))
         self.layout = {"buckets": widths, "collate": data.collate_rows}
 

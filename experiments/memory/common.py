@@ -47,30 +47,30 @@ def arguments(doc: str | None, targets: str = "h200") -> argparse.Namespace:
     return args
 
 
-def load(name: str) -> list[Row]:
-    """The figures of results/memory/NAME.json; none where there is no such file."""
-    path = RESULTS / f"{name}.json"
+def load(name: str, folder: Path | None = None) -> list[Row]:
+    """The figures of NAME.json in a folder (results/memory); none where there is no such file."""
+    path = (folder or RESULTS) / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else []
 
 
-def save(name: str, rows: Sequence[Row]) -> None:
+def save(name: str, rows: Sequence[Row], folder: Path | None = None) -> None:
     """Writes them, one per line."""
     lines = ",\n".join(json.dumps(row) for row in rows)
-    part = RESULTS / f"{name}.json.part"
+    part = (folder or RESULTS) / f"{name}.json.part"
     part.write_text(f"[\n{lines}\n]\n")
-    part.replace(RESULTS / f"{name}.json")
+    part.replace(part.with_suffix(""))
 
 
 @contextlib.contextmanager
-def _alone() -> Iterator[None]:
+def _alone(folder: Path) -> Iterator[None]:
     """While no other process is in here, for this folder of results."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    folder = os.open(RESULTS, os.O_RDONLY)
+    folder.mkdir(parents=True, exist_ok=True)
+    opened = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+        fcntl.flock(opened, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(folder)
+        os.close(opened)
 
 
 class Figures:
@@ -79,9 +79,12 @@ class Figures:
     Several processes may fill one file: each adds its figures to those that it finds there.
     """
 
-    def __init__(self, name: str, measure: Callable[[Row], Mapping[str, Any]] | None = None):
-        """Of the file results/memory/`name`.json; without `measure`, a figure that it lacks is an error."""
-        self.name, self.rows, self.measure = name, load(name), measure
+    def __init__(
+        self, name: str, measure: Callable[[Row], Mapping[str, Any]] | None = None, folder: Path | None = None
+    ):
+        """Of `name`.json in a folder (results/memory); without `measure`, a figure that it lacks is an error."""
+        self.name, self.folder, self.measure = name, folder or RESULTS, measure
+        self.rows = load(name, self.folder)
         if measure is not None:
             jax.config.update("jax_platforms", "cpu")  # targets are described; an attached device is left alone
 
@@ -93,17 +96,18 @@ class Figures:
         """
         if found := self._find(key):
             return found
-        self.rows = load(self.name)  # another process may have it
+        self.rows = load(self.name, self.folder)  # another process may have it
         if found := self._find(key):
             return found
         words = ", ".join(f"{name} {value}" for name, value in key.items())
         if self.measure is None:
-            raise KeyError(f"results/memory/{self.name}.json has no figure with {words}; run without --draw")
+            file = f"results/{self.folder.name}/{self.name}.json"
+            raise KeyError(f"{file} has no figure with {words}; run without --draw")
         start = time.time()
         row = {**key, **self.measure(key), "jax": jax.__version__}
-        with _alone():
-            self.rows = [*load(self.name), row]
-            save(self.name, self.rows)
+        with _alone(self.folder):
+            self.rows = [*load(self.name, self.folder), row]
+            save(self.name, self.rows, self.folder)
         print(f"{words}: {time.time() - start:.0f} s", file=sys.stderr, flush=True)
         return row
 
@@ -135,10 +139,11 @@ def table(header: Sequence[str], body: Iterable[Sequence[Any]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows) + "\n"
 
 
-def write(name: str, text: str) -> None:
-    """Writes results/memory/NAME."""
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / name).write_text(text)
+def write(name: str, text: str, folder: Path | None = None) -> None:
+    """Writes NAME in a folder (results/memory)."""
+    folder = folder or RESULTS
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
 
 
 def bullets(sentences: Iterable[str]) -> str:

@@ -82,8 +82,11 @@ def collect(figures: common.Figures, names: list[str]) -> list[common.Row]:
     ]
 
 
-def measure(key: common.Row) -> dict[str, Any]:
-    """Value and gradient of the chunked cross-entropy; every floating leaf in the key's dtype; no optimizer."""
+def reference(key: common.Row) -> tuple[Any, tuple[Any, ...], Owners]:
+    """(function, its arguments, their owners): value and gradient of the chunked cross-entropy under a plan.
+
+    Every floating leaf is in the key's dtype; there is no optimizer.
+    """
     dtype = jnp.dtype(key["dtype"])
     config = {**geometries.load(key["geometry"]), "num_hidden_layers": key["layers"]}
     method = METHODS[key["method"]](rank=key["rank"])
@@ -101,15 +104,21 @@ def measure(key: common.Row) -> dict[str, Any]:
     def step(trainable, frozen, batch):
         return jax.value_and_grad(lambda t: completion_loss(model, tree.combine(t, frozen), batch)[0])(trainable)
 
-    with residuals.recorded() as segments:
-        jax.eval_shape(step, trainable, frozen, batch)
     own = tree.flatten(jax.eval_shape(lambda k: base.init(k, {}), jax.random.key(0)))
     of = {path: Owner("weights" if path in own else "adapters", path) for path in {**trainable, **frozen}}
     order = [*sorted(trainable), *sorted(frozen), *sorted(batch)]
     results = [Owner("loss", "loss"), *(Owner("gradients", path) for path in sorted(trainable))]
     owners = Owners([of.get(name, Owner("batch", name)) for name in order], results, [f"['{name}']" for name in order])
+    return step, (trainable, frozen, batch), owners
+
+
+def measure(key: common.Row) -> dict[str, Any]:
+    """Temporaries of the reference step, what it keeps, and what is live beside at the peak."""
+    step, args, owners = reference(key)
+    with residuals.recorded() as segments:
+        jax.eval_shape(step, *args)
     with tempfile.TemporaryDirectory() as dump:
-        memory = targets.compile(targets.target(key["target"]), step, trainable, frozen, batch, dump=dump).memory
+        memory = targets.compile(targets.target(key["target"]), step, *args, dump=dump).memory
         peak = profile.table(profile.read(Path(dump), owners), 1000)
     rest = {f"{row['category']}: {row['owner']}": row["bytes"] for row in peak if row["category"] in REST}
     kept = segments["layers"].kept_bytes() if segments else {}

@@ -93,7 +93,9 @@ def compiled(step: Any, times: int = 2) -> Prepared:
     """A step, compiled for the attached device; measuring runs it so often and reads the allocator's peak."""
     import jax
 
-    executable = jax.jit(step.function, donate_argnums=0).lower(step.state, step.batch).compile()
+    from jaxpeft.train.step import in_place
+
+    executable = jax.jit(in_place(step.function), donate_argnums=0).lower(*step.state.parted, step.batch).compile()
     analysis = executable.memory_analysis()
     here = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     here += analysis.temp_size_in_bytes
@@ -104,10 +106,11 @@ def compiled(step: Any, times: int = 2) -> Prepared:
 
         state, batch = filled(step.state), filled(step.batch)
         before = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+        changing, frozen = state.parted
         for _ in range(times - 1):
-            state, _ = executable(state, batch)
+            changing, _ = executable(changing, frozen, batch)
         try:
-            peak = targets.measured_peak(executable, state, batch)
+            peak = targets.measured_peak(executable, changing, frozen, batch)
         except InputError:  # a CPU counts nothing
             peak = None
         return {"measured": peak, "compiled_here": int(here), "peak_before": before}

@@ -11,7 +11,9 @@ from typing import Any
 
 import jax
 
+from jaxpeft import tree
 from pallas_kernels.platform import FLOPS
+from pallas_kernels.stacked import Stacked
 
 
 def count_flops(jaxpr: Any) -> float:
@@ -66,6 +68,16 @@ def equation_flops(eqn: Any) -> float:
     times = params["length"] if name == "scan" else 1
     inner = [x for x in jax.tree.leaves(params, is_leaf=_is_jaxpr) if _is_jaxpr(x)]
     return times * sum(count_flops(x) for x in inner)
+
+
+def equation_bytes(eqn: Any) -> int:
+    """Bytes of what an equation reads and writes, each once; of a stack of kernels one layer."""
+    given: Any = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars if hasattr(v.aval, "shape")]
+    if eqn.primitive.name in FLOPS:
+        given = eqn.params["treedef"].unflatten(given)
+    given = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, Stacked))
+    layers = [(x.stack, x.stack.shape[0]) if isinstance(x, Stacked) else (x, 1) for x in given]
+    return sum(tree.num_bytes(x) // count for x, count in layers) + sum(tree.num_bytes(v.aval) for v in eqn.outvars)
 
 
 def _is_jaxpr(x: Any) -> bool:

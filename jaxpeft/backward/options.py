@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxpeft.backward.plan import INPUT, Plan
-from jaxpeft.backward.programs import matmuls
+from jaxpeft.backward.programs import Price, matmuls
 
 if TYPE_CHECKING:
     from jaxpeft.backward.residuals import Segment
@@ -15,16 +15,36 @@ if TYPE_CHECKING:
 _MOST = 10  # names whose every subset is looked at
 
 
+class Rates(NamedTuple):
+    """What a device does in a second.
+
+    flops: of products.  bandwidth: bytes of its memory.
+    host: bytes of the link to the host's memory, each way; None where nothing may go there.
+    """
+
+    flops: float
+    bandwidth: float
+    host: float | None = None
+
+    def product(self, flops: float, size: float) -> float:
+        """Seconds of a product: the larger of its work's and its bytes'."""
+        return max(flops / self.flops, size / self.bandwidth)
+
+
 class Option(NamedTuple):
     """A table of actions, and what it costs.
 
     kept: bytes on the device.  flops: recomputed.  altered: bytes that are compressed or in the host's memory.
+    seconds: of recomputed products, and of writing and reading what is kept.  transfer: seconds to the host's memory
+      and back, beside the device's own work. Both are 0 where no rates are given.
     """
 
     plan: Plan
     kept: int
     flops: float
     altered: int
+    seconds: float = 0.0
+    transfer: float = 0.0
 
 
 def options(
@@ -40,6 +60,23 @@ def options(
       actions: what may be done with an activation that is not recomputed.
       tokens: of the plans.
     """
+    return frontier(tables(segments, actions, tokens), lambda option: option.flops)
+
+
+def tables(
+    segments: Mapping[str, Segment],
+    actions: Iterable[str] = ("save",),
+    tokens: int = Plan().tokens,
+    rates: Rates | None = None,
+) -> list[Option]:
+    """All tables that `options` chooses from.
+
+    Their seconds are estimates, without a compiler: a product that is computed again takes the larger of the times of
+    its work and its bytes; what is kept is written and read once, and what is compressed or offloaded once more.
+
+    Args: as those of `options`.
+      rates: of the device whose seconds are wanted.
+    """
     actions = tuple(actions)
     names: list[str] = []
     for segment in segments.values():
@@ -51,6 +88,7 @@ def options(
     found: dict[tuple[float, int], Option] = {}
     for saved in _subsets(segments, groups):
         flops, sizes = _costs(segments, saved, actions)
+        again = 0.0 if rates is None else _recomputed(segments, saved, rates.product)
         read = [name for name in names if name in saved and sizes[name]["save"]]
         # With many names they all have one action: a choice for each would be as many as the subsets left out.
         choices = itertools.product(actions, repeat=len(read))
@@ -58,11 +96,25 @@ def options(
             table = dict(zip(read, choice, strict=True))
             kept = sizes[INPUT]["save"] + sum(sizes[n][a] for n, a in table.items() if a != "offload")
             altered = sum(sizes[n]["save"] for n, a in table.items() if a != "save")
-            option = Option(Plan("blocks", tuple(table.items()), tokens), kept, flops, altered)
             best = found.get((flops, kept))
-            if best is None or option.altered < best.altered:
-                found[flops, kept] = option
-    return _frontier(found.values())
+            if best is not None and altered >= best.altered:
+                continue
+            option = Option(Plan("blocks", tuple(table.items()), tokens), kept, flops, altered)
+            if rates is not None:
+                away = sum(sizes[n]["save"] for n, a in table.items() if a == "offload")
+                seconds = again + 2 * (kept + altered) / rates.bandwidth
+                option = option._replace(seconds=seconds, transfer=2 * away / rates.host if rates.host else 0.0)
+            found[flops, kept] = option
+    return list(found.values())
+
+
+def _recomputed(segments: Mapping[str, Segment], saved: set[str], price: Price) -> float:
+    """The price of the products that are computed again where these names are kept."""
+    found = 0.0
+    for segment in segments.values():
+        given = [name for name in segment.programs.names if name[0] in saved]
+        found += segment.programs.recompute_flops(given, price) * segment.steps
+    return found
 
 
 def _costs(
@@ -103,9 +155,9 @@ def _subsets(segments: Mapping[str, Segment], groups: Sequence[tuple[str, ...]])
         yield {name for group in kept for name in group}
 
 
-def _frontier(found: Iterable[Option]) -> list[Option]:
-    """Least recomputation first, then least altered; left out is what keeps no less than one before it."""
-    ordered = sorted(found, key=lambda option: (option.flops, option.altered, option.kept))
+def frontier(found: Iterable[Option], cost: Callable[[Option], float]) -> list[Option]:
+    """Least cost first, then least altered; left out is what keeps no less than one before it."""
+    ordered = sorted(found, key=lambda option: (cost(option), option.altered, option.kept))
     frontier: list[Option] = []
     for option in ordered:
         if not frontier or option.kept < frontier[-1].kept:

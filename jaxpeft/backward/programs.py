@@ -12,12 +12,17 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jax.interpreters import partial_eval
 
 from jaxpeft import tree
-from jaxpeft.backward.flops import equation_flops
+from jaxpeft.backward.flops import equation_bytes, equation_flops
 from jaxpeft.backward.plan import INPUT, Plan, action_of, without_codes
 from jaxpeft.errors import InputError
 from pallas_kernels.platform import part_of
 
 Kept = tuple[str, int]  # a name, and which of the activations with that name
+Price = Callable[[float, float], float]  # of a product's (FLOPs, bytes that it reads and writes)
+
+
+def _flops(flops: float, size: float) -> float:
+    return flops
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +69,7 @@ class Programs:
 
     @functools.cached_property
     def _graph(self):
-        """(nodes that each node reads from, FLOPs of each, those that yield the cotangents, named ones).
+        """(nodes that each node reads from, (FLOPs, bytes) of each, those that yield the cotangents, named ones).
 
         A node is an equation. One of whose outputs some may be computed for less (`pallas_kernels.platform.PARTS`) is
         two: that part, numbered after all equations, and the rest, which reads it.
@@ -80,15 +85,18 @@ class Programs:
             return [made[v] for v in variables if not isinstance(v, Literal) and v in made]
 
         reads = [makers(eqn.invars) for eqn in jaxpr.eqns] + [makers(part.invars) for _, part in parts]
-        flops = [equation_flops(eqn) for eqn in jaxpr.eqns] + [equation_flops(part) for _, part in parts]
+        work = [(equation_flops(eqn), equation_bytes(eqn)) for eqn in [*jaxpr.eqns, *(part for _, part in parts)]]
         for node, (i, _) in enumerate(parts, len(jaxpr.eqns)):
             reads[i].append(node)
-            flops[i] -= flops[node]
-        return reads, flops, makers(jaxpr.outvars), self._places
+            work[i] = (work[i][0] - work[node][0], work[i][1] - work[node][1])
+        return reads, work, makers(jaxpr.outvars), self._places
 
-    def work(self, given: Iterable[Kept]) -> tuple[float, list[Kept]]:
-        """(FLOPs of matrix products of `backward(given)`, those of `given` that it reads), without making it."""
-        reads, flops, ends, named = self._graph
+    def work(self, given: Iterable[Kept], price: Price = _flops) -> tuple[float, list[Kept]]:
+        """(FLOPs of matrix products of `backward(given)`, those of `given` that it reads), without making it.
+
+        price: of a product's FLOPs and bytes, what is summed in place of the FLOPs.
+        """
+        reads, work, ends, named = self._graph
         at = {named[name]: name for name in given}
         seen: set[int] = set()
         todo = list(ends)
@@ -98,11 +106,12 @@ class Programs:
                 seen.add(i)
                 if i not in at:
                     todo += reads[i]
-        return sum(flops[i] for i in seen if i not in at), [name for i, name in at.items() if i in seen]
+        own = sum(price(*work[i]) for i in seen if i not in at and work[i][0])
+        return own, [name for i, name in at.items() if i in seen]
 
-    def recompute_flops(self, given: Iterable[Kept]) -> float:
-        """FLOPs of matrix products of `backward(given)` that `backward` of all names does without."""
-        return self.work(given)[0] - self.work(self.names)[0]
+    def recompute_flops(self, given: Iterable[Kept], price: Price = _flops) -> float:
+        """FLOPs (or their price) of matrix products of `backward(given)` that `backward` of all names does without."""
+        return self.work(given, price)[0] - self.work(self.names, price)[0]
 
 
 def name_of(eqn: Any) -> str | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, parse_bytes, settled
 from jaxpeft.errors import InputError
@@ -23,6 +22,8 @@ class Plan(StepArguments):
 
     budget: str | None = None
     """Bytes of one device, such as 24GiB: find the plan with the least recomputation that fits, for `train --save`."""
+    by: Literal["flops", "time"] = "flops"
+    """What --budget finds the least of: products computed again, or the step's least time on the target."""
     actions: str | None = None
     """What --budget may do besides recomputing, with commas: save, compress, offload. Default: save."""
     traffic: bool = False
@@ -38,7 +39,7 @@ class Plan(StepArguments):
 
 
 def run(args: Plan) -> dict[str, Any]:
-    """Returns {"model", "rows": [...]}; see `jaxpeft.memory.planner.row` for a row, `_moving` for one with --traffic.
+    """Returns {"model", "rows": [...]}; see `jaxpeft.memory.planner.row` for a row, `moving` for one with --traffic.
 
     Raises:
         InputError: for arguments that cannot be used.
@@ -51,6 +52,8 @@ def run(args: Plan) -> dict[str, Any]:
         raise InputError(f"--remat {args.remat}: --budget searches plans of the loops; leave it out, or name a --save")
     if args.budget is None and args.actions is not None:
         raise InputError(f"--actions {args.actions}: says what --budget may do; add --budget")
+    if args.budget is None and args.by != "flops":
+        raise InputError(f"--by {args.by}: says what --budget finds the least of; add --budget")
     budget = None if args.budget is None else parse_bytes("--budget", args.budget)
     allowed = [action.strip() for action in (args.actions or "save").split(",")]
     if unknown := [action for action in allowed if action not in ("save", "compress", "offload")]:
@@ -76,6 +79,8 @@ def run(args: Plan) -> dict[str, Any]:
     config = models.for_longer(raw, args.rope_scaling)
     chosen = methods(args)
     for device in devices:
+        if args.by == "time":
+            search.rates(device, allowed)  # a device without them is said here, too
         targets.devices(device)  # a missing compiler is said before the first compilation
 
     def dtype_on(device):
@@ -92,11 +97,12 @@ def run(args: Plan) -> dict[str, Any]:
                 if budget is None:
                     step = make(method, device, plan)
                     _say(f"compiling {name} for {device.name}, {step.plan}")
-                    made = _moving(step, device) if args.traffic else planner.row(step, device)
+                    made = planner.moving(step, device) if args.traffic else planner.row(step, device)
                 else:
                     by_plan = lambda plan, method=method, device=device: make(method, device, plan)
-                    step, made = search.fit(by_plan, device, budget, allowed, _say)
-                    made |= _moving(step, device) if args.traffic else {}
+                    step, made = search.fit(by_plan, device, budget, allowed, _say, by=args.by)
+                    if args.traffic and "traffic" not in made:
+                        made = planner.moving(step, device)
                     made["budget_bytes"] = budget
                 if args.largest:
                     made |= _largest(args, make, method, device, step.plan, config, budget or device.usable_bytes)
@@ -109,16 +115,6 @@ def run(args: Plan) -> dict[str, Any]:
 
         write_bars(document, args.picture)
     return document
-
-
-def _moving(step: Any, device: Any) -> dict[str, Any]:
-    """The row of a step, with the totals of `Traffic.to_json` as "traffic"."""
-    from jaxpeft.memory import planner
-
-    with tempfile.TemporaryDirectory(prefix="jaxpeft-plan-") as dump:
-        made = planner.row(step, device, dump=dump)
-        found = planner.moved(step, device, Path(dump)).to_json(0)
-    return {**made, "traffic": {name: value for name, value in found.items() if not isinstance(value, list)}}
 
 
 def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config: Any, room: int) -> dict[str, int]:
@@ -149,6 +145,7 @@ def _measured(step: Any, device: Any) -> int:
     import jax.numpy as jnp
 
     from jaxpeft.memory import targets
+    from jaxpeft.train.step import in_place
 
     if not targets.attached(device):
         here = jax.devices()[0].device_kind
@@ -161,12 +158,12 @@ def _measured(step: Any, device: Any) -> int:
 
     state = jax.tree.map(filled, step.state)
     batch = jax.tree.map(filled, step.batch)
-    return targets.measured_peak(jax.jit(step.function, donate_argnums=0), state, batch)
+    return targets.measured_peak(jax.jit(in_place(step.function), donate_argnums=0), *state.parted, batch)
 
 
 def _moved(found: dict[str, Any], unit: int) -> tuple[str, str, str]:
     """What is moved, the share of copies and fills, and the least time, if it is known."""
-    least = f"{1e3 * found['least_by_module_s']:.1f}" if "least_by_module_s" in found else "-"
+    least = f"{1e3 * found['bound_s']:.1f}" if "bound_s" in found else "-"
     return f"{found['bytes'] / unit:.2f}", f"{found['avoidable_bytes'] / max(found['bytes'], 1):.1%}", least
 
 

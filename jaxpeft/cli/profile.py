@@ -84,7 +84,7 @@ def run(args: Profile) -> dict[str, Any]:
 def _check_alone(args: Profile) -> None:
     """Raises InputError for a flag of a step beside a file or a dump of another program."""
     given = f"{args.file}" if args.file else "--xla-dump"
-    allowed = _OF_FILES if args.file else (*_OF_FILES, "module", "traffic")
+    allowed = _OF_FILES if args.file else (*_OF_FILES, "module", "traffic", *(("target",) if args.traffic else ()))
     if args.file and args.xla_dump:
         raise InputError(f"--xla-dump {args.xla_dump}: not together with {args.file}; give one of them")
     for field in dataclasses.fields(args):
@@ -106,10 +106,12 @@ def _of_file(args: Profile) -> tuple[dict[str, Any], Found, str]:
 
 def _of_dump(args: Profile) -> tuple[dict[str, Any], Found, str]:
     """A program of a folder of XLA's files, likewise."""
-    from jaxpeft.memory import dumped, hlo
+    from jaxpeft.memory import dumped, hlo, targets
 
     assert args.xla_dump is not None
-    made = dumped.read(args.xla_dump, args.module, args.traffic)
+    # Without one there is no bandwidth: a CPU's is not known either.
+    where = targets.target(args.target) if args.traffic and args.target != "cpu" else None
+    made = dumped.read(args.xla_dump, args.module, args.traffic, where)
     others = [one for one in made.modules if one != made.module]
     if others and args.module is None:
         note = f"reading {made.module.name}, the largest; --module takes another: {hlo.listed(others)}"

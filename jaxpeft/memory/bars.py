@@ -32,7 +32,7 @@ def write_bars(document: Mapping[str, Any], path: Path) -> None:
         axes.barh(range(len(rows)), widths, left=left, color=COLORS[category], label=category, height=0.62)
         left = [a + b for a, b in zip(left, widths, strict=True)]
     for i, row in enumerate(rows):
-        axes.text(left[i], i, f" {row['bytes']['total'] / size:.1f}", va="center", fontsize=8)
+        axes.text(left[i], i, f" {label(row, unit, size)}", va="center", fontsize=8)
         if row["device_bytes"] / size < 1.6 * max(left):
             axes.plot([row["device_bytes"] / size] * 2, [i - 0.42, i + 0.42], color="#b3261e", linewidth=1.5)
     axes.set_yticks(range(len(rows)), labels, fontsize=8)
@@ -48,3 +48,13 @@ def write_bars(document: Mapping[str, Any], path: Path) -> None:
     )
     figure.legend(loc="outside lower center", ncols=len(CATEGORIES), fontsize=8, frameon=False)
     figure.savefig(path)
+
+
+def label(row: Mapping[str, Any], unit: str, size: int) -> str:
+    """A row's total in a unit of so many bytes; of one with its traffic, what it moves and its least time, if known."""
+    total = f"{row['bytes']['total'] / size:.1f}"
+    if "traffic" not in row:
+        return total
+    found = row["traffic"]
+    least = f", {1e3 * found['bound_s']:.1f} ms at least" if "bound_s" in found else ""
+    return f"{total}; moves {found['bytes'] / size:.1f} {unit}{least}"

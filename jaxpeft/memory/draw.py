@@ -30,6 +30,7 @@ COLORS = {
     "saved activations": "#59a14f",
     "loss": "#edc948",
     "workspace": "#76b7b2",
+    "cache": "#d37295",
     "batch": "#9c755f",
     "arguments": "#a0cbe8",
     "outputs": "#ffbe7d",
@@ -134,16 +135,22 @@ def steps(profile: Profile, columns: int = 800) -> tuple[list[int], dict[str, li
 
 
 def write_png(profile: Profile, path: Path, title: str = "") -> None:
-    """Writes both pictures as a PNG."""
+    """Writes the pictures of the page as a PNG: memory over the schedule, the treemap, what moves."""
     from matplotlib.figure import Figure  # without pyplot: no display and no global state
     from matplotlib.patches import Patch, Rectangle
 
-    timed = bool(profile.timeline)
-    figure = Figure(figsize=(11, 10 if timed else 6.5), dpi=130, layout="constrained")
-    *above, at_peak = figure.subplots(1 + timed, 1, squeeze=False, height_ratios=(2, 3)[1 - timed :]).flat
+    # Inches of each picture that there is.
+    heights = {"over time": 4.0 if profile.timeline else 0.0, "at peak": 6.0, "moved": 4.0 if profile.traffic else 0.0}
+    heights = {name: height for name, height in heights.items() if height}
+    figure = Figure(figsize=(11, sum(heights.values()) + 0.5), dpi=130, layout="constrained")
+    rows = figure.subplots(len(heights), 1, squeeze=False, height_ratios=list(heights.values())).flat
+    places = dict(zip(heights, rows, strict=True))
     figure.suptitle(title or _title(profile), fontsize=12, fontweight="bold")
-    for axes in above:
-        _draw_timeline(axes, profile)
+    if profile.timeline:
+        _draw_timeline(places["over time"], profile)
+    if profile.traffic is not None:
+        draw_traffic.draw(places["moved"], profile.traffic)
+    at_peak = places["at peak"]
 
     for tile in tiles(profile, 1100, 560, gap=3):
         place = ((tile.x, tile.y), tile.width, tile.height)

@@ -1,9 +1,10 @@
-"""What a step moves as a part of its page: a bar for each module, its bytes by kind, and the time of its products."""
+"""What a step moves as a part of its page and picture: a bar for each module, its bytes by kind, its products' time."""
 
 from __future__ import annotations
 
 import html
 from collections import defaultdict
+from typing import Any
 
 from jaxpeft.memory.movement import AVOIDABLE
 from jaxpeft.memory.traffic import Traffic, summary
@@ -48,6 +49,35 @@ def section(traffic: Traffic) -> str:
     line = "<span>│ the time of its products</span>" if traffic.seconds(0, 0) else ""
     text = html.escape(summary(traffic.to_json())).replace("\n", "<br>")
     return f'<h2>What moves</h2><p>{text}</p><div class="legend">{legend}{line}</div>{_svg(traffic, made)}'
+
+
+def draw(axes: Any, traffic: Traffic, limit: int = 12) -> None:
+    """The same bars on matplotlib's axes."""
+    made = bars(traffic, limit)
+    times = [traffic.seconds(sum(sizes.values()), flops) for _, sizes, flops in made]
+    timed = bool(times and times[0])
+    per_byte = 1e3 / traffic.bandwidth if timed and traffic.bandwidth else 1 / 2**30
+    places = range(len(made))
+    left = [0.0] * len(made)
+    for group, color in COLORS.items():
+        widths = [sizes[group] * per_byte for _, sizes, _ in made]
+        if any(widths):
+            axes.barh(places, widths, left=left, color=color, height=0.7, label=group)
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+    if timed:
+        marks = [1e3 * time["rate_s"] for time in times]
+        axes.vlines(marks, [y - 0.45 for y in places], [y + 0.45 for y in places], color="#222", linewidth=1.2)
+        left = [max(pair) for pair in zip(left, marks, strict=True)]
+    for y, (_, sizes, _) in enumerate(made):
+        axes.text(left[y], y, f" {human_bytes(sum(sizes.values()))}", va="center", fontsize=7)
+    names = [name if len(name) <= 40 else f"…{name[-39:]}" for name, *_ in made]
+    axes.set_yticks(places, names, fontsize=7.5)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.1 * max([*left, 1e-30]))
+    axes.set_xlabel("ms at the target's bandwidth; | its products at the rate" if timed else "GiB read and written")
+    axes.set_title(summary(traffic.to_json(0)).split("\n")[0], fontsize=9, loc="right")
+    axes.legend(frameon=False, fontsize=8, loc="center right")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _svg(traffic: Traffic, made: list[tuple[str, dict[str, float], float]]) -> str:

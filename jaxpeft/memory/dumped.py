@@ -8,7 +8,10 @@ from typing import NamedTuple
 from jaxpeft.errors import InputError
 from jaxpeft.memory import foreign, hlo
 from jaxpeft.memory.profile import Profile, profile
+from jaxpeft.memory.targets import Target
 from jaxpeft.memory.traffic import traffic
+
+PLATFORMS = {"cuda": "gpu", "tpu": "tpu", "cpu": "cpu"}  # a target's, as XLA calls it
 
 
 class Dumped(NamedTuple):
@@ -19,22 +22,26 @@ class Dumped(NamedTuple):
     modules: list[hlo.Module]
 
 
-def read(folder: Path, module: str | None = None, moved: bool = False) -> Dumped:
+def read(folder: Path, module: str | None = None, moved: bool = False, target: Target | None = None) -> Dumped:
     """The profile of the largest program of a folder, or of the largest that `module` names.
 
-    Owners are what the program alone tells: see `foreign`. moved: whether to say what it moves, too.
+    Owners are what the program alone tells: see `foreign`. moved: whether to say what it moves, too;
+    target: whose bandwidth and rate make seconds of that.
 
     Raises:
-      InputError: if the folder lacks the dumps, they are damaged, or none has such a name.
+      InputError: if the folder lacks the dumps, they are damaged, or none has such a name; for a target of another
+        platform than the program's.
     """
     found = hlo.modules(folder)
     chosen = hlo.choose(found, folder, module)
     program = hlo.read_module(chosen)
+    if target is not None and PLATFORMS[target.platform] != program.platform:
+        raise InputError(f"--target {target.name}: {chosen.function} was compiled for {program.platform}")
     try:
         owners = foreign.owners_of(program)
         made = profile(program, owners, foreign.ForeignAttribution)
         if moved:
-            made = made._replace(traffic=traffic(program, owners, foreign.ForeignAttribution))
+            made = made._replace(traffic=traffic(program, owners, foreign.ForeignAttribution, target))
     except InputError:
         raise
     except (ValueError, LookupError, RecursionError):  # a file that is whole, and tells of no program

@@ -24,6 +24,7 @@ _GUESSES = (  # a word of the path -> its category; the first that matches
     (r"lora.*|adapters?", "adapters"),
     (r"params|trainable|frozen|weights", "weights"),
     (r"batch", "batch"),
+    (r"(kv_)?cache", "cache"),
 )
 _LEAVES = re.compile(r".+/(kernel|bias|scale|embedding)(/value)?")  # as Flax calls parameters
 _LOSS = re.compile(r"\w*loss|\w*cross_entropy\w*")
@@ -85,7 +86,7 @@ def output_owners(paths: Sequence[tuple[str, tuple[int, ...]]], arguments: Seque
             same = min(len(words), len(others)) if same is None else same
             if own == shape and same and (same, same - len(others)) > best:
                 best, kind = (same, same - len(others)), owner.category
-        found.append(Owner(kind if kind in ("weights", "adapters", "optimizer") else "outputs", path))
+        found.append(Owner(kind if kind in ("weights", "adapters", "optimizer", "cache") else "outputs", path))
     return found
 
 
@@ -175,12 +176,12 @@ class ForeignAttribution(Attribution):
         return owner
 
     def _carried(self, group: hlo.Key) -> Owner | None:
-        """The parameter or optimizer's state that a loop carries along and changes, as one over whole steps does."""
+        """The parameter, optimizer's state or cache that a loop carries along and changes, as one over whole steps does."""
         for instruction, index in self._flow.members[group]:
             loop = self._instructions[instruction]
             if loop.opcode == "while" and loop.operands:
                 owner = self._argument(self._flow.origin(loop.operands[0], index)[-1])
-                if owner and owner.category in ("weights", "adapters", "optimizer"):
+                if owner and owner.category in ("weights", "adapters", "optimizer", "cache"):
                     return owner
         return None
 

@@ -1,13 +1,14 @@
 """The kinds of devices that can be described: their figures, and what their compilers are told of them.
 
 TPU: rates and bandwidths of a chip from Google's Cloud TPU documentation; memory as libtpu 0.0.42 counts it, which is
-the largest program that it accepts, to the MiB (the rest of the chip's memory is the system's).
+the largest program that it accepts, to the MiB (the rest of the chip's memory is the system's). The link to the host,
+each way: "How to Scale Your Model" (jax-ml.github.io/scaling-book, Austin et al. 2025), "TPU networking".
 
-GPU: dense bf16 rates from NVIDIA's data sheets; everything else as the CUDA driver reports it on such a device
-(OpenXLA's xla/backends/gpu/target_config/specs; deviceQuery for the RTX 4090). A run can use less of the memory than
-the device has: CUDA's context, its libraries and graphs live outside the allocator. So JAX is given GPU_FRACTION of it
-(`XLA_CLIENT_MEM_FRACTION`, 0.75 unless set, which the `jaxpeft` command sets to this), and that is what a plan
-may fill.
+GPU: dense bf16 rates and the generation of PCIe (16 lanes, each way) from NVIDIA's data sheets; everything else as the
+CUDA driver reports it on such a device (OpenXLA's xla/backends/gpu/target_config/specs; deviceQuery for the RTX 4090).
+A run can use less of the memory than the device has: CUDA's context, its libraries and graphs live outside the
+allocator. So JAX is given GPU_FRACTION of it (`XLA_CLIENT_MEM_FRACTION`, 0.75 unless set, which the `jaxpeft` command
+sets to this), and that is what a plan may fill.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Kind(NamedTuple):
       host: tpu: chips of one host, the smallest slice, in every dimension of a slice.
       devices_per_chip: tpu: how many JAX shows.
       options: tpu: further arguments of the topology.
+      host_bandwidth: between one device's memory and the host's, each way, bytes per second; None if not known.
     """
 
     platform: str
@@ -45,6 +47,7 @@ class Kind(NamedTuple):
     host: tuple[int, ...] = ()
     devices_per_chip: int = 1
     options: tuple[tuple[str, Any], ...] = ()
+    host_bandwidth: float | None = None
 
 
 def _gpu(
@@ -58,6 +61,7 @@ def _gpu(
     l2: int,
     clock_ghz: float,
     bandwidth: float,
+    host_bandwidth: float,
     memory_bytes: int,
     flops: float,
     names: Sequence[str],
@@ -79,13 +83,15 @@ def _gpu(
       device_description_str: "{description}"
     """
     source = f"{description}: NVIDIA's data sheet, CUDA device properties"
-    return Kind("cuda", memory_bytes, bandwidth, flops, source, tuple(names), config)
+    return Kind("cuda", memory_bytes, bandwidth, flops, source, tuple(names), config, host_bandwidth=host_bandwidth)
 
 
 def _tpu(memory_mib: int, gb_per_s: float, tflops: float, host: tuple[int, ...], names: Sequence[str], **more) -> Kind:
     source = "Cloud TPU documentation; memory as libtpu 0.0.42 counts it"
     return Kind("tpu", memory_mib << 20, gb_per_s * 1e9, tflops * 1e12, source, tuple(names), host=host, **more)
 
+
+_PCIE4, _PCIE5 = 32e9, 64e9
 
 _HOPPER: dict[str, Any] = {
     "capability": (9, 0),
@@ -95,6 +101,7 @@ _HOPPER: dict[str, Any] = {
     "shared": 233472,
     "l2": 50 << 20,
     "clock_ghz": 1.98,
+    "host_bandwidth": _PCIE5,
     "flops": 989.4e12,
 }
 
@@ -119,6 +126,7 @@ TARGETS: dict[str, Kind] = {
         l2=40 << 20,
         clock_ghz=1.41,
         bandwidth=2.03904e12,
+        host_bandwidth=_PCIE4,
         memory_bytes=85100068864,
         flops=312e12,
         names=["NVIDIA A100-SXM4-80GB"],
@@ -133,15 +141,18 @@ TARGETS: dict[str, Kind] = {
         l2=72 << 20,
         clock_ghz=2.52,
         bandwidth=1.008e12,
+        host_bandwidth=_PCIE4,
         memory_bytes=25386352640,
         flops=165.2e12,
         names=["NVIDIA GeForce RTX 4090"],
     ),
     # Without the option a v4 chip is described as two devices of half its memory; a v4 in use is one.
-    "v4": _tpu(31485, 1228, 275, (2, 2, 1), ["TPU v4"], options=(("chip_config_name", "megacore"),)),
-    "v5e": _tpu(16126, 819, 197, (2, 2), ["TPU v5 lite", "TPU v5e"]),
-    "v5p": _tpu(98041, 2765, 459, (2, 2, 1), ["TPU v5", "TPU v5p"]),
-    "v6e": _tpu(31996, 1638, 918, (2, 2), ["TPU v6 lite", "TPU v6e"]),
+    "v4": _tpu(
+        31485, 1228, 275, (2, 2, 1), ["TPU v4"], options=(("chip_config_name", "megacore"),), host_bandwidth=16e9
+    ),
+    "v5e": _tpu(16126, 819, 197, (2, 2), ["TPU v5 lite", "TPU v5e"], host_bandwidth=16e9),
+    "v5p": _tpu(98041, 2765, 459, (2, 2, 1), ["TPU v5", "TPU v5p"], host_bandwidth=16e9),
+    "v6e": _tpu(31996, 1638, 918, (2, 2), ["TPU v6 lite", "TPU v6e"], host_bandwidth=32e9),
     # Half a chip: 192 GiB, 7380 GB/s and 2307 TFLOP/s are the chip's.
     "tpu7x": _tpu(97020, 7380 / 2, 2307 / 2, (2, 2, 1), ["TPU7x"], devices_per_chip=2),
     "cpu": Kind(

@@ -81,7 +81,8 @@ class Access(NamedTuple):
 class Move(NamedTuple):
     """What an instruction moves each time.
 
-    kind: one of KINDS.  times: that it runs in a call of the program.  flops: of its products, each time.
+    kind: one of KINDS.  times: that it runs in a call of the program.  flops: of its products, each time; None of
+      a kernel that does not say.
     """
 
     instruction: Instruction
@@ -89,7 +90,7 @@ class Move(NamedTuple):
     times: int
     reads: tuple[Access, ...]
     writes: tuple[Access, ...]
-    flops: float
+    flops: float | None
 
 
 def moves(flow: Dataflow) -> tuple[list[Move], int]:
@@ -129,7 +130,8 @@ class _Walk:
             return None
         reads, writes = tuple(self._reads(i)), tuple(self._writes(i))
         kind = self._kind(i, reads, writes)
-        return Move(i, kind, times, reads, writes, products.flops(self._program, i))
+        flops = products.of_kernel(i) if kind in ("kernel", "attention") else products.flops(self._program, i)
+        return Move(i, kind, times, reads, writes, flops)
 
     # Bytes.
 

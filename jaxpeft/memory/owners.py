@@ -17,6 +17,7 @@ CATEGORIES = (  # in the order of tables and pictures
     "saved activations",
     "loss",
     "workspace",
+    "cache",
     "batch",
     "arguments",
     "outputs",
@@ -95,7 +96,7 @@ class Buffer(NamedTuple):
 
 
 def step_owners(state: Any, batch: Mapping[str, Any], base: Iterable[str], metrics: Iterable[Any] = ()) -> Owners:
-    """The owners of a train step, (state, batch) -> (state, metrics).
+    """The owners of a train step as it is compiled (`jaxpeft.train.step.in_place`).
 
     Args:
       state: a `TrainState` of arrays or shapes.
@@ -111,10 +112,13 @@ def step_owners(state: Any, batch: Mapping[str, Any], base: Iterable[str], metri
             return Owner("weights" if tree.canonical(rest[0]) in known else "adapters", "/".join(rest))
         return Owner("optimizer", "/".join([field, *rest]))
 
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    changing, frozen = state.parted
+    leaves = jax.tree_util.tree_flatten_with_path(changing)[0]
+    fixed = jax.tree_util.tree_flatten_with_path(frozen)[0]
     of_state = [owner(path) for path, _ in leaves]
+    of_frozen = [owner((jax.tree_util.GetAttrKey("frozen"), *path)) for path, _ in fixed]
     rows = jax.tree_util.tree_flatten_with_path(dict(batch))[0]
     of_batch = [Owner("batch", str(path[0].key)) for path, _ in rows]
     of_metrics = [Owner("loss", "metrics") for _ in jax.tree.leaves(metrics)]
-    names = [jax.tree_util.keystr(path) for path, _ in (*leaves, *rows)]
-    return Owners([*of_state, *of_batch], [*of_state, *of_metrics], names)
+    names = [jax.tree_util.keystr(path) for path, _ in (*leaves, *fixed, *rows)]
+    return Owners([*of_state, *of_frozen, *of_batch], [*of_state, *of_metrics], names)

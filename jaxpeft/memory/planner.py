@@ -12,6 +12,7 @@ the compiler sets aside. FLOPs are those of matrix products (see `flops`).
 from __future__ import annotations
 
 import functools
+import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,14 +38,14 @@ from jaxpeft.models.labels import SCOPE
 from jaxpeft.train.memory import account, activation_bytes, kept_bytes
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
-from jaxpeft.train.step import make_train_step, objective_of
+from jaxpeft.train.step import in_place, make_train_step, objective_of
 from jaxpeft.train.task import TASKS, Task, check_head, config_for
 
 
 class Step(NamedTuple):
     """A train step and the shapes that it takes.
 
-    function: (state, batch) -> (state, metrics); the state is donated.
+    function: (state, batch) -> (state, metrics); it is compiled as `train.step.in_place`.
     state: TrainState of ShapeDtypeStructs.  batch: {name: ShapeDtypeStruct}.
     base: the base model's paths, without a classifier's.  model: under its memory plan.  plan: that plan.
     accumulate: micro-batches.  task: what it is for.  rows, length: of a batch; the length in tokens.
@@ -170,6 +171,14 @@ def moved(step: Step, target: Target, dump: Path) -> Traffic:
     return traffic(hlo.read(dump), owners, target=target, flops=products(step, target))
 
 
+def moving(step: Step, target: Target, traced: Cost | None = None) -> dict[str, Any]:
+    """A row of the plan (`row`) with what the step moves: the totals of `Traffic.to_json` as "traffic"."""
+    with tempfile.TemporaryDirectory(prefix="jaxpeft-plan-") as dump:
+        made = row(step, target, traced, dump)
+        found = moved(step, target, Path(dump)).to_json(0)
+    return {**made, "traffic": {name: value for name, value in found.items() if not isinstance(value, list)}}
+
+
 def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None) -> dict[str, Any]:
     """A row of the plan: the step compiled for a target. On a slice, rows are divided over its devices.
 
@@ -182,7 +191,8 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
       InputError: for a slice whose devices do not divide the rows.
     """
     traced = cost(step) if traced is None else traced
-    compiled = targets.compile(target, step.function, *placed(step, target), donate_argnums=0, dump=dump)
+    state, batch = placed(step, target)
+    compiled = targets.compile(target, in_place(step.function), *state.parted, batch, donate_argnums=0, dump=dump)
     return {
         "target": target.name,
         "save": str(step.plan),

@@ -29,6 +29,18 @@ def flops(program: Program, instruction: Instruction) -> float:
     return 0.0
 
 
+def of_kernel(call: Instruction) -> float | None:
+    """Of a kernel, what its author has told the compiler (`cost_estimate` of a Pallas call for a TPU); None: nothing.
+
+    A GPU's compiler is not told: neither Mosaic's nor cuDNN's calls carry a count.
+    """
+    try:
+        told = json.loads(Message(call.proto).raw(_CONFIG))["custom_call_config"]["cost_estimate"]["flops"]
+        return float(told)
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
 def _gemm(call: Instruction, a: tuple[int, ...], b: tuple[int, ...]) -> float:
     """Of cuBLAS's calls, whose settings name the axes as a dot's do."""
     out = call.shape((0,))[1] if call.shape()[0] == "tuple" else call.shape()[1]

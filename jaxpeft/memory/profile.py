@@ -95,7 +95,7 @@ class Profile(NamedTuple):
         draw.write_html(self, Path(path), title)
 
     def write_png(self, path: str | os.PathLike[str], title: str = "") -> None:
-        """Writes the timeline and the treemap as a picture."""
+        """Writes the timeline, the treemap and what moves as a picture."""
         from jaxpeft.memory import draw
 
         draw.write_png(self, Path(path), title)

@@ -1,20 +1,39 @@
-"""What fits a device: the plan with the least recomputation under a budget, the largest batch, the longest sequence.
+"""What fits a device: the best plan under a budget, the largest batch, the longest sequence.
 
 A plan's kept bytes and recomputation follow from the trace (`jaxpeft.backward.options`); what a step needs besides is
-learned from the compiler, and whatever is returned has been compiled and fits.
+learned from the compiler, and whatever is returned has been compiled and fits. The best plan is that with the least
+recomputation, or with the least time by the traffic of the compiled step (`jaxpeft.memory.traffic`):
+
+    time of a plan ~ max(rest + products computed again + what is kept, written and read,    to the host and back)
+
+where the rest is what the compiled step that keeps least takes beside these.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, Literal
 
 from jaxpeft import tree
-from jaxpeft.backward.options import options
+from jaxpeft.backward.options import Option, Rates, frontier, tables
 from jaxpeft.backward.plan import Plan
 from jaxpeft.errors import InputError
-from jaxpeft.memory.planner import Step, cost, row
+from jaxpeft.memory.planner import Cost, Step, cost, moving, row
 from jaxpeft.memory.targets import Target
+
+
+def rates(target: Target, actions: Collection[str] = ()) -> Rates:
+    """What a target does in a second, all its devices together.
+
+    Raises:
+      InputError: for a target of which that is not known.
+    """
+    if target.bandwidth is None or target.flops is None:
+        raise InputError(f"--by time: bandwidth and rate of {target.name} are not known; use --by flops")
+    if "offload" in actions and target.host_bandwidth is None:
+        raise InputError(f"--by time: the bandwidth between {target.name} and its host is not known; leave offload out")
+    host = target.host_bandwidth
+    return Rates(target.flops * target.chips, target.bandwidth * target.chips, host and host * target.chips)
 
 
 def fit(
@@ -24,8 +43,9 @@ def fit(
     actions: Iterable[str] = ("save",),
     report: Callable[[str], None] = lambda text: None,
     most_compiles: int = 8,
+    by: Literal["flops", "time"] = "flops",
 ) -> tuple[Step, dict[str, Any]]:
-    """The plan with the least recomputation whose compiled total fits the budget, and its row.
+    """The plan with the least recomputation, or the least time, whose compiled total fits the budget, and its row.
 
     What a step needs besides the kept arrays is learned from the compiler: first with nothing kept but the layers'
     inputs, then from each plan that is tried.
@@ -37,10 +57,15 @@ def fit(
       actions: what may be done with activations besides recomputing them: "save", "compress", "offload".
       report: is told what is tried.
       most_compiles: where the search ends.
+      by: what the best plan has the least of. "time": plans are estimated, those tried have what they move in their
+        rows ("traffic"), and of these the one whose bound there ("bound_s") is least is returned.
 
     Raises:
-      InputError: for a budget below the arguments, or one that no plan fits.
+      InputError: for a budget below the arguments, or one that no plan fits; by time, for a target whose bandwidth and
+        rate are not known.
     """
+    actions = tuple(actions)
+    speed = rates(target, actions) if by == "time" else None
     step = make(Plan("blocks"))
     arguments = tree.num_bytes((step.state._replace(key=None), step.batch))
     if budget <= arguments:
@@ -49,10 +74,11 @@ def fit(
             f"{_gib(arguments)}"
         )
 
-    def compiled(step):
+    def compiled(step: Step) -> tuple[Cost, dict[str, Any]]:
         traced = cost(step)
-        made = row(step, target, traced)
-        report(f"{target.name}: {step.plan}: {_gib(made['bytes']['total'])}")
+        made = row(step, target, traced) if speed is None else moving(step, target, traced)
+        time = f", {1e3 * _seconds(made):.1f} ms at least" if speed else ""
+        report(f"{target.name}: {step.plan}: {_gib(made['bytes']['total'])}{time}")
         return traced, made
 
     traced, best = compiled(step)
@@ -62,7 +88,7 @@ def fit(
     if best["bytes"]["total"] > budget:
         raise InputError(f"--budget {_gib(budget)}: the plan that keeps least needs {_gib(best['bytes']['total'])}")
     choice = step
-    candidates = options(traced.segments, actions, step.plan.tokens)
+    candidates = _candidates(tables(traced.segments, actions, step.plan.tokens, speed), best)
     overhead = best["bytes"]["total"] - traced.activations
     for _ in range(most_compiles - 1):
         option = next((option for option in candidates if option.kept + overhead <= budget), None)
@@ -72,11 +98,26 @@ def fit(
         _, made = compiled(step)
         overhead = made["bytes"]["total"] - option.kept
         if made["bytes"]["total"] <= budget:
-            choice, best = step, made
-            candidates = candidates[: candidates.index(option)]  # only what recomputes less is of interest now
+            if speed is None or _seconds(made) < _seconds(best):
+                choice, best = step, made
+            candidates = candidates[: candidates.index(option)]  # only what costs less is of interest now
         else:
             candidates = candidates[candidates.index(option) + 1 :]
     return choice, best
+
+
+def _candidates(found: list[Option], least: dict[str, Any]) -> list[Option]:
+    """Plans by what they cost: recomputation or, where the row of the one that keeps least has its time, time."""
+    if "traffic" not in least:
+        return frontier(found, lambda option: option.flops)
+    own = min(found, key=lambda option: option.kept)
+    rest = least["traffic"]["least_by_module_s"] - own.seconds
+    return frontier(found, lambda option: max(rest + option.seconds, option.transfer))
+
+
+def _seconds(made: dict[str, Any]) -> float:
+    """The bound of a row with what it moves."""
+    return made["traffic"]["bound_s"]
 
 
 def _gib(size: float) -> str:

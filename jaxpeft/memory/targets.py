@@ -56,7 +56,8 @@ class Target:
       platform: "tpu", "cuda" or "cpu".
       chips: devices of the slice: its chips (on tpu7x, where JAX shows two devices per chip, twice as many); 1 for a
         plain name.
-      memory_bytes, bandwidth, flops, source: of ONE device; see `Kind`. What a run may take is `usable_bytes`.
+      memory_bytes, bandwidth, flops, source, host_bandwidth: of ONE device; see `Kind`. What a run may take of the
+        memory is `usable_bytes`.
       kind: the key of TARGETS.
       shape: chips in every dimension of the slice; () for a plain name.
     """
@@ -70,6 +71,7 @@ class Target:
     source: str
     kind: str
     shape: tuple[int, ...] = ()
+    host_bandwidth: float | None = None
 
     @property
     def usable_bytes(self) -> int:
@@ -92,7 +94,7 @@ def target(text: str) -> Target:
     shape = _shape(text, name, kind, written) if colon else ()
     chips = math.prod(shape) * kind.devices_per_chip if shape else 1
     figures = (kind.memory_bytes, kind.bandwidth, kind.flops, kind.source)
-    return Target(text.strip(), kind.platform, chips, *figures, kind=name, shape=shape)
+    return Target(text.strip(), kind.platform, chips, *figures, name, shape, kind.host_bandwidth)
 
 
 def targets(text: str) -> list[Target]:

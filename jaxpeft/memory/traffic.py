@@ -11,6 +11,8 @@ module that the instruction works for, by the attribution of the profile.
     seconds at the rate        FLOPs of matrix products / the target's dense bf16 rate
     at least                   the larger of the two, by module: less than it no schedule can take that runs one module
                                after the other
+    seconds at the link's      bytes to and from the host's memory / the bandwidth between; they may run beside, so the
+                               bound of all is the larger of this and the one before
 
 What can be avoided are copies and fills (`movement.AVOIDABLE`): instructions that compute nothing and only place in the
 device's memory what is there already, or a constant. Their readers could read, their writers write, where the array is.
@@ -69,6 +71,8 @@ class Traffic(NamedTuple):
     copies: those that can be avoided, the largest first.
     unknown_loops: whose length nothing says; their bodies count once.
     bandwidth, rate: bytes and FLOPs per second of the target; None where they are not known.
+    host_bandwidth: bytes per second between its memory and the host's, each way; None likewise.
+    unknown_kernels: whose FLOPs nothing says; they count as none.
     """
 
     rows: tuple[Row, ...]
@@ -78,6 +82,8 @@ class Traffic(NamedTuple):
     unknown_loops: int
     bandwidth: float | None = None
     rate: float | None = None
+    host_bandwidth: float | None = None
+    unknown_kernels: int = 0
 
     @property
     def read(self) -> float:
@@ -106,6 +112,25 @@ class Traffic(NamedTuple):
         moving, computing = size / self.bandwidth, flops / self.rate
         return {"bandwidth_s": moving, "rate_s": computing, "least_s": max(moving, computing)}
 
+    @property
+    def host(self) -> float:
+        """Bytes that go to the host's memory or come from there."""
+        return sum(row.host for row in self.rows)
+
+    @property
+    def by_module(self) -> float:
+        """Seconds that no schedule is faster than that runs one module after the other; 0 where that is not known."""
+        sizes: dict[str, float] = dict.fromkeys(self.flops, 0.0)
+        for row in self.rows:
+            sizes[row.module] = sizes.get(row.module, 0.0) + row.read + row.written
+        times = (self.seconds(size, self.flops.get(name, 0.0)) for name, size in sizes.items())
+        return sum(time.get("least_s", 0.0) for time in times)
+
+    @property
+    def least(self) -> float:
+        """The same with what goes to and from the host's memory, which may run beside."""
+        return max(self.by_module, self.host / self.host_bandwidth if self.host_bandwidth else 0.0)
+
     def to_json(self, limit: int = 100) -> dict[str, Any]:
         """As JSON can hold it: totals, by kind, by category of arrays, by module, and the largest copies."""
         # What stays on a TPU's chip has products and no bytes.
@@ -116,16 +141,20 @@ class Traffic(NamedTuple):
             for name, sizes in sorted(modules.items(), key=lambda item: -item[1]["read"] - item[1]["written"])
         ]
         total, flops = self.bytes, sum(self.flops.values())
+        times = self.seconds(total, flops)
+        if times:
+            times["least_by_module_s"], times["bound_s"] = self.by_module, self.least
+            times |= {"host_s": self.host / self.host_bandwidth} if self.host_bandwidth else {}
         return {
             "bytes": total,
             "read": self.read,
             "written": self.written,
-            "host_bytes": sum(row.host for row in self.rows),
+            "host_bytes": self.host,
             "avoidable_bytes": self.avoidable,
             "flops": flops,
-            **self.seconds(total, flops),
-            **({"least_by_module_s": sum(row["least_s"] for row in owners)} if self.seconds(0, 0) else {}),
+            **times,
             "unknown_loops": self.unknown_loops,
+            "unknown_kernels": self.unknown_kernels,
             "kinds": {
                 kind: {"times": self.times.get(kind, 0), **sizes} for kind, sizes in self._by("kind", KINDS).items()
             },
@@ -171,7 +200,7 @@ def traffic(
       attribution: what finds the other owners.
       target: whose bandwidth and rate make seconds of it; None: there are none.
       flops: {name stack: FLOPs} of the function (`backward.flops.flops_by_name`), kernels included; None: of the
-        products that the compiled program has left, without kernels.
+        products that the compiled program has left, and of kernels that say their own.
 
     Raises:
       InputError: if `owners` does not fit the program.
@@ -183,7 +212,7 @@ def traffic(
     total: dict[tuple[str, str, str], list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
     times: dict[str, int] = defaultdict(int)
     products: dict[str, float] = defaultdict(float)
-    copies = []
+    copies, unknown_kernels = [], 0
     for move in found:
         times[move.kind] += move.times
         shares = whose.modules(move)
@@ -196,8 +225,10 @@ def traffic(
                 for module, share in own.items():
                     category = whose.category(access.key)
                     total[module, category, move.kind][place] += share * move.times * access.bytes
-        for module, share in shares.items() if flops is None and move.flops else ():
-            products[module] += share * move.times * move.flops
+        if flops is None:
+            unknown_kernels += move.flops is None
+            for module, share in shares.items() if move.flops else ():
+                products[module] += share * move.times * (move.flops or 0.0)
         if move.kind in AVOIDABLE:
             size = move.times * sum(a.bytes for a in (*move.reads, *move.writes) if a.space == "device")
             made = move.instruction
@@ -214,6 +245,8 @@ def traffic(
         unknown_loops=unknown,
         bandwidth=None if target is None else target.bandwidth,
         rate=None if target is None else target.flops,
+        host_bandwidth=None if target is None else target.host_bandwidth,
+        unknown_kernels=unknown_kernels,
     )
 
 
@@ -298,12 +331,15 @@ def summary(found: Mapping[str, Any]) -> str:
     """The totals of a document, in a line or three."""
     part = found["avoidable_bytes"] / max(found["bytes"], 1)
     lines = [f"moved {human_bytes(found['bytes'])}, of which copies and fills {part:.1%}"]
-    if "bandwidth_s" in found:
-        unit, scale = _unit(found)
+    unit, scale = _unit(found) if "bandwidth_s" in found else ("", 0.0)
+    if unit:
         times = (f"{scale * found[name]:.2f} {unit}" for name in ("bandwidth_s", "rate_s", "least_by_module_s"))
         lines.append("at the target's bandwidth {}, products at its rate {}; the larger by module {}".format(*times))
     if found["host_bytes"]:
-        lines.append(f"to and from the host's memory {human_bytes(found['host_bytes'])}")
+        at = f", at the link's bandwidth {scale * found['host_s']:.2f} {unit}" if "host_s" in found else ""
+        lines.append(f"to and from the host's memory {human_bytes(found['host_bytes'])}{at}")
     if found["unknown_loops"]:
         lines.append(f"loops of unknown length, counted once: {found['unknown_loops']}")
+    if found["unknown_kernels"]:
+        lines.append(f"FLOPs of {found['unknown_kernels']} kernels unknown, counted as none")
     return "\n".join(lines)

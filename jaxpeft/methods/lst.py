@@ -37,7 +37,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import models, tree
+from jaxpeft import decoding, models, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.features import (
@@ -173,17 +173,20 @@ def _climb(stack: Stack, small: Model, params: tree.Params, batch: Batch, key, c
         ctx = ctx.add(rows={"rotary": jax.tree.map(lambda table: table[..., ::step], rotary)})
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def rung(g, per_rung):
-        leaves, h, index, past = per_rung
+    def rung(g, per_rung, number, past):
+        leaves, h, index = per_rung
         g = _mix(leaves["alpha"], g, linear(h, leaves["down"]))
         return small.stack.block(leaves["block"], g, ctx.at(index, key), past, "layers")
 
     g = linear(found.embedded, own["first"])
-    g, side = jax.lax.scan(rung, g, (own["rungs"], found.kept, jnp.asarray(chosen, jnp.int32), cache and cache["side"]))
+    rungs = (own["rungs"], found.kept, jnp.asarray(chosen, jnp.int32))
+    g, side = decoding.scan(rung, g, rungs, range(len(chosen)), cache and cache["side"])
     out = linear(_NORM.apply({"params": own["norm"]}, g), own["up"])
     if "alpha" in own:
         out = _mix(own["alpha"], out, found.last)
-    return out, cache and {"base": found.cache, "side": side}
+    if cache is not None:
+        cache = {name: decoding.advanced(c, g.shape[1]) for name, c in (("base", found.cache), ("side", side))}
+    return out, cache
 
 
 # The side network's shape and start.

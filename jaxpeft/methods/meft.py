@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import features, sites, tree
+from jaxpeft import decoding, features, sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.backward import residuals, reversible
 from jaxpeft.backward.plan import Plan
@@ -244,7 +244,7 @@ class _Run:
 
     def __call__(self, stack, params, batch, key=None, cache=None, probe=None) -> tuple[jax.Array, Any]:
         x, ctx = stack.embed(params, batch, key)
-        pair, caches = (x, x), []
+        pair = (x, x)
         ours = self.segments(params)
         for segment, first, end in tree.segments(params):
             if segment not in ours:
@@ -256,17 +256,14 @@ class _Run:
                 part = None if probe is None else probe[first:end]
                 pair = reversible.run(coupling, segment, numbers, own, pair, ctx, key, probe=part)
             else:
-                part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
-                pair, part = _decode(self.coupling, halves, own, jnp.asarray(numbers), pair, ctx, part)
-                caches.append(part)
+                pair, cache = _decode(self.coupling, halves, own, numbers, pair, ctx, cache)
             pair = tuple(y.astype(x.dtype) for y in pair)
         x = (pair[0] + pair[1]) / 2 if self.readout == "mean" else pair[0] if self.variant == 2 else pair[1]
         rest = {name: leaf for name, leaf in params.items() if name not in ours}
         if tree.segments(rest):
             after = residuals.planned(Plan("matmuls")) if cache is None else scan_layers
-            x, part = after(stack._replace(embed=lambda *_: (x, ctx)), rest, batch, key, cache)
-            caches.append(part)
-        return x, None if cache is None else jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+            return after(stack._replace(embed=lambda *_: (x, ctx)), rest, batch, key, cache)
+        return x, cache and decoding.advanced(cache, x.shape[1])
 
 
 def rebuilding_errors(model: Model, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
@@ -299,9 +296,8 @@ def _decode(coupling: Coupling, halves, params, numbers, pair, ctx, cache):
     """The layers of a segment with their caches: (pair, cache)."""
     dtype = pair[0].dtype
 
-    def body(carry, per_layer):
-        (pair, valid), (layer, index, past) = carry, per_layer
-        own = ctx.at(index)
+    def step(carry, layer, index, past):
+        (pair, valid), own = carry, ctx.at(index)
         caches: list[Any] = []
 
         def with_cache(half):
@@ -316,7 +312,7 @@ def _decode(coupling: Coupling, halves, params, numbers, pair, ctx, cache):
         pair, _, fine = reversible.couple(coupling, f, g, pair[0], pair[1], dtype)
         return (pair, valid & fine), caches[-1]
 
-    last, cache = jax.lax.scan(body, reversible.encoded(coupling, pair), (params, numbers, cache))
+    last, cache = decoding.scan(step, reversible.encoded(coupling, pair), params, numbers, cache)
     return reversible.decoded(coupling, *last), cache
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import features, tree
+from jaxpeft import decoding, features, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
@@ -126,8 +126,7 @@ def prefix(length: int = 30, init: str = "activations", width: int | None = None
                     return function(layer, x, ctx, own, segment)[0], None
                 if "index" not in cache:
                     raise InputError("prefix: another method of the chain gives the layers keys of its own")
-                first = {name: _in_front(cache[name], leaf) for name, leaf in own.items()}
-                return function(layer, x, ctx, {**cache, **first}, segment)
+                return function(layer, x, ctx, decoding.in_front(cache, own["k"], own["v"]), segment)
 
             return reads_stacks(call, like=function)
 
@@ -220,11 +219,6 @@ def _add_network(params, config, start, length, width, random, keys):
 
 def _rows(own: jax.Array, count: int) -> jax.Array:
     return jnp.broadcast_to(own, (count, *own.shape))
-
-
-def _in_front(slots: jax.Array, own: jax.Array) -> jax.Array:
-    """A cache's (B, C, N, D) with the prefix in its first slots."""
-    return jax.lax.dynamic_update_slice_in_dim(slots, own.astype(slots.dtype), 0, axis=1)
 
 
 def _cache(stack: Stack, length: int):

@@ -28,12 +28,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import features, tree
+from jaxpeft import decoding, features, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import drop
-from jaxpeft.model import Batch, Stack
+from jaxpeft.model import Batch, Stack, takes_stacks
 
 TEMPERATURE = 0.1
 EPSILON = 1e-6  # of the weights' sum, and of a vector's length
@@ -114,22 +114,17 @@ def _run(stack: Stack, params: tree.Params, batch: Batch, key, cache, boundary: 
     if key is not None and dropout:
         x = drop(x, dropout, key)
     x = x + jnp.tanh(own["gate"] / TEMPERATURE).astype(x.dtype) * found.last
-    x, parts = _late(stack, params, x, found.ctx, cache, boundary)
-    if cache is not None:
-        cache = jax.tree.map(lambda *c: jnp.concatenate(c), found.cache, *parts)
-    return x, cache
+    x, cache = _late(stack, params, x, found.ctx, found.cache, boundary)
+    return x, cache and decoding.advanced(cache, x.shape[1])
 
 
 def _late(stack: Stack, params: tree.Params, x: jax.Array, ctx, cache, boundary: int):
-    """The layers that gradients pass through: (x, their caches)."""
-    parts = []
+    """The layers that gradients pass through: (x, the cache)."""
     for segment, first, end in tree.segments(params):
         if first < boundary:
             continue
 
-        def body(x, per_layer, segment=segment):
-            layer, index, past = per_layer
-
+        def step(x, layer, index, past, segment=segment):
             def block(x, rows):
                 return stack.block(layer, x, ctx.at(index)._replace(rows=rows), past, segment)
 
@@ -137,11 +132,9 @@ def _late(stack: Stack, params: tree.Params, x: jax.Array, ctx, cache, boundary:
                 return block(x, ctx.rows)
             return features.by_rows(lambda *args: block(*args)[0], x, ctx.rows, axes=(0, 0), tokens=2048), None
 
-        part = jax.tree.map(lambda c: c[first:end], cache)  # noqa: B023
-        frozen = jax.lax.stop_gradient(params[segment])
-        x, part = jax.lax.scan(body, x, (frozen, jnp.arange(first, end), part))
-        parts.append(part)
-    return x, parts
+        frozen, stacked = jax.lax.stop_gradient(params[segment]), takes_stacks(stack.block)
+        x, cache = decoding.scan(step, x, frozen, range(first, end), cache, stacked)
+    return x, cache
 
 
 def aggregate(own: tree.Params, f: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import features, tree
+from jaxpeft import decoding, features, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Stack
@@ -130,7 +130,8 @@ def _run(stack: Stack, params: tree.Params, batch: Batch, cache, layers, causal:
         t = jax.lax.dynamic_update_slice_in_dim(cache["t"], new, start, axis=2)
         keys = jax.lax.dynamic_update_slice_in_dim(cache["segment_ids"], segments, start, axis=1)
         out = gather(own, t, new, features.Seen(segments, keys, start).mask(causal))
-        cache = {"base": found.cache, "t": t, "segment_ids": keys, "index": start + segments.shape[1]}
+        base = decoding.advanced(found.cache, segments.shape[1])
+        cache = {"base": base, "t": t, "segment_ids": keys, "index": start + segments.shape[1]}
     return (found.last + out if residual else out), cache
 
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import tree
+from jaxpeft import decoding, tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, Stack, reads_stacks, scan_layers
 from jaxpeft.models import fields, rotary
@@ -303,12 +303,7 @@ def shapes(config: DecoderConfig) -> tree.Flat:
     return tree.flatten(jax.eval_shape(lambda key: decoder(config).init(key, {}), jax.random.key(0)))
 
 
-def init_cache(config: Any, batch_size: int, length: int) -> dict[str, jax.Array]:
-    """An empty key-value cache for all layers of any decoder: k, v (L, B, length, N, D); see `layers.Attention`."""
-    layers, kv = config.num_hidden_layers, (config.num_key_value_heads, config.head_dim)
-    return {
-        "k": jnp.zeros((layers, batch_size, length, *kv), config.dtype),
-        "v": jnp.zeros((layers, batch_size, length, *kv), config.dtype),
-        "segment_ids": jnp.zeros((layers, batch_size, length), jnp.int32),
-        "index": jnp.zeros((layers,), jnp.int32),
-    }
+def init_cache(config: Any, batch_size: int, length: int) -> dict[str, Any]:
+    """An empty key-value cache for all layers of any decoder; see `jaxpeft.decoding`."""
+    heads, size = config.num_key_value_heads, config.head_dim
+    return decoding.empty(config.num_hidden_layers, batch_size, length, heads, size, config.dtype)

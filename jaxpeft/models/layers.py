@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpeft import decoding
 from jaxpeft.model import Context
 from jaxpeft.quant import dot
 from pallas_kernels import attention as attention_op
@@ -122,8 +123,8 @@ class Attention(nn.Module):
       {"k", "v"} (B, P, N, D): a prefix that every query sees; it is only read.
       {"k", "v", "segment_ids" (B, C)}: of other tokens, which alone are seen, all that are of a query's segment; it is
       only read. {}: it comes back as this pass's own, in that form.
-      {"k", "v", "segment_ids" (B, C), "index" ()}: a buffer of C slots. The new keys are written from slot `index`
-      on; it comes back updated. Slots 0.. are in the order of the text; unwritten slots have segment id 0.
+      One with an "index": the cache of all layers (`jaxpeft.decoding`) and this one's number, "layer". The new keys are
+      written from slot `index` on; it comes back updated.
     """
 
     num_heads: int
@@ -144,6 +145,8 @@ class Attention(nn.Module):
 
         def project(name, heads):
             y = Dense(heads * self.head_dim, self.use_bias, self.param_dtype, name=name)(x)
+            if s == 1 and cache is not None and "index" in cache:  # else a TPU's product by heads wants the kernels transposed
+                y = jax.lax.optimization_barrier(y)
             return y.reshape(b, s, heads, self.head_dim)
 
         q = project("q_proj", self.num_heads)
@@ -159,50 +162,42 @@ class Attention(nn.Module):
         segments = ctx.rows.get("segment_ids")
         window = ctx.shared["window"][ctx.layer] if "window" in ctx.shared else None
         where = attention_op.Where(None, None, segments, segments, window)
-        if cache == {}:
-            cache = {"k": k, "v": v, "segment_ids": jnp.ones((b, s), jnp.int32) if segments is None else segments}
-        elif cache is not None:
-            k, v, where, cache = _with_cache(k, v, where, cache)
-        out = attention_op.attention(q, k, v, where, self.head_dim**-0.5, self.window, self.causal)
+        options = (self.head_dim**-0.5, self.window, self.causal)
+        if cache is not None and "index" in cache:
+            out, cache = decoding.attend(q, k, v, where, cache, *options)
+        else:
+            if cache:
+                k, v, where = _with_others(k, v, where, cache)
+            elif cache is not None:
+                cache = {"k": k, "v": v, "segment_ids": jnp.ones((b, s), jnp.int32) if segments is None else segments}
+            out = attention_op.attention(q, k, v, where, *options)
         return Dense(d, self.use_out_bias, self.param_dtype, name="o_proj")(out.reshape(b, s, -1)), cache
 
 
-def _with_cache(k, v, where, cache):
-    """Keys, values and mask including the cached ones; the cache after writing."""
+def _with_others(k, v, where, cache):
+    """Keys, values and mask with those of a cache that is only read."""
     b, s = k.shape[:2]
     index = jnp.arange(s, dtype=jnp.int32)
     where = where._replace(query_index=index, key_index=index)
     if where.query_segment is None:
         ones = jnp.ones((b, s), jnp.int32)
         where = where._replace(query_segment=ones, key_segment=ones)
-    if "index" not in cache and "segment_ids" in cache:
+    if "segment_ids" in cache:
         count = cache["k"].shape[1]
         where = where._replace(
             query_index=jnp.full(s, count, jnp.int32),  # behind all of them
             key_index=jnp.arange(count, dtype=jnp.int32),
             key_segment=cache["segment_ids"],
         )
-        return cache["k"].astype(k.dtype), cache["v"].astype(v.dtype), where, cache
-    if "index" not in cache:
-        prefix = cache["k"].shape[1]
-        every = jnp.full((b, prefix), attention_op.EVERYONE, jnp.int32)
-        where = where._replace(
-            key_index=jnp.concatenate([jnp.zeros(prefix, jnp.int32), where.key_index]),
-            key_segment=jnp.concatenate([every, where.key_segment], axis=1),
-        )
-        k, v = (jnp.concatenate([cache[name].astype(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
-        return k, v, where, cache
-    start = cache["index"]
-    k, v, segments = (
-        jax.lax.dynamic_update_slice_in_dim(cache[name], x.astype(cache[name].dtype), start, axis=1)
-        for name, x in (("k", k), ("v", v), ("segment_ids", where.key_segment))
-    )
+        return cache["k"].astype(k.dtype), cache["v"].astype(v.dtype), where
+    prefix = cache["k"].shape[1]
+    every = jnp.full((b, prefix), attention_op.EVERYONE, jnp.int32)
     where = where._replace(
-        query_index=start + jnp.arange(s, dtype=jnp.int32),
-        key_index=jnp.arange(k.shape[1], dtype=jnp.int32),
-        key_segment=segments,
+        key_index=jnp.concatenate([jnp.zeros(prefix, jnp.int32), where.key_index]),
+        key_segment=jnp.concatenate([every, where.key_segment], axis=1),
     )
-    return k, v, where, {"k": k, "v": v, "segment_ids": segments, "index": start + s}
+    k, v = (jnp.concatenate([cache[name].astype(x.dtype), x], 1) for name, x in (("k", k), ("v", v)))
+    return k, v, where
 
 
 class GatedMLP(nn.Module):

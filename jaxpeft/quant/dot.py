@@ -29,6 +29,7 @@ from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.packed import Packed
 from pallas_kernels.quant_lora_matmul import quant_lora_matmul, quant_matmul
+from pallas_kernels.stack_matmul import stack_matmul
 from pallas_kernels.stacked import Stacked
 
 LOW = "lora_low"  # what x A is called in a memory plan
@@ -113,7 +114,8 @@ def _(kernel: Packed, x, a, b, **options) -> jax.Array:
 
 @_product.register
 def _(kernel: Stacked, x: jax.Array) -> jax.Array:
-    return _product(kernel.take(), x)
+    few = isinstance(kernel.stack, jax.Array) and kernel.dtype == x.dtype
+    return stack_matmul(x, kernel) if few else _product(kernel.take(), x)
 
 
 @_low_rank_product.register

@@ -12,6 +12,7 @@ from jaxpeft.backward import residuals
 from jaxpeft.compilation import compiled
 from jaxpeft.model import Batch
 from jaxpeft.train.state import TrainState
+from jaxpeft.train.step import in_place
 
 
 class Program(NamedTuple):
@@ -29,20 +30,24 @@ class Compiled:
     """Compiles once for each width of batch, and keeps the executables to ask for the memory of what really runs.
 
     Args:
-      function: (state, batch) -> result, pure.
-      donate: whether the state's buffers become the result's.
+      function: (state, batch) -> result, pure; a train step, or what only reads the state.
+      steps: whether it is a train step: what it changes takes the place of what it was (`step.in_place`).
     """
 
-    def __init__(self, function: Callable[[TrainState, Batch], Any], donate: bool = False):
-        self._jitted = jax.jit(function, donate_argnums=(0,) if donate else ())
+    def __init__(self, function: Callable[[TrainState, Batch], Any], steps: bool = False):
+        self._steps = steps
+        self._jitted = jax.jit(in_place(function), donate_argnums=0) if steps else jax.jit(function)
         self._programs: dict[int, Program] = {}
+
+    def _arguments(self, state: TrainState, batch: Batch) -> tuple[Any, ...]:
+        return (*state.parted, batch) if self._steps else (state, batch)
 
     def program(self, state: TrainState, batch: Batch) -> Program:
         """What runs for such a batch."""
         width = jnp.shape(batch["tokens"])[1]
         if width not in self._programs:
             with residuals.recorded() as segments:
-                lowered = self._jitted.lower(state, batch)
+                lowered = self._jitted.lower(*self._arguments(state, batch))
             self._programs[width] = Program(compiled(lowered), segments)
         return self._programs[width]
 
@@ -51,4 +56,8 @@ class Compiled:
         return self._programs[max(self._programs)] if self._programs else None
 
     def __call__(self, state: TrainState, batch: Batch) -> Any:
-        return self.program(state, batch).executable(state, batch)
+        result = self.program(state, batch).executable(*self._arguments(state, batch))
+        if not self._steps:
+            return result
+        changed, metrics = result
+        return changed._replace(frozen=state.frozen), metrics

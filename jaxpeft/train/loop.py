@@ -149,7 +149,7 @@ class _Run:
         self.out = args.out
         rate = {"rate": job.schedule, "weight_decay": job.weight_decay}
         step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **rate)
-        self.step = Compiled(step, donate=True)
+        self.step = Compiled(step, steps=True)
         self.eval_step = Compiled(job.task.eval_step(job.model))
         self.state: TrainState = job.state
         self.identity, self.has_own = config.identity(document), bool(job.own)

@@ -38,6 +38,11 @@ class TrainState(NamedTuple):
         return {**self.frozen, **self.moved, **self.trainable}
 
     @property
+    def parted(self) -> tuple[TrainState, tree.Flat]:
+        """(the state without its frozen leaves, these)."""
+        return self._replace(frozen={}), self.frozen
+
+    @property
     def params(self) -> tree.Params:
         """All leaves, nested."""
         return tree.combine(self.trainable, {**self.frozen, **self.moved})

@@ -7,8 +7,8 @@
     leaf                  <- leaf - rate(step) (direction + decay leaf)
     trained, moved         = move(trained, moved)                  its `move` slot
 
-It assumes nothing about devices: batch and state may be sharded in any way, and `jax.jit(step, donate_argnums=0)`
-reuses the state's buffers.
+It assumes nothing about devices: batch and state may be sharded in any way. `jit_step` compiles it such that what
+changes takes the place of what it was, and frozen leaves are only read.
 """
 
 from __future__ import annotations
@@ -99,6 +99,36 @@ def make_train_step(
         return new, metrics
 
     return step
+
+
+def in_place(step: Step) -> Callable[[TrainState, tree.Flat, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+    """A step as (what it changes, the frozen leaves, batch) -> (what it changes, metrics), see `TrainState.parted`.
+
+    For `jax.jit(..., donate_argnums=0)`: only what changes can be donated, and only it is a result. To donate frozen
+    leaves gains nothing, and costs a copy of those whose memory is not JAX's own: a checkpoint's, on a CPU.
+    """
+
+    def parted(changing: TrainState, frozen: tree.Flat, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        state, metrics = step(changing._replace(frozen=frozen), batch)
+        return state._replace(frozen={}), metrics
+
+    return parted
+
+
+def jit_step(step: Step) -> Step:
+    """The step, compiled: what changes is donated, so that the state given is used up; frozen leaves stay as they are.
+
+    step = jp.jit_step(jp.make_train_step(model, method, optimizer))
+    for batch in batches:
+        state, metrics = step(state, batch)
+    """
+    compiled = jax.jit(in_place(step), donate_argnums=0)
+
+    def call(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+        changed, metrics = compiled(*state.parted, batch)
+        return changed._replace(frozen=state.frozen), metrics
+
+    return call
 
 
 def _stepped(leaf: jax.Array, direction: jax.Array, rate: jax.Array, decay: float) -> jax.Array:

@@ -6,6 +6,8 @@
     cuda     cuDNN's fused attention                                   cudnn.py
     else     tiles in plain JAX, any mask                              chunked.py (smaller tiles on a CPU)
 
+`of_cache` is decoding's: one token per row, the keys and values a layer of a cache                   cached.py
+
 Kernels take whole rows (no cache, no prefix) and one window for all layers; everything else runs in tiles. None holds
 an array of queries x keys in float32; cuDNN gets segments as a mask of queries x keys, for rows of up to 4096 tokens.
 
@@ -23,11 +25,11 @@ import functools
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.attention import chunked, cudnn, splash
+from pallas_kernels.attention import cached, chunked, cudnn, splash
 from pallas_kernels.attention.chunked import EVERYONE, Where
 from pallas_kernels.platform import Implementation, operation
 
-__all__ = ["EVERYONE", "Where", "attention"]
+__all__ = ["EVERYONE", "Where", "attention", "of_cache"]
 
 
 def _products(count):
@@ -61,6 +63,45 @@ backward = operation(
     tpu=Implementation(splash.backward, splash.supports),
     cuda=Implementation(cudnn.backward, cudnn.supports),
 )
+
+
+def _of_cache_flops(query, keys, *rest, **static):
+    return 4.0 * query.size * keys.shape[3]
+
+
+_of_cache = operation(
+    "attention_of_cache",
+    lambda *args, **static: (cached.dots(*args, **static),),
+    flops=_of_cache_flops,
+    cuda=Implementation(
+        lambda *args, **static: (cached.sums(*args, **static),), lambda *args, **static: True, partitions=True
+    ),
+)
+
+
+def of_cache(
+    query: jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    layer: jax.Array,
+    where: Where,
+    scale: float,
+    window: int | None = None,
+    causal: bool = True,
+) -> jax.Array:
+    """Attention of one token per row to a layer of a cache, which is read where it lies; it has no derivative.
+
+    Args:
+      query: (B, 1, H, D).
+      keys: (L, B, N, C, D) of all layers.  values: (L, B, N, D, C).
+      layer: () int32, whose are read.
+      where: the mask, all of its indices and segments.
+      scale, window, causal: as of `attention`.
+
+    Returns:
+      (B, 1, H, D) in query's dtype. A query that may see no key gets 0.
+    """
+    return _of_cache(query, keys, values, layer, where, scale=scale, window=window, causal=causal)[0]
 
 
 def attention(

@@ -115,6 +115,13 @@ def test_a_budget_prints_a_plan_that_it_takes_back(config, capsys):
         (["--actions", "save"], "--actions save: says what --budget may do; add --budget"),
         (["--budget", "1GiB", "--save", "blocks"], "--save blocks: --budget searches the plan"),
         (["--budget", "1GiB", "--remat", "policy"], "--remat policy: --budget searches plans of the loops"),
+        (["--by", "time"], "--by time: says what --budget finds the least of; add --budget"),
+        (["--by", "time", "--budget", "1GiB"], "--by time: bandwidth and rate of cpu are not known; use --by flops"),
+        (
+            ["--by", "time", "--budget", "1GiB", "--target", "tpu7x", "--actions", "save,offload"],
+            "--by time: the bandwidth between tpu7x and its host is not known; leave offload out",
+        ),
+        (["--by", "luck", "--budget", "1GiB"], "invalid choice 'luck'"),
         (["--save", "compressed", "--remat", "policy"], "compressed cannot be: a policy says where a value lies"),
         (["--picture", "bars.txt"], "--picture bars.txt: must end with .png, .svg or .pdf"),
         (["--picture", "absent/bars.png"], "--picture absent/bars.png: there is no folder absent"),

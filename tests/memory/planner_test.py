@@ -10,6 +10,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.backward import residuals
+from jaxpeft.backward.options import options
 from jaxpeft.backward.plan import INPUT, Plan
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, search, targets
@@ -113,7 +114,7 @@ def segments(step):
 def test_the_frontier_is_that_of_every_table(segments):
     """Every subset of the names, each through the plan itself: none keeps less for no more recomputation."""
     names = ["q_proj", "k_proj", "v_proj", "attention", "o_proj", "gate_proj", "up_proj", "lora_low"]
-    frontier = search.options(segments)
+    frontier = options(segments)
     assert [option.flops for option in frontier] == sorted(option.flops for option in frontier)
     assert [option.kept for option in frontier] == sorted((option.kept for option in frontier), reverse=True)
     assert frontier[0].flops == 0 and frontier[-1].plan == Plan("blocks")
@@ -130,17 +131,17 @@ def test_the_frontier_is_that_of_every_table(segments):
 
 @pytest.mark.parametrize("index", [0, 3, 10, -1])
 def test_an_option_costs_what_its_plan_costs(segments, index):
-    option = search.options(segments)[index]
+    option = options(segments)[index]
     traced = planner.cost(make(option.plan))
     assert traced.activations == option.kept
     assert traced.recompute_flops == pytest.approx(option.flops)
 
 
 def test_compression_and_offloading_are_options_only_if_asked_for(segments):
-    assert {a for o in search.options(segments) for _, a in o.plan.actions} == {"save"}
-    wider = search.options(segments, ("save", "compress"))
+    assert {a for o in options(segments) for _, a in o.plan.actions} == {"save"}
+    wider = options(segments, ("save", "compress"))
     assert any(action == "compress" for option in wider for _, action in option.plan.actions)
-    assert all(option.altered == 0 for option in search.options(segments))
+    assert all(option.altered == 0 for option in options(segments))
     assert wider[0].altered == 0  # what needs no compression uses none
 
 

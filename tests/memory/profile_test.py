@@ -16,6 +16,7 @@ from jaxpeft.backward import residuals
 from jaxpeft.errors import InputError
 from jaxpeft.memory import draw, hlo, profile, targets
 from jaxpeft.models import decoder, layers
+from jaxpeft.train.step import in_place
 from tests import tiny
 
 TARGETS = ("cpu", "v5p", "h200")
@@ -169,7 +170,7 @@ def odd_step(target, dump, save="everything"):
         model, paths = made[0]
         batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tiny.batch(ROWS, LENGTH))
         step = jp.make_train_step(model, method, optimizer)
-        executable = compiled(target, step, state, batch, dump=dump, donate=0)
+        executable = compiled(target, in_place(step), *state.parted, batch, dump=dump, donate=0)
         owners = profile.step_owners(state, batch, paths, jax.eval_shape(step, state, batch)[1])
     return Step(executable.memory_analysis(), state, batch, profile.read(dump, owners))
 

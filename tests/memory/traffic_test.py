@@ -11,7 +11,7 @@ from jaxpeft import cli
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.cli import plan
 from jaxpeft.errors import InputError
-from jaxpeft.memory import dumped, foreign, hlo, targets, traffic
+from jaxpeft.memory import bars, draw_traffic, dumped, foreign, hlo, targets, traffic
 from jaxpeft.memory.movement import AVOIDABLE
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.stacked import Stacked
@@ -183,6 +183,10 @@ def test_a_plan_says_what_its_steps_move(capsys):
     plan.show(document)
     shown = capsys.readouterr().out
     assert "moved" in shown and "ms at least" in shown
+    moves = {"bytes": 3e9, "bound_s": 0.0125}
+    assert bars.label({"bytes": {"total": 2e9}}, "GB", 10**9) == "2.0"
+    said = bars.label({"bytes": {"total": 2e9}, "traffic": moves}, "GB", 10**9)
+    assert said == "2.0; moves 3.0 GB, 12.5 ms at least"
 
 
 def test_the_hosts_memory_is_apart(tmp_path):
@@ -220,6 +224,79 @@ def test_a_kernel_reads_a_layer_of_the_stack(tmp_path):
     assert sum(row.written for row in kernels) == layers * (x + 2 * 512 * 64)
     read = layers * (x + low) + layers * (x + w + 2 * 512 * 64 + low)  # x A, then all of it
     assert sum(row.read for row in kernels) == pytest.approx(read, rel=1e-3)
+
+
+def adapted(x, w, a, b):
+    return lora_matmul(x, w, a, b)
+
+
+ADAPTED = [jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in ((512, 256), (256, 256), (256, 64), (64, 256))]
+FLOPS = 2 * 512 * 256 * 256 + 4 * 512 * 256 * 64
+
+
+def test_a_kernel_that_says_its_flops_is_counted(tmp_path):
+    found, _ = moved(tmp_path, adapted, *ADAPTED, target="v5e")
+    assert found.unknown_kernels == 0 and found.times["kernel"] >= 1
+    assert sum(found.flops.values()) == FLOPS
+    assert "kernels unknown" not in traffic.text(found.to_json())
+
+
+@pytest.fixture(scope="module")
+def on_h200(tmp_path_factory):
+    """(the profile of a function with kernels for a GPU, XLA's files of it)."""
+    dump = tmp_path_factory.mktemp("h200")
+    try:
+        return jp.profile(adapted, *ADAPTED, target="h200", traffic=True, dump=dump), dump
+    except InputError as error:
+        pytest.skip(str(error))
+
+
+def test_kernels_that_say_nothing_are_said(on_h200):
+    found = on_h200[0].traffic
+    assert found.unknown_kernels == 2  # x A, and all of it
+    assert "FLOPs of 2 kernels unknown, counted as none" in str(on_h200[0])
+
+
+def test_a_dump_has_the_times_of_a_target(on_h200, capsys):
+    profile, dump = on_h200
+    assert cli.main(["profile", "--xla-dump", str(dump), "--traffic", "--target", "h200", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)["profile"]["traffic"]
+    assert found["bound_s"] == profile.traffic.least > 0
+    assert found["bandwidth_s"] == pytest.approx(found["bytes"] / targets.target("h200").bandwidth)
+    assert cli.main(["profile", "--xla-dump", str(dump), "--traffic", "--target", "v5e"]) == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "--target v5e: jit_adapted was compiled for gpu" in line
+    assert cli.main(["profile", "--xla-dump", str(dump), "--target", "h200"]) == 2
+    assert "--target: not together with --xla-dump" in capsys.readouterr().err
+
+
+def test_a_picture_has_the_bars(on_h200, tmp_path):
+    from matplotlib.image import imread
+
+    profile, _ = on_h200
+    profile.write_png(tmp_path / "with.png")
+    profile._replace(traffic=None).write_png(tmp_path / "without.png")
+    assert imread(tmp_path / "with.png").shape[0] > 1.2 * imread(tmp_path / "without.png").shape[0]
+
+
+def test_bars_are_as_long_as_the_time(on_h200):
+    from matplotlib.figure import Figure
+
+    profile, _ = on_h200
+    axes = Figure().subplots()
+    draw_traffic.draw(axes, profile.traffic)
+    drawn = sum(patch.get_width() for patch in axes.patches)
+    assert drawn == pytest.approx(1e3 * profile.traffic.bytes / targets.target("h200").bandwidth)
+
+
+def test_the_bound_is_the_larger_of_what_the_modules_and_the_link_take():
+    rows = (traffic.Row("a", "weights", "product", 300.0, 100.0, 0.0), traffic.Row("b", "weights", "host", 0, 0, 50.0))
+    found = traffic.Traffic(rows, {}, {"a": 10.0}, (), 0, bandwidth=100.0, rate=1.0, host_bandwidth=10.0)
+    assert (found.by_module, found.least) == (10.0, 10.0)
+    assert found._replace(host_bandwidth=2.0).least == 25.0
+    of = found._replace(host_bandwidth=2.0).to_json()
+    assert (of["host_s"], of["bound_s"], of["least_by_module_s"]) == (25.0, 25.0, 10.0)
+    assert "at the link's bandwidth 25000.00 ms" in traffic.text(of)
 
 
 def test_a_file_of_what_is_in_use_moves_nothing(tmp_path, capsys):

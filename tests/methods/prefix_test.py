@@ -145,7 +145,7 @@ def test_the_cache_has_whole_tiles_and_the_model_room_for_fewer_tokens(start):
     assert model.config.max_position_embeddings == 128 - P
     for slots, whole in ((32, 32 + P), (256, 512)):
         cache = jax.eval_shape(lambda slots=slots: model.stack.init_cache(2, slots))
-        assert cache["k"].shape == (3, 2, whole, 2, 8)
+        assert cache["k"].shape == (3, 2, 2, whole, 8)
 
 
 @pytest.mark.parametrize(
