@@ -118,8 +118,7 @@ def spec_of(path: str, shapes: Mapping[str, Sequence[int]], base: Container[str]
     parts = path.split("/")
     above = ["/".join([*parts[:n], "kernel"]) for n in range(len(parts) - 1, 0, -1)]
     kernel = next((other for other in above if other in shapes and other != path), None)
-    spec = () if kernel is None else spec_of(kernel, shapes, base)
-    if not spec:
+    if kernel is None or not (spec := spec_of(kernel, shapes, base)):
         return ()
     (n, m), own = shapes[kernel][-2:], shapes[path]
     if len(own) == 1:
@@ -209,11 +208,21 @@ def of_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
     Raises:
       InputError: for rows that the devices do not divide.
     """
-    count = math.prod(mesh.shape[axis] for axis in ROWS)
-    for x in batch.values():
-        if x.shape[0] % count:
-            raise InputError(f"--batch-size {x.shape[0]}: must be a multiple of data x fsdp = {count} devices")
+    check_rows(mesh, next(iter(batch.values())).shape[0])
     return {name: NamedSharding(mesh, PartitionSpec(ROWS)) for name in batch}
+
+
+def num_shards(mesh: Any) -> int:
+    """Devices over which the rows of a batch are divided; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def check_rows(mesh: Mesh | None, rows: int, accumulate: int = 1) -> None:
+    """Raises InputError for a batch, or a micro-batch of it, whose rows the devices do not divide."""
+    count = num_shards(mesh)
+    if rows % (count * accumulate):
+        parts = f" and --accumulate {accumulate}" if accumulate > 1 else ""
+        raise InputError(f"--batch-size {rows}: must be a multiple of the mesh's data x fsdp = {count} devices{parts}")
 
 
 # What a program says of itself where it is traced under a mesh.
@@ -228,8 +237,7 @@ def _mesh() -> Any:
 
 def shards() -> int:
     """Devices over which the rows of a batch are divided."""
-    mesh = _mesh()
-    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+    return num_shards(_mesh())
 
 
 def rows(x: Any, axis: int = 0) -> Any:

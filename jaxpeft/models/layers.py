@@ -145,7 +145,9 @@ class Attention(nn.Module):
 
         def project(name, heads):
             y = Dense(heads * self.head_dim, self.use_bias, self.param_dtype, name=name)(x)
-            if s == 1 and cache is not None and "index" in cache:  # else a TPU's product by heads wants the kernels transposed
+            if (
+                s == 1 and cache is not None and "index" in cache
+            ):  # else a TPU's product by heads wants the kernels transposed
                 y = jax.lax.optimization_barrier(y)
             return y.reshape(b, s, heads, self.head_dim)
 
