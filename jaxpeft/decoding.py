@@ -4,12 +4,12 @@
     segment_ids (B, C) int32                of the slots: 0 where nothing is written
     index () int32                          slots that are written, and the next one
 
-A loop over the layers carries the whole cache, writes the slots of this pass in place, and reads a layer's part where it
-lies, as it reads the kernels (`pallas_kernels.stacked`): nothing of the size of a layer is copied, so a token costs the
-weights once, the cache once, and one slot per layer. What a layer is given is the whole cache with its own number,
+A loop over the layers carries the whole cache, writes the slots of this pass in place, and reads a layer's part where
+it lies, as it reads the kernels (`pallas_kernels.stacked`): nothing of the size of a layer is copied, so a token costs
+the weights once, the cache once, and one slot per layer. What a layer is given is the whole cache with its own number,
 `layer` () int32.
 
-The first pass over a text knows that it is (`index` is a number and not traced): its tokens see themselves and the slots
+The first pass over a text knows that it is (`index` is a number, not traced): its tokens see themselves and the slots
 before `index`, where a prefix lies, and nothing of the empty ones is read.
 """
 
@@ -74,8 +74,8 @@ def scan(
     """
     numbers = jnp.asarray(numbers, jnp.int32)
     if cache is None:
-        body = lambda carry, per_layer: (step(carry, *per_layer, None)[0], None)
-        return jax.lax.scan(body, carry, (params, numbers))[0], None
+        plain = lambda carry, per_layer: (step(carry, *per_layer, None)[0], None)
+        return jax.lax.scan(plain, carry, (params, numbers))[0], None
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
     whole = [stacked and _is_kernel(path, leaf) for path, leaf in leaves]
     sliced = [None if stays else leaf for stays, (_, leaf) in zip(whole, leaves, strict=True)]

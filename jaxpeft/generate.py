@@ -6,9 +6,9 @@ A batch of prompts is padded on the left, so that all rows write the same cache 
     segment   0 in the padding, 1 elsewhere: nothing that counts sees the padding
     position  slot - (P - len_b): each row counts from its own first token
 
-One pass over all prompts fills the cache and chooses the first tokens, then a `lax.while_loop` reads a token per row and
-step and chooses the next. It ends early when every row has ended, or after some steps: `stream` shows what there is and
-goes on. A row that has ended reads on, and nobody looks at what it says. The cache is carried through all of it and
+One pass over all prompts fills the cache and chooses the first tokens, then a `lax.while_loop` reads a token per row
+and step and chooses the next. It ends early when every row has ended, or after some steps: `stream` shows what there is
+and goes on. A row that has ended reads on, and nobody looks at what it says. The cache is carried through all of it and
 written in place, one slot per step (`jaxpeft.decoding`). P and the number of slots are
 rounded up to a few sizes, from 128 on at most a quarter above, so calls of similar lengths share a compilation.
 
@@ -193,8 +193,9 @@ def _padded(prompts: Sequence[Sequence[int]], max_new_tokens: int, room: int) ->
 def _first(model: Model, params, how: _How, prompts, max_new_tokens: int, numbers: Sequence[int]) -> dict[str, Any]:
     """The state when the prompts have been read and the first tokens chosen; `numbers` are theirs, to draw by.
 
-    t (): tokens chosen.  token (B,): the last, which the model has not read yet.  new (B, slots): all of them, of which
-    count (B,) are the text's.  limit (B,): the most it gets.  done (B,).  lengths (B,): of the prompts.  keys (B,).  cache.
+    t (): tokens chosen.  token (B,): the last, which the model has not read yet.  new (B, slots): all of them, of
+    which count (B,) are the text's.  limit (B,): the most it gets.  done (B,).  lengths (B,): of the prompts.
+    keys (B,).  cache.
     """
     batch, slots = _padded(prompts, max_new_tokens, model.config.max_position_embeddings)
     rows = np.zeros(len(batch["limit"]), np.int32)

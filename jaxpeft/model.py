@@ -110,7 +110,7 @@ class Stack(NamedTuple):
     """A model as the functions that methods see.
 
     embed: (params, batch, key) -> (x, ctx)                     x (B, S, d) in the compute dtype
-    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters; the cache with its number, or None
+    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters; None or the cache
     head:  (params, x) -> logits float32 (..., V)               final norm and unembedding, for any leading axes
     run:   (stack, params, batch, key, cache) -> (x, cache)     embed and all layers
     pool:  (x, batch) -> (B, d)                                 what stands for a whole row where rows are classified

@@ -71,13 +71,18 @@ def equation_flops(eqn: Any) -> float:
 
 
 def equation_bytes(eqn: Any) -> int:
-    """Bytes of what an equation reads and writes, each once; of a stack of kernels one layer."""
-    given: Any = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars if hasattr(v.aval, "shape")]
+    """Bytes of the arrays of numbers that an equation reads and writes, each once; of a stack of kernels one layer."""
+    given: Any = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in eqn.invars if _of_numbers(v.aval)]
     if eqn.primitive.name in FLOPS:
         given = eqn.params["treedef"].unflatten(given)
-    given = jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, Stacked))
-    layers = [(x.stack, x.stack.shape[0]) if isinstance(x, Stacked) else (x, 1) for x in given]
-    return sum(tree.num_bytes(x) // count for x, count in layers) + sum(tree.num_bytes(v.aval) for v in eqn.outvars)
+    arrays = [*jax.tree.leaves(given, is_leaf=lambda x: isinstance(x, Stacked))]
+    arrays += [v.aval for v in eqn.outvars if _of_numbers(v.aval)]
+    layers = [(x.stack, x.stack.shape[0]) if isinstance(x, Stacked) else (x, 1) for x in arrays]
+    return sum(tree.num_bytes(x) // count for x, count in layers)
+
+
+def _of_numbers(aval: Any) -> bool:
+    return hasattr(aval, "shape") and not jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
 def _is_jaxpr(x: Any) -> bool:

@@ -85,7 +85,7 @@ class Programs:
             return [made[v] for v in variables if not isinstance(v, Literal) and v in made]
 
         reads = [makers(eqn.invars) for eqn in jaxpr.eqns] + [makers(part.invars) for _, part in parts]
-        work = [(equation_flops(eqn), equation_bytes(eqn)) for eqn in [*jaxpr.eqns, *(part for _, part in parts)]]
+        work = [(equation_flops(eqn), equation_bytes(eqn)) for eqn in (*jaxpr.eqns, *(part for _, part in parts))]
         for node, (i, _) in enumerate(parts, len(jaxpr.eqns)):
             reads[i].append(node)
             work[i] = (work[i][0] - work[node][0], work[i][1] - work[node][1])

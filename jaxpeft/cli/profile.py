@@ -37,7 +37,8 @@ class Profile(StepArguments):
     dump: Path | None = None
     """Folder for XLA's own files (HLO, buffer assignment, live ranges), which xprof and other tools read."""
     traffic: bool = False
-    """Say what the step moves through memory, too: bytes by kind and owner, copies, time at the target's bandwidth."""
+    """Say what the step moves through memory, too: bytes by kind and owner, copies, time at the target's bandwidth (of
+    --xla-dump: that of --target)."""
     limit: int = 20
     """Owners to list."""
     json: bool = False

@@ -176,7 +176,7 @@ class ForeignAttribution(Attribution):
         return owner
 
     def _carried(self, group: hlo.Key) -> Owner | None:
-        """The parameter, optimizer's state or cache that a loop carries along and changes, as one over whole steps does."""
+        """The parameter, optimizer's state or cache that a loop carries along and changes, as one over steps does."""
         for instruction, index in self._flow.members[group]:
             loop = self._instructions[instruction]
             if loop.opcode == "while" and loop.operands:

@@ -47,7 +47,7 @@ def profile(
         `jaxpeft.memory.profile.CATEGORIES`, or None to have it guessed. Without it all are guessed: `foreign.guess`.
       dump: a folder for XLA's files, new or empty: what else lies there might be taken for the function's.
       traffic: whether to say what the function moves through memory, too. Its products are those of the compiled
-        program; what kernels compute, that does not tell.
+        program; of kernels those count that say their FLOPs, and how many do not is said.
 
     Returns:
       The profile; `print` shows its table, `to_json`, `write_html` and `write_png` give the rest. A result is of the

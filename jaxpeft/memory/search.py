@@ -88,7 +88,7 @@ def fit(
     if best["bytes"]["total"] > budget:
         raise InputError(f"--budget {_gib(budget)}: the plan that keeps least needs {_gib(best['bytes']['total'])}")
     choice = step
-    candidates = _candidates(tables(traced.segments, actions, step.plan.tokens, speed), best)
+    candidates = _candidates(tables(traced.segments, actions, step.plan.tokens, speed), best, step.accumulate)
     overhead = best["bytes"]["total"] - traced.activations
     for _ in range(most_compiles - 1):
         option = next((option for option in candidates if option.kept + overhead <= budget), None)
@@ -106,13 +106,16 @@ def fit(
     return choice, best
 
 
-def _candidates(found: list[Option], least: dict[str, Any]) -> list[Option]:
-    """Plans by what they cost: recomputation or, where the row of the one that keeps least has its time, time."""
+def _candidates(found: list[Option], least: dict[str, Any], accumulate: int) -> list[Option]:
+    """Plans by what they cost: recomputation or, where the row of the one that keeps least has its time, time.
+
+    accumulate: micro-batches of a step; the plans' costs are those of one.
+    """
     if "traffic" not in least:
         return frontier(found, lambda option: option.flops)
-    own = min(found, key=lambda option: option.kept)
-    rest = least["traffic"]["least_by_module_s"] - own.seconds
-    return frontier(found, lambda option: max(rest + option.seconds, option.transfer))
+    own = next(option for option in found if not option.plan.actions)
+    rest = least["traffic"]["least_by_module_s"] - accumulate * own.seconds
+    return frontier(found, lambda option: max(rest + accumulate * option.seconds, accumulate * option.transfer))
 
 
 def _seconds(made: dict[str, Any]) -> float:

@@ -184,7 +184,7 @@ def _climb(stack: Stack, small: Model, params: tree.Params, batch: Batch, key, c
     out = linear(_NORM.apply({"params": own["norm"]}, g), own["up"])
     if "alpha" in own:
         out = _mix(own["alpha"], out, found.last)
-    if cache is not None:
+    if found.cache is not None and side is not None:
         cache = {name: decoding.advanced(c, g.shape[1]) for name, c in (("base", found.cache), ("side", side))}
     return out, cache
 

@@ -125,6 +125,7 @@ def _run(stack: Stack, params: tree.Params, batch: Batch, cache, layers, causal:
 
         out = features.by_rows(beside, found.kept, segments, axes=(1, 0))
     else:
+        assert found.cache is not None
         start = cache["index"]
         new = features.project(own, found.kept)
         t = jax.lax.dynamic_update_slice_in_dim(cache["t"], new, start, axis=2)

@@ -3,8 +3,8 @@
     parts[p] = x[:, inputs of p] W[l, inputs of p]        (P, T, m) float32, added up in plain JAX
 
 The time is that of reading W, so every streaming multiprocessor should read a part of it: a tile is 64 rows of x by 128
-columns of W over one of P parts of the n inputs. mosaic_gpu.py describes the pipeline. A slot holds x (64, 64) and W (64, 128); as many as fit are under way. Each of the two
-warpgroups multiplies by half of the columns.
+columns of W over one of P parts of the n inputs. mosaic_gpu.py describes the pipeline. A slot holds x (64, 64) and W
+(64, 128); as many as fit are under way. Each of the two warpgroups multiplies by half of the columns.
 
 Traffic: W once per 64 rows, x once per column of tiles (from the L2 cache), P sums of T x m.
 """
@@ -52,7 +52,7 @@ def forward(x, w: Stacked, *, config: Config | None = None, interpret: Any = Non
 
 
 def supports_forward(x, w: Stacked) -> bool:
-    """Whether `forward` takes arguments of these shapes: layers of a stack of x's type, n a multiple of 64, m of 128."""
+    """Whether `forward` takes arguments of these shapes: a stack of x's type, n a multiple of 64, m of 128."""
     return isinstance(w, Stacked) and supported(x, w) and w.shape[1] % COLUMNS == 0
 
 

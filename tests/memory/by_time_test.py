@@ -41,6 +41,8 @@ def test_what_an_equation_reads_and_writes():
     x, stack, a, b = (jnp.zeros(s, jnp.bfloat16) for s in ((16, 64), (5, 64, 32), (64, 4), (4, 32)))
     (dot,) = jax.make_jaxpr(lambda x, w: x @ w)(x, stack[0]).eqns
     assert equation_bytes(dot) == 2 * (16 * 64 + 64 * 32 + 16 * 32)
+    (draw,) = jax.make_jaxpr(lambda key: jax.random.split(key))(jax.random.key(0)).eqns[-1:]
+    assert equation_bytes(draw) == 0  # keys are no numbers
     jaxpr = jax.make_jaxpr(lambda x, stack, a, b: lora_matmul(x, Stacked(stack, jnp.int32(2)), a, b))(x, stack, a, b)
     found = [equation_bytes(eqn) for eqn in jaxpr.eqns if "treedef" in eqn.params]
     # One layer of the stack, its number; z of (4, 16) is a result too.
