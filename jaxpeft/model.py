@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxpeft import decoding, tree
+from jaxpeft import decoding, sharding, tree
 
 Batch = Mapping[str, jax.Array]
 Cache = Mapping[str, jax.Array]
@@ -197,10 +197,12 @@ def scan_layers(
       cache: None, or what `init_cache` makes (see `jaxpeft.decoding`), which comes back with this pass's tokens.
     """
     x, ctx = stack.embed(params, batch, key)
+    x = sharding.rows(x)
     for segment, first, end in tree.segments(params):
 
         def step(x, layer, index, past, segment=segment):
-            return stack.block(layer, x, ctx.at(index, key), past, segment)
+            x, past = stack.block(sharding.gathered(layer, segment), x, ctx.at(index, key), past, segment)
+            return sharding.rows(x), past
 
         x, cache = decoding.scan(step, x, params[segment], range(first, end), cache, takes_stacks(stack.block))
     return x, cache and decoding.advanced(cache, x.shape[1])

@@ -81,6 +81,11 @@ def test_the_training_loop(tmp_path, monkeypatch):
     assert all(np.any(leaf) for path, leaf in leaves.items() if path.endswith("/b"))
 
 
+def test_the_mesh():
+    found = run("pods.md", "make_mesh")
+    assert int(found["state"].step) == 1
+
+
 def test_models_of_ones_own():
     namespace = run("models.md", "from_linen")
     module, merged, batch = namespace["Tower"](), namespace["merged"], namespace["batch"]

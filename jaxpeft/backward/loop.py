@@ -14,6 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from jaxpeft import sharding
 from jaxpeft.backward.places import empty
 from jaxpeft.backward.programs import Programs, trace
 from jaxpeft.model import Context
@@ -162,8 +163,8 @@ class Loop(NamedTuple):
         def kernel(part, kinds):
             return Stacked(part, own.layer - self.layers.start) if "stack" in jax.tree.leaves(kinds) else part
 
-        layer = jax.tree.map(kernel, layer, kinds, is_leaf=is_packed)
-        return jax.tree.leaves(self.block(layer, x, own)[0])
+        layer = sharding.gathered(jax.tree.map(kernel, layer, kinds, is_leaf=is_packed), self.name)
+        return sharding.rows(jax.tree.leaves(self.block(layer, sharding.rows(x), own)[0]))
 
     def shapes(self, leaves, streams, key):
         """Those of the inputs of a step."""

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 
-from jaxpeft import tree, updates
+from jaxpeft import sharding, tree, updates
 from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.backward.loop import Static, join, loop_over
 from jaxpeft.backward.options import options
@@ -147,6 +147,7 @@ def by_segment(layers: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Arra
         if cache is not None:  # decoding: there is no backward pass
             return scan_layers(stack, params, batch, key, cache)
         x, ctx = stack.embed(params, batch, key)
+        x = sharding.rows(x)
         for segment, first, end in tree.segments(params):
             block = functools.partial(stack.block, cache=None, segment=segment)
             x = layers(block, segment, range(first, end), params[segment], x, ctx, key)

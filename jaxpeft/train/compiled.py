@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpeft import sharding
 from jaxpeft.backward import residuals
 from jaxpeft.compilation import compiled
 from jaxpeft.model import Batch
@@ -32,22 +33,32 @@ class Compiled:
     Args:
       function: (state, batch) -> result, pure; a train step, or what only reads the state.
       steps: whether it is a train step: what it changes takes the place of what it was (`step.in_place`).
+      mesh: over which batches are divided by rows; the state lies on it already, and stays as it lies.
     """
 
-    def __init__(self, function: Callable[[TrainState, Batch], Any], steps: bool = False):
-        self._steps = steps
-        self._jitted = jax.jit(in_place(function), donate_argnums=0) if steps else jax.jit(function)
+    def __init__(
+        self, function: Callable[[TrainState, Batch], Any], steps: bool = False, mesh: jax.sharding.Mesh | None = None
+    ):
+        self._function, self._steps, self._mesh = function, steps, mesh
         self._programs: dict[int, Program] = {}
 
     def _arguments(self, state: TrainState, batch: Batch) -> tuple[Any, ...]:
+        if self._mesh is not None:
+            batch = jax.device_put(batch, sharding.of_batch(self._mesh, batch))
         return (*state.parted, batch) if self._steps else (state, batch)
+
+    def _lowered(self, *args: Any) -> Any:
+        if not self._steps:
+            return jax.jit(self._function).lower(*args)
+        there = None if self._mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, args[0]), None)
+        return jax.jit(in_place(self._function), donate_argnums=0, out_shardings=there).lower(*args)
 
     def program(self, state: TrainState, batch: Batch) -> Program:
         """What runs for such a batch."""
         width = jnp.shape(batch["tokens"])[1]
         if width not in self._programs:
             with residuals.recorded() as segments:
-                lowered = self._jitted.lower(*self._arguments(state, batch))
+                lowered = self._lowered(*self._arguments(state, batch))
             self._programs[width] = Program(compiled(lowered), segments)
         return self._programs[width]
 

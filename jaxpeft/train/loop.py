@@ -125,7 +125,8 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
     files.clear_leftovers(out)
     files.write_json(out / config.FILE, old or job.document, allow_nan=False)
     (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
-    with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints:
+    on_mesh = contextlib.nullcontext() if job.mesh is None else jax.set_mesh(job.mesh)
+    with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints, on_mesh:
         return _Run(args, job, old or job.document, checkpoints, signals).whole(started)
 
 
@@ -149,8 +150,8 @@ class _Run:
         self.out = args.out
         rate = {"rate": job.schedule, "weight_decay": job.weight_decay}
         step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **rate)
-        self.step = Compiled(step, steps=True)
-        self.eval_step = Compiled(job.task.eval_step(job.model))
+        self.step = Compiled(step, steps=True, mesh=job.mesh)
+        self.eval_step = Compiled(job.task.eval_step(job.model), mesh=job.mesh)
         self.state: TrainState = job.state
         self.identity, self.has_own = config.identity(document), bool(job.own)
         # What a checkpoint's meta holds beside the data position.

@@ -22,7 +22,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from jaxpeft import tree
+from jaxpeft import sharding, tree
 from jaxpeft.model import Batch, Model
 
 LOGIT_BYTES = 1 << 26  # of the logits that exist at once, in the type of the stream
@@ -56,9 +56,12 @@ def completion_loss(
 
     x = x.reshape(-1, x.shape[-1])
     vocabulary = jax.eval_shape(model.head, params, x[:1]).shape[-1]
-    chunks = _chunks(len(x), max(LOGIT_BYTES // (vocabulary * x.dtype.itemsize), 1) if chunk is None else chunk)
-    x, targets, shares = (_cut(rows, chunks) for rows in (x, batch["targets"].reshape(-1), shares.reshape(-1)))
-    head, leaves = _traced(model.head, params, x[0])
+    shards, most = sharding.shards(), max(LOGIT_BYTES // (vocabulary * x.dtype.itemsize), 1) if chunk is None else chunk
+    chunks = _chunks(len(x) // shards, max(most, 1))
+    rows = (x, batch["targets"].reshape(-1), shares.reshape(-1))
+    x, targets, shares = (sharding.rows(_cut(part, chunks, shards), axis=1) for part in rows)
+    beside = {name: leaf for name, leaf in params.items() if not tree.stacked(f"{name}/")}
+    head, leaves = _traced(model.head, {**params, **sharding.gathered(beside)}, x[0])
     return _total(head, leaves, [x, targets, shares]), {"weight": weight}
 
 
@@ -72,10 +75,12 @@ def _chunks(tokens: int, most: int) -> int:
     return next((chunks for chunks in range(fewest, 2 * fewest) if tokens % chunks == 0), fewest)
 
 
-def _cut(rows: jax.Array, chunks: int) -> jax.Array:
-    """(tokens, ...) -> (chunks, tokens of each, ...), the last filled up with zeros."""
-    rows = jnp.pad(rows, ((0, -len(rows) % chunks), *[(0, 0)] * (rows.ndim - 1)))
-    return rows.reshape(chunks, -1, *rows.shape[1:])
+def _cut(rows: jax.Array, chunks: int, shards: int = 1) -> jax.Array:
+    """(tokens, ...) -> (chunks, tokens of each, ...), the last filled up with zeros; each has tokens of every shard."""
+    rows = rows.reshape(shards, -1, *rows.shape[1:])
+    rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % chunks), *[(0, 0)] * (rows.ndim - 2)))
+    rows = rows.reshape(shards, chunks, -1, *rows.shape[2:]).swapaxes(0, 1)
+    return rows.reshape(chunks, -1, *rows.shape[3:])
 
 
 def _traced(head: Callable[..., jax.Array], params: tree.Params, x: jax.Array) -> tuple[ClosedJaxpr, list[Any]]:

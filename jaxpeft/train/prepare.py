@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
-from jaxpeft import checkpoint, hf, template, tree
+from jaxpeft import checkpoint, hf, sharding, template, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import parse
 from jaxpeft.data.sources import find, is_named
@@ -40,6 +41,7 @@ class Job(NamedTuple):
     state: before the first step.
     own: the frozen leaves that the base checkpoint doesn't hold.
     base: the base's paths and shapes, `{path: ShapeDtypeStruct}`; a classifier of rows is no part of it.
+    mesh: that the state lies on; None: one device.
     """
 
     source: Source
@@ -55,6 +57,7 @@ class Job(NamedTuple):
     own: tree.Flat
     base: Mapping[str, jax.ShapeDtypeStruct]
     document: dict[str, Any]
+    mesh: Mesh | None = None
 
 
 def prepare(args: Run) -> Job:
@@ -71,6 +74,8 @@ def prepare(args: Run) -> Job:
     assert args.seq_len is not None and args.lr is not None
     source, task, method = sources(args), TASKS[args.task], asked_method(args)
     plan = None if args.save is None else parse(args.save)
+    mesh = None if args.mesh is None else sharding.make_mesh(args.mesh)
+    sharding.check_rows(mesh, args.batch_size, args.accumulate)
     check_given(source)
     tokenizer = hf.load_tokenizer(source.model)
     order = names(hf.load_config(source.model)) if args.adapter is None else adapter_labels(args.adapter)
@@ -100,11 +105,13 @@ def prepare(args: Run) -> Job:
     }
     model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, data.batches)
     plan = plan or residuals.default_plan(model)
-    model = residuals.remat(model, plan, form=args.remat, trained=method.changes)
+    model = residuals.remat(model, plan, sharding.num_shards(mesh), args.remat, method.changes)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
     optimizer = make_direction(defaults(method.specs).direction or "adam", args.clip)
     state = init_state(method, optimizer, trainable, rest, run_key, model)
     objective_of(model, method, state.leaves, task.loss)  # refuses what would train without effect
+    if mesh is not None:
+        state = jax.device_put(state, sharding.of_state(mesh, state, own_of_base))
     if plan.actions:
         _check_names(task, model, state, args.batch_size // args.accumulate, args.seq_len)
     return Job(
@@ -121,6 +128,7 @@ def prepare(args: Run) -> Job:
         own=checkpoint.not_in_base(state.frozen, flat),
         base=jax.eval_shape(lambda: own_of_base),
         document=config.describe(args, method.specs, content, data.labels, data.template),
+        mesh=mesh,
     )
 
 

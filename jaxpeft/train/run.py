@@ -105,6 +105,9 @@ class Run:
     remat: Literal["loops", "policy"] = "loops"
     """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
     takes all rows at once and cannot compress."""
+    mesh: str | None = None
+    """Devices to divide the run over, AXIS=DEVICES,...: data (rows of the batch), fsdp (rows, and every matrix), tensor
+    (heads and features). A run may be continued on another mesh. Default: one device."""
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""
 

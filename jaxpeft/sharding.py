@@ -1,0 +1,272 @@
+"""Where a run's arrays lie on a mesh of devices: one table of rules, path -> axes of the mesh.
+
+    mesh = make_mesh("data=2,fsdp=2,tensor=2")
+    state, batch = jax.device_put((state, batch), (of_state(mesh, state), of_batch(mesh, batch)))
+    with jax.set_mesh(mesh):
+        state, metrics = step(state, batch)
+
+    axis     what is divided over its devices
+    data     rows of the batch; weights are whole on each
+    fsdp     rows of the batch, and an axis of every matrix (ZeRO's stage 3; Rajbhandari et al. 2020, arXiv:1910.02054)
+    tensor   heads and features: matrices by columns where they open a module, by rows where they close it (Megatron;
+             Shoeybi et al. 2019, arXiv:1909.08053)
+
+No engine of our own: XLA's partitioner inserts the communication that the placements ask for. Where the program is
+traced under a mesh (`jax.set_mesh`), three places say what it could not know: the stream between blocks is divided by
+rows alone (`rows`); a layer's matrices are gathered over `fsdp` where the layer is taken from its stack, one layer at a
+time (`gathered`); and a chunk of the loss takes tokens of every device (`shards`). Without a mesh they do nothing.
+
+An adapter's factor follows its kernel: an axis of the kernel's inputs or outputs lies as it does there, its rank is
+never divided. The optimizer's and the method's state follow the leaf of the same path. An axis that its devices do not
+divide stays whole.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from pallas_kernels.packed import HALF, Packed
+from pallas_kernels.stacked import taken
+
+AXES = ("data", "fsdp", "tensor")
+ROWS = ("data", "fsdp")  # the axes over which the rows of a batch are divided
+
+Spec = tuple[str | None, ...]
+
+# Our paths of a base's parameters -> axes of one layer's leaf, the first match; our families call alike what is alike.
+RULES: tuple[tuple[str, Spec], ...] = (
+    (r"layers/self_attn/[qkv]_proj/kernel", ("fsdp", "tensor")),
+    (r"layers/self_attn/o_proj/kernel", ("tensor", "fsdp")),
+    (r"layers/mlp/(gate|up)_proj/kernel", ("fsdp", "tensor")),
+    (r"layers/mlp/down_proj/kernel", ("tensor", "fsdp")),
+    (r"layers/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)/bias", ("tensor",)),
+    (r"lm_head/kernel", ("fsdp", "tensor")),
+    (r"embed_\w+/embedding", ("tensor", "fsdp")),
+    (r"(patch_embed|classifier|(classifier|lm_head)/\w+)/kernel", ("fsdp", None)),
+    (r"(.*/)?(bias|scale)|cls_token|embed_positions", ()),
+)
+
+
+# A mesh.
+
+
+def parse(text: str) -> dict[str, int]:
+    """{axis: devices} of "data=2,fsdp=4"; an axis that is not named has one device.
+
+    Raises:
+      InputError: for text that is none, an unknown axis or one that is named twice.
+    """
+    found: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, count = part.strip().partition("=")
+        if name not in AXES:
+            raise InputError(f"--mesh {text}: {part.strip()!r} should be AXIS=DEVICES with one of {', '.join(AXES)}")
+        if name in found:
+            raise InputError(f"--mesh {text}: {name} stands twice")
+        if not re.fullmatch(r"[1-9]\d{0,6}", count):
+            raise InputError(f"--mesh {text}: {name}={count or '...'} should be a number of devices, at least 1")
+        found[name] = int(count)
+    return {axis: found.get(axis, 1) for axis in AXES}
+
+
+def make_mesh(text: str, devices: Any = None) -> Mesh:
+    """A mesh of all devices (`jax.devices()`, or those given).
+
+    Raises:
+      InputError: for text that `parse` refuses, or a mesh of another number of devices.
+    """
+    sizes = parse(text)
+    devices = jax.devices() if devices is None else devices
+    if math.prod(sizes.values()) != len(devices):
+        product = " x ".join(map(str, sizes.values()))
+        raise InputError(f"--mesh {text}: {product} = {math.prod(sizes.values())} devices, there are {len(devices)}")
+    auto = (jax.sharding.AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=list(np.ravel(devices)))
+
+
+# Where arrays lie.
+
+
+def spec_of(path: str, shapes: Mapping[str, Sequence[int]], base: Container[str] = ()) -> Spec:
+    """The axes of the leaf at a path, of one layer where it is stacked; () is whole on every device.
+
+    Args:
+      path: of a leaf.
+      shapes: of all of the model's leaves by path, of one layer where they are stacked.
+      base: paths of the base's parameters, every one of which a rule has to cover.
+
+    Raises:
+      InputError: for a parameter of the base that none does.
+    """
+    name = tree.canonical(path)
+    for pattern, spec in _rules():
+        if pattern.fullmatch(name):
+            return spec
+    if path in base or name in base:
+        known = ", ".join(pattern for pattern, _ in RULES)
+        raise InputError(f"--mesh: no rule says where {path} lies; there are rules for {known}")
+    parts = path.split("/")
+    above = ["/".join([*parts[:n], "kernel"]) for n in range(len(parts) - 1, 0, -1)]
+    kernel = next((other for other in above if other in shapes and other != path), None)
+    if kernel is None or not (spec := spec_of(kernel, shapes, base)):
+        return ()
+    (n, m), own = shapes[kernel][-2:], shapes[path]
+    if len(own) == 1:
+        return spec[1:] if own[0] == m else spec[:1] if own[0] == n else ()
+    inner = (None,) * (len(own) - 2)
+    return (spec[0] if own[0] == n else None, *inner, spec[1] if own[-1] == m else None) if own else ()
+
+
+@functools.cache
+def _rules():
+    return [(re.compile(pattern), spec) for pattern, spec in RULES]
+
+
+def of_leaves(mesh: Mesh, leaves: Mapping[str, Any], base: Container[str] = ()) -> dict[str, Any]:
+    """{path: shardings} of leaves by path, or of their shapes; of a packed kernel those of its arrays.
+
+    Raises:
+      InputError: as `spec_of` does.
+    """
+    shapes = {path: leaf.shape[tree.stacked(path) :] for path, leaf in leaves.items()}
+    place = functools.partial(_named, mesh)
+    return {
+        path: _each(mesh, leaf, spec_of(path, shapes, base), tree.stacked(path), place) for path, leaf in leaves.items()
+    }
+
+
+def _named(mesh, x, spec):
+    del x
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def _each(mesh: Any, leaf: Any, spec: Spec, lead: int, place: Callable[[Any, Spec], Any]) -> Any:
+    """place(array, its axes) of each array of a leaf with `lead` axes before those of the specification.
+
+    An axis that its devices do not divide is none, in all arrays of a packed kernel alike: they are cut between tiles
+    of codes and groups of scales.
+    """
+
+    def put(array):
+        if array.ndim != lead + len(spec):  # the few numbers of double quantization
+            return place(array, ())
+        return place(array, (*(None,) * lead, *spec))
+
+    sizes = list(leaf.shape[lead:])
+    if isinstance(leaf, Packed) and sizes:
+        tile = 1 if leaf.format == "int8" else 2 * HALF
+        unit = math.lcm(tile, leaf.group)
+        sizes[0] = sizes[0] // unit if sizes[0] % unit == 0 else 1
+    if len(sizes) == len(spec):
+        spec = tuple(axis if _divides(mesh, size, axis) else None for axis, size in zip(spec, sizes, strict=True))
+    return jax.tree.map(put, leaf)
+
+
+def _divides(mesh: Any, size: int, axes: Any) -> bool:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    return bool(names) and size > 0 and size % math.prod(mesh.shape[name] for name in names) == 0
+
+
+def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
+    """The shardings of a `TrainState`, of arrays or shapes: what has a leaf's path and its axes lies as the leaf does.
+
+    Raises:
+      InputError: as `spec_of` does.
+    """
+    leaves, shapes = of_leaves(mesh, state.leaves, base), state.leaves
+    whole = NamedSharding(mesh, PartitionSpec())
+
+    def like(path, x):
+        names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
+        leaf = next((name for name in reversed(names) if name in leaves), None)
+        return leaves[leaf] if leaf is not None and getattr(x, "shape", None) == shapes[leaf].shape else whole
+
+    only = lambda flat: {path: leaves[path] for path in flat}
+    return state._replace(
+        step=whole,
+        key=whole,
+        trainable=only(state.trainable),
+        frozen=only(state.frozen),
+        moved=only(state.moved),
+        opt_state=jax.tree.map_with_path(like, state.opt_state),
+    )
+
+
+def of_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
+    """The shardings of a batch, by rows.
+
+    Raises:
+      InputError: for rows that the devices do not divide.
+    """
+    check_rows(mesh, next(iter(batch.values())).shape[0])
+    return {name: NamedSharding(mesh, PartitionSpec(ROWS)) for name in batch}
+
+
+def num_shards(mesh: Any) -> int:
+    """Devices over which the rows of a batch are divided; 1 without a mesh."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
+
+
+def check_rows(mesh: Mesh | None, rows: int, accumulate: int = 1) -> None:
+    """Raises InputError for a batch, or a micro-batch of it, whose rows the devices do not divide."""
+    count = num_shards(mesh)
+    if rows % (count * accumulate):
+        parts = f" and --accumulate {accumulate}" if accumulate > 1 else ""
+        raise InputError(f"--batch-size {rows}: must be a multiple of the mesh's data x fsdp = {count} devices{parts}")
+
+
+# What a program says of itself where it is traced under a mesh.
+
+
+def _mesh() -> Any:
+    """The mesh under which a program is traced; None where there is none, or in a `shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    known = set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes
+    return mesh if known and mesh.size > 1 else None
+
+
+def shards() -> int:
+    """Devices over which the rows of a batch are divided."""
+    return num_shards(_mesh())
+
+
+def rows(x: Any, axis: int = 0) -> Any:
+    """Arrays of which an axis is rows, divided by rows and nothing else."""
+    mesh = _mesh()
+    if mesh is None:
+        return x
+
+    def put(x):
+        if x.ndim <= axis or not _divides(mesh, x.shape[axis], ROWS):
+            return x
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, ROWS))
+
+    return jax.tree.map(put, x)
+
+
+def gathered(params: tree.Params, segment: str = "") -> tree.Params:
+    """Nested parameters, whole over `fsdp`: those of one layer of a segment, or those beside the layers."""
+    mesh = _mesh()
+    if mesh is None or mesh.shape["fsdp"] == 1 or not isinstance(params, Mapping):
+        return params
+    flat = {f"{segment}/{path}" if segment else path: taken(leaf) for path, leaf in tree.flatten(params).items()}
+    shapes = {path: leaf.shape for path, leaf in flat.items()}
+
+    def put(x, spec):
+        if "fsdp" not in spec:
+            return x
+        kept = [axis if axis != "fsdp" else None for axis in spec]
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+
+    found = {path: _each(mesh, leaf, spec_of(path, shapes), 0, put) for path, leaf in flat.items()}
+    return tree.unflatten({path.removeprefix(f"{segment}/"): leaf for path, leaf in found.items()})

@@ -1,0 +1,155 @@
+"""Runs on a mesh of eight host devices: equal to one device's, and no more communication than there has to be."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from jaxpeft import sharding, tree
+from jaxpeft.errors import InputError
+from jaxpeft.models import FAMILIES, geometries
+from tests import methods_test
+
+ROOT = Path(__file__).parent.parent
+MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
+SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
+
+# Prints {name: {mesh: {"losses", "leaves": largest difference, relative to the largest number, "hlo"}}}.
+WORKER = """
+import json, sys
+import jax, numpy as np
+import jaxpeft as jp
+from jaxpeft import sharding, tree
+from jaxpeft.backward import residuals
+from tests import methods_test, sharding_test, tiny
+
+def run(name, meshes, save=None):
+    base, params = tiny.model(**sharding_test.SIZES)
+    method = methods_test.made(name)
+    model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
+    model = residuals.remat(model, save or residuals.default_plan(model))
+    optimizer = methods_test.make_direction(methods_test.defaults(method.specs).direction)
+    step = jp.make_train_step(model, method, optimizer, rate=1e-3)
+    start = jp.init_state(method, optimizer, trainable, rest, jax.random.key(1), model)
+    batch = tiny.batch(rows=8, vocab=96)
+
+    def steps(state, batch, step):
+        losses = []
+        for _ in range(3):
+            state, metrics = step(state, batch)
+            losses.append(float(metrics["loss"]))
+        return losses, {path: np.asarray(leaf) for path, leaf in {**state.trainable, **state.moved}.items()}
+
+    losses, leaves = steps(start, batch, jax.jit(step))
+    found = {"one": {"losses": losses}}
+    for text in meshes:
+        mesh = sharding.make_mesh(text.removesuffix(" backwards"), jax.devices()[:: -1 if "backwards" in text else 1])
+        of_state = sharding.of_state(mesh, start, tree.flatten(params))
+        state, rows = jax.device_put((start, batch), (of_state, sharding.of_batch(mesh, batch)))
+        with jax.set_mesh(mesh):
+            compiled = jax.jit(step, out_shardings=(of_state, None)).lower(state, rows).compile()
+            losses, other = steps(state, rows, compiled)
+        far = [float(np.abs(other[path] - leaf).max() / max(np.abs(leaf).max(), 1e-3)) for path, leaf in leaves.items()]
+        found[text] = {"losses": losses, "leaves": max(far)}
+        if name == "lora":
+            found[text]["hlo"] = compiled.as_text()
+    return found
+
+print(json.dumps({name: run(name, meshes) for name, meshes in json.loads(sys.argv[1]).items()}))
+"""
+
+
+@pytest.fixture(scope="module")
+def found():
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    wanted = {name: [MESHES[-1]] for name in methods_test.METHODS}
+    wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "full": ["fsdp=8"]}
+    arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", methods_test.METHODS)
+def test_a_mesh_learns_what_one_device_learns(found, name):
+    """Losses of three steps to float32's rounding; leaves as Adam magnifies it where a gradient is nearly zero."""
+    one, *others = found[name].values()
+    for other in others:
+        assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
+        assert other["leaves"] < 1e-2
+
+
+def collectives(hlo, kind):
+    """(loop or "entry", shapes) of every such collective."""
+    where, made = "", []
+    for line in hlo.splitlines():
+        if line.startswith(("%", "ENTRY")):
+            where = "entry" if line.startswith("ENTRY") else "loop"
+        if call := re.search(rf" = (.*?) {kind}(?:-start)?\(", line):
+            made += [(where, tuple(map(int, re.findall(r"\d+", s)))) for s in re.findall(r"\w+\[([\d,]*)\]", call[1])]
+    return made
+
+
+def test_frozen_matrices_are_gathered_a_layer_at_a_time(found):
+    """And never summed up; what is summed up are adapters' gradients, and numbers without a parameter's shape."""
+    hlo = found["lora"]["fsdp=8"]["hlo"]
+    gathered = [shape for where, shape in collectives(hlo, "all-gather") if where == "loop"]
+    kernels = {(1, 64, 64), (1, 64, 128), (1, 128, 64)}
+    assert kernels <= set(gathered)
+    assert all(shape[0] == 1 for shape in gathered if len(shape) == 3)  # of one layer
+    summed = {shape for kind in ("all-reduce", "reduce-scatter") for _, shape in collectives(hlo, kind)}
+    assert not summed & {(*lead, *kernel[1:]) for kernel in kernels for lead in ((), (1,), (2,))}
+    assert {where for where, _ in collectives(hlo, "all-to-all")} <= {"entry"}  # embeddings, from columns to rows
+
+
+def test_without_fsdp_nothing_is_gathered(found):
+    hlo = found["lora"]["data=8"]["hlo"]
+    assert not collectives(hlo, "all-gather")
+    assert collectives(hlo, "all-reduce")
+
+
+# Rules.
+
+
+@pytest.mark.parametrize("name", sorted(geometries.GEOMETRIES))
+def test_every_parameter_of_every_family_has_a_rule(name):
+    config = geometries.load(name)
+    family = FAMILIES[config["model_type"]]
+    shapes = family.shapes(family.from_hf(config).config)
+    layers = {path: leaf.shape[tree.stacked(path) :] for path, leaf in shapes.items()}
+    for path, shape in layers.items():
+        assert len(sharding.spec_of(path, layers, layers)) in (0, len(shape)), path
+
+
+def test_a_parameter_without_a_rule_is_named():
+    with pytest.raises(InputError, match=r"--mesh: no rule says where layers/mixer/kernel lies"):
+        sharding.spec_of("layers/mixer/kernel", {"layers/mixer/kernel": (4, 4)}, {"layers/mixer/kernel"})
+
+
+def test_factors_follow_their_kernel():
+    shapes = {"layers/mlp/down_proj/kernel": (56, 32), "layers/mlp/down_proj/lora/a": (56, 4)}
+    shapes |= {"layers/mlp/down_proj/lora/b": (4, 32), "layers/mlp/down_proj/ia3/in": (56,), "layers/mlp/x/y": (3,)}
+    axes = {path: sharding.spec_of(path, shapes) for path in shapes}
+    assert list(axes.values()) == [("tensor", "fsdp"), ("tensor", None), (None, "fsdp"), ("tensor",), ()]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data=3", "--mesh data=3: 3 x 1 x 1 = 3 devices, there are 1"),
+        ("rows=2", "--mesh rows=2: 'rows=2' should be AXIS=DEVICES with one of data, fsdp, tensor"),
+        ("data=2,data=2", "--mesh data=2,data=2: data stands twice"),
+        ("data=0", "--mesh data=0: data=0 should be a number of devices, at least 1"),
+        ("data", "--mesh data: data=... should be a number of devices, at least 1"),
+    ],
+)
+def test_a_mesh_that_is_none(text, message):
+    with pytest.raises(InputError, match=re.escape(message)):
+        sharding.make_mesh(text, jax.devices()[:1])

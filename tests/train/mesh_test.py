@@ -1,0 +1,74 @@
+"""Whole runs on eight host devices: the losses and the adapter of one device, continued on another mesh."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from jaxpeft.train.metrics import read
+from tests import runs
+
+WORKER = """
+import json, sys
+import jaxpeft as jp
+for arguments in json.loads(sys.argv[1]):
+    jp.run(**arguments)
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(files, tmp_path_factory):
+    """Folders of a run on one device, and of one that began on a mesh and went on on another."""
+    out = tmp_path_factory.mktemp("mesh")
+    common = {"model": str(files / "model"), "data": str(files / "train.jsonl"), "eval_data": str(files / "eval.jsonl")}
+    common |= {"batch_size": 8, "seq_len": 64, "schedule": "constant", "lr": 1e-2, "rank": 4, "samples": 1}
+    common |= {"checkpoint_every": 2, "eval_every": 2, "dtype": "float32"}
+    one, moved = {**common, "out": str(out / "one")}, {**common, "out": str(out / "moved")}
+    wanted = [
+        {**one, "steps": 4},
+        {**moved, "steps": 2, "mesh": "data=2,fsdp=2,tensor=2"},
+        {**moved, "steps": 4, "mesh": "fsdp=8", "resume": True},
+    ]
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
+    arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out / "one", out / "moved"
+
+
+def test_losses_are_those_of_one_device(trained):
+    one, moved = ([(row["split"], row["step"], row["loss"]) for row in read(out / "metrics.jsonl")] for out in trained)
+    assert [row[:2] for row in one] == [row[:2] for row in moved]
+    np.testing.assert_allclose([row[2] for row in one], [row[2] for row in moved], rtol=1e-5)
+
+
+def test_the_adapter_is_that_of_one_device(trained):
+    one, moved = (load_file(out / "adapter" / "adapter_model.safetensors") for out in trained)
+    assert one.keys() == moved.keys()
+    for name, tensor in one.items():
+        np.testing.assert_allclose(moved[name], tensor, rtol=1e-3, atol=1e-4 * np.abs(tensor).max(), err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--mesh", "data=3"], "--mesh data=3: 3 x 1 x 1 = 3 devices, there are 4"),
+        (["--mesh", "data=4", "--batch-size", "6"], "--batch-size 6: must be a multiple of the mesh's data x fsdp = 4"),
+        (["--mesh", "data=4", "--batch-size", "8", "--accumulate", "4"], "= 4 devices and --accumulate 4"),
+        (["--mesh", "rows=4"], "'rows=4' should be AXIS=DEVICES with one of data, fsdp, tensor"),
+    ],
+)
+def test_refusals(flags, message, tmp_path):
+    """One line, exit status 2, and nothing written."""
+    host = "--xla_force_host_platform_device_count=4"
+    environment = {**os.environ, "XLA_FLAGS": host, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
+    command = [sys.executable, "-m", "jaxpeft", "train", "--out", str(tmp_path / "run"), *flags]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
