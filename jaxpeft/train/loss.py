@@ -25,7 +25,8 @@ from jax.interpreters import partial_eval
 from jaxpeft import sharding, tree
 from jaxpeft.model import Batch, Model
 
-LOGIT_BYTES = 1 << 26  # of the logits that exist at once, in the type of the stream
+LOGIT_BYTES = 1 << 26  # of the logits that exist at once, in the type of the stream, at most
+LEAST = 256  # tokens, at least: a product of fewer spends its time on reading the head
 
 
 def completion_loss(
@@ -38,7 +39,8 @@ def completion_loss(
       params: nested parameters.
       batch: tokens, targets (B, S) int32; loss_weights (B, S) float32, 0 for prompts and padding.
       key: dropout key, or None.
-      chunk: tokens whose logits exist at once; None: as many as have `LOGIT_BYTES` (bfloat16: 256 at 128k words).
+      chunk: tokens whose logits exist at once; None: as many as have the size of the stream, within `LEAST` and
+        `LOGIT_BYTES` (256 at 128k words and bfloat16).
 
     Returns:
       (loss, aux): nats per token; aux["weight"] is the sum of the weights, by which micro-batches are averaged. A
@@ -56,13 +58,19 @@ def completion_loss(
 
     x = x.reshape(-1, x.shape[-1])
     vocabulary = jax.eval_shape(model.head, params, x[:1]).shape[-1]
-    shards, most = sharding.shards(), max(LOGIT_BYTES // (vocabulary * x.dtype.itemsize), 1) if chunk is None else chunk
-    chunks = _chunks(len(x) // shards, max(most, 1))
+    shards = sharding.shards()
+    chunks = _chunks(len(x) // shards, chunk or _chunk(x, vocabulary, shards))
     rows = (x, batch["targets"].reshape(-1), shares.reshape(-1))
     x, targets, shares = (sharding.rows(_cut(part, chunks, shards), axis=1) for part in rows)
     beside = {name: leaf for name, leaf in params.items() if not tree.stacked(f"{name}/")}
     head, leaves = _traced(model.head, {**params, **sharding.gathered(beside)}, x[0])
     return _total(head, leaves, [x, targets, shares]), {"weight": weight}
+
+
+def _chunk(x: jax.Array, vocabulary: int, shards: int) -> int:
+    """Tokens of a device whose logits exist at once."""
+    like_stream = x.size // shards // vocabulary
+    return min(max(like_stream, LEAST), max(LOGIT_BYTES // (vocabulary * x.dtype.itemsize), 1))
 
 
 def _chunks(tokens: int, most: int) -> int:
