@@ -76,7 +76,7 @@ class KernelFallback(UserWarning):
 FLOPS: dict[str, Callable[..., float]] = {}
 # operation's name -> the same of what is left of it when only the outputs with these numbers are used.
 PARTS: dict[str, Part] = {}
-# operation's name -> the operation that takes a `Stacked` last, and writes its first result there.
+# operation's name -> the operation that takes a `Stacked` last, and writes its first result there; see `operation`.
 INTO: dict[str, Callable[..., Any]] = {}
 
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
@@ -121,7 +121,7 @@ def operation(
       flops: what the operation costs, by the same arguments as shapes.
       part: what computes some of the outputs for less.
       into: the operation that takes the same arguments and, last, a layer of a stack (`stacked.Stacked`), which it
-        writes; in the place of the first output, of two axes, it gives the stack.
+        writes; it gives the stack before the outputs, of which the first has two axes.
       **platforms: "tpu" or "cuda" -> Implementation, used where it supports the arguments.
 
     Returns:

@@ -95,14 +95,14 @@ def compute(closed: ClosedJaxpr, inputs: Sequence[Any], stacks: Mapping[int, jax
         out = Stacked(whole.reshape(whole.shape[0], *y.shape), step)
         scope = str(equation.source_info.name_stack)
         with jax.named_scope(scope) if scope else contextlib.nullcontext():
-            made, *others = INTO[equation.primitive.name](
+            made, *results = INTO[equation.primitive.name](
                 *params["treedef"].unflatten(known),
                 out,
                 implementation=params["implementation"],
                 **dict(params["static"]),
             )
         written[number] = made.reshape(whole.shape)
-        return [jax.lax.dynamic_index_in_dim(made, step, keepdims=False), *others]
+        return results
 
     results = evaluate(closed, inputs, change)
     return [written.get(number, result) for number, result in enumerate(results)]

@@ -16,6 +16,7 @@ from pallas_kernels import mosaic_gpu as gpu
 from pallas_kernels.lora_matmul.gpu_products import ROWS, Config, low_product, product
 from pallas_kernels.lora_matmul.gpu_rows import row_product
 from pallas_kernels.mosaic_gpu import ALIGNMENT, TILE, ceil_div, round_up
+from pallas_kernels.stacked import Stacked
 
 RANKS = range(4, 257)
 
@@ -33,13 +34,13 @@ def forward(x, w, a, b, seed, *, scale: float, rate: float, config: Config | Non
 def forward_into(
     x, w, a, b, seed, out, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None
 ):
-    """(the stack that `out` (T, m) is a layer of, with y there, z (r, T)); T a multiple of 8."""
+    """(the stack that `out` (T, m) is a layer of, with y there, y as it is read there, z (r, T)); T a multiple of 8."""
     (t, n), (r, m) = x.shape, b.shape
     config = config or default_config(t, n, m, r)
     a, b = whole_ranks(a, b)
     z = low_product(x, a, seed, transposed=True, scale=scale, rate=rate, config=config, interpret=interpret)
     stack = product(x, w, z, b, transposed=False, into=out, config=config, interpret=interpret)
-    return stack, z[:r, :t]
+    return stack, Stacked(stack, out.index).take(), z[:r, :t]
 
 
 def low(x, a, seed, *, scale: float, rate: float, config: Config | None = None, interpret: Any = None):

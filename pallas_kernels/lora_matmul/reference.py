@@ -28,9 +28,9 @@ def forward(x, w, a, b, seed, *, scale: float, rate: float):
 
 
 def forward_into(x, w, a, b, seed, out, *, scale: float, rate: float):
-    """(the stack that `out` (T, m) is a layer of, with y there, z (r, T)); the others as of `forward`."""
+    """(the stack that `out` (T, m) is a layer of, with y there, y, z (r, T)); the others as of `forward`."""
     y, z = forward(x, w, a, b, seed, scale=scale, rate=rate)
-    return put(out, y), z
+    return put(out, y), y, z
 
 
 def low(x, a, seed, *, scale: float, rate: float):

@@ -38,7 +38,7 @@ from pallas_kernels import mosaic_tpu as tpu
 from pallas_kernels import tiles_tpu
 from pallas_kernels.dropout import keep
 from pallas_kernels.mosaic_tpu import Part, Step, dot
-from pallas_kernels.stacked import put, whole
+from pallas_kernels.stacked import Stacked, put, whole
 from pallas_kernels.tiles_tpu import Config
 
 __all__ = [
@@ -86,12 +86,15 @@ def forward(
 
 
 def forward_into(x, w, a, b, seed, out, **options):
-    """(the stack that `out` (T, m) is a layer of, with y there, z (r, T)); options as of `forward`."""
-    config = options.pop("config", None) or default_config(*x.shape, out.shape[1], b.shape[0], x.dtype.itemsize)
+    """(the stack that `out` (T, m) is a layer of, with y there, y, z (r, T)); options as of `forward`."""
+    config = options.pop("config", None) or default_config(
+        len(x), x.shape[1], out.shape[1], b.shape[0], x.dtype.itemsize
+    )
     if len(x) % config.rows:  # a ragged tile would reach beyond the layer
         y, z = forward(x, w, a, b, seed, config=config, **options)
-        return put(out, y), z
-    return forward(x, w, a, b, seed, out=out, config=config, **options)
+        return put(out, y), y, z
+    stack, z = forward(x, w, a, b, seed, out=out, config=config, **options)
+    return stack, Stacked(stack, out.index).take(), z
 
 
 def input_gradient(

@@ -122,8 +122,9 @@ def test_a_tpu_kernel_writes_it_where_it_lies(optimised, rows):
     before = normal(LAYERS, rows, 128, seed=2)
     out = Stacked(before, jnp.int32(LAYER))
     assert lora_tpu.supports_forward_into(*args, out, **static)
-    stack, low = lora_tpu.forward_into(*args, out, **static, config=config, interpret=INTERPRETED)
+    stack, again, low = lora_tpu.forward_into(*args, out, **static, config=config, interpret=INTERPRETED)
     np.testing.assert_array_equal(stack, before.at[LAYER].set(y))
+    np.testing.assert_array_equal(again, y)
     np.testing.assert_array_equal(low, z)
 
     def run(*args, **static):
@@ -143,6 +144,7 @@ def test_plain_jax_writes_the_same(rows):
     w, _ = kernels(128, 64)
     y, z = forward(x, w, a, b, jnp.int32(3), scale=1.5, rate=0.2)
     before = normal(LAYERS, rows, 64, seed=2)
-    stack, low = forward_into(x, w, a, b, jnp.int32(3), Stacked(before, jnp.int32(LAYER)), scale=1.5, rate=0.2)
+    stack, again, low = forward_into(x, w, a, b, jnp.int32(3), Stacked(before, jnp.int32(LAYER)), scale=1.5, rate=0.2)
     np.testing.assert_array_equal(stack, before.at[LAYER].set(y))
+    np.testing.assert_array_equal(again, y)
     np.testing.assert_array_equal(low, z)
