@@ -129,7 +129,8 @@ def test_a_tpu_kernel_writes_it_where_it_lies(optimised, rows):
 
     def run(*args, **static):
         out = jax.lax.empty((LAYERS, 2048, 1024), jnp.bfloat16)
-        return lora_tpu.forward_into(*args, Stacked(out, jnp.int32(LAYER)), **static)
+        stack, _, low = lora_tpu.forward_into(*args, Stacked(out, jnp.int32(LAYER)), **static)
+        return stack, low
 
     _, (x, *rest), static, _ = calls(2048, 512, 1024, 16, jnp.bfloat16)["lora forward"]
     w = Stacked(jnp.zeros((LAYERS, 512, 1024), jnp.bfloat16), jnp.int32(LAYER))
