@@ -8,7 +8,6 @@ operation of ours makes, seen in another shape or under a name at most, the oper
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -70,7 +69,13 @@ def _passed(equation: Any, v: Any) -> Any:
     return None
 
 
-def compute(closed: ClosedJaxpr, inputs: Sequence[Any], stacks: Mapping[int, jax.Array], step: jax.Array) -> list[Any]:
+def compute(
+    closed: ClosedJaxpr,
+    inputs: Sequence[Any],
+    stacks: Mapping[int, jax.Array],
+    step: jax.Array,
+    names: Mapping[int, str],
+) -> list[Any]:
     """The traced function, some of whose results are written into stacks.
 
     Args:
@@ -78,6 +83,7 @@ def compute(closed: ClosedJaxpr, inputs: Sequence[Any], stacks: Mapping[int, jax
       inputs: one of each of its variables.
       stacks: {output, one of `makers`: a stack (steps, *its shape)}.
       step: () int32, the place in the stacks.
+      names: {output: what the instructions that write it are called, for who reads profiles}.
 
     Returns:
       Its outputs; in the places of those in `stacks`, the stacks, in which they are now.
@@ -94,7 +100,7 @@ def compute(closed: ClosedJaxpr, inputs: Sequence[Any], stacks: Mapping[int, jax
         params, whole, y = equation.params, stacks[number], equation.outvars[0].aval
         out = Stacked(whole.reshape(whole.shape[0], *y.shape), step)
         scope = str(equation.source_info.name_stack)
-        with jax.named_scope(scope) if scope else contextlib.nullcontext():
+        with jax.named_scope(f"{scope}/{names[number]}" if scope else names[number]):
             made, *results = INTO[equation.primitive.name](
                 *params["treedef"].unflatten(known),
                 out,

@@ -285,7 +285,10 @@ def _forward(loop, plan, leaves, key):
     def body(carry, step):
         streams, kept = carry
         inputs = loop.inputs(leaves, streams, step, key)
-        results = compute(traced.forward, inputs, {n: kept[name] for name, n in numbers.items()}, step)
+        stacks = {n: kept[name] for name, n in numbers.items()}
+        results = compute(
+            traced.forward, inputs, stacks, step, {n: f"save:{name}/in_place" for (name, _), n in numbers.items()}
+        )
         ys = results[: len(streams)]
         values: dict[Kept, Any] = dict(zip(traced.names, results[len(streams) :], strict=True))
         values |= {(INPUT, n): inputs[i] for n, i in enumerate(loop.streams)}

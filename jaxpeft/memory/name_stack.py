@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 
-SCOPE = re.compile(r"(?:^|/)(save|read|grad):([^\"]*?)(?=/(?:[a-z_0-9]+(?:\(|$)|save:|read:|$)|$)")
+SCOPE = re.compile(
+    r"(?:^|/)(save|read|grad):([^\"]*?)(?=/(?:[a-z_0-9]+(?:\(|$)|cond/branch_|in_place/|save:|read:|$)|$)"
+)
 # Tokens of a name stack that say how something is computed, not whose it is.
 HOW = re.compile(
-    r"while|body|cond|grad|branch_\d+_fun|closed_call|core_call|eval_jaxpr|checkpoint|rematted_computation|remat\d?"
+    r"while|body|cond|grad|in_place|branch_\d+_fun|closed_call|core_call|eval_jaxpr|checkpoint|rematted_computation|remat\d?"
     r"|pjit|scan|custom_[jv][vj]p(_call)?(_jaxpr)?|shard_map|.*\.(linear|__call__)"
 )
 _WRAPPED = re.compile(r"(?:jvp|transpose|vmap|checkpoint|remat)\((.*)\)")
