@@ -167,7 +167,8 @@ def _lora_matmul(shape: str) -> Iterator[tuple[str, Case]]:
     import jax.numpy as jnp
 
     from pallas_kernels import dropout
-    from pallas_kernels.lora_matmul import lora_matmul
+    from pallas_kernels.lora_matmul import forward_into, lora_matmul
+    from pallas_kernels.stacked import Stacked
 
     t, n, m, r = _sizes(shape)
     x, w, a, b, dy = _arrays((t, n), (n, m), (n, r), (r, m), (t, m))
@@ -182,6 +183,17 @@ def _lora_matmul(shape: str) -> Iterator[tuple[str, Case]]:
             return _lora(*_wide(x, w, a, b, dy), kept, SCALE)
 
         yield f"dropout {rate}", (_with_gradients(product), (dy, (x, a, b), w, seed), expected)
+
+    def in_place(x, w, a, b):
+        stack = Stacked(jnp.full((3, t, m), 2, x.dtype), jnp.int32(1))
+        stack, *_ = forward_into(x, w, a, b, jnp.int32(0), stack, scale=SCALE, rate=0.0)
+        return stack[1], stack[0], stack[2]
+
+    def around():
+        y = _lora(*_wide(x, w, a, b, dy), 1.0, SCALE)["y"]
+        return {"y": y, "layer before": np.full_like(y, 2), "layer after": np.full_like(y, 2)}
+
+    yield "written in a stack", (in_place, (x, w, a, b), around)
 
 
 def _quant_lora_matmul(shape: str) -> Iterator[tuple[str, Case]]:

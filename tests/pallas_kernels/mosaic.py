@@ -37,11 +37,13 @@ class Compiled(NamedTuple):
     opcodes: of the program's instructions, without those that do nothing.
     temporaries: bytes.
     spills: bytes that each kernel stores and loads because it has too few registers.
+    in_place: kernels that write an array that they are given.
     """
 
     opcodes: list[str]
     temporaries: int
     spills: list[int]
+    in_place: int
 
 
 def compiled(capfd: pytest.CaptureFixture[str], function: Callable[..., Any], *args: Any, **static: Any) -> Compiled:
@@ -61,6 +63,7 @@ def compiled(capfd: pytest.CaptureFixture[str], function: Callable[..., Any], *a
             int(stored) + int(loaded)
             for stored, loaded in re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill l", remarks)
         ],
+        entry.count("output_to_operand_aliasing"),
     )
 
 
