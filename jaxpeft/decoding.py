@@ -72,7 +72,9 @@ def scan(
     Returns:
       (carry, cache).
     """
-    numbers = jnp.asarray(numbers, jnp.int32)
+    # Counted, where they can be: XLA for GPUs fails on some loops that read them from an array.
+    counted = isinstance(numbers, range) and numbers.step == 1
+    numbers = jnp.arange(numbers.start, numbers.stop) if counted else jnp.asarray(numbers, jnp.int32)
     if cache is None:
         plain = lambda carry, per_layer: (step(carry, *per_layer, None)[0], None)
         return jax.lax.scan(plain, carry, (params, numbers))[0], None

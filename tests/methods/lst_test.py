@@ -8,8 +8,10 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
+from jaxpeft.errors import InputError
 from jaxpeft.features import frozen_pass
 from jaxpeft.generate import generate
+from jaxpeft.memory import planner, targets
 from jaxpeft.methods import lst
 from tests import beside, tiny
 from tests.generate_test import PROMPTS, uncached
@@ -278,3 +280,14 @@ def test_refuses_heads_that_rotary_cannot_turn():
 def test_has_no_merged_form():
     with pytest.raises(jp.InputError, match="lst: has no merged form"):
         jp.lst().merge({})
+
+
+def test_a_gpus_compiler_takes_it():
+    """The loop over layers counts them: of numbers read from an array XLA could not tell the loop's slices."""
+    target = targets.target("h200")
+    try:
+        targets.devices(target)
+    except InputError as error:
+        pytest.skip(str(error))
+    step = planner.make_step(tiny.CONFIG, jp.lst(reduction=4), 4, 64)
+    assert planner.row(step, target)["fits"]

@@ -126,31 +126,29 @@ def test_a_stack_compiles(optimised, capfd, function):
 def test_a_layer_is_written_in_its_stack(name, rate, monkeypatch):
     """To the bit what is written elsewhere, and nothing else.
 
-    The interpreters do not share an array that is input and output; here the same kernel is given a result of the
-    stack's shape. That the device's kernel gets the stack itself is what the compiled program says (the next test).
+    JAX 0.10's interpreter does not share an array that is input and output: there the kernel is given a result of the
+    stack's shape, whose other layers nobody writes.
     """
     given = arrays(**shapes.SMALL[name])
     args = [given[argument] for argument in ARGUMENTS["forward"]]
     y, z = mosaic.run(gpu.forward, *args, **options("forward", rate))
-    launched = []
 
     def launch(body, *operands, out, **settings):
-        if isinstance(out, jax.Array):
-            launched.append(out.shape)
-            out = jax.ShapeDtypeStruct(out.shape, out.dtype)
+        out = jax.ShapeDtypeStruct(out.shape, out.dtype) if isinstance(out, jax.Array) else out
         return original(body, *operands, out=out, **settings)
 
-    original = mosaic_gpu.launch
-    monkeypatch.setattr(mosaic_gpu, "launch", launch)
-    before = jnp.zeros((3, *y.shape), y.dtype)
+    original, shares = mosaic_gpu.launch, hasattr(mosaic_gpu.plgpu, "InterpretGPUParams")
+    if not shares:
+        monkeypatch.setattr(mosaic_gpu, "launch", launch)
+    before = jnp.arange(3, dtype=y.dtype)[:, None, None] * jnp.ones_like(y)
     out = Stacked(before, jnp.int32(1))
     assert gpu.supports_forward_into(*args, out, **options("forward", rate))
     stack, again, low = mosaic.run(gpu.forward_into, *args, out, **options("forward", rate))
-    assert launched == [before.shape]
     np.testing.assert_array_equal(stack[1], y)
     np.testing.assert_array_equal(again, y)
     np.testing.assert_array_equal(low, z)
-    assert not np.isfinite(np.asarray(stack[::2], np.float32)).any()  # what nobody wrote, which is NaN there
+    others = np.asarray(stack[::2], np.float32)
+    assert np.array_equal(others, before[::2]) if shares else not np.isfinite(others).any()
 
 
 def test_a_stack_that_is_written_compiles(optimised, capfd):
