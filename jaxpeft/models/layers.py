@@ -142,12 +142,11 @@ class Attention(nn.Module):
         self, x: jax.Array, ctx: Context, cache: Mapping[str, jax.Array] | None = None
     ) -> tuple[jax.Array, Mapping[str, jax.Array] | None]:
         b, s, d = x.shape
+        decodes = cache is not None and "index" in cache
 
         def project(name, heads):
             y = Dense(heads * self.head_dim, self.use_bias, self.param_dtype, name=name)(x)
-            if (
-                s == 1 and cache is not None and "index" in cache
-            ):  # else a TPU's product by heads wants the kernels transposed
+            if decodes and s == 1:  # a TPU's product that knew of the heads would want the kernels transposed
                 y = jax.lax.optimization_barrier(y)
             return y.reshape(b, s, heads, self.head_dim)
 
@@ -165,7 +164,7 @@ class Attention(nn.Module):
         window = ctx.shared["window"][ctx.layer] if "window" in ctx.shared else None
         where = attention_op.Where(None, None, segments, segments, window)
         options = (self.head_dim**-0.5, self.window, self.causal)
-        if cache is not None and "index" in cache:
+        if cache is not None and decodes:
             out, cache = decoding.attend(q, k, v, where, cache, *options)
         else:
             if cache:
