@@ -93,9 +93,11 @@ def compiled(step: Any, times: int = 2) -> Prepared:
     """A step, compiled for the attached device; measuring runs it so often and reads the allocator's peak."""
     import jax
 
+    from jaxpeft import compilation
     from jaxpeft.train.step import in_place
 
-    executable = jax.jit(in_place(step.function), donate_argnums=0).lower(*step.state.parted, step.batch).compile()
+    lowered = jax.jit(in_place(step.function), donate_argnums=0).lower(*step.state.parted, step.batch)
+    executable = compilation.compiled(lowered)
     analysis = executable.memory_analysis()
     here = analysis.argument_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     here += analysis.temp_size_in_bytes

@@ -48,6 +48,7 @@ from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, Stack, scan_layers, takes_stacks, through_blocks
+from pallas_kernels.platform import writes_in_place
 
 Form = Literal["loops", "policy"]
 FORMS = typing.get_args(Form)
@@ -278,7 +279,7 @@ def _forward(loop, plan, leaves, key):
     traced, actions, *_ = _decide(loop, plan, leaves, streams, key, perturbed)
     shapes = _shapes(traced, streams)
     numbers = {name: n for n, name in enumerate(traced.names, len(streams)) if actions.get(name) == "save"}
-    placed = makers(traced.forward, list(numbers.values()))
+    placed = makers(traced.forward, list(numbers.values())) if writes_in_place() else {}
     numbers = {name: n for name, n in numbers.items() if n in placed}
     record(loop.name, Segment(traced, len(loop.steps), actions, shapes))
 

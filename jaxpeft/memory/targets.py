@@ -47,6 +47,7 @@ from jaxpeft.executable import Memory, analysed, assigned
 from jaxpeft.memory import hlo
 from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS, Kind
 from jaxpeft.memory.resident import most_resident
+from pallas_kernels.platform import tracing_for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,7 +276,8 @@ def compile(
     shardings = {"in_shardings": in_shardings} if in_shardings is not None else {}
     shardings |= {"out_shardings": out_shardings} if out_shardings is not None else {}
     default = None if in_shardings is not None else SingleDeviceSharding(devices(target)[0])
-    lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*abstract(args, default))
+    with tracing_for(target.platform):
+        lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*abstract(args, default))
     return compile_lowered(target, lowered, dump, options)
 
 
