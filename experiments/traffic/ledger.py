@@ -8,8 +8,8 @@ Every byte that the compiled steps read and write (`jaxpeft profile --traffic`) 
 reference step of Llama-2-7B (value and gradient, 16 x 1024 tokens, LoRA of rank 64 on all seven maps, adapters in
 bfloat16, `matmuls`), and the train step of Llama-3.1-8B (2 x 2048, rank 8, Adam) with block inputs kept and with block
 inputs offloaded. A state is the code that was measured; a new one is added without touching the others. Figures in
-results/traffic/ledger.json, by kind and by array in ledger.md; the first table is in docs/profile.md, too. `after` is of
-kernels that write kept results in place on TPUs too, which they do on GPUs alone (`platform.writes_in_place`).
+results/traffic/ledger.json, by kind and by array in ledger.md; the first table is in docs/profile.md, too. `after` is
+of kernels that write kept results in place on TPUs too, which they do on GPUs alone (`platform.writes_in_place`).
 
 - before, 7B: of a floor of 615 GB h200 1,167 GB (1.90, copies and fills 15.1%, 59.72 GiB), v5p 1,569 GB (2.55, copies
   and fills 23.8%, 59.84 GiB); it does not fit rtx4090, v5e.
