@@ -29,6 +29,7 @@ def num_groups(rows: int, tokens_per_row: int, tokens: int, shards: int = 1) -> 
     return next(groups for groups in range(1, own + 1) if own % groups == 0 and own // groups <= most)
 
 
+@jax.custom_jvp
 def replaced(whole, part, place):
     """whole (L, ...) with its row number `place` replaced by part (...).
 
@@ -36,17 +37,24 @@ def replaced(whole, part, place):
     it moves as they are.
     """
     if whole.dtype not in (jnp.bfloat16, jnp.float16):
-        return jax.lax.dynamic_update_index_in_dim(whole, part, place, 0)
-
-    def floats(whole, part, place):
-        return jax.lax.dynamic_update_index_in_dim(whole, part, place, 0)
+        return _put(whole, part, place)
 
     def integers(whole, part, place):
         bits = functools.partial(jax.lax.bitcast_convert_type, new_dtype=jnp.uint16)
-        found = jax.lax.dynamic_update_index_in_dim(bits(whole), bits(part), place, 0)
-        return jax.lax.bitcast_convert_type(found, whole.dtype)
+        return jax.lax.bitcast_convert_type(_put(bits(whole), bits(part), place), whole.dtype)
 
-    return jax.lax.platform_dependent(whole, part, place, cpu=integers, default=floats)
+    return jax.lax.platform_dependent(whole, part, place, cpu=integers, default=_put)
+
+
+def _put(whole, part, place):
+    return jax.lax.dynamic_update_index_in_dim(whole, part, place, 0)
+
+
+@replaced.defjvp
+def _(primals, tangents):
+    """That of the plain update: integers have no derivative, and it would be zero in silence."""
+    (_, _, place), (whole, part, _) = primals, tangents
+    return replaced(*primals), _put(whole, part, place)
 
 
 def divide(x, groups):
