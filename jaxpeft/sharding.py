@@ -229,9 +229,12 @@ def check_rows(mesh: Mesh | None, rows: int, accumulate: int = 1) -> None:
 
 
 def _mesh() -> Any:
-    """The mesh under which a program is traced; None where there is none, or in a `shard_map`."""
+    """The mesh under which a program is traced; None where there is none of these axes, all left to the compiler.
+
+    In a `shard_map` they are not, nor where they are a part of the arrays' types (`AxisType.Explicit`).
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    known = set(AXES) <= set(mesh.axis_names) and not mesh.manual_axes
+    known = set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     return mesh if known and mesh.size > 1 else None
 
 

@@ -113,6 +113,7 @@ def writes_in_place() -> bool:
 
     On a v5p XLA keeps more beside a stack that a kernel has written than is spared: 1.16 GiB in place of 0.87 in a
     small step. Unlike an implementation it is chosen where a program is traced: by what is attached, or `tracing_for`.
+    A trace that JAX has kept, and lowers for another platform, computes the same there.
     """
     return (_traced_for.get() or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())) == "cuda"
 

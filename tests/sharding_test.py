@@ -153,3 +153,12 @@ def test_factors_follow_their_kernel():
 def test_a_mesh_that_is_none(text, message):
     with pytest.raises(InputError, match=re.escape(message)):
         sharding.make_mesh(text, jax.devices()[:1])
+
+
+@pytest.mark.parametrize(("kind", "shards"), [("Auto", 4), ("Explicit", 1), ("Manual", 1)])
+def test_only_axes_that_the_compiler_divides_are_spoken_of(kind, shards, monkeypatch):
+    """A user's own mesh may have the same names in the arrays' types, and a `shard_map` its axes."""
+    kinds = (getattr(jax.sharding.AxisType, kind),) * 3
+    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES, axis_types=kinds)
+    monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
+    assert sharding.shards() == shards

@@ -23,6 +23,7 @@ from jaxpeft.memory import profile as profiles
 from jaxpeft.memory.owners import Owner, Owners
 from jaxpeft.memory.profile import Profile
 from jaxpeft.memory.traffic import traffic as traffic_of
+from pallas_kernels.platform import tracing_for
 
 
 def profile(
@@ -118,7 +119,8 @@ def _traced(where: targets.Target, function: Any, args: tuple[Any, ...], donate:
     jitted = function
     if not hasattr(function, "trace") or _numbers(donate) or fixed:
         jitted = jax.jit(function, donate_argnums=donate, static_argnums=static)
-    return shapes, jitted.trace(*shapes)
+    with tracing_for(where.platform):
+        return shapes, jitted.trace(*shapes)
 
 
 def _owners(function: Any, args: Any, traced: Any, static: Any, categories: Any) -> Owners:
