@@ -8,8 +8,7 @@ Every byte that the compiled steps read and write (`jaxpeft profile --traffic`) 
 reference step of Llama-2-7B (value and gradient, 16 x 1024 tokens, LoRA of rank 64 on all seven maps, adapters in
 bfloat16, `matmuls`), and the train step of Llama-3.1-8B (2 x 2048, rank 8, Adam) with block inputs kept and with block
 inputs offloaded. A state is the code that was measured; a new one is added without touching the others. Figures in
-results/traffic/ledger.json, by kind and by array in ledger.md; the first table is in docs/profile.md, too. `after` is
-of kernels that write kept results in place on TPUs too, which they do on GPUs alone (`platform.writes_in_place`).
+results/traffic/ledger.json, by kind and by array in ledger.md; the first table is in docs/profile.md, too.
 
 - before, 7B: of a floor of 615 GB h200 1,167 GB (1.90, copies and fills 15.1%, 59.72 GiB), v5p 1,569 GB (2.55, copies
   and fills 23.8%, 59.84 GiB); it does not fit rtx4090, v5e.
@@ -18,8 +17,8 @@ of kernels that write kept results in place on TPUs too, which they do on GPUs a
 - before, 8B, offloaded: of a floor of 220 GB h200 333 GB (1.52, copies and fills 1.9%, 15.71 GiB), rtx4090 508 GB
   (2.31, copies and fills 23.7%, 16.05 GiB), v5p 359 GB (1.63, copies and fills 11.5%, 15.82 GiB); it does not fit
   v5e.
-- after, 7B: of a floor of 615 GB h200 1,020 GB (1.66, copies and fills 5.0%, 59.59 GiB), v5p 1,431 GB (2.33, copies
-  and fills 18.2%, 59.71 GiB); it does not fit rtx4090, v5e.
+- after, 7B: of a floor of 615 GB h200 1,020 GB (1.66, copies and fills 5.0%, 59.59 GiB), v5p 1,498 GB (2.44, copies
+  and fills 21.6%, 59.71 GiB); it does not fit rtx4090, v5e.
 - after, 8B: of a floor of 218 GB h200 330 GB (1.52, copies and fills 1.6%, 16.64 GiB), rtx4090 505 GB (2.32, copies
   and fills 23.2%, 17.03 GiB), v5p 366 GB (1.68, copies and fills 11.3%, 16.79 GiB); it does not fit v5e.
 - after, 8B, offloaded: of a floor of 220 GB h200 330 GB (1.50, copies and fills 0.9%, 15.59 GiB), rtx4090 505 GB
