@@ -10,11 +10,13 @@
     fsdp     rows of the batch, and an axis of every matrix (ZeRO's stage 3; Rajbhandari et al. 2020, arXiv:1910.02054)
     tensor   heads and features: matrices by columns where they open a module, by rows where they close it (Megatron;
              Shoeybi et al. 2019, arXiv:1909.08053)
+    seq      tokens of each row (Liu et al. 2023, arXiv:2310.01889); weights are whole on each
 
 No engine of our own: XLA's partitioner inserts the communication that the placements ask for. Where the program is
-traced under a mesh (`jax.set_mesh`), three places say what it could not know: the stream between blocks is divided by
-rows alone (`rows`); a layer's matrices are gathered over `fsdp` where the layer is taken from its stack, one layer at a
-time (`gathered`); and a chunk of the loss takes tokens of every device (`shards`). Without a mesh they do nothing.
+traced under a mesh (`jax.set_mesh`), four places say what it could not know: the stream between blocks is divided by
+rows and tokens alone (`rows`); a layer's matrices are gathered over `fsdp` where the layer is taken from its stack, one
+layer at a time (`gathered`); a chunk of the loss takes tokens of every device (`shards`); and operations that have
+kernels run in a `shard_map` (`of_product`, `of_attention`). Without a mesh they do nothing.
 
 An adapter's factor follows its kernel: an axis of the kernel's inputs or outputs lies as it does there, its rank is
 never divided. The optimizer's and the method's state follow the leaf of the same path. An axis that its devices do not
@@ -23,10 +25,12 @@ divide stays whole.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
 import re
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,11 +39,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
+from pallas_kernels.divided import Divided
 from pallas_kernels.packed import HALF, Packed
 from pallas_kernels.stacked import taken
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "tensor", "seq")
 ROWS = ("data", "fsdp")  # the axes over which the rows of a batch are divided
+TOKENS = "seq"  # and that over which the tokens of a row are
 
 Spec = tuple[str | None, ...]
 
@@ -109,12 +115,11 @@ def spec_of(path: str, shapes: Mapping[str, Sequence[int]], base: Container[str]
       InputError: for a parameter of the base that none does.
     """
     name = tree.canonical(path)
-    for pattern, spec in _rules():
-        if pattern.fullmatch(name):
-            return spec
+    if (known := _spec_of_name(name)) is not None:
+        return known
     if path in base or name in base:
-        known = ", ".join(pattern for pattern, _ in RULES)
-        raise InputError(f"--mesh: no rule says where {path} lies; there are rules for {known}")
+        rules = ", ".join(pattern for pattern, _ in RULES)
+        raise InputError(f"--mesh: no rule says where {path} lies; there are rules for {rules}")
     parts = path.split("/")
     above = ["/".join([*parts[:n], "kernel"]) for n in range(len(parts) - 1, 0, -1)]
     kernel = next((other for other in above if other in shapes and other != path), None)
@@ -128,8 +133,8 @@ def spec_of(path: str, shapes: Mapping[str, Sequence[int]], base: Container[str]
 
 
 @functools.cache
-def _rules():
-    return [(re.compile(pattern), spec) for pattern, spec in RULES]
+def _spec_of_name(name: str) -> Spec | None:
+    return next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
 
 
 def of_leaves(mesh: Mesh, leaves: Mapping[str, Any], base: Container[str] = ()) -> dict[str, Any]:
@@ -203,13 +208,18 @@ def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
 
 
 def of_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:
-    """The shardings of a batch, by rows.
+    """The shardings of a batch, by rows, and by tokens what is (B, S).
 
     Raises:
-      InputError: for rows that the devices do not divide.
+      InputError: for rows or tokens that the devices do not divide.
     """
     check_rows(mesh, next(iter(batch.values())).shape[0])
-    return {name: NamedSharding(mesh, PartitionSpec(ROWS)) for name in batch}
+    parts = mesh.shape[TOKENS]
+    for name, x in batch.items():
+        if x.ndim == 2 and x.shape[1] % parts:
+            raise InputError(f"--mesh: rows of {x.shape[1]} tokens ({name}) are no multiple of seq = {parts} devices")
+    spec = lambda x: PartitionSpec(ROWS, TOKENS) if x.ndim == 2 else PartitionSpec(ROWS)
+    return {name: NamedSharding(mesh, spec(x)) for name, x in batch.items()}
 
 
 def num_shards(mesh: Any) -> int:
@@ -238,23 +248,62 @@ def _mesh() -> Any:
     return mesh if known and mesh.size > 1 else None
 
 
-def shards() -> int:
-    """Devices over which the rows of a batch are divided."""
-    return num_shards(_mesh())
+def shards() -> tuple[int, int]:
+    """Parts into which a batch is divided: of its rows, and of each row's tokens."""
+    mesh = _mesh()
+    return (1, 1) if mesh is None else (num_shards(mesh), mesh.shape[TOKENS])
 
 
-def rows(x: Any, axis: int = 0) -> Any:
-    """Arrays of which an axis is rows, divided by rows and nothing else."""
+def rows(x: Any) -> Any:
+    """Arrays (B, S, ...) or (B, ...), divided by rows and tokens and nothing else."""
+    return jax.tree.map(lambda x: _along(x, ROWS, TOKENS if x.ndim > 2 else None), x)
+
+
+def chunks(x: Any) -> Any:
+    """An array (chunks, tokens of a chunk, ...), each chunk of tokens of every device."""
+    return _along(x, None, (*ROWS, TOKENS))
+
+
+def _along(x, *axes):
     mesh = _mesh()
     if mesh is None:
         return x
+    found = [axes if _divides(mesh, size, axes) else None for size, axes in zip(x.shape, axes, strict=False)]
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*found)) if any(found) else x
 
-    def put(x):
-        if x.ndim <= axis or not _divides(mesh, x.shape[axis], ROWS):
-            return x
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*(None,) * axis, ROWS))
 
-    return jax.tree.map(put, x)
+_site: contextvars.ContextVar[str] = contextvars.ContextVar("site", default="")
+
+
+@contextlib.contextmanager
+def at(path: str) -> Iterator[None]:
+    """What is traced inside computes with the kernel of this path."""
+    token = _site.set(path)
+    try:
+        yield
+    finally:
+        _site.reset(token)
+
+
+def of_product(x: jax.Array) -> Divided | None:
+    """How the product of x (B, S, n) with the kernel of the site (`at`) is divided: b, s, n and its outputs m."""
+    mesh, path = _mesh(), _site.get()
+    if mesh is None or x.ndim != 3 or not path:
+        return None
+    n, m = _spec_of_name(f"{path}/kernel") or (None, None)
+    return _divided(mesh, b=ROWS, s=TOKENS, n=n if n != "fsdp" else None, m=m if m != "fsdp" else None)
+
+
+def of_attention() -> Divided | None:
+    """How attention is divided: b, s and its heads h."""
+    mesh = _mesh()
+    return None if mesh is None else _divided(mesh, b=ROWS, s=TOKENS, h="tensor")
+
+
+def _divided(mesh, **axes) -> Divided:
+    named = {letter: (names,) if isinstance(names, str) else names or () for letter, names in axes.items()}
+    more = {letter: tuple(name for name in names if mesh.shape[name] > 1) for letter, names in named.items()}
+    return Divided(mesh, tuple((letter, names) for letter, names in sorted(more.items()) if names))
 
 
 def gathered(params: tree.Params, segment: str = "") -> tree.Params:

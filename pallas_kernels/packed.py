@@ -211,6 +211,11 @@ def scales(packed: Packed) -> jax.Array:
     return _decode_scales(packed.scales, packed.block_scales, packed.mean) if packed.doubled else packed.scales
 
 
+def decoded(packed: Packed) -> Packed:
+    """The same kernel with float32 scales: those of double quantization depend on where in the kernel they lie."""
+    return dataclasses.replace(packed, scales=scales(packed), block_scales=None, mean=None)
+
+
 # The scales' own codes.
 
 

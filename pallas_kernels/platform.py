@@ -5,8 +5,9 @@ get the CPU's implementation. Here an operation is a primitive of its own; its l
 shapes and the number of devices, and only the chosen implementation is ever traced for lowering.
 
 A kernel sees one device's arrays. It runs where the program has one device, or inside a `shard_map` over all axes of
-its mesh; under a mesh that the compiler partitions by itself the plain implementation runs, unless a kernel says that
-it can be partitioned.
+its mesh. An operation that is told how its dimensions lie on a mesh (`divided.Divided`) is lowered as such a
+`shard_map`; under a mesh of which it knows nothing, the plain implementation runs, which the compiler partitions,
+unless a kernel says that it can be partitioned.
 
 `forced("xla")` chooses for all operations whose kernels are written here (attention's are libraries'): what is traced
 inside uses the plain implementations ("mosaic_gpu" or "tpu": those kernels, or NotImplementedError where they cannot
@@ -27,6 +28,9 @@ import numpy as np
 from jax._src import dispatch  # lowering rules see devices only where this says that they ask for them
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir, partial_eval
+
+from pallas_kernels import divided as on_mesh
+from pallas_kernels.divided import Dims
 
 # The platform that JAX calls so, and what its kernels are called here.
 KERNELS = {"cuda": "mosaic_gpu", "tpu": "tpu"}
@@ -132,6 +136,7 @@ def operation(
     flops: Callable[..., float] | None = None,
     part: Part | None = None,
     into: Callable[..., Any] | None = None,
+    dims: Dims | None = None,
     **platforms: Implementation,
 ) -> Callable[..., Any]:
     """A function whose implementation is chosen by the platform that it is lowered for.
@@ -143,12 +148,14 @@ def operation(
       part: what computes some of the outputs for less.
       into: the operation that takes the same arguments and, last, a layer of a stack (`stacked.Stacked`), which it
         writes; it gives the stack before the outputs, of which the first has two axes.
+      dims: the dimensions of its arguments and results, if it can be divided over a mesh.
       **platforms: "tpu" or "cuda" -> Implementation, used where it supports the arguments.
 
     Returns:
-      function(*args, implementation=None, **static): args are pytrees of arrays, static arguments hashable;
-      implementation as in `forced`. It has no derivative: wrap it in a `custom_vjp`. When lowered it raises
-      NotImplementedError if the implementation that is asked for is not the platform's, or does not take the arguments.
+      function(*args, implementation=None, divided=None, **static): args are pytrees of arrays, static arguments
+      hashable; implementation as in `forced`; divided: how its dimensions lie on the mesh of the program. It has no
+      derivative: wrap it in a `custom_vjp`. When lowered it raises NotImplementedError if the implementation that is
+      asked for is not the platform's, or does not take the arguments.
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
@@ -167,18 +174,26 @@ def operation(
     def outputs(leaves, treedef, static):
         return jax.eval_shape(functools.partial(default, **dict(static)), *shapes(leaves, treedef))
 
-    def call(*args, implementation=None, **static):
+    def call(*args, implementation=None, divided=None, **static):
         leaves, treedef = jax.tree.flatten(args)
         items = tuple(sorted(static.items()))
         wanted = check(implementation)
         if wanted is None and announces:
             wanted = _forced.get()
-        found = primitive.bind(*leaves, treedef=treedef, static=items, implementation=wanted)
+        params = {"treedef": treedef, "static": items, "implementation": wanted, "divided": divided}
+        found = primitive.bind(*leaves, **params)
         return jax.tree.unflatten(jax.tree.structure(outputs(leaves, treedef, items)), found)
 
     def lowering(platform: str | None, chosen: Implementation | None):
-        def rule(ctx, *operands, treedef, static, implementation):
+        def rule(ctx, *operands, treedef, static, implementation, divided):
             args, static = shapes(ctx.avals_in, treedef), dict(static)
+            if dims is not None and divided is not None and on_mesh.fits(dims, divided, args):
+                on_one = functools.partial(call, implementation=implementation)
+
+                def parts(*leaves):
+                    return jax.tree.leaves(on_mesh.run(on_one, dims, divided, treedef.unflatten(leaves), **static))
+
+                return mlir.lower_fun(parts, multiple_results=True)(ctx, *operands)
             function = default
             if _chooses(name, platform, chosen, ctx.module_context.axis_context, implementation, args, static):
                 assert chosen is not None
@@ -209,8 +224,8 @@ def operation(
         return found, [0] * len(found)
 
     @primitive.def_abstract_eval
-    def _(*avals, treedef, static, implementation):
-        del implementation
+    def _(*avals, treedef, static, **params):
+        del params
         kind = type(avals[0])
         return [kind(out.shape, out.dtype) for out in jax.tree.leaves(outputs(avals, treedef, static))]
 
@@ -293,6 +308,7 @@ def part_of(eqn: Any) -> Any:
         "treedef": jax.tree.structure(tuple(kept)),
         "static": tuple(sorted((key, static[key]) for key in part.static)),
         "implementation": eqn.params["implementation"],
+        "divided": eqn.params["divided"],
     }
     primitive = part.function.primitive  # type: ignore[attr-defined]
     return eqn.replace(invars=kept, outvars=[eqn.outvars[i] for i in part.outputs], primitive=primitive, params=params)

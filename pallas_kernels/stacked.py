@@ -67,6 +67,11 @@ class Stacked:
         """Of packed kernels."""
         return self.stack.group
 
+    @property
+    def doubled(self) -> bool:
+        """Of packed kernels."""
+        return self.stack.doubled
+
     def take(self) -> Any:
         """W[l], an array or `Packed`."""
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.index, keepdims=False), self.stack)

@@ -16,7 +16,7 @@ from jaxpeft.models import FAMILIES, geometries
 from tests import methods_test
 
 ROOT = Path(__file__).parent.parent
-MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2")
+MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "seq=8", "seq=2,data=2,tensor=2")
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
 

@@ -105,6 +105,7 @@ def compute(
                 *params["treedef"].unflatten(known),
                 out,
                 implementation=params["implementation"],
+                divided=params["divided"],
                 **dict(params["static"]),
             )
         written[number] = made.reshape(whole.shape)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import decoding
+from jaxpeft import decoding, sharding
 from jaxpeft.model import Context
 from jaxpeft.quant import dot
 from pallas_kernels import attention as attention_op
@@ -53,7 +53,8 @@ class Dense(nn.Module):
             kernel = self.get_variable("params", "kernel")  # a quantized kernel has no shape that `param` would accept
         else:
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
-        y = self.linear(x, kernel)
+        with sharding.at("/".join(("layers", *self.path))):
+            y = self.linear(x, kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(y.dtype)
         return checkpoint_name(y, self.name or "dense")
@@ -171,7 +172,7 @@ class Attention(nn.Module):
                 k, v, where = _with_others(k, v, where, cache)
             elif cache is not None:
                 cache = {"k": k, "v": v, "segment_ids": jnp.ones((b, s), jnp.int32) if segments is None else segments}
-            out = attention_op.attention(q, k, v, where, *options)
+            out = attention_op.attention(q, k, v, where, *options, sharding.of_attention())
         return Dense(d, self.use_out_bias, self.param_dtype, name="o_proj")(out.reshape(b, s, -1)), cache
 
 

@@ -25,6 +25,7 @@ import chex
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpeft import sharding
 from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.packed import Packed
@@ -52,8 +53,8 @@ dot.register = _product.register  # type: ignore[attr-defined]
 @functools.singledispatch
 def _low_rank_product(kernel: Any, x, a, b, *, scale, rate, seed, make_a) -> jax.Array:
     if isinstance(kernel, jax.Array):
-        options = {"scale": scale, "rate": rate, "seed": seed, "make_a": make_a, "name": LOW}
-        return lora_matmul(x, kernel.astype(x.dtype), a, b, **options)
+        options = {"scale": scale, "rate": rate, "seed": seed, "make_a": make_a}
+        return _fused(lora_matmul, kernel.astype(x.dtype), x, a, b, **options)
     inner = kernel if callable(kernel) else functools.partial(dot, kernel=kernel)
     if make_a is not None:
         low = jax.checkpoint(lambda x, a: x @ make_a(a).astype(x.dtype))(x, a)
@@ -102,6 +103,10 @@ def low_rank_dot(
 low_rank_dot.register = _low_rank_product.register  # type: ignore[attr-defined]
 
 
+def _fused(product: Callable[..., jax.Array], kernel: Any, x, a, b, **options) -> jax.Array:
+    return product(x, kernel, a, b, name=LOW, divided=sharding.of_product(x), **options)
+
+
 @_product.register
 def _(kernel: Packed, x: jax.Array) -> jax.Array:
     return quant_matmul(x, kernel)
@@ -109,7 +114,7 @@ def _(kernel: Packed, x: jax.Array) -> jax.Array:
 
 @_low_rank_product.register
 def _(kernel: Packed, x, a, b, **options) -> jax.Array:
-    return quant_lora_matmul(x, kernel, a, b, name=LOW, **options)
+    return _fused(quant_lora_matmul, kernel, x, a, b, **options)
 
 
 @_product.register
@@ -121,7 +126,7 @@ def _(kernel: Stacked, x: jax.Array) -> jax.Array:
 @_low_rank_product.register
 def _(kernel: Stacked, x, a, b, **options) -> jax.Array:
     if isinstance(kernel.stack, Packed):
-        return quant_lora_matmul(x, kernel, a, b, name=LOW, **options)
+        return _fused(quant_lora_matmul, kernel, x, a, b, **options)
     if kernel.dtype == x.dtype:
-        return lora_matmul(x, kernel, a, b, name=LOW, **options)
+        return _fused(lora_matmul, kernel, x, a, b, **options)
     return _low_rank_product(kernel.take(), x, a, b, **options)

@@ -12,6 +12,7 @@ adapters on it, tied embeddings and final norms need no special case.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,12 +57,12 @@ def completion_loss(
     weight = jnp.sum(batch["loss_weights"], dtype=jnp.float32)
     shares = batch["loss_weights"] / jnp.maximum(weight, 1e-9)
 
-    x = x.reshape(-1, x.shape[-1])
-    vocabulary = jax.eval_shape(model.head, params, x[:1]).shape[-1]
+    vocabulary = jax.eval_shape(model.head, params, x[0]).shape[-1]
     shards = sharding.shards()
-    chunks = _chunks(len(x) // shards, chunk or _chunk(x, vocabulary, shards))
-    rows = (x, batch["targets"].reshape(-1), shares.reshape(-1))
-    x, targets, shares = (sharding.rows(_cut(part, chunks, shards), axis=1) for part in rows)
+    count = math.prod(shards)
+    tokens = math.prod(x.shape[:2])
+    chunks = _chunks(tokens // count, chunk or _chunk(x, vocabulary, count))
+    x, targets, shares = (sharding.chunks(_cut(part, chunks, shards)) for part in (x, batch["targets"], shares))
     beside = {name: leaf for name, leaf in params.items() if not tree.stacked(f"{name}/")}
     head, leaves = _traced(model.head, {**params, **sharding.gathered(beside)}, x[0])
     return _total(head, leaves, [x, targets, shares]), {"weight": weight}
@@ -83,12 +84,18 @@ def _chunks(tokens: int, most: int) -> int:
     return next((chunks for chunks in range(fewest, 2 * fewest) if tokens % chunks == 0), fewest)
 
 
-def _cut(rows: jax.Array, chunks: int, shards: int = 1) -> jax.Array:
-    """(tokens, ...) -> (chunks, tokens of each, ...), the last filled up with zeros; each has tokens of every shard."""
-    rows = rows.reshape(shards, -1, *rows.shape[1:])
+def _cut(rows: jax.Array, chunks: int, shards: tuple[int, int] = (1, 1)) -> jax.Array:
+    """(B, S, ...) -> (chunks, tokens of each, ...), the last filled up with zeros; each has tokens of every shard.
+
+    shards: parts into which rows and tokens are divided, of which each is a device's.
+    """
+    across, along = shards
+    b, s, *rest = rows.shape
+    rows = rows.reshape(across, b // across, along, s // along, *rest).swapaxes(1, 2)
+    rows = rows.reshape(across * along, -1, *rest)
     rows = jnp.pad(rows, ((0, 0), (0, -rows.shape[1] % chunks), *[(0, 0)] * (rows.ndim - 2)))
-    rows = rows.reshape(shards, chunks, -1, *rows.shape[2:]).swapaxes(0, 1)
-    return rows.reshape(chunks, -1, *rows.shape[3:])
+    rows = rows.reshape(across * along, chunks, -1, *rest).swapaxes(0, 1)
+    return rows.reshape(chunks, -1, *rest)
 
 
 def _traced(head: Callable[..., jax.Array], params: tree.Params, x: jax.Array) -> tuple[ClosedJaxpr, list[Any]]:

@@ -8,6 +8,8 @@
 
 `of_cache` is decoding's: one token per row, the keys and values a layer of a cache                   cached.py
 
+On a mesh rows, heads and tokens may be divided; of divided tokens keys and values go round in a ring         ring.py
+
 Kernels take whole rows (no cache, no prefix) and one window for all layers; everything else runs in tiles. None holds
 an array of queries x keys in float32; cuDNN gets segments as a mask of queries x keys, for rows of up to 4096 tokens.
 
@@ -21,12 +23,14 @@ Shapes: B batch, S queries, K keys, H heads, N key-value heads (H = N * G), D he
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.attention import cached, chunked, cudnn, splash
+from pallas_kernels.attention import cached, chunked, cudnn, ring, splash
 from pallas_kernels.attention.chunked import EVERYONE, Where
+from pallas_kernels.divided import Dims, Divided
 from pallas_kernels.platform import Implementation, operation
 
 __all__ = ["EVERYONE", "Where", "attention", "of_cache"]
@@ -47,10 +51,14 @@ def _on_cpu(function):
     return Implementation(functools.partial(function, tile=64), lambda *args, **static: True, partitions=True)
 
 
+_WHERE = Where("s", "k", "bs", "bk", "")  # type: ignore[arg-type]
+_INPUTS = ("bshd", "bkhd", "bkhd", _WHERE)  # h of keys: fewer heads, divided alike
+
 forward = operation(
     "attention_forward",
     chunked.forward,
     flops=_products(2),
+    dims=Dims(_INPUTS, ("bshd", "bhs"), ("", ""), ring.forward),
     cpu=_on_cpu(chunked.forward),
     tpu=Implementation(splash.forward, splash.supports),
     cuda=Implementation(cudnn.forward, cudnn.supports),
@@ -59,6 +67,7 @@ backward = operation(
     "attention_backward",
     chunked.backward,
     flops=_products(5),
+    dims=Dims((*_INPUTS, "bshd", "bhs", "bshd"), ("bshd", "bkhd", "bkhd"), ("", "", ""), ring.backward),
     cpu=_on_cpu(chunked.backward),
     tpu=Implementation(splash.backward, splash.supports),
     cuda=Implementation(cudnn.backward, cudnn.supports),
@@ -112,6 +121,7 @@ def attention(
     scale: float,
     window: int | None = None,
     causal: bool = True,
+    divided: Divided | None = None,
 ) -> jax.Array:
     """Attention with segments, windows and grouped queries.
 
@@ -123,29 +133,42 @@ def attention(
       scale: factor of the scores.
       window: a query sees keys less than `window` behind it; None: no limit.
       causal: whether a query sees only keys at its own index and before; else all of its segment (an encoder).
+      divided: how b, s (of queries and keys) and h lie on the mesh of the program.
 
     Returns:
       (B, S, H, D) in query's dtype; scores and sums are float32. A query that may see no key gets 0.
     """
     inputs = jax.lax.stop_gradient((query, key, value, where))
-    out, lse = forward(*inputs, scale=scale, window=window, causal=causal)
+    if divided is not None:
+        divided = divided.renamed(k="s")
+        if where.query_index is not None or key.shape[1] != query.shape[1]:
+            divided = divided.renamed(s="", k="")
+    options = _Options(scale, window, causal, divided)
+    out, lse = forward(*inputs, **options._asdict())
     # Named flat: a head size below 128 would be padded where it is kept.
     out = checkpoint_name(out.reshape(*out.shape[:2], -1), "attention").reshape(out.shape)
-    return _computed(query, key, value, where, out, checkpoint_name(lse, "attention_lse"), scale, window, causal)
+    return _computed(query, key, value, where, out, checkpoint_name(lse, "attention_lse"), options)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _computed(query, key, value, where, out, lse, scale, window, causal):
+class _Options(NamedTuple):
+    scale: float
+    window: int | None
+    causal: bool
+    divided: Divided | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _computed(query, key, value, where, out, lse, options):
     """`out`, which attention has computed, with attention's derivative."""
     return out
 
 
-def _keep(query, key, value, where, out, lse, scale, window, causal):
+def _keep(query, key, value, where, out, lse, options):
     return out, (query, key, value, where, out, lse)
 
 
-def _pull(scale, window, causal, saved, d_out):
-    return *backward(*saved, d_out, scale=scale, window=window, causal=causal), None, None, None
+def _pull(options, saved, d_out):
+    return *backward(*saved, d_out, **options._asdict()), None, None, None
 
 
 _computed.defvjp(_keep, _pull)

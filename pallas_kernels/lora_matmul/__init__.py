@@ -29,9 +29,10 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import tuning
+from pallas_kernels.divided import Dims, Divided, flat, unflat
 from pallas_kernels.lora_matmul import reference
 from pallas_kernels.platform import Implementation, Part, operation
-from pallas_kernels.stacked import Stacked
+from pallas_kernels.stacked import Stacked, put
 from pallas_kernels.tuning import Sizes
 
 __all__ = ["lora_matmul"]
@@ -75,22 +76,51 @@ def sizes_of_factor(z, x, *rest):
     return Sizes(x.shape[0], x.shape[1], 0, z.shape[0], x.dtype)
 
 
+def _counted(rows: int, seed: int):
+    """On a mesh dropout counts the rows of the whole: argument `seed` moves by those before argument `rows`."""
+
+    def local(run, divided, *args, **static):
+        args = [*args]
+        if static["rate"] and divided.of("t"):
+            args[seed] = args[seed] + jax.lax.axis_index(divided.of("t")) * args[rows].shape[0]
+        return run(*args, **static)
+
+    return local
+
+
+def _put_on_one(run, divided, x, w, a, b, seed, out, **static):
+    """`forward_into`, whose sums over devices are taken before they are put."""
+    if not divided.of("n"):
+        return _counted(0, 4)(run, divided, x, w, a, b, seed, out, **static)
+    parts = _counted(0, 4)(forward, divided, x, w, a, b, seed, **static)
+    y, z = jax.lax.psum(parts, divided.of("n"))
+    return put(out, y), y, z
+
+
+# t rows, n inputs, m outputs, r rank.
+_BOTH = ("tn", "nm", "nr", "rm", "")
+FORWARD = Dims(_BOTH, ("tm", "rt"), ("n", "n"), _counted(0, 4))
+INPUT_GRADIENT = Dims(("tm", "nm", "nr", "rm", ""), ("tn", "rt"), ("m", "m"), _counted(0, 4))
+
 low = operation(
     "lora_low",
     reference.low,
     flops=flops_of_low,
+    dims=Dims(("tn", "nr", ""), ("rt",), ("n",), _counted(0, 2)),
     **tuning.kernels("pallas_kernels.lora_matmul", "low", sizes_of_low),
 )
 forward_into = operation(
     "lora_forward_into",
     reference.forward_into,
     flops=flops_of_both,
+    dims=Dims((*_BOTH, "tm"), ("ltm", "tm", "rt"), ("", "", ""), _put_on_one),
     **tuning.kernels("pallas_kernels.lora_matmul", "forward_into", sizes_of_both, like="forward"),
 )
 forward = operation(
     "lora_forward",
     reference.forward,
     flops=flops_of_both,
+    dims=FORWARD,
     into=forward_into,
     part=Part(outputs=(1,), function=low, args=(0, -3, -1), static=("scale", "rate")),
     **tuning.kernels("pallas_kernels.lora_matmul", "forward", sizes_of_both),
@@ -99,12 +129,14 @@ input_gradient = operation(
     "lora_input_gradient",
     reference.input_gradient,
     flops=flops_of_both,
+    dims=INPUT_GRADIENT,
     **tuning.kernels("pallas_kernels.lora_matmul", "input_gradient", sizes_of_both),
 )
 factor_gradient = operation(
     "lora_factor_gradient",
     reference.factor_gradient,
     flops=flops_of_factor,
+    dims=Dims(("rt", "tk", ""), ("rk",), ("t",), _counted(1, 2)),
     cpu=Implementation(reference.factor_gradient_of_float32, lambda *args, **static: True, partitions=True),
     **tuning.kernels("pallas_kernels.lora_matmul", "factor_gradient", sizes_of_factor),
 )
@@ -118,13 +150,14 @@ class Operations(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What is static: s, the rate of dropout, how A is made of what is given for it, and the implementation."""
+    """What is static: s, the rate of dropout, how A is made of what is given for it, the implementation, the mesh."""
 
     scale: float
     rate: float
     make_a: Callable[[jax.Array], jax.Array] | None
     implementation: str | None
     operations: Operations
+    divided: Divided | None = None
 
     def factor(self, a, dtype):
         """A in the products' dtype."""
@@ -132,7 +165,17 @@ class Options(NamedTuple):
 
     @property
     def static(self) -> dict[str, Any]:
-        return {"scale": self.scale, "rate": self.rate, "implementation": self.implementation}
+        return {
+            "scale": self.scale,
+            "rate": self.rate,
+            "implementation": self.implementation,
+            "divided": self.divided,
+        }
+
+    def factor_gradient(self, z, x, seed, columns: str, rate: float = 0.0):
+        """The product over rows of z (r, T) and x (T, k), whose columns have this letter."""
+        divided = self.divided and self.divided.renamed(k=columns)
+        return factor_gradient(z, x, seed, rate=rate, implementation=self.implementation, divided=divided)
 
 
 @jax.tree_util.register_static
@@ -157,6 +200,7 @@ def lora_matmul(
     make_a: Callable[[jax.Array], jax.Array] | None = None,
     name: str = "lora_low",
     implementation: str | None = None,
+    divided: Divided | None = None,
 ) -> jax.Array:
     """x W + scale (drop(x) A) B.
 
@@ -172,6 +216,8 @@ def lora_matmul(
       name: of z.
       implementation: "xla", "mosaic_gpu" or "tpu"; None: the kernel of the platform that the program is lowered for
         where it takes these shapes, else plain JAX.
+      divided: how dimensions lie on the mesh of the program: b and s of x (b, s, n) or else its rows t, inputs n,
+        outputs m.
 
     Returns:
       (..., m) in x's dtype.
@@ -182,16 +228,26 @@ def lora_matmul(
     """
     check("lora_matmul", x, w, None if make_a else a, b, rate, seed)
     operations = Operations(forward, input_gradient)
-    return differentiable(x, w, a, b, seed, name, Options(scale, rate, make_a, implementation, operations))
+    options = Options(scale, rate, make_a, implementation, operations, of_rows(divided, rate))
+    return differentiable(x, w, a, b, seed, name, options)
+
+
+def of_rows(divided: Divided | None, rate: float) -> Divided | None:
+    """With rows t = b s. Dropout counts the columns of what A reads: where they are divided, the compiler does all."""
+    if divided is None or (rate and divided.of("n")):
+        return None
+    if "t" in dict(divided.axes):
+        return divided
+    return divided._replace(axes=(*divided.axes, ("t", divided.of("bs"))))
 
 
 def differentiable(x, w, a, b, seed, name: str, options: Options) -> jax.Array:
     """The operation on rows, y's and z's computation apart from their derivative, which reads z by its name."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows = flat(x, options.divided)
     seed = jnp.asarray(0 if seed is None else seed).astype(jnp.int32)
     fixed = jax.lax.stop_gradient((rows, w, options.factor(a, x.dtype), b.astype(x.dtype)))
     y, z = options.operations.forward(*fixed, seed, **options.static)
-    y = y.reshape(*x.shape[:-1], y.shape[-1])
+    y = unflat(y, x, options.divided)
     # x as it came: sites that read the same x keep the same array.
     return _computed(options, x, w, a, b, seed, y, checkpoint_name(z, name))
 
@@ -224,18 +280,17 @@ def _pull(options: Options, saved, dy):
         return (None,) * 7
     factors = options.factor(a, dy.dtype), b.astype(dy.dtype)
     dx = e = da = db = dw = None
-    lead, dy = dy.shape[:-1], dy.reshape(-1, dy.shape[-1])
-    x = None if x is None else x.reshape(-1, x.shape[-1])
+    whole, dy = dy, flat(dy, options.divided)
+    x = None if x is None else flat(x, options.divided)
     if perturbed.x:
         dx, e = options.operations.input_gradient(dy, w, *factors, seed, **options.static)
-        dx = dx.reshape(*lead, dx.shape[-1])
+        dx = unflat(dx, whole, options.divided)
     elif perturbed.a:
         e = reference.low_gradient(dy, factors[1], scale=options.scale)
-    of_factor = functools.partial(factor_gradient, implementation=options.implementation)
     if perturbed.a:
-        da = of_factor(e, x, seed, rate=options.rate).T.astype(a.dtype)
+        da = options.factor_gradient(e, x, seed, "n", options.rate).T.astype(a.dtype)
     if perturbed.b:
-        db = of_factor(z, dy, seed, rate=0.0).astype(b.dtype)
+        db = options.factor_gradient(z, dy, seed, "m").astype(b.dtype)
     if perturbed.w and isinstance(w, Stacked):
         raise ValueError("a layer of a stack of kernels is not differentiated")
     if perturbed.w:

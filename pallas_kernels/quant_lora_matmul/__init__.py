@@ -17,10 +17,11 @@ import jax
 
 from pallas_kernels import lora_matmul as dense
 from pallas_kernels import tuning
-from pallas_kernels.packed import Packed, dequantize
+from pallas_kernels.divided import Divided
+from pallas_kernels.packed import Packed, decoded, dequantize
 from pallas_kernels.platform import Part, operation
 from pallas_kernels.quant_lora_matmul import reference
-from pallas_kernels.stacked import AnyPacked
+from pallas_kernels.stacked import AnyPacked, taken
 
 __all__ = ["quant_lora_matmul", "quant_matmul"]
 
@@ -28,6 +29,7 @@ forward = operation(
     "quant_lora_forward",
     reference.forward,
     flops=dense.flops_of_both,
+    dims=dense.FORWARD,
     part=Part(outputs=(1,), function=dense.low, args=(0, -3, -1), static=("scale", "rate")),
     **tuning.kernels("pallas_kernels.quant_lora_matmul", "forward", dense.sizes_of_both),
 )
@@ -35,6 +37,7 @@ input_gradient = operation(
     "quant_lora_input_gradient",
     reference.input_gradient,
     flops=dense.flops_of_both,
+    dims=dense.INPUT_GRADIENT,
     **tuning.kernels("pallas_kernels.quant_lora_matmul", "input_gradient", dense.sizes_of_both),
 )
 
@@ -51,6 +54,7 @@ def quant_lora_matmul(
     make_a: Callable[[jax.Array], jax.Array] | None = None,
     name: str = "lora_low",
     implementation: str | None = None,
+    divided: Divided | None = None,
 ) -> jax.Array:
     """x deq(W) + scale (drop(x) A) B.
 
@@ -66,7 +70,9 @@ def quant_lora_matmul(
     """
     dense.check("quant_lora_matmul", x, w, None if make_a else a, b, rate, seed)
     operations = dense.Operations(forward, input_gradient)
-    options = dense.Options(scale, rate, make_a, implementation, operations)
+    options = dense.Options(scale, rate, make_a, implementation, operations, dense.of_rows(divided, rate))
+    if options.divided is not None and options.divided.of("nm") and w.doubled:
+        w = decoded(taken(w))
     return dense.differentiable(x, w, a, b, seed, name, options)
 
 
