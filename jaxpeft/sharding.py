@@ -47,7 +47,7 @@ AXES = ("data", "fsdp", "tensor", "seq")
 ROWS = ("data", "fsdp")  # the axes over which the rows of a batch are divided
 TOKENS = "seq"  # and that over which the tokens of a row are
 
-Spec = tuple[str | None, ...]
+Spec = tuple[str | tuple[str, ...] | None, ...]
 
 # Our paths of a base's parameters -> axes of one layer's leaf, the first match; our families call alike what is alike.
 RULES: tuple[tuple[str, Spec], ...] = (
@@ -57,10 +57,14 @@ RULES: tuple[tuple[str, Spec], ...] = (
     (r"layers/mlp/down_proj/kernel", ("tensor", "fsdp")),
     (r"layers/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)/bias", ("tensor",)),
     (r"lm_head/kernel", ("fsdp", "tensor")),
-    (r"embed_\w+/embedding", ("tensor", "fsdp")),
+    (r"embed_\w+/embedding", (None, ("fsdp", "tensor"))),
     (r"(patch_embed|classifier|(classifier|lm_head)/\w+)/kernel", ("fsdp", None)),
     (r"(.*/)?(bias|scale)|cls_token|embed_positions", ()),
 )
+
+
+# A table lies by columns, so that a device looks all words up in its own; as a head it is divided by words.
+TIED = ("embed_tokens/embedding", ("tensor", None))
 
 
 # A mesh.
@@ -94,8 +98,10 @@ def make_mesh(text: str, devices: Any = None) -> Mesh:
     sizes = parse(text)
     devices = jax.devices() if devices is None else devices
     if math.prod(sizes.values()) != len(devices):
-        product = " x ".join(map(str, sizes.values()))
-        raise InputError(f"--mesh {text}: {product} = {math.prod(sizes.values())} devices, there are {len(devices)}")
+        several = [size for size in sizes.values() if size > 1]
+        product = f"{' x '.join(map(str, several))} = " if len(several) > 1 else ""
+        count = math.prod(several)
+        raise InputError(f"--mesh {text}: {product}{count} devices, there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=list(np.ravel(devices)))
 
@@ -173,13 +179,20 @@ def _each(mesh: Any, leaf: Any, spec: Spec, lead: int, place: Callable[[Any, Spe
         unit = math.lcm(tile, leaf.group)
         sizes[0] = sizes[0] // unit if sizes[0] % unit == 0 else 1
     if len(sizes) == len(spec):
-        spec = tuple(axis if _divides(mesh, size, axis) else None for axis, size in zip(spec, sizes, strict=True))
+        spec = tuple(_dividing(mesh, size, axes) for axes, size in zip(spec, sizes, strict=True))
     return jax.tree.map(put, leaf)
 
 
 def _divides(mesh: Any, size: int, axes: Any) -> bool:
     names = (axes,) if isinstance(axes, str) else axes or ()
     return bool(names) and size > 0 and size % math.prod(mesh.shape[name] for name in names) == 0
+
+
+def _dividing(mesh: Any, size: int, axes: Any) -> Any:
+    """The axes, or the first of several, that divide a size."""
+    several = () if isinstance(axes, str) or axes is None else axes
+    tried = [axes, *(several[:count] for count in range(len(several) - 1, 0, -1))]
+    return next((axes for axes in tried if _divides(mesh, size, axes)), None)
 
 
 def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
@@ -272,6 +285,23 @@ def _along(x, *axes):
     return jax.lax.with_sharding_constraint(x, PartitionSpec(*found)) if any(found) else x
 
 
+def _whole(axes):
+    """Without `fsdp`."""
+    if axes is None or isinstance(axes, str):
+        return axes if axes != "fsdp" else None
+    return tuple(axis for axis in axes if axis != "fsdp") or None
+
+
+def looked_up(x: jax.Array) -> jax.Array:
+    """Rows (B, S, d) of a table that lies by columns: they are made by columns too, and then divided as `rows` are."""
+    mesh = _mesh()
+    if mesh is None or x.ndim != 3 or max(mesh.shape["fsdp"], mesh.shape["tensor"]) == 1:
+        return x
+    for by_row, by_column in (("data", ("fsdp", "tensor")), ("data", "fsdp"), (ROWS, None)):
+        x = _along(x, by_row, TOKENS, by_column)
+    return x
+
+
 _site: contextvars.ContextVar[str] = contextvars.ContextVar("site", default="")
 
 
@@ -309,16 +339,18 @@ def _divided(mesh, **axes) -> Divided:
 def gathered(params: tree.Params, segment: str = "") -> tree.Params:
     """Nested parameters, whole over `fsdp`: those of one layer of a segment, or those beside the layers."""
     mesh = _mesh()
-    if mesh is None or mesh.shape["fsdp"] == 1 or not isinstance(params, Mapping):
+    axes = ("fsdp",) if segment else ("fsdp", "tensor")  # a table moves to where it is a head
+    if mesh is None or not isinstance(params, Mapping) or all(mesh.shape[axis] == 1 for axis in axes):
         return params
     flat = {f"{segment}/{path}" if segment else path: taken(leaf) for path, leaf in tree.flatten(params).items()}
     shapes = {path: leaf.shape for path, leaf in flat.items()}
 
     def put(x, spec):
-        if "fsdp" not in spec:
+        if not any(spec):
             return x
-        kept = [axis if axis != "fsdp" else None for axis in spec]
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*kept))
+        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))  # its cotangent, too: scattered, not summed whole
+        return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(_whole, spec)))
 
-    found = {path: _each(mesh, leaf, spec_of(path, shapes), 0, put) for path, leaf in flat.items()}
+    specs = {path: TIED[1] if path == TIED[0] else spec_of(path, shapes) for path in flat}
+    found = {path: _each(mesh, leaf, specs[path], 0, put) for path, leaf in flat.items()}
     return tree.unflatten({path.removeprefix(f"{segment}/"): leaf for path, leaf in found.items()})

@@ -289,8 +289,8 @@ def _whole(where: Any) -> bool:
 def _device(where: Any, platform: str | None) -> Any:
     """A device of those that the program is for, None where they are not known."""
     devices = getattr(where, "device_assignment", None)
-    if devices is None and hasattr(where, "mesh"):
-        devices = getattr(where.mesh, "devices", None)
+    if devices is None and isinstance(getattr(where, "mesh", None), jax.sharding.Mesh):
+        devices = where.mesh.devices
     if devices is not None and np.size(devices):
         return np.ravel(np.asarray(devices, dtype=object))[0]
     attached = jax.devices()[0]

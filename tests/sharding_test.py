@@ -101,11 +101,11 @@ def test_frozen_matrices_are_gathered_a_layer_at_a_time(found):
     """And never summed up; what is summed up are adapters' gradients, and numbers without a parameter's shape."""
     hlo = found["lora"]["fsdp=8"]["hlo"]
     gathered = [shape for where, shape in collectives(hlo, "all-gather") if where == "loop"]
-    kernels = {(1, 64, 64), (1, 64, 128), (1, 128, 64)}
+    kernels = {(64, 64), (64, 128), (128, 64)}
     assert kernels <= set(gathered)
-    assert all(shape[0] == 1 for shape in gathered if len(shape) == 3)  # of one layer
+    assert all(len(shape) == 2 for shape in gathered)  # of one layer
     summed = {shape for kind in ("all-reduce", "reduce-scatter") for _, shape in collectives(hlo, kind)}
-    assert not summed & {(*lead, *kernel[1:]) for kernel in kernels for lead in ((), (1,), (2,))}
+    assert not summed & {(*lead, *kernel) for kernel in kernels for lead in ((), (1,), (2,))}
     assert {where for where, _ in collectives(hlo, "all-to-all")} <= {"entry"}  # embeddings, from columns to rows
 
 
@@ -143,8 +143,9 @@ def test_factors_follow_their_kernel():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data=3", "--mesh data=3: 3 x 1 x 1 = 3 devices, there are 1"),
-        ("rows=2", "--mesh rows=2: 'rows=2' should be AXIS=DEVICES with one of data, fsdp, tensor"),
+        ("data=3", "--mesh data=3: 3 devices, there are 1"),
+        ("data=3,seq=2", "--mesh data=3,seq=2: 3 x 2 = 6 devices, there are 1"),
+        ("rows=2", "--mesh rows=2: 'rows=2' should be AXIS=DEVICES with one of data, fsdp, tensor, seq"),
         ("data=2,data=2", "--mesh data=2,data=2: data stands twice"),
         ("data=0", "--mesh data=0: data=0 should be a number of devices, at least 1"),
         ("data", "--mesh data: data=... should be a number of devices, at least 1"),
@@ -155,10 +156,10 @@ def test_a_mesh_that_is_none(text, message):
         sharding.make_mesh(text, jax.devices()[:1])
 
 
-@pytest.mark.parametrize(("kind", "shards"), [("Auto", 4), ("Explicit", 1), ("Manual", 1)])
+@pytest.mark.parametrize(("kind", "shards"), [("Auto", (4, 2)), ("Explicit", (1, 1)), ("Manual", (1, 1))])
 def test_only_axes_that_the_compiler_divides_are_spoken_of(kind, shards, monkeypatch):
     """A user's own mesh may have the same names in the arrays' types, and a `shard_map` its axes."""
-    kinds = (getattr(jax.sharding.AxisType, kind),) * 3
-    mesh = jax.sharding.AbstractMesh((2, 2, 2), sharding.AXES, axis_types=kinds)
+    kinds = (getattr(jax.sharding.AxisType, kind),) * 4
+    mesh = jax.sharding.AbstractMesh((2, 2, 2, 2), sharding.AXES, axis_types=kinds)
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
     assert sharding.shards() == shards

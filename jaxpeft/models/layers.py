@@ -253,7 +253,7 @@ class Embed(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param("embedding", nn.initializers.normal(0.02), (self.count, self.features), self.param_dtype)
         rows = lookup(table, ids).astype(self.param_dtype)  # a master that trains is wider
-        return checkpoint_name(rows, self.name or "embed")
+        return checkpoint_name(sharding.looked_up(rows), self.name or "embed")
 
 
 class PreNormBlock(nn.Module):

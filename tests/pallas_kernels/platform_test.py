@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.memory import targets
+from pallas_kernels.divided import Dims, Divided
 from pallas_kernels.platform import Implementation, operation
 
 NAMES = {"cpu": "sine", "v5p": "tanh", "h200": "exponential"}  # what each platform's implementation is in StableHLO
@@ -32,6 +33,7 @@ OPTIONS = {
 }
 toy = operation("toy", **OPTIONS)
 divisible = operation("toy_divisible", **OPTIONS | {"tpu": Implementation(scaled(jnp.tanh), even, partitions=True)})
+known = operation("toy_known", **OPTIONS | {"dims": Dims(("tn",), ("tn",), ("",))})
 slope = operation("toy_slope", lambda x, *, times: times * jnp.cos(x))
 pair = operation("toy_pair", lambda xs: {"sum": xs[0] + xs[1], "product": xs[0] * xs[1]})
 
@@ -71,6 +73,17 @@ def test_on_several_devices_only_what_can_be_partitioned():
     rows = NamedSharding(mesh, PartitionSpec("data"))
     assert lowered(three, rows) == {"sine"}
     assert lowered(functools.partial(divisible, times=3), rows) == {"tanh"}
+
+
+def test_an_operation_that_knows_the_mesh_is_each_devices_own():
+    """Where the devices divide its dimensions."""
+    pytest.importorskip("libtpu")
+    mesh = Mesh(targets.devices(targets.target("v5e:2x2")), ("data",))
+    rows = NamedSharding(mesh, PartitionSpec("data"))
+    divided = Divided(mesh.abstract_mesh, (("t", ("data",)),))
+    assert lowered(functools.partial(known, times=3, divided=divided), rows) == {"tanh"}
+    whole = NamedSharding(mesh, PartitionSpec())
+    assert lowered(functools.partial(known, times=3, divided=divided), whole, (6, 6)) == {"sine"}
 
 
 TRANSFORMS = {

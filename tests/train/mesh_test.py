@@ -57,10 +57,10 @@ def test_the_adapter_is_that_of_one_device(trained):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--mesh", "data=3"], "--mesh data=3: 3 x 1 x 1 = 3 devices, there are 4"),
+        (["--mesh", "data=3"], "--mesh data=3: 3 devices, there are 4"),
         (["--mesh", "data=4", "--batch-size", "6"], "--batch-size 6: must be a multiple of the mesh's data x fsdp = 4"),
         (["--mesh", "data=4", "--batch-size", "8", "--accumulate", "4"], "= 4 devices and --accumulate 4"),
-        (["--mesh", "rows=4"], "'rows=4' should be AXIS=DEVICES with one of data, fsdp, tensor"),
+        (["--mesh", "rows=4"], "'rows=4' should be AXIS=DEVICES with one of data, fsdp, tensor, seq"),
     ],
 )
 def test_refusals(flags, message, tmp_path):
