@@ -240,8 +240,11 @@ def num_shards(mesh: Any) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in ROWS)
 
 
-def check_rows(mesh: Mesh | None, rows: int, accumulate: int = 1) -> None:
-    """Raises InputError for a batch, or a micro-batch of it, whose rows the devices do not divide."""
+def check_rows(mesh: Mesh | None, rows: int, accumulate: int = 1, length: int | None = None) -> None:
+    """Raises InputError for a batch, or a micro-batch of it, whose rows or their tokens the devices do not divide."""
+    parts = 1 if mesh is None else mesh.shape[TOKENS]
+    if length is not None and length % parts:
+        raise InputError(f"--seq-len {length}: must be a multiple of the mesh's seq = {parts} devices")
     count = num_shards(mesh)
     if rows % (count * accumulate):
         parts = f" and --accumulate {accumulate}" if accumulate > 1 else ""

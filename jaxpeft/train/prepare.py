@@ -75,7 +75,7 @@ def prepare(args: Run) -> Job:
     source, task, method = sources(args), TASKS[args.task], asked_method(args)
     plan = None if args.save is None else parse(args.save)
     mesh = None if args.mesh is None else sharding.make_mesh(args.mesh)
-    sharding.check_rows(mesh, args.batch_size, args.accumulate)
+    sharding.check_rows(mesh, args.batch_size, args.accumulate, args.seq_len)
     check_given(source)
     tokenizer = hf.load_tokenizer(source.model)
     order = names(hf.load_config(source.model)) if args.adapter is None else adapter_labels(args.adapter)

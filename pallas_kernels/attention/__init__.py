@@ -26,6 +26,7 @@ import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.attention import cached, chunked, cudnn, ring, splash
@@ -143,6 +144,10 @@ def attention(
         divided = divided.renamed(k="s")
         if where.query_index is not None or key.shape[1] != query.shape[1]:
             divided = divided.renamed(s="", k="")
+        parts, heads = divided.count("h"), key.shape[2]
+        if query.shape[2] % parts == 0 and parts % heads == 0:  # a key-value head for each device
+            key, value = (jnp.repeat(x, parts // heads, axis=2) for x in (key, value))
+            inputs = jax.lax.stop_gradient((query, key, value, where))
     options = _Options(scale, window, causal, divided)
     out, lse = forward(*inputs, **options._asdict())
     # Named flat: a head size below 128 would be padded where it is kept.

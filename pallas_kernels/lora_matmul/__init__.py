@@ -80,10 +80,10 @@ def _counted(rows: int, seed: int):
     """On a mesh dropout counts the rows of the whole: argument `seed` moves by those before argument `rows`."""
 
     def local(run, divided, *args, **static):
-        args = [*args]
+        given = [*args]
         if static["rate"] and divided.of("t"):
-            args[seed] = args[seed] + jax.lax.axis_index(divided.of("t")) * args[rows].shape[0]
-        return run(*args, **static)
+            given[seed] += jax.lax.axis_index(divided.of("t")) * given[rows].shape[0]
+        return run(*given, **static)
 
     return local
 

@@ -26,6 +26,7 @@ KERNELS = ("dense", "stacked", "nf4", "doubled", "int8")
 ATTENTION = {
     "rows and heads": {"b": ("x",), "h": ("y",)},
     "tokens": {"s": ("x", "y", "z")},
+    "more devices than key-value heads": {"h": ("y", "z")},
     "all": {"b": ("x",), "s": ("y",), "h": ("z",)},
 }
 MASKS = ("causal", "segments", "full", "window", "own window")
