@@ -16,7 +16,7 @@ from jaxpeft.models import FAMILIES, geometries
 from tests import methods_test
 
 ROOT = Path(__file__).parent.parent
-MESHES = ("data=8", "fsdp=8", "tensor=8", "data=2,fsdp=2,tensor=2", "seq=8", "seq=2,data=2,tensor=2")
+MESHES = ("data=8", "fsdp=8", "tensor=8", "seq=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,seq=2")
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
 
@@ -69,8 +69,9 @@ print(json.dumps({name: run(name, meshes) for name, meshes in json.loads(sys.arg
 def found():
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    wanted = {name: [MESHES[-1]] for name in methods_test.METHODS}
-    wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "full": ["fsdp=8"]}
+    # Each on a mesh of three axes and on one of the others, in turn.
+    wanted = {name: [MESHES[-1], MESHES[i % (len(MESHES) - 1)]] for i, name in enumerate(methods_test.METHODS)}
+    wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"]}
     arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
