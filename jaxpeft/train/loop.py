@@ -21,7 +21,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +32,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft import compilation, documents, files, hf, models, recipe, tree
+from jaxpeft import compilation, distributed, documents, files, hf, models, recipe, shares, tree
 from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign, on_disk
 from jaxpeft.errors import InputError, RunError, printable
 from jaxpeft.model import Batch
@@ -38,12 +40,12 @@ from jaxpeft.peft import adapter_rope_scaling
 from jaxpeft.train import config, folder, memory, result
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
-from jaxpeft.train.metrics import MetricsLog
+from jaxpeft.train.metrics import MetricsLog, Unwritten
 from jaxpeft.train.metrics import read as read_metrics
 from jaxpeft.train.prepare import Job, asked_method, prepare, sources
 from jaxpeft.train.progress import Progress
 from jaxpeft.train.report import build_report, write_curve
-from jaxpeft.train.run import Run
+from jaxpeft.train.run import Run, flag
 from jaxpeft.train.signals import Signals
 from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import make_train_step
@@ -52,12 +54,16 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Pending(NamedTuple):
-    """A step whose metrics have not been fetched yet."""
+    """A step whose metrics have not been fetched yet.
+
+    asked: of several processes, the signal that one of them has received.
+    """
 
     step: int
     metrics: Any
     lines: list[list[int]]
     tokens: int
+    asked: Any = None
 
 
 class _Stopped(Exception):
@@ -113,20 +119,31 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
     """`train`, where no other process runs in the folder; `old` is the document of a run that is continued."""
     if old is None:
         config.check_new(out)
+    if (group := distributed.group()) is not None:
+        group.agree(config.shared(args))
     started = time.monotonic()
     if args.dtype is None:
         chosen: Any = models.compute_dtype(hf.load_config(sources(args).model))
         args = dataclasses.replace(args, dtype=chosen)
     job = prepare(args)
+    if group is not None:
+        group.agree({flag(name): digest for name, digest in job.document["content"].items()})
     if old is not None:
         config.check_same(out, old, job.document)
     for report in job.data.reports.values():
         _say(report.summary())
-    files.clear_leftovers(out)
-    files.write_json(out / config.FILE, old or job.document, allow_nan=False)
-    (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
+    if distributed.is_first():
+        files.clear_leftovers(out)
+        files.write_json(out / config.FILE, old or job.document, allow_nan=False)
+        (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
+    folder.check_shared(out / config.FILE)
     on_mesh = contextlib.nullcontext() if job.mesh is None else jax.set_mesh(job.mesh)
-    with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints, on_mesh:
+    with (
+        Signals() as signals,
+        Checkpoints(out / "checkpoints", args.keep) as checkpoints,
+        on_mesh,
+        distributed.failing(),
+    ):
         return _Run(args, job, old or job.document, checkpoints, signals).whole(started)
 
 
@@ -150,8 +167,11 @@ class _Run:
         self.out = args.out
         rate = {"rate": job.schedule, "weight_decay": job.weight_decay}
         step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **rate)
-        self.step = Compiled(step, steps=True, mesh=job.mesh)
-        self.eval_step = Compiled(job.task.eval_step(job.model), mesh=job.mesh)
+        self.step = Compiled(step, steps=True, mesh=job.mesh, rows=job.rows)
+        self.eval_step = Compiled(job.task.eval_step(job.model), mesh=job.mesh, rows=job.rows)
+        # Of several processes, one may be asked to stop: all have to hear of it at the same step.
+        self._largest = shares.Largest(job.mesh) if job.mesh is not None and job.rows is not None else None
+        self._asked = 0
         self.state: TrainState = job.state
         self.identity, self.has_own = config.identity(document), bool(job.own)
         # What a checkpoint's meta holds beside the data position.
@@ -163,14 +183,15 @@ class _Run:
     def whole(self, started: float) -> dict[str, Any]:
         """From where the newest checkpoint is to the report."""
         resumed = self._restore()
-        self.log = MetricsLog(self.out, resumed)
+        self.log = MetricsLog(self.out, resumed) if distributed.is_first() else Unwritten(self.out)
         try:
             with self.log:
                 if resumed is None:
                     self._begin()
                 elif self._evaluation_due() and self.eval_step_number != self.done:
                     self._evaluate_late()
-                with Progress(self.args.steps, self.done) as self.progress:
+                quiet = None if distributed.is_first() else io.StringIO()
+                with Progress(self.args.steps, self.done, quiet) as self.progress:
                     self._steps()
             return self._finish(started, resumed)
         except (InputError, RunError, OSError):
@@ -231,20 +252,28 @@ class _Run:
             self._stop_if_asked()
             self._check_there()
             batch, lines = next(self.job.data.train)
+            tokens = self.job.data.train.tokens
             self.state, metrics = self.step(self.state, batch)
+            asked = self._largest(self.signals.received or 0) if self._largest else None
             self.done += 1
             if pending:
                 self._account(pending)
-            pending = _Pending(self.done, metrics, lines, int((batch["segment_ids"] > 0).sum()))
+            pending = _Pending(self.done, metrics, lines, tokens, asked)
             self.checkpoints.check()
-            if self._evaluation_due() or self._checkpoint_due() or self.signals.received:
+            if self._evaluation_due() or self._checkpoint_due() or self._stopping():
                 self._account(pending)
                 self._pause(batch, pending)
                 pending = None
         self._stop_if_asked()
 
+    def _stopping(self) -> int | None:
+        """The signal that asks for the end; of several processes, one that all of them know of."""
+        return self._asked or None if self._largest else self.signals.received
+
     def _check_there(self) -> None:
         """Raises RunError if the folder, or something in it, was deleted or moved away: nothing is made there again."""
+        if not distributed.is_first():
+            return
         there = {
             self.out: self.out.exists(),
             self.checkpoints.folder: self.checkpoints.there(),
@@ -268,12 +297,13 @@ class _Run:
         if not math.isfinite(loss):
             self._not_finite(last, "loss after the update", loss)
         improved = evaluated and (best is None or loss < best) and self.args.checkpoint_every
-        if improved or self._checkpoint_due() or self.signals.received:
+        if improved or self._checkpoint_due() or self._stopping():
             self._save()
 
     def _account(self, pending: _Pending) -> None:
         """Fetches a step's metrics, refuses what is not finite, and writes the row."""
         metrics = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        self._asked = self._asked or int(0 if pending.asked is None else pending.asked)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 self._not_finite(pending, name.replace("grad_norm", "gradient norm"), metrics[name])
@@ -315,8 +345,10 @@ class _Run:
 
     def _evaluate_late(self) -> None:
         """The evaluation that a signal cut off before the checkpoint; its row may be there from an earlier attempt."""
-        rows = read_metrics(self.out / "metrics.jsonl")
-        found = [row for row in rows if (row["split"], row["step"]) == ("eval", self.done)]
+        log = self.out / "metrics.jsonl"
+        wanted = ("eval", self.done)
+        rows = lambda: [row for row in read_metrics(log) if (row["split"], row["step"]) == wanted]
+        found = distributed.from_first(rows)
         if found:
             self.scores = {name: x for name, x in found[0].items() if name not in ("step", "split")}
             self.eval_step_number = self.done
@@ -325,7 +357,7 @@ class _Run:
 
     def _until_stopped(self, batches: Iterable[tuple[Batch, Any]]) -> Iterator[Batch]:
         for batch, _ in batches:
-            if self.signals.received and self.done:
+            if self._stopping() and self.done:
                 raise _Stopped
             yield batch
 
@@ -359,12 +391,12 @@ class _Run:
         self.checkpoints.save(self.state, meta)
 
     def _stop_if_asked(self) -> None:
-        if self.signals.received is None:
+        if (number := self._stopping()) is None:
             return
         self.checkpoints.wait()
         where = f"at step {self.checkpoints.latest()}, which is saved" if self.done else "before the first step"
         raise RunError(
-            f"{self.out}: stopped by {self.signals.name} {where}; --resume continues it", 128 + self.signals.received
+            f"{self.out}: stopped by {signal.Signals(number).name} {where}; --resume continues it", 128 + number
         )
 
     def _finish(self, started: float, resumed: int | None) -> dict[str, Any]:
@@ -380,6 +412,7 @@ class _Run:
         # A run that is resumed after its last step has compiled nothing yet.
         batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)
+        batch = shares.shapes_of(batch, job.rows)
         best = self.checkpoints.best()
         report = build_report(
             out=self.out,
@@ -404,8 +437,9 @@ class _Run:
             compile_cache=compilation.in_use(),
             examples={name: report.to_json() for name, report in job.data.reports.items()},
         )
-        write_curve(self.out / "metrics.jsonl", self.out / "loss.png", job.task.unit)
-        files.write_json(self.out / config.REPORT, report, allow_nan=False)
+        if distributed.is_first():
+            write_curve(self.out / "metrics.jsonl", self.out / "loss.png", job.task.unit)
+            files.write_json(self.out / config.REPORT, report, allow_nan=False)
         return report
 
 
@@ -440,4 +474,5 @@ def _sample(job: Job, before: list[str], after: list[str]) -> dict[str, str] | N
 
 
 def _say(text: str) -> None:
-    sys.stderr.write(printable(text) + "\n")
+    if distributed.is_first():
+        sys.stderr.write(printable(text) + "\n")

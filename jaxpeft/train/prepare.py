@@ -6,6 +6,7 @@ Whatever can be refused is refused here, before anything is written.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxpeft import checkpoint, hf, sharding, template, tree
+from jaxpeft import checkpoint, distributed, hf, sharding, shares, template, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import parse
 from jaxpeft.data.sources import find, is_named
@@ -42,6 +43,7 @@ class Job(NamedTuple):
     own: the frozen leaves that the base checkpoint doesn't hold.
     base: the base's paths and shapes, `{path: ShapeDtypeStruct}`; a classifier of rows is no part of it.
     mesh: that the state lies on; None: one device.
+    rows: of a batch, those that this process holds; None: all of them.
     """
 
     source: Source
@@ -58,6 +60,7 @@ class Job(NamedTuple):
     base: Mapping[str, jax.ShapeDtypeStruct]
     document: dict[str, Any]
     mesh: Mesh | None = None
+    rows: shares.Rows | None = None
 
 
 def prepare(args: Run) -> Job:
@@ -74,7 +77,7 @@ def prepare(args: Run) -> Job:
     assert args.seq_len is not None and args.lr is not None
     source, task, method = sources(args), TASKS[args.task], asked_method(args)
     plan = None if args.save is None else parse(args.save)
-    mesh = None if args.mesh is None else sharding.make_mesh(args.mesh)
+    mesh = make_mesh(args.mesh)
     sharding.check_rows(mesh, args.batch_size, args.accumulate)
     check_given(source)
     tokenizer = hf.load_tokenizer(source.model)
@@ -84,8 +87,9 @@ def prepare(args: Run) -> Job:
         _check_labels(args.adapter, order, source.train, data.labels)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     classifier_key = jax.random.fold_in(init_key, 0)
+    where = None if mesh is None else functools.partial(_placement, mesh)
     base, params, model_digest = load(
-        source.model, jnp.dtype(args.dtype), method, data.labels, classifier_key, args.rope_scaling
+        source.model, jnp.dtype(args.dtype), method, data.labels, classifier_key, args.rope_scaling, where
     )
     check_head(args.task, source.model, base, args.seq_len)
     check_vocabulary(source.model, tokenizer, base.config.vocab_size)
@@ -111,13 +115,14 @@ def prepare(args: Run) -> Job:
     state = init_state(method, optimizer, trainable, rest, run_key, model)
     objective_of(model, method, state.leaves, task.loss)  # refuses what would train without effect
     if mesh is not None:
-        state = jax.device_put(state, sharding.of_state(mesh, state, own_of_base))
+        state = shares.placed(state, sharding.of_state(mesh, state, own_of_base))
+    rows = shares.rows_of(mesh, args.batch_size)
     if plan.actions:
         _check_names(task, model, state, args.batch_size // args.accumulate, args.seq_len)
     return Job(
         source=source,
         task=task,
-        data=data,
+        data=data if rows is None else data.held(rows.here.tolist()),
         model=model,
         method=method,
         optimizer=optimizer,
@@ -129,7 +134,20 @@ def prepare(args: Run) -> Job:
         base=jax.eval_shape(lambda: own_of_base),
         document=config.describe(args, method.specs, content, data.labels, data.template),
         mesh=mesh,
+        rows=rows,
     )
+
+
+def make_mesh(asked: str | None) -> Mesh | None:
+    """The mesh of a run: the one that is asked for; of several processes that ask for none, fsdp over all devices."""
+    if asked is None and distributed.group() is not None:
+        asked = f"fsdp={jax.device_count()}"
+    return None if asked is None else sharding.make_mesh(asked)
+
+
+def _placement(mesh: Mesh, path: str, leaf: Any) -> Any:
+    """Where a leaf of the base lies."""
+    return sharding.of_leaves(mesh, {path: leaf}, {path})[path]
 
 
 def _check_names(task: Task, model: Model, state: TrainState, rows: int, length: int) -> None:
