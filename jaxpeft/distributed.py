@@ -8,6 +8,7 @@
 Beside `jax.distributed`, in whose key-value store all of this is said, a thread in each process:
 
     beat/I     a number that process I changes every other second; the first process looks at them all
+    doubt/I    process I has met an error that another's death may have caused
     failure    {"status", "line", "process"}, written once, by whoever is first to fail or to find that another has died
     left/I     process I is about to end
 
@@ -42,7 +43,7 @@ from jaxpeft.launched import Place
 PERIOD = 2.0  # seconds between two beats
 SILENCE = 30.0  # seconds without one after which a process is taken for dead
 _SILENCE_AFTER_FAILURE = 8.0  # the same, where an operation between devices has failed
-_PARTING = 10.0  # seconds that the first process waits for the others' end
+_PARTING = 10.0  # seconds in which a process that has failed, and then the first one, is to end
 # JAX's own heartbeat ends all processes without a word of whose fault it was; it comes after ours.
 _JAX_HEARTBEAT = 100
 
@@ -67,7 +68,8 @@ class Group:
         self._name = f"jaxpeft/{next(self._runs)}"
         self._told = itertools.count()
         self._ended, self._silence = threading.Event(), SILENCE
-        self._failed = False  # whether this process is the one that says why
+        # When this process failed as the first one, which is the one that says why, and of what.
+        self._failed: tuple[float, BaseException] | None = None
         self._heard: dict[str, tuple[str, float]] = {}
         self._since = time.monotonic()
         self._say("who", str(self.index), f"process {os.getpid()} on {platform.node()}")
@@ -134,11 +136,17 @@ class Group:
     def fail(self, error: BaseException) -> bool:
         """Tells the others that this process ends; whether it is the first to fail, and so the one that says why."""
         if not self._failed and not isinstance(error, Elsewhere):
-            if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
-                self._silence = _SILENCE_AFTER_FAILURE  # another's death shows so first; the thread finds whose
-                time.sleep(_SILENCE_AFTER_FAILURE + 4 * PERIOD)
-            self._failed = self._claim(status_of(error), str(error))
-        return self._failed
+            if _of_another(error):
+                self._doubt()
+            if self._claim(status_of(error), str(error)):
+                self._failed = time.monotonic(), error
+        return self._failed is not None
+
+    def _doubt(self) -> None:
+        """Leaves time to find whose death has led to an error here; the thread ends this process then."""
+        with contextlib.suppress(jax.errors.JaxRuntimeError):
+            self._say("doubt", str(self.index), "", again=True)
+        time.sleep(2 * _SILENCE_AFTER_FAILURE + 4 * PERIOD)
 
     def _claim(self, status: int, line: str) -> bool:
         try:
@@ -154,6 +162,9 @@ class Group:
                 found = self._client.key_value_dir_get(f"{self._name}/failure/")
                 if found and not self._failed:
                     leave(json.loads(found[0][1])["status"], self)
+                if self._failed and time.monotonic() - self._failed[0] > _PARTING:  # it waits for those that left
+                    print_line(str(self._failed[1]) or type(self._failed[1]).__name__)
+                    leave(status_of(self._failed[1]), self)
                 if self.is_first and not self._failed and (dead := self._silent()):
                     self._end_for(dead)
             except jax.errors.JaxRuntimeError:
@@ -165,6 +176,8 @@ class Group:
     def _silent(self) -> list[str]:
         """Processes that have not been heard of for too long."""
         now = time.monotonic()
+        if self._client.key_value_dir_get(f"{self._name}/doubt/"):
+            self._silence = _SILENCE_AFTER_FAILURE
         beats = {key.rpartition("/")[2]: value for key, value in self._client.key_value_dir_get(f"{self._name}/beat/")}
         for index in map(str, range(1, self.count)):
             value = beats.get(index, "")
@@ -198,7 +211,7 @@ class Group:
 
     def wait_for_others(self, without: list[str]) -> None:
         """In the first process, waits until the others have left, or too long."""
-        until = time.monotonic() + _PARTING
+        until = time.monotonic() + 2 * _PARTING
         while time.monotonic() < until:
             with contextlib.suppress(jax.errors.JaxRuntimeError):
                 gone = len(self._client.key_value_dir_get(f"{self._name}/left/"))
@@ -222,6 +235,18 @@ def leave(status: int, group: Group, without: list[str] | None = None) -> None:
     else:
         group.left()
     os._exit(status)
+
+
+def _of_another(error: BaseException | None) -> bool:
+    """Whether an error may have come of another process's death, as of an operation between devices."""
+    words = ("Gloo", "NCCL", "barrier", "coordination")
+    while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            return "RESOURCE_EXHAUSTED" not in str(error)
+        if not isinstance(error, InputError) and any(word in str(error) for word in words):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def status_of(error: BaseException) -> int:
@@ -303,10 +328,17 @@ def joined(where: Place | None) -> Iterator[Group | None]:
 
 @contextlib.contextmanager
 def _one_voice() -> Iterator[None]:
-    """Notices are the first process's."""
-    with warnings.catch_warnings():
+    """Notices are the first process's, and stdout is not for what the libraries of collectives print there."""
+    sys.stdout.flush()
+    with warnings.catch_warnings(), contextlib.ExitStack() as stack:
         if not is_first():
             warnings.simplefilter("ignore")
+        with contextlib.suppress(OSError):
+            kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+            stack.callback(os.close, kept)
+            stack.callback(os.dup2, kept, 1)
         yield
 
 
