@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -57,8 +58,9 @@ def place(
             ours = counted.startswith("JAX")
             own = _number(environment, numbered)
             return _checked(count, own, address) if ours else Place(None, None, environment.get(_ADDRESS))
-    hosts = [name for name in environment.get("TPU_WORKER_HOSTNAMES", "").split(",") if name]
-    return Place(None, None, environment.get(_ADDRESS)) if len(hosts) > 1 else None
+    hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")  # libtpu may put a sentence there
+    several = len(hosts) > 1 and all(re.fullmatch(r"[\w.:-]+", name) for name in hosts)
+    return Place(None, None, environment.get(_ADDRESS)) if several else None
 
 
 def _number(environment: Mapping[str, str], name: str) -> int | None:

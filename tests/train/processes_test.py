@@ -160,6 +160,7 @@ def test_refusals_are_one_line_of_one_process(files, tmp_path, mesh, differ, mes
         ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, (None, None, None)),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, (None, None, None)),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
+        ((None, None, None), {"TPU_WORKER_HOSTNAMES": "WARNING: not known, please set it"}, None),
         (("auto", None, None), {}, (None, None, None)),
     ],
 )  # fmt: skip
