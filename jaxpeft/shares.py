@@ -15,9 +15,25 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxpeft import sharding
+from jaxpeft import distributed, sharding
 
 Index = tuple[slice, ...]
+
+
+def make_mesh(asked: str | None) -> Mesh | None:
+    """The mesh that is asked for, as `sharding.make_mesh` reads it; of several processes that ask for none, fsdp over
+    all devices.
+    """
+    if asked is None and distributed.group() is not None:
+        asked = f"fsdp={jax.device_count()}"
+    return None if asked is None else sharding.make_mesh(asked)
+
+
+def placement(mesh: Mesh | None) -> Callable[[str, Any], Any] | None:
+    """Where a base's leaves lie, for `hf.load_pretrained`."""
+    if mesh is None:
+        return None
+    return lambda path, leaf: sharding.of_leaves(mesh, {path: leaf}, {path})[path]
 
 
 class Rows(NamedTuple):

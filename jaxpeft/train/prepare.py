@@ -6,7 +6,6 @@ Whatever can be refused is refused here, before anything is written.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxpeft import checkpoint, distributed, hf, sharding, shares, template, tree
+from jaxpeft import checkpoint, hf, sharding, shares, template, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import parse
 from jaxpeft.data.sources import find, is_named
@@ -77,7 +76,7 @@ def prepare(args: Run) -> Job:
     assert args.seq_len is not None and args.lr is not None
     source, task, method = sources(args), TASKS[args.task], asked_method(args)
     plan = None if args.save is None else parse(args.save)
-    mesh = make_mesh(args.mesh)
+    mesh = shares.make_mesh(args.mesh)
     sharding.check_rows(mesh, args.batch_size, args.accumulate)
     check_given(source)
     tokenizer = hf.load_tokenizer(source.model)
@@ -87,10 +86,8 @@ def prepare(args: Run) -> Job:
         _check_labels(args.adapter, order, source.train, data.labels)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     classifier_key = jax.random.fold_in(init_key, 0)
-    where = None if mesh is None else functools.partial(_placement, mesh)
-    base, params, model_digest = load(
-        source.model, jnp.dtype(args.dtype), method, data.labels, classifier_key, args.rope_scaling, where
-    )
+    how = (data.labels, classifier_key, args.rope_scaling, shares.placement(mesh))
+    base, params, model_digest = load(source.model, jnp.dtype(args.dtype), method, *how)
     check_head(args.task, source.model, base, args.seq_len)
     check_vocabulary(source.model, tokenizer, base.config.vocab_size)
     flat = tree.flatten(params)
@@ -136,18 +133,6 @@ def prepare(args: Run) -> Job:
         mesh=mesh,
         rows=rows,
     )
-
-
-def make_mesh(asked: str | None) -> Mesh | None:
-    """The mesh of a run: the one that is asked for; of several processes that ask for none, fsdp over all devices."""
-    if asked is None and distributed.group() is not None:
-        asked = f"fsdp={jax.device_count()}"
-    return None if asked is None else sharding.make_mesh(asked)
-
-
-def _placement(mesh: Mesh, path: str, leaf: Any) -> Any:
-    """Where a leaf of the base lies."""
-    return sharding.of_leaves(mesh, {path: leaf}, {path})[path]
 
 
 def _check_names(task: Task, model: Model, state: TrainState, rows: int, length: int) -> None:
