@@ -5,6 +5,7 @@
     OUT/checkpoints/     see `jaxpeft.checkpoint`
     OUT/adapter/         the result, in PEFT's form or, where PEFT has none, in ours (see `jaxpeft.peft`); OUT/model/, a
                          whole checkpoint, where the base itself trained
+    OUT/trace/           what the devices did in the steps of --profile-steps
     OUT/report.json      written last: the run is finished
 
 A run is a function of its configuration alone: killed at any moment and resumed, it ends with the same bits. Everything
@@ -24,7 +25,6 @@ import errno
 import io
 import math
 import signal
-import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -32,23 +32,24 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft import compilation, distributed, documents, files, hf, models, recipe, shares, tree
+from jaxpeft import compilation, distributed, documents, files, hf, models, recipe, shares
 from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign, on_disk
-from jaxpeft.errors import InputError, RunError, printable
+from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
 from jaxpeft.peft import adapter_rope_scaling
-from jaxpeft.train import config, folder, memory, result
+from jaxpeft.train import config, ending, folder, memory
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
 from jaxpeft.train.metrics import MetricsLog, Unwritten
 from jaxpeft.train.metrics import read as read_metrics
 from jaxpeft.train.prepare import Job, asked_method, prepare, sources
-from jaxpeft.train.progress import Progress
+from jaxpeft.train.progress import Progress, ranges, say
 from jaxpeft.train.report import build_report, write_curve
 from jaxpeft.train.run import Run, flag
 from jaxpeft.train.signals import Signals
 from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import make_train_step
+from jaxpeft.train.trace import Trace
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -95,7 +96,7 @@ def train(args: Run) -> dict[str, Any]:
         asked = config.describe(args, method.specs if method else (), {})
         config.check_arguments(out, old, asked)
         if (finished := _report_of(out)) is not None and finished["steps"] >= args.steps:
-            _say(f"{out}: the run is finished; this is its report")
+            say(f"{out}: the run is finished; this is its report")
             return finished
         old = config.with_steps(old, args.steps)
     else:
@@ -131,7 +132,7 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
     if old is not None:
         config.check_same(out, old, job.document)
     for report in job.data.reports.values():
-        _say(report.summary())
+        say(report.summary())
     if distributed.is_first():
         files.clear_leftovers(out)
         files.write_json(out / config.FILE, old or job.document, allow_nan=False)
@@ -154,7 +155,7 @@ def _report_of(out: Path) -> dict[str, Any] | None:
     try:
         return config.read_report(out)
     except InputError as error:
-        _say(f"{error}; it is made again")
+        say(f"{error}; it is made again")
         return None
 
 
@@ -173,6 +174,7 @@ class _Run:
         self._largest = shares.Largest(job.mesh) if job.mesh is not None and job.rows is not None else None
         self._asked = 0
         self.state: TrainState = job.state
+        self.trace = Trace(self.out / "trace", args.profile_steps, args.profile_process)
         self.identity, self.has_own = config.identity(document), bool(job.own)
         # What a checkpoint's meta holds beside the data position.
         self.done, self.tokens, self.loss = 0, 0, float("nan")
@@ -191,7 +193,7 @@ class _Run:
                 elif self._evaluation_due() and self.eval_step_number != self.done:
                     self._evaluate_late()
                 quiet = None if distributed.is_first() else io.StringIO()
-                with Progress(self.args.steps, self.done, quiet) as self.progress:
+                with contextlib.closing(self.trace), Progress(self.args.steps, self.done, quiet) as self.progress:
                     self._steps()
             return self._finish(started, resumed)
         except (InputError, RunError, OSError):
@@ -205,7 +207,7 @@ class _Run:
         if latest is None:
             if self.args.resume:
                 what = "no whole checkpoint" if self.checkpoints.damaged else "no checkpoint yet"
-                _say(f"{self.out}: {what}: from the beginning")
+                say(f"{self.out}: {what}: from the beginning")
             return None
         if why := foreign(self.checkpoints.folder, latest, self.identity):
             others = [step for step in self.checkpoints.steps() if step != latest]
@@ -217,11 +219,11 @@ class _Run:
         self.job.data.train.set_state(meta["data"])
         self.done, self.tokens, self.loss = latest, meta["tokens"], meta["loss"]
         self.before, self.scores, self.eval_step_number = meta["before"], meta["last_scores"], meta["eval_step"]
-        _say(f"{self.out}: continuing from step {latest}")
+        say(f"{self.out}: continuing from step {latest}")
         log = self.out / "metrics.jsonl"
         there = {row["step"] for row in read_metrics(log) if row.get("split") == "train"} if log.exists() else set()
         if lost := sorted(set(range(1, latest + 1)) - there):
-            _say(f"{log}: the rows of steps {ranges([lost])} are missing; the run goes on without them")
+            say(f"{log}: the rows of steps {ranges([lost])} are missing; the run goes on without them")
         return latest
 
     def _say_damaged(self, latest: int | None) -> None:
@@ -229,17 +231,17 @@ class _Run:
         lost = max(self.checkpoints.damaged, default=0) - (latest or 0)
         for step, reason in sorted(self.checkpoints.damaged.items()):
             folder = self.out / "checkpoints"
-            _say(f"{folder / str(step)}: damaged ({reason}); put aside in {folder / DAMAGED}")
+            say(f"{folder / str(step)}: damaged ({reason}); put aside in {folder / DAMAGED}")
         if lost > 0:
-            _say(f"{self.out}: {lost} steps are lost and taken again")
+            say(f"{self.out}: {lost} steps are lost and taken again")
 
     def _begin(self) -> None:
         """Scores the model as it was, before the first step."""
         self.checkpoints.save_frozen(self.job.own)
         if self.args.warmup >= self.args.steps > 1:
-            _say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
+            say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
         if self.job.data.validation or self.job.data.asked:
-            _say("before the first step: compiling, and scoring the model as it is")
+            say("before the first step: compiling, and scoring the model as it is")
         answers = self._answer()
         if self.job.data.validation:
             self._evaluate()
@@ -253,12 +255,14 @@ class _Run:
             self._check_there()
             batch, lines = next(self.job.data.train)
             tokens = self.job.data.train.tokens
+            self.trace.before(self.done + 1)
             self.state, metrics = self.step(self.state, batch)
             asked = self._largest(self.signals.received or 0) if self._largest else None
             self.done += 1
             if pending:
                 self._account(pending)
             pending = _Pending(self.done, metrics, lines, tokens, asked)
+            self.trace.after(self.done, metrics)
             self.checkpoints.check()
             if self._evaluation_due() or self._checkpoint_due() or self._stopping():
                 self._account(pending)
@@ -405,10 +409,7 @@ class _Run:
         answers = self._answer()
         self._check_there()
         state, job = self.state, self.job
-        where = (self.out / "adapter", self.out / "model")
-        of_base = (job.base, job.model.config, job.source.model, job.data.labels, self.args.rope_scaling)
-        beside = job.data.template.beside() if job.data.template else {}
-        result.write(where, job.method, state.params, *of_base, beside)
+        ending.write_result(self.out, job, state.params, self.args.rope_scaling)
         # A run that is resumed after its last step has compiled nothing yet.
         batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)
@@ -424,8 +425,8 @@ class _Run:
             eval_loss=(self.before["scores"].get("loss"), self._loss()),
             overlap=(self.before["overlap"], answers.overlap),
             scores={name: (self.before["scores"].get(name), x) for name, x in self.scores.items() if name != "loss"},
-            sample=_sample(job, self.before["texts"], answers.texts),
-            **_counts(job, state),
+            sample=ending.sample(job, self.before["texts"], answers.texts),
+            **ending.counts(job, state),
             memory=memory.step_memory(
                 program, job.model, job.method, state, batch, job.base, self.args.accumulate, job.task.loss
             ),
@@ -441,38 +442,3 @@ class _Run:
             write_curve(self.out / "metrics.jsonl", self.out / "loss.png", job.task.unit)
             files.write_json(self.out / config.REPORT, report, allow_nan=False)
         return report
-
-
-def _counts(job: Job, state: TrainState) -> dict[str, int]:
-    """Numbers that training changes, and all others: frozen ones, and what a method moves beside the model's own."""
-    changed = {path: leaf for path, leaf in state.moved.items() if tree.canonical(path) in job.base}
-    numbers = tree.size(state.trainable) + tree.size(changed)
-    return {"trainable_parameters": numbers, "frozen_parameters": tree.size(state.leaves) - numbers}
-
-
-def ranges(lines: Iterable[Iterable[int]]) -> str:
-    """Line numbers in order, neighbours joined.
-
-    >>> ranges([[7, 3], [8], [9, 20]])
-    '3, 7-9, 20'
-    """
-    parts: list[list[int]] = []
-    for line in sorted({line for row in lines for line in row}):
-        if parts and line == parts[-1][1] + 1:
-            parts[-1][1] = line
-        else:
-            parts.append([line, line])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
-
-
-def _sample(job: Job, before: list[str], after: list[str]) -> dict[str, str] | None:
-    asked = job.data.asked
-    if not asked or not before or not after:
-        return None
-    prompt = job.tokenizer.decode(asked[0].prompt, skip_special_tokens=True)
-    return {"prompt": prompt, "reference": asked[0].reference, "before": before[0], "after": after[0]}
-
-
-def _say(text: str) -> None:
-    if distributed.is_first():
-        sys.stderr.write(printable(text) + "\n")

@@ -36,6 +36,7 @@ _LEAST = {
     "rank": 1,
     "processes": 1,
     "process_id": 0,
+    "profile_process": 0,
 }
 MOST = 2**31 - 1  # of steps, tokens and whatever is counted
 MOST_SEED = 2**32 - 1  # JAX's keys hold 32 bits, and grain shuffles by as many
@@ -149,6 +150,10 @@ class Run:
     """Newest checkpoints to keep, besides the one with the lowest validation loss."""
     samples: int = 32
     """Validation examples to answer before and after the run, for the overlap score."""
+    profile_steps: str | None = None
+    """Steps to record with JAX's profiler in OUT/trace, FIRST-LAST. Default: none."""
+    profile_process: int = 0
+    """Which of several processes records them."""
 
     def __post_init__(self):
         for name, value in _in_type(vars(self)).items():
@@ -180,6 +185,7 @@ class Run:
         for name in ("template", "template_date"):
             if run.task == "classify" and getattr(self, name) != getattr(Run, name):
                 raise InputError(f"{flag(name)} {getattr(self, name)}: has no effect with --task classify")
+        check_profile(run)
         if run.buckets and run.pack and run.task == "lm":
             raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
         assert run.seq_len is not None
@@ -305,6 +311,15 @@ def check_parts(args: Any) -> None:
     """Raises InputError if a step's batch cannot be cut into its parts."""
     if args.batch_size % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
+
+
+def check_profile(args: Any) -> None:
+    """Raises InputError for steps to record that are none of the run's."""
+    if args.profile_steps is not None:
+        from jaxpeft.train.trace import parse
+
+        if parse(args.profile_steps)[1] > args.steps:
+            raise InputError(f"--profile-steps {args.profile_steps}: the run has {args.steps} steps")
 
 
 def check_rope_scaling(args: Any) -> None:

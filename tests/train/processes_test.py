@@ -12,6 +12,7 @@ from safetensors.numpy import load_file
 
 import jaxpeft as jp
 from jaxpeft import errors, launched
+from jaxpeft.cli import main
 from jaxpeft.train.metrics import read
 from tests import runs
 
@@ -39,22 +40,27 @@ sys.exit(main(flags))
 
 def start(args, count, devices=1, struck=None, number=0, differ=None):
     """The processes of a run; `struck` gets the signal `number`, process 1 other fields if some differ."""
+    environment = runs.command(args)[1]
+    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    changed = [differ if differ and index == 1 else {} for index in range(count)]
+    words = [runs.command(replaced(args, **own))[0][3:] for own in changed]
+    return launch([["-c", WORKER, str(number if i == struck else 0), *own] for i, own in enumerate(words)], environment)
+
+
+def launch(commands, environment):
+    """Processes of Python with these arguments, and the flags that connect them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    started = []
-    for index in range(count):
-        own = {"processes": count, "process_id": index, "coordinator": f"127.0.0.1:{port}"}
-        own |= differ if differ and index == 1 else {}
-        argv, environment = runs.command(jp_replace(args, **own))
-        environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
-        worker = [sys.executable, "-c", WORKER, str(number if index == struck else 0), *argv[3:]]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(worker, env=environment, **pipes))
-    return started
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    where = ["--processes", str(len(commands)), "--coordinator", f"127.0.0.1:{port}", "--process-id"]
+    return [
+        subprocess.Popen([sys.executable, *words, *where, str(index)], env=environment, **pipes)
+        for index, words in enumerate(commands)
+    ]
 
 
-def jp_replace(args, **fields):
+def replaced(args, **fields):
     return type(args)(**{**vars(args), **fields})
 
 
@@ -75,14 +81,15 @@ def told(files, tmp_path_factory):
     one = runs.arguments(files, out / "one", **common)
     jp.run(**{name: value for name, value in vars(one).items() if name not in ("config", "json")})
     several = runs.arguments(files, out / "several", **common)
-    four = start(jp_replace(several, mesh="data=2,fsdp=2"), 4, struck=2, number=9)
+    traced = {"profile_steps": "2", "profile_process": 1}
+    four = start(replaced(several, mesh="data=2,fsdp=2", **traced), 4, struck=2, number=9)
     while four[2].poll() is None:
         time.sleep(0.1)
     died = time.monotonic()
     four = ends(four)
     patience = time.monotonic() - died
-    two = ends(start(jp_replace(several, mesh="fsdp=4", resume=True), 2, devices=2, struck=1, number=15))
-    last = runs.run(jp_replace(several, resume=True))
+    two = ends(start(replaced(several, mesh="fsdp=4", resume=True), 2, devices=2, struck=1, number=15))
+    last = runs.run(replaced(several, resume=True))
     assert last.returncode == 0, last.stderr
     return {"one": out / "one", "several": out / "several", "four": four, "two": two, "patience": patience}
 
@@ -102,6 +109,10 @@ def test_the_adapter_is_that_of_one_process(told):
     assert one.keys() == several.keys()
     for name, tensor in one.items():
         np.testing.assert_allclose(several[name], tensor, rtol=1e-3, atol=1e-4 * np.abs(tensor).max(), err_msg=name)
+
+
+def test_steps_are_recorded_by_the_process_that_was_asked_to(told):
+    assert len([*(told["several"] / "trace").rglob("*.xplane.pb")]) == 1
 
 
 def test_a_death_stops_the_others_with_one_line_that_names_it(told):
@@ -125,6 +136,21 @@ def test_one_process_speaks(told):
     for _, out, said in [*told["four"][1:], *told["two"][1:]]:
         assert out == ""
         assert not [line for line in said.splitlines() if "error" not in line and "SIGTERM: waits" not in line]
+
+
+def test_two_processes_merge_what_one_does(told, files, tmp_path):
+    """The same bytes, of which each had a part."""
+    adapter = str(told["one"] / "adapter")
+    words = ["merge", "--model", str(files / "model"), "--adapter", adapter, "--out"]
+    assert main([*words, str(tmp_path / "one")]) == 0
+    _, environment = runs.command(runs.arguments(files, tmp_path))
+    found = ends(launch([["-m", "jaxpeft", *words, str(tmp_path / "two")]] * 2, environment))
+    assert [status for status, _, _ in found] == [0, 0], found
+    assert "folded in" in found[0][1] and found[1][1:] == ("", "")
+    names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("one", "two")]
+    assert names[0] == names[1]
+    for name in names[0]:
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize(
