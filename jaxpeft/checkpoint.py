@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from typing_extensions import TypedDict
 
-from jaxpeft import checksums, documents, tree
+from jaxpeft import checksums, distributed, documents, tree
 from jaxpeft.errors import RunError
 from jaxpeft.train.state import TrainState
 
@@ -60,12 +60,8 @@ class Checkpoints:
         # A write that fails is reported once, as a RunError, not also as a traceback in the log.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self.folder = folder.absolute()
-        _remove_unfinished(self.folder)
-        self.damaged = faults(self.folder)
-        numbers = [path.name for path in self.folder.glob("*") if path.name.isdigit()]
-        strange = [name for name in numbers if not _STEP.fullmatch(name)]
-        for name in (*map(str, self.damaged), *strange):  # orbax would take these for steps, too
-            _put_aside(self.folder, name)
+        found = distributed.from_first(self._put_in_order)
+        self.damaged: dict[int, str] = {int(step): reason for step, reason in found.items()}
         self._losses: dict[int, float] = {}
         self._begun: int | None = None  # the step that was written last, or is being written
         options = ocp.CheckpointManagerOptions(
@@ -74,9 +70,20 @@ class Checkpoints:
             async_options=ocp.AsyncOptions(post_finalization_callback=self._sum_up),
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
+        distributed.meet()
         self._opened = os.stat(self.folder)
         for step in self.steps():
             self._note(step, self.meta(step))
+
+    def _put_in_order(self) -> dict[str, str]:
+        """Removes what was not finished and puts aside what is damaged; {step: reason} of that."""
+        _remove_unfinished(self.folder)
+        damaged = {str(step): reason for step, reason in faults(self.folder).items()}
+        numbers = [path.name for path in self.folder.glob("*") if path.name.isdigit()]
+        strange = [name for name in numbers if not _STEP.fullmatch(name)]
+        for name in (*damaged, *strange):  # orbax would take these for steps, too
+            _put_aside(self.folder, name)
+        return damaged
 
     def save_frozen(self, leaves: Mapping[str, jax.Array]) -> None:
         """Writes the frozen leaves that only this run has; returns when they are on disk.
@@ -88,7 +95,7 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as checkpointer:
                 self._guard(FROZEN, lambda: checkpointer.save(self.folder / FROZEN, dict(leaves), force=True))
                 self._guard(FROZEN, checkpointer.wait_until_finished)
-            if jax.process_index() == 0:
+            if distributed.is_first():
                 self._guard(FROZEN, lambda: checksums.write(self.folder / FROZEN))
 
     def save(self, state: TrainState, meta: Mapping[str, Any]) -> None:
@@ -112,7 +119,7 @@ class Checkpoints:
 
     def _sum_up(self) -> None:
         """The sums of the checkpoint whose files are written, before it gets its name."""
-        if jax.process_index() == 0:
+        if distributed.is_first():
             for path in self.folder.glob(_UNFINISHED):
                 checksums.write(path, becomes=path.name.partition(".")[0])
 
@@ -127,7 +134,7 @@ class Checkpoints:
           RunError: if it cannot be written.
         """
         self._guard(self._manager.latest_step(), self._manager.wait_until_finished)
-        if jax.process_index() == 0:
+        if distributed.is_first():
             for step in on_disk(self.folder):
                 self._guard(step, functools.partial(checksums.complete, self.folder / str(step)))
 
@@ -258,7 +265,7 @@ class _Preserve:
 
 def _remove_unfinished(folder: Path) -> None:
     """Deletes what orbax began to write and never renamed."""
-    if jax.process_index() == 0:
+    if distributed.is_first():
         for path in folder.glob(_UNFINISHED):
             shutil.rmtree(path, ignore_errors=True)
 
@@ -312,11 +319,10 @@ def faults(folder: Path) -> dict[int, str]:
 
 
 def _put_aside(folder: Path, name: str) -> None:
-    if jax.process_index() == 0:
-        target = folder / DAMAGED / name
-        shutil.rmtree(target, ignore_errors=True)
-        target.parent.mkdir(exist_ok=True)
-        (folder / name).replace(target)
+    target = folder / DAMAGED / name
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(exist_ok=True)
+    (folder / name).replace(target)
 
 
 def not_in_base(frozen: Mapping[str, Any], base: Mapping[str, Any]) -> tree.Flat:

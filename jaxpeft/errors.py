@@ -27,6 +27,13 @@ class RunError(RuntimeError):
         self.status = status
 
 
+class Elsewhere(RunError):
+    """The end of a process because another one has failed, which says why: the command line prints nothing."""
+
+    def __init__(self, status: int):
+        super().__init__("another process has failed, and says why", status)
+
+
 _LONGEST = 1500  # characters of a line
 _WORD = re.compile(r"\S{301,}")
 

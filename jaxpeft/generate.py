@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import tree
+from jaxpeft import shares, tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Model
 
@@ -75,7 +75,8 @@ def generate(
         chosen = order[start : start + batch_size]
         state = _first(model, params, how, [prompts[i] for i in chosen], max_new_tokens, chosen)
         state = _steps(model, how.kind, params, how.settings, state, np.int32(max_new_tokens))
-        for i, ids, length in zip(chosen, np.asarray(state["new"]), np.asarray(state["count"]), strict=False):
+        new, counts = shares.on_host(state["new"]), shares.on_host(state["count"])
+        for i, ids, length in zip(chosen, new, counts, strict=False):
             results[i] = ids[:length].tolist()
     return results
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli.output import print_error, print_json
-from jaxpeft.errors import InputError, Notice, RunError, did_you_mean, is_utf8, printable, shown
+from jaxpeft.errors import Elsewhere, InputError, Notice, RunError, did_you_mean, is_utf8, printable, shown
 from jaxpeft.interrupts import Interrupted
 from jaxpeft.memory.kinds import GPU_FRACTION
 from jaxpeft.train.run import in_words
@@ -77,6 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InputError as error:
         print_error(str(error))
         return 2
+    except Elsewhere as error:
+        return error.status
     except RunError as error:
         print_error(str(error))
         return error.status
@@ -184,12 +186,24 @@ def _main(argv: list[str], own_process: bool = False) -> int:
     if args.json:
         with contextlib.redirect_stdout(sys.stderr):
             document = module.run(args)
-        print_json(document)
+        if _speaks():
+            print_json(document)
     elif hasattr(module, "live"):
         module.live(args)
     else:
-        module.show(module.run(args))
+        document = module.run(args)
+        if _speaks():
+            module.show(document)
     return 0
+
+
+def _speaks() -> bool:
+    """Whether this process shows the document: of several that train together, the first."""
+    if "jaxpeft.distributed" not in sys.modules:
+        return True
+    from jaxpeft import distributed
+
+    return distributed.is_first()
 
 
 def parse(kind: type, name: str, flags: list[str]) -> Any:

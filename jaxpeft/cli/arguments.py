@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import re
+from collections.abc import Iterator
 from typing import Any, Literal
 
+from jaxpeft import launched
 from jaxpeft.errors import InputError, shown
-from jaxpeft.train.run import check_least, check_parts, check_rope_scaling, defaults_of
+from jaxpeft.train.run import check_least, check_parts, check_rope_scaling, defaults_of, flag
 
 _MOST_BYTES = 2**62
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -53,6 +57,42 @@ class StepArguments:
     takes all rows at once and cannot compress."""
     target: str = "cpu"
     """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu, or a slice of TPUs such as v5p:4x4x4."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessArguments:
+    """A command that may divide a model over devices, and over processes."""
+
+    mesh: str | None = None
+    """Devices to divide the model over, AXIS=DEVICES,...: fsdp, tensor. Default: one; with several processes fsdp over
+    all of their devices."""
+    processes: int | Literal["auto"] | None = None
+    """Processes that do it together, each started with the same flags; auto asks JAX. Default: as SLURM's srun, Open
+    MPI's mpirun or JAX_NUM_PROCESSES say, else one."""
+    process_id: int | None = None
+    """Which of the processes this is, from 0. Default: as the launcher or JAX_PROCESS_ID says."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0. Default: as the launcher or JAX_COORDINATOR_ADDRESS says."""
+
+
+@contextlib.contextmanager
+def mesh_of(args: ProcessArguments) -> Iterator[Any]:
+    """A context in which the processes know of each other; gives the mesh of their devices, None for one device.
+
+    Raises:
+      InputError: for flags that make no sense, or are not the same in all processes.
+    """
+    where = launched.place(args.processes, args.process_id, args.coordinator, os.environ)
+    if where is None and args.mesh is None:
+        yield None
+        return
+    from jaxpeft import distributed, shares
+
+    with distributed.joined(where) as group:
+        if group is not None:
+            fields = [field.name for field in dataclasses.fields(args) if field.name not in launched.FLAGS]
+            group.agree({flag(name): getattr(args, name) for name in fields})
+        yield shares.make_mesh(args.mesh)
 
 
 def settled(args: Any) -> Any:

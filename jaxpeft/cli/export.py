@@ -3,14 +3,16 @@
 import dataclasses
 import tempfile
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxpeft.cli.arguments import ProcessArguments, mesh_of
 from jaxpeft.errors import InputError, Notice
 
 
 @dataclasses.dataclass(frozen=True)
-class Export:
+class Export(ProcessArguments):
     """Write a training run's checkpoint as an adapter in PEFT's format, or as a whole model where the base trained; the
     run may still be going on.
     """
@@ -37,13 +39,20 @@ def run(args: Export) -> dict[str, Any]:
     Raises:
       InputError: for arguments or input that cannot be used.
     """
+    with mesh_of(args) as mesh:
+        return _run(args, mesh)
+
+
+def _run(args: Export, mesh: Any) -> dict[str, Any]:
     from jaxpeft.checkpoint import foreign
+    from jaxpeft.cli.models import check_gguf
     from jaxpeft.files import check_target
     from jaxpeft.gguf import write
     from jaxpeft.train import config
 
     gguf = args.format == "gguf" or (args.format is None and args.out.suffix == write.SUFFIX)
     write.check_file(args.out) if gguf else check_target(args.out)
+    check_gguf(gguf)
     document = config.read(args.run)
     folder = args.run / "checkpoints"
     step = chosen_step(folder, args.step, args.best)
@@ -52,7 +61,7 @@ def run(args: Export) -> dict[str, Any]:
 
     import jax
 
-    from jaxpeft import hf, tree
+    from jaxpeft import hf, sharding, shares, tree
     from jaxpeft.cli.models import model_or_default
     from jaxpeft.method import from_specs, setup
     from jaxpeft.models.labels import SCOPE
@@ -65,12 +74,14 @@ def run(args: Export) -> dict[str, Any]:
     method = from_specs(document["method"])
     labels = document.get("labels", [])
     scaling = arguments.get("rope_scaling")
-    base, params, digest = load(name, arguments.get("dtype"), method, labels, rope_scaling=scaling)
+    how: dict[str, Any] = {"rope_scaling": scaling, "placement": shares.placement(mesh)}
+    base, params, digest = load(name, arguments.get("dtype"), method, labels, **how)
     if digest != document["content"]["model"]:
         raise InputError(f"{name}: is not the base of the run {args.run}; name that one with --model")
     leaves = tree.flatten(params)
     own = {path: leaf for path, leaf in leaves.items() if not path.startswith(SCOPE)}
-    saved = saved_leaves(folder, step)
+    place = None if mesh is None else lambda new: sharding.of_leaves(mesh, {**leaves, **new}, own)
+    saved = saved_leaves(folder, step, place)
     if any(tree.canonical(path) in own and method.changes(path) for path in saved):
         _, trainable, rest = setup(method, base, params, jax.random.key(0))  # a stack may have been cut
         leaves = {**rest, **trainable}
@@ -137,10 +148,11 @@ def chosen_step(folder: Path, step: int | None, best: bool) -> int:
     return chosen
 
 
-def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
+def saved_leaves(folder: Path, step: int, place: Callable[[dict[str, Any]], Any] | None = None) -> dict[str, Any]:
     """`{path: leaf}` of what a checkpoint holds beside the base: trained and moved leaves, the run's own frozen ones.
 
-    Packed kernels, which are no part of an adapter, are left out.
+    Packed kernels, which are no part of an adapter, are left out. `place` gives the shardings of leaves; without
+    it they come to the first device.
 
     It only reads, so that a run which is writing there is not disturbed.
     """
@@ -152,13 +164,18 @@ def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
     logging.getLogger("absl").setLevel(logging.ERROR)  # orbax warns of an optional file that runs don't write
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
+    def shapes(leaves: dict[str, Any]) -> dict[str, Any]:
+        struct = jax.ShapeDtypeStruct
+        whole = {path: struct(x.shape, x.dtype) for path, x in leaves.items() if not isinstance(x, dict)}
+        where = {} if place is None else place(whole)
+        return {path: struct(x.shape, x.dtype, sharding=where.get(path, device)) for path, x in whole.items()}
+
     def restore(path: Path, part: str | None = None) -> dict[str, Any]:
         checkpointer = ocp.PyTreeCheckpointer()
         found = checkpointer.metadata(path).item_metadata.tree
         if part is not None and part not in found:
             return {}
-        wanted = found if part is None else {part: found[part]}
-        like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device), wanted)
+        like = shapes(found) if part is None else {part: shapes(found[part])}
         args = ocp.args.PyTreeRestore(
             item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
         )
@@ -167,8 +184,7 @@ def saved_leaves(folder: Path, step: int) -> dict[str, Any]:
 
     folder = folder.absolute()
     frozen = restore(folder / "frozen") if (folder / "frozen").is_dir() else {}
-    own = {path: leaf for path, leaf in frozen.items() if not isinstance(leaf, dict)}
     changed: dict[str, Any] = {}
     for part in ("moved", "trainable"):
         changed |= restore(folder / str(step) / "state", part)
-    return {**own, **changed}
+    return {**frozen, **changed}

@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxpeft.cli.arguments import ProcessArguments, mesh_of
 from jaxpeft.errors import InputError
 
 
 @dataclasses.dataclass(frozen=True)
-class Merge:
+class Merge(ProcessArguments):
     """Fold an adapter into its base; the result is a checkpoint that needs no adapter."""
 
     adapter: Path
@@ -34,8 +35,13 @@ def run(args: Merge) -> dict[str, Any]:
     Raises:
       InputError: for arguments or input that cannot be used.
     """
-    from jaxpeft import hf, tree
-    from jaxpeft.cli.models import labels_of, load, model_or_default, scaling_of
+    with mesh_of(args) as mesh:
+        return _run(args, mesh)
+
+
+def _run(args: Merge, mesh: Any) -> dict[str, Any]:
+    from jaxpeft import distributed, hf, tree
+    from jaxpeft.cli.models import check_gguf, labels_of, load, model_or_default, scaling_of
     from jaxpeft.files import check_target
     from jaxpeft.gguf import SUFFIX, write
     from jaxpeft.template import JINJA, beside
@@ -44,9 +50,10 @@ def run(args: Merge) -> dict[str, Any]:
     if args.gguf_type is not None and form != "gguf":
         raise InputError(f"--gguf-type {args.gguf_type}: belongs to --format gguf")
     write.check_file(args.out) if form == "gguf" else check_target(args.out)
+    check_gguf(form == "gguf")
     name = model_or_default(args.model)
     scaling = scaling_of(args.adapter, args.rope_scaling)
-    _, params, method = load(name, args.adapter, hf.STORED, scaling)
+    _, params, method = load(name, args.adapter, hf.STORED, scaling, mesh)
     document = {"out": args.out, "model": name, "adapter": args.adapter}
     if form == "gguf":
         if labels_of(args.adapter):
@@ -61,7 +68,7 @@ def run(args: Merge) -> dict[str, Any]:
     unchanged = {path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf}
     how: dict[str, Any] = {"as_stored": True, "unchanged": unchanged, "rope_scaling": scaling}
     hf.save_pretrained(args.out, name, merged, labels=labels_of(args.adapter), beside=beside(args.adapter), **how)
-    return document | {"dtype": ", ".join(hf.types_of(args.out))}
+    return document | {"dtype": distributed.from_first(lambda: ", ".join(hf.types_of(args.out)))}
 
 
 def _check_finite(adapter: Any, before: Mapping[str, Any], merged: Mapping[str, Any]) -> None:

@@ -17,7 +17,11 @@ def model_or_default(model: str | None) -> str:
 
 
 def load(
-    model: str, adapter: Path | None = None, dtype: str | None = None, rope_scaling: str | None = None
+    model: str,
+    adapter: Path | None = None,
+    dtype: str | None = None,
+    rope_scaling: str | None = None,
+    mesh: Any = None,
 ) -> tuple[Any, Any, Any]:
     """A checkpoint, with an adapter where one is given.
 
@@ -26,6 +30,7 @@ def load(
       adapter: folder of a PEFT adapter.
       dtype: as `hf.load_pretrained` takes it.
       rope_scaling: from `scaling_of`.
+      mesh: on which all of it lies; None: on one device.
 
     Returns:
       (Model, nested parameters, method); the method is None without an adapter.
@@ -35,14 +40,20 @@ def load(
 
     With an adapter that classifies rows, the model has a classifier in place of its head.
     """
-    from jaxpeft import hf, peft
+    from jaxpeft import hf, peft, sharding, shares, tree
 
     if adapter is not None and not adapter.is_dir():
         raise InputError(f"--adapter {adapter}: no such directory")
-    base, params = hf.load_pretrained(model, dtype, labels_of(adapter), rope_scaling=rope_scaling)
+    how: dict[str, Any] = {"rope_scaling": rope_scaling, "placement": shares.placement(mesh)}
+    base, params = hf.load_pretrained(model, dtype, labels_of(adapter), **how)
     if adapter is None:
         return base, params, None
-    return peft.attach(adapter, base, params)
+    own = tree.flatten(params)
+    base, params, method = peft.attach(adapter, base, params)
+    if mesh is not None:
+        flat = tree.flatten(params)
+        params = tree.unflatten(shares.placed(flat, sharding.of_leaves(mesh, flat, own)))
+    return base, params, method
 
 
 def scaling_of(adapter: Path | None, given: str | None = None) -> str | None:
@@ -57,6 +68,14 @@ def scaling_of(adapter: Path | None, given: str | None = None) -> str | None:
     if given is not None:
         rotary.parse(given)
     return given if adapter is None else peft.adapter_rope_scaling(adapter, given)
+
+
+def check_gguf(wanted: bool) -> None:
+    """Raises InputError if a GGUF file is to be written by several processes."""
+    from jaxpeft import distributed
+
+    if wanted and distributed.group() is not None:
+        raise InputError("--format gguf: is written by one process; leave --processes out")
 
 
 def labels_of(adapter: Path | None) -> tuple[str, ...]:

@@ -63,29 +63,50 @@ class Batches:
 
     `get_state` gives the position as a small JSON value, and after `set_state` on an iterator made
     with the same arguments the next batch is the one that would have followed.
+
+    After `hold`, arrays are of some of a batch's rows alone, and the others' tokens are not read.
+
+    tokens: that are no padding in all rows of the last batch.
     """
 
     def __init__(
         self,
         rows: grain.IterDataset[list[list[int]]],
         examples: Sequence[Any],
-        collate: Callable[[Sequence[Sequence[Any]]], Batch],
+        collate: Callable[..., Batch],
         identity: str,
+        widths: Sequence[int] = (),
     ):
         self._dataset = rows
         self._rows = iter(rows)
         self._examples = examples
         self._collate = collate
         self._identity = identity
+        self._widths = widths
+        self._lengths = _lengths(examples)
+        self._lines = examples.lines if isinstance(examples, Examples) else [example.line for example in examples]
+        self._held: Sequence[int] | None = None
+        self.tokens = 0
+
+    def hold(self, rows: Sequence[int] | None) -> "Batches":
+        """Makes arrays of these rows of each batch alone, ascending numbers; None: of all. Returns itself."""
+        self._held = rows
+        return self
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self) -> tuple[Batch, Lines]:
         numbers = next(self._rows)
+        lines = [[int(self._lines[i]) for i in row] for row in numbers]
+        sizes = [sum(int(self._lengths[i]) for i in row) for row in numbers]
+        self.tokens = sum(sizes)
+        how = {}
+        if self._held is not None:
+            numbers = [numbers[row] if row < len(numbers) else [] for row in self._held]
+            how = {"batch_size": len(numbers), "widths": [next(width for width in self._widths if width >= max(sizes))]}
         rows = [[self._examples[i] for i in row] for row in numbers]
-        lines = [[example.line for example in row] for row in rows]
-        batch = self._collate(rows)
+        batch = self._collate(rows, **how)
         return {**batch, "example_ids": _numbers(batch, rows, numbers)}, lines
 
     def get_state(self) -> dict[str, Any]:
@@ -170,7 +191,7 @@ def make_batches(
         rows = _in_memory(indices.batch(batch_size, batch_fn=_single_rows))
     settings = (batch_size, seq_len, seed, pack, tuple(widths), epochs, shuffle)
     lay = functools.partial(collate or collate_examples, batch_size=batch_size, widths=widths)
-    return Batches(rows, examples, lay, _identity(examples, settings))
+    return Batches(rows, examples, lay, _identity(examples, settings), widths)
 
 
 def eval_batches(

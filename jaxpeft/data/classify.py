@@ -146,23 +146,28 @@ def load_rows(
     return rows, labels, report
 
 
-def collate_rows(rows: Sequence[Sequence[Row]], batch_size: int, widths: Sequence[int]) -> Batch:
+def collate_rows(
+    rows: Sequence[Sequence[Row]], batch_size: int, widths: Sequence[int], regression: bool | None = None
+) -> Batch:
     """Lays rows into a batch, one each, padded on the right.
 
     Args:
-      rows: at most batch_size lists of one row.
+      rows: at most batch_size lists of one row, or none.
       batch_size: B; missing rows stay empty.
       widths: ascending; S is the first that holds the longest row.
+      regression: whether labels are values; None: as that of the first row is.
 
     Returns:
       tokens, positions, segment_ids (1, and 0 in padding), token_types: int32 (B, S); labels: int32 (B,), or float32
       for a regression; weights: float32 (B,), 0 for empty rows.
     """
     shape = (batch_size, width_of(rows, widths))
-    kind = np.float32 if isinstance(rows[0][0].label, float) else np.int32
+    if regression is None:
+        regression = isinstance(rows[0][0].label, float)
+    kind = np.float32 if regression else np.int32
     batch: Batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "positions", "segment_ids", "token_types")}
     batch |= {"labels": np.zeros(batch_size, kind), "weights": np.zeros(batch_size, np.float32)}
-    for r, (row,) in enumerate(rows):
+    for r, row in ((r, row) for r, one in enumerate(rows) for row in one):
         here = (r, slice(0, row.positions))
         batch["tokens"][here] = row.ids
         batch["positions"][here] = np.arange(row.positions)

@@ -77,13 +77,14 @@ class Digest:
 class Encodings:
     """Rows of tokens in chunks.
 
-    lengths: int32 (n,), tokens of each row.  digest: `Digest` of the chunks.
+    lengths: int32 (n,), tokens of each row.  lines: int64 (n,), where each is from.  digest: `Digest` of the chunks.
     """
 
     def __init__(self, chunks: Sequence[Chunk], digest: str):
         self._chunks = [chunk for chunk in chunks if len(chunk.lines)]
         self._starts = list(itertools.accumulate((len(chunk.lines) for chunk in self._chunks), initial=0))
         self.lengths = np.concatenate([np.empty(0, np.int32), *(np.diff(chunk.at) for chunk in self._chunks)])
+        self.lines = np.concatenate([np.empty(0, np.int64), *(chunk.lines for chunk in self._chunks)])
         self.digest = digest
 
     @classmethod

@@ -64,13 +64,14 @@ class Example(NamedTuple):
 class Examples(Sequence[Example]):
     """A file's examples, in its order; each is cut out of the encoded rows when it is asked for.
 
-    lengths: int64 (n,), the positions of each.  digest: of all that they hold.
+    lengths: int64 (n,), the positions of each.  lines: int64 (n,), of the source.  digest: of all that they hold.
     """
 
     def __init__(self, encodings: Encodings, rows: npt.NDArray[np.int64], limit: int):
         """Rows by their numbers, cut to `limit` ids."""
         self._encodings, self._rows, self._limit = encodings, rows, limit
         self.lengths = np.minimum(encodings.lengths[rows], limit).astype(np.int64) - 1
+        self.lines = encodings.lines[rows]
         self.digest = hashlib.sha256(f"{encodings.digest}:{limit}:".encode() + rows.tobytes()).hexdigest()
 
     def __len__(self) -> int:

@@ -179,6 +179,7 @@ class Stored(NamedTuple):
     """A tensor under Hugging Face's name, its rows in Hugging Face's order.
 
     kind: its type as the file names it.  dtype: config.json's name of the type that holds its values; None: none does.
+    part: reads slices of all its axes; None: it can only be read as a whole.
     """
 
     name: str
@@ -186,6 +187,7 @@ class Stored(NamedTuple):
     dtype: str | None
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
+    part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
 
 
 def tensors_of(container: Container, wanted: Iterable[str]) -> Iterator[Stored]:

@@ -1,7 +1,8 @@
 """A checkpoint's weights, read.
 
 Each stacked leaf is allocated once and filled in place, and each tensor is read from a mapping of its own (pages of a
-mapping that have been read count as the process's memory).
+mapping that have been read count as the process's memory). Where leaves are divided over devices, of each tensor only
+the parts are read that the process's devices hold.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from typing_extensions import TypedDict
 
-from jaxpeft import documents, gguf, models, tree
+from jaxpeft import documents, gguf, models, shares, tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.hf.folder import WEIGHTS, load_config, load_generation_config, resolve
 from jaxpeft.model import Model
@@ -47,6 +48,7 @@ class _Index(TypedDict):
 
 
 Conversion = Callable[[jax.Array], Any]  # an array -> what it is stored as: a packed kernel
+Placement = Callable[[str, Any], Any]  # (path, leaf or its shape) -> the sharding of each of its arrays
 
 
 # Names.
@@ -87,6 +89,7 @@ def load_pretrained(
     key: jax.Array | None = None,
     convert: Callable[[tree.Params], Mapping[str, Conversion]] | None = None,
     rope_scaling: str | None = None,
+    placement: Placement | None = None,
 ) -> tuple[Model, tree.Params]:
     """The model of a checkpoint and its parameters.
 
@@ -102,6 +105,7 @@ def load_pretrained(
         given the leaf in `dtype`, or a stacked leaf's layers one by one in their order, and what it returns is what is
         kept.
       rope_scaling: KIND=FACTOR, for texts longer than the checkpoint has positions for (see `models.for_longer`).
+      placement: where leaves lie, as `sharding.of_leaves` says; None: on the default device.
 
     Returns:
       (Model, nested dict of parameters in `dtype`, or as they were converted). The EOS in the model's configuration are
@@ -132,15 +136,18 @@ def load_pretrained(
     fresh = _fresh(model, lacking, jax.random.key(0) if key is None else key) if lacking else {}
     for path, names in by_path.items():
         if path in fresh:
-            flat[path] = fresh[path]
+            flat[path] = fresh[path] if placement is None else shares.placed(fresh[path], placement(path, fresh[path]))
             continue
         like = shapes[path]
         if as_stored:
             found = sorted({sources[name].dtype or "" for name in names})
             like = jax.ShapeDtypeStruct(like.shape, functools.reduce(jnp.promote_types, map(_held, found)))
-        tensors = ((places[name], sources[name]) for name in names)
+        tensors = [(places[name], sources[name]) for name in names]
         if path in conversions:
-            flat[path] = _converted(like, tensors, conversions[path])
+            leaf = _converted(like, tensors, conversions[path])
+            flat[path] = jax.device_put(leaf) if placement is None else shares.placed(leaf, placement(path, leaf))
+        elif placement is not None:
+            flat[path] = shares.made(like.shape, placement(path, like), functools.partial(_part, like, tensors))
         else:
             leaf = _aligned(like.shape, np.dtype(like.dtype))
             for place, source in tensors:
@@ -187,13 +194,32 @@ def types_of(folder: Path) -> list[str]:
 
 def _fill(row: np.ndarray, place: Place, source: gguf.Stored) -> None:
     """Reads a tensor into the leaf, or the layer of one, that it is."""
-    tensor = source.read()
-    tensor = tensor.reshape(row.shape[::-1]).T if place.transposed else tensor.reshape(row.shape)
-    np.copyto(row, tensor, casting="unsafe")
+    np.copyto(row, _turned(source.read(), place, row.shape), casting="unsafe")
+
+
+def _turned(tensor: np.ndarray, place: Place, shape: tuple[int, ...]) -> np.ndarray:
+    """A tensor of the file as our leaf, or its layer, has it."""
+    return tensor.reshape(shape[::-1]).T if place.transposed else tensor.reshape(shape)
+
+
+def _part(like: Any, tensors: Sequence[tuple[Place, gguf.Stored]], index: tuple[slice, ...]) -> np.ndarray:
+    """A part of a leaf, slices of all its axes: of its layers those, and of their tensors what the slices say."""
+    out = _aligned(tuple(s.stop - s.start for s in index), np.dtype(like.dtype))
+    whole = tensors[0][0].layer is None
+    within = index if whole else index[1:]
+    shape = like.shape if whole else like.shape[1:]
+    for row, (place, source) in zip([out] if whole else out, tensors if whole else tensors[index[0]], strict=True):
+        turned = within[::-1] if place.transposed else within
+        if source.part is not None and source.shape == (shape[::-1] if place.transposed else shape):
+            part = source.part(turned)
+            np.copyto(row, part.T if place.transposed else part, casting="unsafe")
+        else:
+            np.copyto(row, _turned(source.read(), place, shape)[within], casting="unsafe")
+    return out
 
 
 def _converted(like: Any, tensors: Iterable[tuple[Place, gguf.Stored]], conversion: Conversion) -> Any:
-    """A leaf of which one layer at a time is as it was in the file; what each becomes is put into its place."""
+    """A leaf, on the host, of which one layer at a time is as it was in the file; what each becomes has its place."""
     stacks: Any = None
     for place, source in tensors:
         whole = place.layer is None
@@ -207,7 +233,7 @@ def _converted(like: Any, tensors: Iterable[tuple[Place, gguf.Stored]], conversi
             stacks = jax.tree.map(lambda x: _aligned((like.shape[0], *x.shape), x.dtype), part)
         for stack, x in zip(jax.tree.leaves(stacks), jax.tree.leaves(part), strict=True):
             stack[place.layer] = x
-    return jax.device_put(stacks)
+    return stacks
 
 
 def _fresh(model: Model, paths: Sequence[str], key: jax.Array) -> tree.Flat:
@@ -270,7 +296,8 @@ def _stored(folder: Path) -> Iterator[gguf.Stored]:
                     raise InputError(f"{file}: holds {name}, which {INDEX} says is in {told}")
                 header = opened.get_slice(name)
                 code, shape = header.get_dtype(), tuple(header.get_shape())
-                yield gguf.Stored(name, code, DTYPES.get(code), shape, functools.partial(_read, file, name))
+                read, part = (functools.partial(function, file, name) for function in (_read, _read_part))
+                yield gguf.Stored(name, code, DTYPES.get(code), shape, read, part)
 
 
 def _check(
@@ -331,6 +358,11 @@ def _names(stored: str, prefix: str) -> list[str]:
 def _read(file: Path, name: str) -> np.ndarray:
     with _open(file) as opened:
         return opened.get_tensor(name)
+
+
+def _read_part(file: Path, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    with _open(file) as opened:
+        return opened.get_slice(name)[index] if index else opened.get_tensor(name)
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

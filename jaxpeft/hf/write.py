@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpeft import documents, files, models, tree
+from jaxpeft import distributed, documents, files, models, shares, tree
 from jaxpeft.errors import InputError
 from jaxpeft.gguf import Stored
 from jaxpeft.hf.folder import COPIED, WEIGHTS, load_config, load_tokenizer, resolve
@@ -45,11 +45,16 @@ class Tensor(NamedTuple):
     def num_bytes(self) -> int:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
+    def give(self) -> None:
+        """Gives the first process its part of the tensor, when that one asks for the `array`."""
+        if self.source is None:
+            shares.on_host(self.leaf if self.row is None else self.leaf[self.row])
+
     def array(self) -> np.ndarray:
         """As it is written."""
         if self.source is not None:
             return self.source.read().astype(self.dtype, copy=False)
-        array = np.asarray(self.leaf if self.row is None else self.leaf[self.row])
+        array = shares.on_host(self.leaf if self.row is None else self.leaf[self.row])
         return (array.T if self.transposed else array).astype(self.dtype)
 
 
@@ -87,7 +92,8 @@ def save_pretrained(
       ValueError: for parameters that are not those of `config`, or not floating-point arrays.
     """
     target = files.expanded(directory)
-    files.check_target(target)
+    if distributed.is_first():
+        files.check_target(target)
     source = None if isinstance(config, Mapping) else resolve(config)
     raw = dict(config) if isinstance(config, Mapping) else load_config(config)
     raw = dict(models.for_longer(raw, rope_scaling))
@@ -98,6 +104,10 @@ def save_pretrained(
         tensors = _as_stored(tensors, source, raw, labels, unchanged)
     else:
         raw |= {key: tensors[0].dtype for key in ("dtype", "torch_dtype") if key in raw}
+    if not distributed.is_first():
+        for tensor in tensors:
+            tensor.give()
+        return target
     try:
         with files.appearing(target) as folder:
             files.write_json(folder / "config.json", raw)

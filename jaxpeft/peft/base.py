@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import files, models, tree
+from jaxpeft import files, models, shares, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method
 from jaxpeft.model import Model
@@ -153,7 +153,7 @@ def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) ->
         if known and (kernels or path.rpartition("/")[2] not in _KERNELS[: 1 + isinstance(config, Foreign)]):
             leaf = jnp.atleast_1d(leaf)
             at = np.linspace(0, leaf.size - 1, _SAMPLES).astype(np.int64)
-            elements = np.asarray(jax.device_get(leaf[np.unravel_index(at, leaf.shape)])).astype(jnp.bfloat16)
+            elements = shares.on_host(leaf[np.unravel_index(at, leaf.shape)]).astype(jnp.bfloat16)
             samples[path] = hashlib.sha256(elements.tobytes()).hexdigest()[:16]
     return {"sizes": _sizes(config), "samples": samples}
 

@@ -9,9 +9,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
-from jaxpeft import files, tree
+from jaxpeft import distributed, files, shares, tree
 from jaxpeft import method as methods
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
@@ -72,7 +73,14 @@ def export_adapter(
     base_config = config_of(base_config, names)
     found = adapter_of(method, params, base_config)
     target = files.expanded(directory)
-    files.check_target(target, CONFIG if replace else None)
+    if distributed.is_first():
+        files.check_target(target, CONFIG if replace else None)
+    if jax.distributed.is_initialized():  # forms are made of arrays that a process has wholly
+        flat = tree.flatten(params)
+        own_leaves = {
+            path: shares.all_on_host(leaf) for path, leaf in flat.items() if is_added(path, method, base_config)
+        }
+        params = tree.unflatten({**flat, **own_leaves})
     kernels = not any(changes_kernels(spec) for spec in method.specs)
     own = {
         "format": FORMAT,
@@ -99,6 +107,8 @@ def export_adapter(
 
     from safetensors.numpy import save
 
+    if not distributed.is_first():
+        return target
     weights = save(tensors, metadata={"format": "pt"})
     own["sha256"] = hashlib.sha256(weights).hexdigest()
     try:

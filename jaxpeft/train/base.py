@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxpeft import hf, tree
+from jaxpeft.hf.read import Placement
 from jaxpeft.method import Method
 from jaxpeft.model import Model
 from jaxpeft.train import config
@@ -23,11 +24,12 @@ def load(
     labels: Sequence[str] = (),
     key: jax.Array | None = None,
     rope_scaling: str | None = None,
+    placement: Placement | None = None,
 ) -> tuple[Model, tree.Params, str]:
     """A checkpoint's model; what the method packs is packed while it is read.
 
     Args:
-      path_or_hub_id, dtype, labels, key, rope_scaling: as `hf.load_pretrained` takes them.
+      path_or_hub_id, dtype, labels, key, rope_scaling, placement: as `hf.load_pretrained` takes them.
       method: that is going to be put on it; None: nothing is packed.
 
     Returns:
@@ -38,7 +40,7 @@ def load(
     """
     sums: dict[str, jax.Array] = {}
     convert = None if method is None else _watched(method.convert, sums)
-    model, params = hf.load_pretrained(path_or_hub_id, dtype, labels, key, convert, rope_scaling)
+    model, params = hf.load_pretrained(path_or_hub_id, dtype, labels, key, convert, rope_scaling, placement)
     return model, params, config.digest_of_base(params, sums)
 
 

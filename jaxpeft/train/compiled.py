@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import sharding
+from jaxpeft import shares
 from jaxpeft.backward import residuals
 from jaxpeft.compilation import compiled
 from jaxpeft.model import Batch
@@ -34,17 +34,21 @@ class Compiled:
       function: (state, batch) -> result, pure; a train step, or what only reads the state.
       steps: whether it is a train step: what it changes takes the place of what it was (`step.in_place`).
       mesh: over which batches are divided by rows; the state lies on it already, and stays as it lies.
+      rows: of a batch, those that it is given by this process; None: all of them.
     """
 
     def __init__(
-        self, function: Callable[[TrainState, Batch], Any], steps: bool = False, mesh: jax.sharding.Mesh | None = None
+        self,
+        function: Callable[[TrainState, Batch], Any],
+        steps: bool = False,
+        mesh: jax.sharding.Mesh | None = None,
+        rows: shares.Rows | None = None,
     ):
-        self._function, self._steps, self._mesh = function, steps, mesh
+        self._function, self._steps, self._mesh, self._rows = function, steps, mesh, rows
         self._programs: dict[int, Program] = {}
 
     def _arguments(self, state: TrainState, batch: Batch) -> tuple[Any, ...]:
-        if self._mesh is not None:
-            batch = jax.device_put(batch, sharding.of_batch(self._mesh, batch))
+        batch = shares.batch_of(self._mesh, batch, self._rows)
         return (*state.parted, batch) if self._steps else (state, batch)
 
     def _lowered(self, *args: Any) -> Any:

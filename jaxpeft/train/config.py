@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import TypedDict
 
-from jaxpeft import documents, files, recipe, tree
+from jaxpeft import documents, files, launched, recipe, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Spec
 from jaxpeft.models import rotary
@@ -36,7 +36,7 @@ REPORT = "report.json"
 # What a run leaves in its folder; one of these there, and the folder holds a run.
 TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "model", "tensorboard")
 # Fields that may differ when a run is continued: they don't bear on its numbers ...
-_FREE = {"out", "resume", "data_cache", "compile_cache", "mesh"}
+_FREE = {"out", "resume", "data_cache", "compile_cache", "mesh", "profile_steps", "profile_process", *launched.FLAGS}
 # ... or are compared by what the files hold ...
 _BY_CONTENT = {"model", "data", "eval_data", "adapter", "template"}
 # ... or by what the run began with, where the one that continues it doesn't say ...
@@ -177,6 +177,12 @@ def read_report(out: Path) -> dict[str, Any]:
 def stored_date(document: Mapping[str, Any]) -> str | None:
     """The day that a run's templates have been told; None where it tells none."""
     return document.get("arguments", {}).get("template_date")
+
+
+def shared(args: Run) -> dict[str, Any]:
+    """What has to be alike in all processes of a run, by flag."""
+    fields = [field.name for field in dataclasses.fields(Run) if field.name not in launched.FLAGS]
+    return {flag(name): getattr(args, name) for name in fields}
 
 
 def check_folder(out: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxpeft import shares
 from jaxpeft.generate import generate
 from jaxpeft.model import Batch, Model
 from jaxpeft.train import scores
@@ -59,7 +60,7 @@ def classification_scores(
     step: Callable[..., Any], state: TrainState, batches: Iterable[Batch], labels: int
 ) -> dict[str, float | None]:
     """{"loss", "accuracy", "f1"} over the rows of all batches; for a single label {"loss", "mse", correlations}."""
-    found = jax.device_get([step(state, batch) for batch in batches])
+    found = shares.all_on_host([step(state, batch) for batch in batches])
     rows = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     counted = rows.pop("weights") > 0
     loss, said, true = (rows[name][counted] for name in ("loss", "said", "labels"))

@@ -6,13 +6,12 @@ import contextlib
 import errno
 import os
 import platform
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
-from jaxpeft import locks
+from jaxpeft import distributed, locks
 from jaxpeft.errors import InputError, Notice
 
 LOCK = ".lock"
@@ -33,7 +32,7 @@ def alone(out: Path) -> Iterator[None]:
       Taken: if another process runs in it; the line says which.
       OSError: if it cannot be made or written in.
     """
-    if jax.distributed.is_initialized() and jax.process_index() > 0:
+    if not distributed.is_first():
         yield
         return
     whole = out.absolute()
@@ -43,6 +42,23 @@ def alone(out: Path) -> Iterator[None]:
             stack.callback(_remove_empty, path)
         _lock(out, stack)
         yield
+
+
+def check_shared(file: Path, patience: float = 20.0) -> None:
+    """Waits until each of several processes sees the file that the first one has written.
+
+    Raises:
+      InputError: if it does not appear within some seconds: the folder is not the same everywhere.
+    """
+    distributed.meet()
+    until = time.monotonic() + patience  # a network's file system may need some
+    while distributed.group() is not None and not file.exists():
+        if time.monotonic() > until:
+            raise InputError(
+                f"--out {file.parent}: is another folder on {platform.node()} than on process 0's machine;"
+                " several processes need one that all of them see"
+            )
+        time.sleep(0.2)
 
 
 def _lock(out: Path, stack: contextlib.ExitStack) -> None:

@@ -5,6 +5,7 @@
     OUT/checkpoints/     see `jaxpeft.checkpoint`
     OUT/adapter/         the result, in PEFT's form or, where PEFT has none, in ours (see `jaxpeft.peft`); OUT/model/, a
                          whole checkpoint, where the base itself trained
+    OUT/trace/           what the devices did in the steps of --profile-steps
     OUT/report.json      written last: the run is finished
 
 A run is a function of its configuration alone: killed at any moment and resumed, it ends with the same bits. Everything
@@ -21,8 +22,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import math
-import sys
+import signal
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -30,34 +32,39 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft import compilation, documents, files, hf, models, recipe, tree
+from jaxpeft import compilation, distributed, documents, files, hf, models, recipe, shares
 from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign, on_disk
-from jaxpeft.errors import InputError, RunError, printable
+from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
 from jaxpeft.peft import adapter_rope_scaling
-from jaxpeft.train import config, folder, memory, result
+from jaxpeft.train import config, ending, folder, memory
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
-from jaxpeft.train.metrics import MetricsLog
+from jaxpeft.train.metrics import MetricsLog, Unwritten
 from jaxpeft.train.metrics import read as read_metrics
 from jaxpeft.train.prepare import Job, asked_method, prepare, sources
-from jaxpeft.train.progress import Progress
+from jaxpeft.train.progress import Progress, ranges, say
 from jaxpeft.train.report import build_report, write_curve
-from jaxpeft.train.run import Run
+from jaxpeft.train.run import Run, flag
 from jaxpeft.train.signals import Signals
 from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import make_train_step
+from jaxpeft.train.trace import Trace
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Pending(NamedTuple):
-    """A step whose metrics have not been fetched yet."""
+    """A step whose metrics have not been fetched yet.
+
+    asked: of several processes, the signal that one of them has received.
+    """
 
     step: int
     metrics: Any
     lines: list[list[int]]
     tokens: int
+    asked: Any = None
 
 
 class _Stopped(Exception):
@@ -89,7 +96,7 @@ def train(args: Run) -> dict[str, Any]:
         asked = config.describe(args, method.specs if method else (), {})
         config.check_arguments(out, old, asked)
         if (finished := _report_of(out)) is not None and finished["steps"] >= args.steps:
-            _say(f"{out}: the run is finished; this is its report")
+            say(f"{out}: the run is finished; this is its report")
             return finished
         old = config.with_steps(old, args.steps)
     else:
@@ -113,20 +120,31 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
     """`train`, where no other process runs in the folder; `old` is the document of a run that is continued."""
     if old is None:
         config.check_new(out)
+    if (group := distributed.group()) is not None:
+        group.agree(config.shared(args))
     started = time.monotonic()
     if args.dtype is None:
         chosen: Any = models.compute_dtype(hf.load_config(sources(args).model))
         args = dataclasses.replace(args, dtype=chosen)
     job = prepare(args)
+    if group is not None:
+        group.agree({flag(name): digest for name, digest in job.document["content"].items()})
     if old is not None:
         config.check_same(out, old, job.document)
     for report in job.data.reports.values():
-        _say(report.summary())
-    files.clear_leftovers(out)
-    files.write_json(out / config.FILE, old or job.document, allow_nan=False)
-    (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
+        say(report.summary())
+    if distributed.is_first():
+        files.clear_leftovers(out)
+        files.write_json(out / config.FILE, old or job.document, allow_nan=False)
+        (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
+    folder.check_shared(out / config.FILE)
     on_mesh = contextlib.nullcontext() if job.mesh is None else jax.set_mesh(job.mesh)
-    with Signals() as signals, Checkpoints(out / "checkpoints", args.keep) as checkpoints, on_mesh:
+    with (
+        Signals() as signals,
+        Checkpoints(out / "checkpoints", args.keep) as checkpoints,
+        on_mesh,
+        distributed.failing(),
+    ):
         return _Run(args, job, old or job.document, checkpoints, signals).whole(started)
 
 
@@ -137,7 +155,7 @@ def _report_of(out: Path) -> dict[str, Any] | None:
     try:
         return config.read_report(out)
     except InputError as error:
-        _say(f"{error}; it is made again")
+        say(f"{error}; it is made again")
         return None
 
 
@@ -150,9 +168,13 @@ class _Run:
         self.out = args.out
         rate = {"rate": job.schedule, "weight_decay": job.weight_decay}
         step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **rate)
-        self.step = Compiled(step, steps=True, mesh=job.mesh)
-        self.eval_step = Compiled(job.task.eval_step(job.model), mesh=job.mesh)
+        self.step = Compiled(step, steps=True, mesh=job.mesh, rows=job.rows)
+        self.eval_step = Compiled(job.task.eval_step(job.model), mesh=job.mesh, rows=job.rows)
+        # Of several processes, one may be asked to stop: all have to hear of it at the same step.
+        self._largest = shares.Largest(job.mesh) if job.mesh is not None and job.rows is not None else None
+        self._asked = 0
         self.state: TrainState = job.state
+        self.trace = Trace(self.out / "trace", args.profile_steps, args.profile_process)
         self.identity, self.has_own = config.identity(document), bool(job.own)
         # What a checkpoint's meta holds beside the data position.
         self.done, self.tokens, self.loss = 0, 0, float("nan")
@@ -163,14 +185,15 @@ class _Run:
     def whole(self, started: float) -> dict[str, Any]:
         """From where the newest checkpoint is to the report."""
         resumed = self._restore()
-        self.log = MetricsLog(self.out, resumed)
+        self.log = MetricsLog(self.out, resumed) if distributed.is_first() else Unwritten(self.out)
         try:
             with self.log:
                 if resumed is None:
                     self._begin()
                 elif self._evaluation_due() and self.eval_step_number != self.done:
                     self._evaluate_late()
-                with Progress(self.args.steps, self.done) as self.progress:
+                quiet = None if distributed.is_first() else io.StringIO()
+                with contextlib.closing(self.trace), Progress(self.args.steps, self.done, quiet) as self.progress:
                     self._steps()
             return self._finish(started, resumed)
         except (InputError, RunError, OSError):
@@ -184,7 +207,7 @@ class _Run:
         if latest is None:
             if self.args.resume:
                 what = "no whole checkpoint" if self.checkpoints.damaged else "no checkpoint yet"
-                _say(f"{self.out}: {what}: from the beginning")
+                say(f"{self.out}: {what}: from the beginning")
             return None
         if why := foreign(self.checkpoints.folder, latest, self.identity):
             others = [step for step in self.checkpoints.steps() if step != latest]
@@ -196,11 +219,11 @@ class _Run:
         self.job.data.train.set_state(meta["data"])
         self.done, self.tokens, self.loss = latest, meta["tokens"], meta["loss"]
         self.before, self.scores, self.eval_step_number = meta["before"], meta["last_scores"], meta["eval_step"]
-        _say(f"{self.out}: continuing from step {latest}")
+        say(f"{self.out}: continuing from step {latest}")
         log = self.out / "metrics.jsonl"
         there = {row["step"] for row in read_metrics(log) if row.get("split") == "train"} if log.exists() else set()
         if lost := sorted(set(range(1, latest + 1)) - there):
-            _say(f"{log}: the rows of steps {ranges([lost])} are missing; the run goes on without them")
+            say(f"{log}: the rows of steps {ranges([lost])} are missing; the run goes on without them")
         return latest
 
     def _say_damaged(self, latest: int | None) -> None:
@@ -208,17 +231,17 @@ class _Run:
         lost = max(self.checkpoints.damaged, default=0) - (latest or 0)
         for step, reason in sorted(self.checkpoints.damaged.items()):
             folder = self.out / "checkpoints"
-            _say(f"{folder / str(step)}: damaged ({reason}); put aside in {folder / DAMAGED}")
+            say(f"{folder / str(step)}: damaged ({reason}); put aside in {folder / DAMAGED}")
         if lost > 0:
-            _say(f"{self.out}: {lost} steps are lost and taken again")
+            say(f"{self.out}: {lost} steps are lost and taken again")
 
     def _begin(self) -> None:
         """Scores the model as it was, before the first step."""
         self.checkpoints.save_frozen(self.job.own)
         if self.args.warmup >= self.args.steps > 1:
-            _say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
+            say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
         if self.job.data.validation or self.job.data.asked:
-            _say("before the first step: compiling, and scoring the model as it is")
+            say("before the first step: compiling, and scoring the model as it is")
         answers = self._answer()
         if self.job.data.validation:
             self._evaluate()
@@ -231,20 +254,30 @@ class _Run:
             self._stop_if_asked()
             self._check_there()
             batch, lines = next(self.job.data.train)
+            tokens = self.job.data.train.tokens
+            self.trace.before(self.done + 1)
             self.state, metrics = self.step(self.state, batch)
+            asked = self._largest(self.signals.received or 0) if self._largest else None
             self.done += 1
             if pending:
                 self._account(pending)
-            pending = _Pending(self.done, metrics, lines, int((batch["segment_ids"] > 0).sum()))
+            pending = _Pending(self.done, metrics, lines, tokens, asked)
+            self.trace.after(self.done, metrics)
             self.checkpoints.check()
-            if self._evaluation_due() or self._checkpoint_due() or self.signals.received:
+            if self._evaluation_due() or self._checkpoint_due() or self._stopping():
                 self._account(pending)
                 self._pause(batch, pending)
                 pending = None
         self._stop_if_asked()
 
+    def _stopping(self) -> int | None:
+        """The signal that asks for the end; of several processes, one that all of them know of."""
+        return self._asked or None if self._largest else self.signals.received
+
     def _check_there(self) -> None:
         """Raises RunError if the folder, or something in it, was deleted or moved away: nothing is made there again."""
+        if not distributed.is_first():
+            return
         there = {
             self.out: self.out.exists(),
             self.checkpoints.folder: self.checkpoints.there(),
@@ -268,12 +301,13 @@ class _Run:
         if not math.isfinite(loss):
             self._not_finite(last, "loss after the update", loss)
         improved = evaluated and (best is None or loss < best) and self.args.checkpoint_every
-        if improved or self._checkpoint_due() or self.signals.received:
+        if improved or self._checkpoint_due() or self._stopping():
             self._save()
 
     def _account(self, pending: _Pending) -> None:
         """Fetches a step's metrics, refuses what is not finite, and writes the row."""
         metrics = {name: float(value) for name, value in jax.device_get(pending.metrics).items()}
+        self._asked = self._asked or int(0 if pending.asked is None else pending.asked)
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 self._not_finite(pending, name.replace("grad_norm", "gradient norm"), metrics[name])
@@ -315,8 +349,10 @@ class _Run:
 
     def _evaluate_late(self) -> None:
         """The evaluation that a signal cut off before the checkpoint; its row may be there from an earlier attempt."""
-        rows = read_metrics(self.out / "metrics.jsonl")
-        found = [row for row in rows if (row["split"], row["step"]) == ("eval", self.done)]
+        log = self.out / "metrics.jsonl"
+        wanted = ("eval", self.done)
+        rows = lambda: [row for row in read_metrics(log) if (row["split"], row["step"]) == wanted]
+        found = distributed.from_first(rows)
         if found:
             self.scores = {name: x for name, x in found[0].items() if name not in ("step", "split")}
             self.eval_step_number = self.done
@@ -325,7 +361,7 @@ class _Run:
 
     def _until_stopped(self, batches: Iterable[tuple[Batch, Any]]) -> Iterator[Batch]:
         for batch, _ in batches:
-            if self.signals.received and self.done:
+            if self._stopping() and self.done:
                 raise _Stopped
             yield batch
 
@@ -359,12 +395,12 @@ class _Run:
         self.checkpoints.save(self.state, meta)
 
     def _stop_if_asked(self) -> None:
-        if self.signals.received is None:
+        if (number := self._stopping()) is None:
             return
         self.checkpoints.wait()
         where = f"at step {self.checkpoints.latest()}, which is saved" if self.done else "before the first step"
         raise RunError(
-            f"{self.out}: stopped by {self.signals.name} {where}; --resume continues it", 128 + self.signals.received
+            f"{self.out}: stopped by {signal.Signals(number).name} {where}; --resume continues it", 128 + number
         )
 
     def _finish(self, started: float, resumed: int | None) -> dict[str, Any]:
@@ -373,13 +409,11 @@ class _Run:
         answers = self._answer()
         self._check_there()
         state, job = self.state, self.job
-        where = (self.out / "adapter", self.out / "model")
-        of_base = (job.base, job.model.config, job.source.model, job.data.labels, self.args.rope_scaling)
-        beside = job.data.template.beside() if job.data.template else {}
-        result.write(where, job.method, state.params, *of_base, beside)
+        ending.write_result(self.out, job, state.params, self.args.rope_scaling)
         # A run that is resumed after its last step has compiled nothing yet.
         batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)
+        batch = shares.shapes_of(batch, job.rows)
         best = self.checkpoints.best()
         report = build_report(
             out=self.out,
@@ -391,8 +425,8 @@ class _Run:
             eval_loss=(self.before["scores"].get("loss"), self._loss()),
             overlap=(self.before["overlap"], answers.overlap),
             scores={name: (self.before["scores"].get(name), x) for name, x in self.scores.items() if name != "loss"},
-            sample=_sample(job, self.before["texts"], answers.texts),
-            **_counts(job, state),
+            sample=ending.sample(job, self.before["texts"], answers.texts),
+            **ending.counts(job, state),
             memory=memory.step_memory(
                 program, job.model, job.method, state, batch, job.base, self.args.accumulate, job.task.loss
             ),
@@ -404,40 +438,7 @@ class _Run:
             compile_cache=compilation.in_use(),
             examples={name: report.to_json() for name, report in job.data.reports.items()},
         )
-        write_curve(self.out / "metrics.jsonl", self.out / "loss.png", job.task.unit)
-        files.write_json(self.out / config.REPORT, report, allow_nan=False)
+        if distributed.is_first():
+            write_curve(self.out / "metrics.jsonl", self.out / "loss.png", job.task.unit)
+            files.write_json(self.out / config.REPORT, report, allow_nan=False)
         return report
-
-
-def _counts(job: Job, state: TrainState) -> dict[str, int]:
-    """Numbers that training changes, and all others: frozen ones, and what a method moves beside the model's own."""
-    changed = {path: leaf for path, leaf in state.moved.items() if tree.canonical(path) in job.base}
-    numbers = tree.size(state.trainable) + tree.size(changed)
-    return {"trainable_parameters": numbers, "frozen_parameters": tree.size(state.leaves) - numbers}
-
-
-def ranges(lines: Iterable[Iterable[int]]) -> str:
-    """Line numbers in order, neighbours joined.
-
-    >>> ranges([[7, 3], [8], [9, 20]])
-    '3, 7-9, 20'
-    """
-    parts: list[list[int]] = []
-    for line in sorted({line for row in lines for line in row}):
-        if parts and line == parts[-1][1] + 1:
-            parts[-1][1] = line
-        else:
-            parts.append([line, line])
-    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)
-
-
-def _sample(job: Job, before: list[str], after: list[str]) -> dict[str, str] | None:
-    asked = job.data.asked
-    if not asked or not before or not after:
-        return None
-    prompt = job.tokenizer.decode(asked[0].prompt, skip_special_tokens=True)
-    return {"prompt": prompt, "reference": asked[0].reference, "before": before[0], "after": after[0]}
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(printable(text) + "\n")

@@ -78,6 +78,23 @@ class MetricsLog:
         self.close()
 
 
+class Unwritten(MetricsLog):
+    """The log of a process that writes none."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "metrics.jsonl"
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Writes nothing."""
+
+    def there(self) -> bool:
+        """True."""
+        return True
+
+    def close(self) -> None:
+        """Does nothing."""
+
+
 class _Row(TypedDict):
     step: documents.Index
     split: Literal["train", "eval"]

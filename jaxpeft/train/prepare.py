@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from jaxpeft import checkpoint, hf, sharding, template, tree
+from jaxpeft import checkpoint, hf, sharding, shares, template, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import parse
 from jaxpeft.data.sources import find, is_named
@@ -42,6 +42,7 @@ class Job(NamedTuple):
     own: the frozen leaves that the base checkpoint doesn't hold.
     base: the base's paths and shapes, `{path: ShapeDtypeStruct}`; a classifier of rows is no part of it.
     mesh: that the state lies on; None: one device.
+    rows: of a batch, those that this process holds; None: all of them.
     """
 
     source: Source
@@ -58,6 +59,7 @@ class Job(NamedTuple):
     base: Mapping[str, jax.ShapeDtypeStruct]
     document: dict[str, Any]
     mesh: Mesh | None = None
+    rows: shares.Rows | None = None
 
 
 def prepare(args: Run) -> Job:
@@ -74,7 +76,7 @@ def prepare(args: Run) -> Job:
     assert args.seq_len is not None and args.lr is not None
     source, task, method = sources(args), TASKS[args.task], asked_method(args)
     plan = None if args.save is None else parse(args.save)
-    mesh = None if args.mesh is None else sharding.make_mesh(args.mesh)
+    mesh = shares.make_mesh(args.mesh)
     sharding.check_rows(mesh, args.batch_size, args.accumulate, args.seq_len)
     check_given(source)
     tokenizer = hf.load_tokenizer(source.model)
@@ -84,9 +86,8 @@ def prepare(args: Run) -> Job:
         _check_labels(args.adapter, order, source.train, data.labels)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     classifier_key = jax.random.fold_in(init_key, 0)
-    base, params, model_digest = load(
-        source.model, jnp.dtype(args.dtype), method, data.labels, classifier_key, args.rope_scaling
-    )
+    how = (data.labels, classifier_key, args.rope_scaling, shares.placement(mesh))
+    base, params, model_digest = load(source.model, jnp.dtype(args.dtype), method, *how)
     check_head(args.task, source.model, base, args.seq_len)
     check_vocabulary(source.model, tokenizer, base.config.vocab_size)
     flat = tree.flatten(params)
@@ -111,13 +112,14 @@ def prepare(args: Run) -> Job:
     state = init_state(method, optimizer, trainable, rest, run_key, model)
     objective_of(model, method, state.leaves, task.loss)  # refuses what would train without effect
     if mesh is not None:
-        state = jax.device_put(state, sharding.of_state(mesh, state, own_of_base))
+        state = shares.placed(state, sharding.of_state(mesh, state, own_of_base))
+    rows = shares.rows_of(mesh, args.batch_size)
     if plan.actions:
         _check_names(task, model, state, args.batch_size // args.accumulate, args.seq_len)
     return Job(
         source=source,
         task=task,
-        data=data,
+        data=data if rows is None else data.held(rows.here.tolist()),
         model=model,
         method=method,
         optimizer=optimizer,
@@ -129,6 +131,7 @@ def prepare(args: Run) -> Job:
         base=jax.eval_shape(lambda: own_of_base),
         document=config.describe(args, method.specs, content, data.labels, data.template),
         mesh=mesh,
+        rows=rows,
     )
 
 

@@ -2,12 +2,15 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import TextIO
 
 import rich.console
 import rich.progress
+
+from jaxpeft import distributed
+from jaxpeft.errors import printable
 
 
 class Progress:
@@ -96,3 +99,24 @@ def duration(seconds: float) -> str:
     hours, rest = divmod(whole, 3600)
     minutes, seconds_left = divmod(rest, 60)
     return f"{hours}:{minutes:02}:{seconds_left:02}" if hours else f"{minutes}:{seconds_left:02}"
+
+
+def say(text: str) -> None:
+    """A line on stderr; of several processes the first one's."""
+    if distributed.is_first():
+        sys.stderr.write(printable(text) + "\n")
+
+
+def ranges(lines: Iterable[Iterable[int]]) -> str:
+    """Line numbers in order, neighbours joined.
+
+    >>> ranges([[7, 3], [8], [9, 20]])
+    '3, 7-9, 20'
+    """
+    parts: list[list[int]] = []
+    for line in sorted({line for row in lines for line in row}):
+        if parts and line == parts[-1][1] + 1:
+            parts[-1][1] = line
+        else:
+            parts.append([line, line])
+    return ", ".join(str(first) if first == last else f"{first}-{last}" for first, last in parts)

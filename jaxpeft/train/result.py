@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxpeft import tree
+from jaxpeft import distributed, tree
 from jaxpeft.hf import save_pretrained
 from jaxpeft.method import Method
 from jaxpeft.peft import export_adapter
@@ -37,14 +37,15 @@ def write(
       beside: further files of the folder, {name: text}.
 
     Returns:
-      The folder that was written.
+      The folder that was written. Of several processes the first one writes; all have to call.
     """
     adapter, model = where
     if not any(tree.canonical(path) in base and method.changes(path) for path in tree.flatten(params)):
         how: dict[str, Any] = {"labels": labels, "rope_scaling": rope_scaling, "beside": beside}
         return export_adapter(adapter, params, method, config, source, replace=True, **how)
     # It may be there already, from a process that was killed between this and the report.
-    shutil.rmtree(model, ignore_errors=True)
+    if distributed.is_first():
+        shutil.rmtree(model, ignore_errors=True)
     before, merged = tree.flatten(params), method.merge(params)
     unchanged = {
         path for path, leaf in tree.flatten(merged).items() if before.get(path) is leaf and not method.changes(path)

@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxpeft import launched
 from jaxpeft.errors import InputError, did_you_mean, shown
+from jaxpeft.launched import Place
 
 # The least value of a field that is a number.
 _LEAST = {
@@ -32,6 +34,9 @@ _LEAST = {
     "keep": 1,
     "samples": 0,
     "rank": 1,
+    "processes": 1,
+    "process_id": 0,
+    "profile_process": 0,
 }
 MOST = 2**31 - 1  # of steps, tokens and whatever is counted
 MOST_SEED = 2**32 - 1  # JAX's keys hold 32 bits, and grain shuffles by as many
@@ -107,7 +112,16 @@ class Run:
     takes all rows at once and cannot compress."""
     mesh: str | None = None
     """Devices to divide the run over, AXIS=DEVICES,...: data (rows of the batch), fsdp (rows, and every matrix), tensor
-    (heads and features). A run may be continued on another mesh. Default: one device."""
+    (heads and features). A run may be continued on another mesh. Default: one device; with several processes fsdp over
+    all of their devices."""
+    processes: int | Literal["auto"] | None = None
+    """Processes that train together, each started with the same flags; auto asks JAX, as on a TPU slice. Default: as
+    SLURM's srun, Open MPI's mpirun or JAX_NUM_PROCESSES say, else one."""
+    process_id: int | None = None
+    """Which of the processes this is, from 0. Default: as the launcher or JAX_PROCESS_ID says."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0, by which they find each other. Default: as the launcher or JAX_COORDINATOR_ADDRESS
+    says."""
     seed: int = 0
     """Seed of initialisation, shuffling and dropout."""
 
@@ -136,6 +150,10 @@ class Run:
     """Newest checkpoints to keep, besides the one with the lowest validation loss."""
     samples: int = 32
     """Validation examples to answer before and after the run, for the overlap score."""
+    profile_steps: str | None = None
+    """Steps to record with JAX's profiler in OUT/trace, FIRST-LAST. Default: none."""
+    profile_process: int = 0
+    """Which of several processes records them."""
 
     def __post_init__(self):
         for name, value in _in_type(vars(self)).items():
@@ -167,6 +185,7 @@ class Run:
         for name in ("template", "template_date"):
             if run.task == "classify" and getattr(self, name) != getattr(Run, name):
                 raise InputError(f"{flag(name)} {getattr(self, name)}: has no effect with --task classify")
+        check_profile(run)
         if run.buckets and run.pack and run.task == "lm":
             raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
         assert run.seq_len is not None
@@ -176,6 +195,18 @@ class Run:
         if run.resume and run.out is None:
             raise InputError("--resume: needs --out, the folder of the run to continue")
         run.make_method()
+
+    def place(self) -> Place | None:
+        """Which of several processes this is; None where there is one.
+
+        Raises:
+          InputError: for flags or variables of the environment that make no sense.
+        """
+        hints = typing.get_type_hints(Run)
+        for name in launched.FLAGS:
+            _check_kind(name, getattr(self, name), hints[name])
+        check_least(self, {name: _LEAST[name] for name in launched.FLAGS if name in _LEAST})
+        return launched.place(self.processes, self.process_id, self.coordinator, os.environ)
 
     def rated(self) -> "Run":
         """The run with the rate and the decay of its method where it names none."""
@@ -226,14 +257,20 @@ def run(run: Run | None = None, /, **fields: Any) -> dict[str, Any]:
         if name not in names:
             raise InputError(f"a run has no {name!r}{did_you_mean(name, names)}")
     settled = dataclasses.replace(run or Run(), **fields).settled()
-    settled.check()
-    settled = settled.rated()
+    where = settled.place()
+    if where is None:  # nothing of JAX is needed to refuse
+        settled.check()
 
-    from jaxpeft import compilation
+    from jaxpeft import compilation, distributed
     from jaxpeft.train.folder import Taken
     from jaxpeft.train.loop import train
 
-    with compilation.cached(settled.compile_cache):
+    with distributed.joined(where) as group, compilation.cached(settled.compile_cache):
+        settled.check()
+        settled = settled.rated()
+        if settled.out is None and group is not None:
+            fresh = group.from_first(lambda: str(next(fresh_directories(Path("out")))))
+            settled = dataclasses.replace(settled, out=Path(fresh))
         if settled.out is not None:
             return train(settled)
         for out in fresh_directories(Path("out")):
@@ -256,6 +293,8 @@ def check_least(args: Any, least: Mapping[str, float]) -> None:
     """Raises InputError for the first of some fields that is below its least value or above MOST; None passes."""
     for name, bound in least.items():
         value = getattr(args, name)
+        if isinstance(value, str):  # "auto"
+            continue
         if value is not None and not value >= bound:
             raise InputError(f"{flag(name)} {shown(value)}: must be at least {bound}")
         if value is not None and value > MOST:
@@ -272,6 +311,15 @@ def check_parts(args: Any) -> None:
     """Raises InputError if a step's batch cannot be cut into its parts."""
     if args.batch_size % args.accumulate:
         raise InputError(f"--accumulate {args.accumulate}: must divide --batch-size {args.batch_size}")
+
+
+def check_profile(args: Any) -> None:
+    """Raises InputError for steps to record that are none of the run's."""
+    if args.profile_steps is not None:
+        from jaxpeft.train.trace import parse
+
+        if parse(args.profile_steps)[1] > args.steps:
+            raise InputError(f"--profile-steps {args.profile_steps}: the run has {args.steps} steps")
 
 
 def check_rope_scaling(args: Any) -> None:

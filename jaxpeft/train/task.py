@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -52,6 +52,12 @@ class Data(NamedTuple):
     reports: dict[str, data.Report]
     ends: tuple[int, ...] = ()
     template: Template | None = None
+
+    def held(self, rows: Sequence[int]) -> Data:
+        """The same, of which batches are made of some rows alone."""
+        whole = self.validation
+        validation = None if whole is None else lambda: whole().hold(rows)
+        return self._replace(train=self.train.hold(rows), validation=validation)
 
     def batches(self, count: int = 8) -> Iterator[dict[str, Any]]:
         """The first batches of the training data, for a method that calibrates on some; the position stays."""
@@ -130,8 +136,9 @@ def _read_rows(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
 
     assert args.seq_len is not None
     read: dict[str, Any] = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
-    layout: dict[str, Any] = {"buckets": args.buckets, "collate": data.collate_rows}
     rows, labels, report = data.load_rows(source.train, tokenizer, args.seq_len, order=order, **read)
+    collate = functools.partial(data.collate_rows, regression=isinstance(rows[0].label, float))
+    layout: dict[str, Any] = {"buckets": args.buckets, "collate": collate}
     train = data.make_batches(rows, args.batch_size, args.seq_len, args.seed, **layout)
     if not source.validation:
         return Data(train, None, [], labels.names, {"data": report})

@@ -296,3 +296,36 @@ def test_real_file_loses_no_token(
     assert counts(batches) == Counter(e.ids.tobytes() + e.completion[1:].tobytes() for e in examples)
     assert sum((batch["segment_ids"] > 0).sum() for batch, _ in batches) == report.positions
     assert sum(batch["loss_weights"].sum() for batch, _ in batches) == report.target_tokens
+
+
+class Counted(list):
+    """Examples that note which of them are asked for."""
+
+    def __init__(self, examples):
+        super().__init__(examples)
+        self.asked = set()
+
+    def __getitem__(self, index):
+        self.asked.add(index)
+        return super().__getitem__(index)
+
+
+@modes
+def test_a_process_makes_its_rows_alone(mode):
+    """Arrays of some rows are the whole batch's of these rows; the examples of others are not looked at."""
+    examples = Counted(make_examples(30))
+    whole, held = (make_batches(examples, 4, SEQ_LEN, 3, epochs=1, **mode) for _ in range(2))
+    held.hold([1, 3])
+    for batch, lines in whole:
+        expected = {example.line for row in (1, 3) for example in documents_of(batch, row, examples)}
+        examples.asked.clear()
+        part, same = next(held)
+        assert same == lines and held.tokens == whole.tokens == int((batch["segment_ids"] > 0).sum())
+        assert {examples[i].line for i in sorted(examples.asked)} == expected
+        for name, array in batch.items():
+            np.testing.assert_array_equal(part[name], array[[1, 3]])
+
+
+def documents_of(batch, row, examples):
+    """The examples in a row of a batch."""
+    return [list.__getitem__(examples, number - 1) for number in {*batch["example_ids"][row].tolist()} if number]

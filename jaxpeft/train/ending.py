@@ -1,0 +1,34 @@
+"""The end of a run: what it leaves, and what its report counts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxpeft import tree
+from jaxpeft.train import result
+from jaxpeft.train.prepare import Job
+from jaxpeft.train.state import TrainState
+
+
+def write_result(out: Path, job: Job, params: tree.Params, rope_scaling: str | None) -> Path:
+    """Writes OUT/adapter/ or OUT/model/, and returns it; see `result.write`."""
+    where = (out / "adapter", out / "model")
+    of_base = (job.base, job.model.config, job.source.model, job.data.labels, rope_scaling)
+    beside = job.data.template.beside() if job.data.template else {}
+    return result.write(where, job.method, params, *of_base, beside)
+
+
+def counts(job: Job, state: TrainState) -> dict[str, int]:
+    """Numbers that training changes, and all others: frozen ones, and what a method moves beside the model's own."""
+    changed = {path: leaf for path, leaf in state.moved.items() if tree.canonical(path) in job.base}
+    numbers = tree.size(state.trainable) + tree.size(changed)
+    return {"trainable_parameters": numbers, "frozen_parameters": tree.size(state.leaves) - numbers}
+
+
+def sample(job: Job, before: list[str], after: list[str]) -> dict[str, str] | None:
+    """A question with its answers, the first; None where none was asked."""
+    asked = job.data.asked
+    if not asked or not before or not after:
+        return None
+    prompt = job.tokenizer.decode(asked[0].prompt, skip_special_tokens=True)
+    return {"prompt": prompt, "reference": asked[0].reference, "before": before[0], "after": after[0]}
