@@ -300,6 +300,8 @@ def looked_up(x: jax.Array) -> jax.Array:
     mesh = _mesh()
     if mesh is None or x.ndim != 3 or max(mesh.shape["fsdp"], mesh.shape["tensor"]) == 1:
         return x
+    if not _divides(mesh, x.shape[0], ROWS):  # a prompt
+        return x
     for by_row, by_column in (("data", ("fsdp", "tensor")), ("data", "fsdp"), (ROWS, None)):
         x = _along(x, by_row, TOKENS, by_column)
     return x
@@ -321,7 +323,7 @@ def at(path: str) -> Iterator[None]:
 def of_product(x: jax.Array) -> Divided | None:
     """How the product of x (B, S, n) with the kernel of the site (`at`) is divided: b, s, n and its outputs m."""
     mesh, path = _mesh(), _site.get()
-    if mesh is None or x.ndim != 3 or not path:
+    if mesh is None or x.ndim != 3 or not path or not _divides(mesh, x.shape[0], ROWS):
         return None
     n, m = _spec_of_name(f"{path}/kernel") or (None, None)
     return _divided(mesh, b=ROWS, s=TOKENS, n=n if n != "fsdp" else None, m=m if m != "fsdp" else None)
