@@ -35,6 +35,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import tree
@@ -103,7 +104,11 @@ def make_mesh(text: str, devices: Any = None) -> Mesh:
         count = math.prod(several)
         raise InputError(f"--mesh {text}: {product}{count} devices, there are {len(devices)}")
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=auto, devices=list(np.ravel(devices)))
+    # An axis may be a part of a dimension of a slice, such as fsdp=2 of 4 x 4 x 4 chips.
+    placed = mesh_utils.create_device_mesh(
+        tuple(sizes.values()), list(np.ravel(devices)), allow_split_physical_axes=True
+    )
+    return Mesh(placed, AXES, axis_types=auto)
 
 
 # Where arrays lie.
@@ -262,6 +267,11 @@ def _mesh() -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     known = set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
     return mesh if known and mesh.size > 1 else None
+
+
+def divides() -> bool:
+    """Whether the compiler divides what is traced over the devices of a mesh."""
+    return _mesh() is not None
 
 
 def shards() -> tuple[int, int]:

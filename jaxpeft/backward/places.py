@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
+from jaxpeft import sharding
 from jaxpeft.backward.inline import evaluate
 from jaxpeft.backward.programs import name_of
 from pallas_kernels.platform import INTO
@@ -24,13 +25,14 @@ from pallas_kernels.stacked import Stacked
 def empty(shape: Sequence[int], dtype: Any) -> jax.Array:
     """An array of which every element is written before it is read: GPUs and TPUs do not fill it, CPUs do.
 
-    Under `jax_debug_nans` and `jax_debug_infs`, which look at what is between two operations, it is zeros.
+    It is zeros under `jax_debug_nans` and `jax_debug_infs`, which look at what is between two operations, and on a
+    mesh, of whose GPUs each would have the whole of an array that is not filled.
 
     Args:
       shape: of the array.
       dtype: any.
     """
-    if jax.config.jax_debug_nans or jax.config.jax_debug_infs:
+    if jax.config.jax_debug_nans or jax.config.jax_debug_infs or sharding.divides():
         return jnp.zeros(shape, dtype)
     return jax.lax.empty(tuple(shape), dtype)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import re
 from collections.abc import Iterator
@@ -56,7 +57,10 @@ class StepArguments:
     """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
     takes all rows at once and cannot compress."""
     target: str = "cpu"
-    """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu, or a slice of TPUs such as v5p:4x4x4."""
+    """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu; a slice of TPUs such as v5p:4x4x4; a host of
+    GPUs such as h200x8, or several: h200x8x2."""
+    mesh: str | None = None
+    """How several devices divide the step, as for `train`: data=2,fsdp=4. Default: fsdp over all of the target's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +124,23 @@ def methods(args: StepArguments) -> list[tuple[str, Any]]:
     from jaxpeft import recipe
 
     return recipe.several(args.method, args.method_options, rank=args.rank, alpha=args.alpha, targets=args.targets)
+
+
+def meshes(args: StepArguments, target: Any) -> str | None:
+    """The text of the mesh for a target: what is asked for, else fsdp over all devices of one that has several.
+
+    Raises:
+      InputError: for a mesh of another number of devices.
+    """
+    from jaxpeft import sharding
+    from jaxpeft.memory.meshes import default
+
+    if args.mesh is None:
+        return default(target) if target.chips > 1 else None
+    if args.mesh != "auto" and (size := math.prod(sharding.parse(args.mesh).values())) != target.chips:
+        count = "1 device" if target.chips == 1 else f"{target.chips} devices"
+        raise InputError(f"--mesh {args.mesh}: {size} devices, and --target {target.name} has {count}")
+    return args.mesh if target.chips > 1 else None
 
 
 def describe_only() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import sys
 from pathlib import Path
 from typing import Any, Literal
 
 from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, parse_bytes, settled
+from jaxpeft.cli.arguments import meshes as meshes_of
 from jaxpeft.errors import InputError
 from jaxpeft.files import check_creatable
 
@@ -17,7 +19,9 @@ from jaxpeft.files import check_creatable
 class Plan(StepArguments):
     """Say before the run what a step needs: who owns the bytes, what it computes, whether it fits.
 
-    --method, --save and --target take several with commas (--save with semicolons); every combination is a row.
+    --method, --save and --target take several with commas (--save with semicolons); every combination is a row. For
+    several devices (--target v5p:4x4x4, h200x8) bytes are those of each, with what they send each other and the least
+    time; --mesh auto finds the mesh that is fastest of those that fit.
     """
 
     budget: str | None = None
@@ -41,6 +45,8 @@ class Plan(StepArguments):
 def run(args: Plan) -> dict[str, Any]:
     """Returns {"model", "rows": [...]}; see `jaxpeft.memory.planner.row` for a row, `moving` for one with --traffic.
 
+    A row of several devices is that of `jaxpeft.memory.pods.row`.
+
     Raises:
         InputError: for arguments that cannot be used.
     """
@@ -58,6 +64,9 @@ def run(args: Plan) -> dict[str, Any]:
     allowed = [action.strip() for action in (args.actions or "save").split(",")]
     if unknown := [action for action in allowed if action not in ("save", "compress", "offload")]:
         raise InputError(f"--actions {args.actions!r}: unknown action {unknown[0]!r}; known: save, compress, offload")
+    if args.mesh == "auto" and (args.budget is not None or args.largest):
+        flag = "--budget" if args.budget is not None else "--largest"
+        raise InputError(f"--mesh auto: not together with {flag}, which compiles several times itself; name a mesh")
     if args.picture is not None:
         if args.picture.suffix.lower() not in (".png", ".svg", ".pdf"):
             raise InputError(f"--picture {args.picture}: must end with .png, .svg or .pdf")
@@ -68,12 +77,15 @@ def run(args: Plan) -> dict[str, Any]:
     if not args.check:
         describe_only()
 
-    from jaxpeft import assets, models
+    from jaxpeft import assets, models, sharding
     from jaxpeft.backward.plan import parse
-    from jaxpeft.memory import planner, search, targets
+    from jaxpeft.memory import meshes, planner, pods, search, targets
     from jaxpeft.models import geometries
 
     devices = targets.targets(args.target)
+    texts = {device: meshes_of(args, device) for device in devices}
+    if args.check and (several := next((device for device in devices if texts[device]), None)):
+        raise InputError(f"--check: runs the step on one device, and --target {several.name} has {several.chips}")
     plans = [None] if args.save is None else [parse(text) for text in args.save.split(";")]
     raw = geometries.load(str(assets.MODEL) if args.model is None else args.model)
     config = models.for_longer(raw, args.rope_scaling)
@@ -86,28 +98,39 @@ def run(args: Plan) -> dict[str, Any]:
     def dtype_on(device):
         return models.compute_dtype(config, args.dtype, device.platform)
 
-    def make(method, device, plan, batch_size=args.batch_size, seq_len=args.seq_len):
-        layout = (True, args.accumulate, device.chips, args.task, args.num_labels, args.remat)
+    def make(method, device, plan, mesh=None, batch_size=args.batch_size, seq_len=args.seq_len):
+        layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
         return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout)
 
     rows = []
     for name, method in chosen:
         for device in devices:
+            named = texts[device] if texts[device] != "auto" else None
+            mesh = sharding.make_mesh(named, targets.devices(device)) if named else None
+            where = f"{device.name} ({named})" if named else device.name
             for plan in plans if budget is None else [parse("blocks")]:
-                if budget is None:
-                    step = make(method, device, plan)
-                    _say(f"compiling {name} for {device.name}, {step.plan}")
-                    made = planner.moving(step, device) if args.traffic else planner.row(step, device)
+                if texts[device] == "auto":
+                    on = lambda mesh, method=method, device=device, plan=plan: make(method, device, plan, mesh)
+                    _say(f"compiling {name} for the meshes of {device.name} that promise most")
+                    step, made = meshes.best(on, device, args.batch_size, args.accumulate, _say)
+                elif budget is None:
+                    step = make(method, device, plan, mesh)
+                    _say(f"compiling {name} for {where}, {step.plan}")
+                    measure = pods.row if mesh is not None else planner.moving if args.traffic else planner.row
+                    made = measure(step, device)
                 else:
-                    by_plan = lambda plan, method=method, device=device: make(method, device, plan)
+                    by_plan = lambda plan, method=method, device=device, mesh=mesh: make(method, device, plan, mesh)
                     step, made = search.fit(by_plan, device, budget, allowed, _say, by=args.by)
                     if args.traffic and "traffic" not in made:
                         made = planner.moving(step, device)
                     made["budget_bytes"] = budget
                 if args.largest:
-                    made |= _largest(args, make, method, device, step.plan, config, budget or device.usable_bytes)
+                    sized = functools.partial(make, method, device, step.plan, mesh)
+                    made |= _largest(args, sized, device, mesh, config, budget or device.usable_bytes)
                 if args.check:
                     made["measured_bytes"] = _measured(step, device)
+                if not args.traffic:  # what several devices do is told by it
+                    made.pop("traffic", None)
                 rows.append({"method": name, **made, "dtype": dtype_on(device)})
     document = {"model": args.model or "embedded", "task": args.task, "rows": rows}
     if args.picture is not None:
@@ -117,16 +140,16 @@ def run(args: Plan) -> dict[str, Any]:
     return document
 
 
-def _largest(args: Plan, make: Any, method: Any, device: Any, plan: Any, config: Any, room: int) -> dict[str, int]:
-    from jaxpeft import models
+def _largest(args: Plan, make: Any, device: Any, mesh: Any, config: Any, room: int) -> dict[str, int]:
+    from jaxpeft import models, sharding
     from jaxpeft.memory import planner, search
 
     def total(**sizes):
-        made = planner.row(make(method, device, plan, **sizes), device)
+        made = planner.row(make(**sizes), device)
         _say(f"{', '.join(f'{k} {v}' for k, v in sizes.items())}: {made['bytes']['total'] / 2**30:.2f} GiB")
         return made["bytes"]["total"]
 
-    quantum = args.accumulate * device.chips
+    quantum = args.accumulate * sharding.num_shards(mesh)
     batch = search.largest(lambda n: total(batch_size=n), room, args.batch_size, quantum)
     if "image_size" in config:  # its tokens follow from that
         return {"largest_batch": batch}
@@ -164,6 +187,36 @@ def _measured(step: Any, device: Any) -> int:
     return targets.measured_peak(function, *state.parted, batch)
 
 
+def _on_several(rows: list[dict[str, Any]], size: int) -> Any:
+    """What the devices send each other, and the least time of a step, as a table."""
+    import rich.table
+
+    from jaxpeft.memory.collectives import KINDS
+
+    kinds = [kind for kind in KINDS if any(kind in row["collectives"] for row in rows)]
+    known = ("compute", "memory", "interconnect", "host")
+    parts = [name for name in known if any(f"{name}_s" in row["bound"] for row in rows)]
+    table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in ("method", "target", "mesh"):
+        table.add_column(column, no_wrap=True)
+    for column in (*kinds, *parts, "bound", "utilisation", "tokens/s"):
+        table.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        bound, sent = row["bound"], row["collectives"]
+        times = (f"{1e3 * bound[f'{name}_s']:.1f}" if f"{name}_s" in bound else "" for name in parts)
+        table.add_row(
+            row["method"],
+            row["target"],
+            row["mesh"],
+            *(f"{sent[kind]['sent'] / size:.2f}" if kind in sent else "" for kind in kinds),
+            *times,
+            f"{1e3 * bound['step_s']:.1f}",
+            f"{bound['utilisation']:.0%}",
+            f"{bound['tokens_per_s']:,.0f}",
+        )
+    return table
+
+
 def _moved(found: dict[str, Any], unit: int) -> tuple[str, str, str]:
     """What is moved, the share of copies and fills, and the least time, if it is known."""
     least = f"{1e3 * found['bound_s']:.1f}" if "bound_s" in found else "-"
@@ -186,9 +239,10 @@ def show(document: dict[str, Any]) -> None:
     unit, size = unit_of(rows)
     table = rich.table.Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     moving = ("moved", "copies", "ms at least") if any("traffic" in row for row in rows) else ()
-    columns = ("method", "target", *CATEGORIES, "total", "left", "fits", "TFLOP", "recomputed", *moving)
+    named = ("mesh",) if any("mesh" in row for row in rows) else ()
+    columns = ("method", "target", *named, *CATEGORIES, "total", "left", "fits", "TFLOP", "recomputed", *moving)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="right" if number > 1 else "left", overflow="fold")
+        table.add_column(column, justify="right" if number > 1 + len(named) else "left", overflow="fold")
 
     def digits(value):
         return f"{value / size:.2f}"
@@ -198,6 +252,7 @@ def show(document: dict[str, Any]) -> None:
         table.add_row(
             row["method"],
             row["target"],
+            *(row.get("mesh", "") for _ in named),
             *(digits(row["bytes"][name]) for name in CATEGORIES),
             digits(row["bytes"]["total"]),
             digits(row["device_bytes"] - row["bytes"]["total"]),
@@ -213,6 +268,9 @@ def show(document: dict[str, Any]) -> None:
         f"compiled by JAX {first['jax']}\n"
     )
     console.print(table)
+    if any(row.get("bound") for row in rows):
+        console.print(f"\na step, {unit} that each device sends by kind, and the least milliseconds\n")
+        console.print(_on_several([row for row in rows if row.get("bound")], size), "")
     for row in rows:
         notes = [f"--save {row['save']}" + (" --remat policy" if row["remat"] == "policy" else "")]
         if row["host_bytes"]:
@@ -220,6 +278,12 @@ def show(document: dict[str, Any]) -> None:
         if "largest_batch" in row:
             longest = f", longest sequence {row['longest_sequence']}" if "longest_sequence" in row else ""
             notes.append(f"largest batch {row['largest_batch']}{longest}")
+        if row.get("rematerialised", {}).get("instructions"):
+            flops = row["rematerialised"]["flops"] / row["flops_per_chip"]
+            notes.append(f"the compiler computes again by itself, to save memory, {flops:.1%} of the products")
+        if "tried" in row:
+            tried = ", ".join(one["mesh"] + ("" if one["fits"] else " (does not fit)") for one in row["tried"])
+            notes.append(f"compiled of {row['meshes']} meshes: {tried}")
         if "measured_bytes" in row:
             notes.append(f"measured {digits(row['measured_bytes'])} {unit}")
         console.print(f"{row['method']} on {row['target']}: {'; '.join(notes)}", soft_wrap=True)

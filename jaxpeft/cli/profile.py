@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, settled
+from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, meshes, methods, settled
 from jaxpeft.errors import InputError
 from jaxpeft.files import check_empty
 
@@ -124,14 +124,16 @@ def _of_dump(args: Profile) -> tuple[dict[str, Any], Found, str]:
 
 def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
     """A fine-tuning step, compiled here, likewise."""
-    import jax
-
-    from jaxpeft import assets, models
-    from jaxpeft.memory import planner, profile, targets
+    from jaxpeft import assets, models, sharding
+    from jaxpeft.memory import planner, pods, profile, targets
     from jaxpeft.models import geometries
 
     assert args.seq_len is not None
     device = targets.target(args.target)
+    text = meshes(args, device)
+    if text == "auto":
+        raise InputError("--mesh auto: `jaxpeft plan` finds it; name it here")
+    mesh = sharding.make_mesh(text, targets.devices(device)) if text else None
     targets.devices(device)
     raw = geometries.load(str(assets.MODEL) if args.model is None else args.model)
     config = models.for_longer(raw, args.rope_scaling)
@@ -140,18 +142,19 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
         raise InputError(f"--method {args.method}: one at a time; `jaxpeft plan` compares several")
     name, method = chosen[0]
     dtype = models.compute_dtype(config, args.dtype, device.platform)
-    layout = (True, args.accumulate, device.chips, args.task, args.num_labels, args.remat)
+    layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
     step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout)
-    print(f"compiling {name} for {device.name}, {step.plan}", file=sys.stderr, flush=True)
+    where = f"{device.name} ({text})" if text else device.name
+    print(f"compiling {name} for {where}, {step.plan}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="jaxpeft-profile-") as scratch:
         dump = args.dump or Path(scratch)
-        made = planner.row(step, device, dump=dump)
-        metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
-        found = profile.read(dump, profile.step_owners(step.state, step.batch, step.base, metrics))
+        made = (planner.row if mesh is None else pods.row)(step, device, dump=dump)
+        found = profile.read(dump, planner.owners(step))
         if args.traffic:
             found = found._replace(traffic=planner.moved(step, device, dump))
+    made.pop("traffic", None)
     about = {"model": args.model or "embedded", "task": args.task, "method": name, **made, "dtype": dtype}
-    title = f"{about['model']}, {name}, batch {args.batch_size} x {args.seq_len}, {dtype}, {device.name}, {step.plan}"
+    title = f"{about['model']}, {name}, batch {args.batch_size} x {args.seq_len}, {dtype}, {where}, {step.plan}"
     return about, found, title
 
 
@@ -183,9 +186,10 @@ def _heading(document: dict[str, Any]) -> str:
         return f"{document['file']}\nin use {total}"
     if "xla_dump" in document:
         return f"{document['module']} of {document['xla_dump']}, {document['profile']['platform']}\npeak {total}"
+    mesh = f" ({document['mesh']})" if "mesh" in document else ""
     return (
         f"{document['model']}, {document['method']}, batch {document['batch_size']} x {document['seq_len']} tokens, "
-        f"{document['dtype']}, {document['target']}, --save {document['save']}"
+        f"{document['dtype']}, {document['target']}{mesh}, --save {document['save']}"
         f"{' --remat policy' if document['remat'] == 'policy' else ''}, JAX {document['jax']}\n"
-        f"peak {total} of {human_bytes(document['device_bytes'])}"
+        f"peak {total} of {human_bytes(document['device_bytes'])}{', of each device' if mesh else ''}"
     )

@@ -291,12 +291,13 @@ def _check(instructions: dict[int, Instruction], computations: dict[int, tuple[t
 
 
 _ASKED = ("while", "dot", "convolution", "custom-call", "compare")
+_COLLECTIVES = ("all-", "collective-", "reduce-scatter", "ragged-all")
 
 
 def _instruction(raw: bytes, computation: int) -> Instruction:
     message = Message(raw)
     opcode = message.text(2)
-    asked = opcode in _ASKED or (opcode == "constant" and len(raw) < 256)
+    asked = opcode in _ASKED or opcode.startswith(_COLLECTIVES) or (opcode == "constant" and len(raw) < 256)
     metadata = message.message(7)
     return Instruction(
         id=message.number(35),

@@ -2,13 +2,15 @@
 
 TPU: rates and bandwidths of a chip from Google's Cloud TPU documentation; memory as libtpu 0.0.42 counts it, which is
 the largest program that it accepts, to the MiB (the rest of the chip's memory is the system's). The link to the host,
-each way: "How to Scale Your Model" (jax-ml.github.io/scaling-book, Austin et al. 2025), "TPU networking".
+each way: "How to Scale Your Model" (jax-ml.github.io/scaling-book, Austin et al. 2025), "TPU networking". A link
+between chips: the documentation's bidirectional bandwidth of a chip, by two directions of six links (2D torus: four).
 
-GPU: dense bf16 rates and the generation of PCIe (16 lanes, each way) from NVIDIA's data sheets; everything else as the
-CUDA driver reports it on such a device (OpenXLA's xla/backends/gpu/target_config/specs; deviceQuery for the RTX 4090).
-A run can use less of the memory than the device has: CUDA's context, its libraries and graphs live outside the
-allocator. So JAX is given GPU_FRACTION of it (`XLA_CLIENT_MEM_FRACTION`, 0.75 unless set, which the `jaxpeft` command
-sets to this), and that is what a plan may fill.
+GPU: dense bf16 rates, the generation of PCIe (16 lanes, each way) and of NVLink from NVIDIA's data sheets; the network
+between hosts as in NVIDIA's DGX of that GPU (DGX H100 and H200: a ConnectX-7 of 400 Gb/s for each GPU; DGX A100: one of
+200 Gb/s); everything else as the CUDA driver reports it on such a device (OpenXLA's
+xla/backends/gpu/target_config/specs; deviceQuery for the RTX 4090). A run can use less of the memory than the device
+has: CUDA's context, its libraries and graphs live outside the allocator. So JAX is given GPU_FRACTION of it (0.75
+unless `XLA_CLIENT_MEM_FRACTION` is set, which the `jaxpeft` command sets to this): what a plan may fill.
 """
 
 from __future__ import annotations
@@ -35,6 +37,10 @@ class Kind(NamedTuple):
       devices_per_chip: tpu: how many JAX shows.
       options: tpu: further arguments of the topology.
       host_bandwidth: between one device's memory and the host's, each way, bytes per second; None if not known.
+      link: between devices, each way, bytes per second: one link of a TPU's chip, all of a GPU's NVLinks; None where
+        such devices come alone.
+      network: cuda: between hosts, each way, bytes per second of one GPU; None likewise.
+      largest: tpu: chips of the largest slice, in every dimension.
     """
 
     platform: str
@@ -48,6 +54,9 @@ class Kind(NamedTuple):
     devices_per_chip: int = 1
     options: tuple[tuple[str, Any], ...] = ()
     host_bandwidth: float | None = None
+    link: float | None = None
+    network: float | None = None
+    largest: tuple[int, ...] = ()
 
 
 def _gpu(
@@ -65,6 +74,8 @@ def _gpu(
     memory_bytes: int,
     flops: float,
     names: Sequence[str],
+    link: float | None = None,
+    network: float | None = None,
 ) -> Kind:
     """A GPU; `cores` are multiprocessors, `fpus`, `threads` and `shared` (bytes of shared memory) those of one."""
     config = f"""
@@ -83,7 +94,9 @@ def _gpu(
       device_description_str: "{description}"
     """
     source = f"{description}: NVIDIA's data sheet, CUDA device properties"
-    return Kind("cuda", memory_bytes, bandwidth, flops, source, tuple(names), config, host_bandwidth=host_bandwidth)
+    return Kind(
+        "cuda", memory_bytes, bandwidth, flops, source, tuple(names), config, (), 1, (), host_bandwidth, link, network
+    )
 
 
 def _tpu(memory_mib: int, gb_per_s: float, tflops: float, host: tuple[int, ...], names: Sequence[str], **more) -> Kind:
@@ -103,6 +116,8 @@ _HOPPER: dict[str, Any] = {
     "clock_ghz": 1.98,
     "host_bandwidth": _PCIE5,
     "flops": 989.4e12,
+    "link": 450e9,
+    "network": 50e9,
 }
 
 TARGETS: dict[str, Kind] = {
@@ -129,6 +144,8 @@ TARGETS: dict[str, Kind] = {
         host_bandwidth=_PCIE4,
         memory_bytes=85100068864,
         flops=312e12,
+        link=300e9,
+        network=25e9,
         names=["NVIDIA A100-SXM4-80GB"],
     ),
     "rtx4090": _gpu(
@@ -148,13 +165,27 @@ TARGETS: dict[str, Kind] = {
     ),
     # Without the option a v4 chip is described as two devices of half its memory; a v4 in use is one.
     "v4": _tpu(
-        31485, 1228, 275, (2, 2, 1), ["TPU v4"], options=(("chip_config_name", "megacore"),), host_bandwidth=16e9
+        31485,
+        1228,
+        275,
+        (2, 2, 1),
+        ["TPU v4"],
+        options=(("chip_config_name", "megacore"),),
+        host_bandwidth=16e9,
+        link=50e9,
+        largest=(16, 16, 16),
     ),
-    "v5e": _tpu(16126, 819, 197, (2, 2), ["TPU v5 lite", "TPU v5e"], host_bandwidth=16e9),
-    "v5p": _tpu(98041, 2765, 459, (2, 2, 1), ["TPU v5", "TPU v5p"], host_bandwidth=16e9),
-    "v6e": _tpu(31996, 1638, 918, (2, 2), ["TPU v6 lite", "TPU v6e"], host_bandwidth=32e9),
+    "v5e": _tpu(16126, 819, 197, (2, 2), ["TPU v5 lite", "TPU v5e"], host_bandwidth=16e9, link=50e9, largest=(16, 16)),
+    "v5p": _tpu(
+        98041, 2765, 459, (2, 2, 1), ["TPU v5", "TPU v5p"], host_bandwidth=16e9, link=100e9, largest=(16, 16, 24)
+    ),
+    "v6e": _tpu(
+        31996, 1638, 918, (2, 2), ["TPU v6 lite", "TPU v6e"], host_bandwidth=32e9, link=100e9, largest=(16, 16)
+    ),
     # Half a chip: 192 GiB, 7380 GB/s and 2307 TFLOP/s are the chip's.
-    "tpu7x": _tpu(97020, 7380 / 2, 2307 / 2, (2, 2, 1), ["TPU7x"], devices_per_chip=2),
+    "tpu7x": _tpu(
+        97020, 7380 / 2, 2307 / 2, (2, 2, 1), ["TPU7x"], devices_per_chip=2, link=100e9, largest=(16, 24, 24)
+    ),
     "cpu": Kind(
         "cpu", os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None, None, "this machine", names=("cpu",)
     ),

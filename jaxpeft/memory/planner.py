@@ -7,10 +7,14 @@ The step is the one that `jaxpeft train` runs, made of shapes alone and compiled
 
 Weights, adapters, optimizer state, gradients and activations are exact sums over arrays; workspace is the rest of what
 the compiler sets aside. FLOPs are those of matrix products (see `flops`).
+
+On a mesh of a target's devices it is the step that `jaxpeft train --mesh` runs there; bytes are those of one device.
+What the devices send each other, and how long that takes, is in `pods`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import tempfile
 from collections.abc import Callable, Mapping
@@ -19,16 +23,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpeft import compilation, tree
+from jaxpeft import compilation, sharding, tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.plan import Plan, parse
 from jaxpeft.backward.residuals import Segment
-from jaxpeft.errors import InputError
 from jaxpeft.memory import hlo, targets
-from jaxpeft.memory.owners import step_owners
+from jaxpeft.memory.owners import Owners, step_owners
 from jaxpeft.memory.targets import Target
 from jaxpeft.memory.traffic import Traffic, traffic
 from jaxpeft.method import Method, setup
@@ -40,6 +43,7 @@ from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import in_place, make_train_step, objective_of
 from jaxpeft.train.task import TASKS, Task, check_head, config_for
+from pallas_kernels.platform import tracing_for
 
 
 class Step(NamedTuple):
@@ -50,6 +54,7 @@ class Step(NamedTuple):
     base: the base model's paths, without a classifier's.  model: under its memory plan.  plan: that plan.
     accumulate: micro-batches.  task: what it is for.  rows, length: of a batch; the length in tokens.
     backward: whether there is a backward pass.  form: how the plan is carried out.
+    mesh: of the devices that it runs on; None: one device.
     """
 
     function: Callable[..., Any]
@@ -64,6 +69,12 @@ class Step(NamedTuple):
     length: int
     backward: bool
     form: residuals.Form = "loops"
+    mesh: Mesh | None = None
+
+    @property
+    def shards(self) -> int:
+        """Devices over which the rows are divided."""
+        return sharding.num_shards(self.mesh)
 
 
 def make_step(
@@ -75,7 +86,7 @@ def make_step(
     dtype: Any = jnp.bfloat16,
     packed: bool = True,
     accumulate: int = 1,
-    shards: int = 1,
+    mesh: Mesh | None = None,
     task: str = "lm",
     num_labels: int | None = None,
     form: residuals.Form = "loops",
@@ -90,14 +101,15 @@ def make_step(
       dtype: of frozen weights and of the computation.
       packed: whether rows hold several examples (and so come with segment ids).
       accumulate: micro-batches.
-      shards: devices over which the rows are divided.
+      mesh: of the devices that it runs on (`sharding.make_mesh`); None: one device.
       task: a name of `jaxpeft.train.task.TASKS`.
       num_labels: that rows are classified as; None: those of the configuration, or 2.
       form: how the plan is carried out (see `residuals.remat`).
 
     Raises:
-      InputError: for a configuration, method or plan that cannot be used.
+      InputError: for a configuration, method or plan that cannot be used, or rows that the mesh does not divide.
     """
+    sharding.check_rows(mesh, batch_size, accumulate)
     own, config = TASKS[task], config_for(task, config, num_labels)
     base, method = family(config).from_hf(config, dtype), own.method(method)
     check_head(task, config["model_type"], base, seq_len)
@@ -105,7 +117,7 @@ def make_step(
     of_base = jax.eval_shape(lambda key: base.init(key, {}), key)
     model, trainable, rest = _set_up(method, base, key, of_base)
     plan = residuals.default_plan(model) if save is None else parse(save)
-    model = residuals.remat(model, plan, shards, form, method.changes)
+    model = residuals.remat(model, plan, sharding.num_shards(mesh), form, method.changes)
     optimizer = make_direction(defaults(method.specs).direction or "adam")
     state = jax.eval_shape(functools.partial(init_state, method, optimizer, model=model), trainable, rest, key)
     batch = own.shapes(base.config, batch_size, seq_len, packed)
@@ -114,7 +126,7 @@ def make_step(
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
     backward = objective_of(model, method, state.leaves, own.loss).backward
-    return Step(function, state, batch, paths, model, plan, accumulate, own, batch_size, length, backward, form)
+    return Step(function, state, batch, paths, model, plan, accumulate, own, batch_size, length, backward, form, mesh)
 
 
 def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, tree.Flat, tree.Flat]:
@@ -148,7 +160,7 @@ class Cost(NamedTuple):
 
 def cost(step: Step) -> Cost:
     """Traces a step."""
-    with residuals.recorded() as segments:
+    with residuals.recorded() as segments, on_mesh(step):
         # A function of its own, which JAX has not traced before.
         flops = count_flops(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
     if not step.backward:
@@ -158,17 +170,28 @@ def cost(step: Step) -> Cost:
     return Cost(flops, again, activations, kept_bytes(segments, "host"), segments)
 
 
+def on_mesh(step: Step) -> contextlib.AbstractContextManager[Any]:
+    """What is traced in it is traced for the step's mesh."""
+    return contextlib.nullcontext() if step.mesh is None else jax.set_mesh(step.mesh)
+
+
 def products(step: Step, target: Target) -> dict[str, float]:
     """{name stack: FLOPs} of a step's matrix products, of one device."""
-    found = flops_by_name(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
+    with on_mesh(step):
+        found = flops_by_name(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
     return {name: count / target.chips for name, count in found.items()}
+
+
+def owners(step: Step) -> Owners:
+    """Of the arguments and results of a step."""
+    with on_mesh(step):
+        metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
+    return step_owners(step.state, step.batch, step.base, metrics)
 
 
 def moved(step: Step, target: Target, dump: Path) -> Traffic:
     """What a step moves whose compilation for a target filled the folder `dump`."""
-    metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
-    owners = step_owners(step.state, step.batch, step.base, metrics)
-    return traffic(hlo.read(dump), owners, target=target, flops=products(step, target))
+    return traffic(hlo.read(dump), owners(step), target=target, flops=products(step, target))
 
 
 def moving(step: Step, target: Target, traced: Cost | None = None) -> dict[str, Any]:
@@ -176,11 +199,22 @@ def moving(step: Step, target: Target, traced: Cost | None = None) -> dict[str, 
     with tempfile.TemporaryDirectory(prefix="jaxpeft-plan-") as dump:
         made = row(step, target, traced, dump)
         found = moved(step, target, Path(dump)).to_json(0)
-    return {**made, "traffic": {name: value for name, value in found.items() if not isinstance(value, list)}}
+    return {**made, "traffic": totals(found)}
+
+
+def totals(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a document about traffic, what a row of the plan tells."""
+    return {name: value for name, value in found.items() if not isinstance(value, list)}
 
 
 def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None) -> dict[str, Any]:
-    """A row of the plan: the step compiled for a target. On a slice, rows are divided over its devices.
+    """A row of the plan: the step compiled for a target.
+
+    Args:
+      step: with a mesh of the target's devices where there are several.
+      target: to compile for.
+      traced: the step's `cost`, where it is known.
+      dump: a folder for XLA's files.
 
     Returns:
       {"target", "save", "remat", "batch_size", "seq_len", "bytes": {...}, "host_bytes", "device_bytes", "fits",
@@ -188,19 +222,22 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
       run may take of the device's memory.
 
     Raises:
-      InputError: for a slice whose devices do not divide the rows.
+      ValueError: for a target of several devices and a step without a mesh of them.
+      InputError: for a parameter of the base that no rule of the mesh's names.
     """
+    devices = 1 if step.mesh is None else step.mesh.size
+    if devices != target.chips:
+        raise ValueError(f"a step of {devices} device(s), and {target.name} has {target.chips}: give it their mesh")
     traced = cost(step) if traced is None else traced
-    state, batch = placed(step, target)
-    args, options = (*state.parted, batch), compilation.options(target.platform)
-    compiled = targets.compile(target, in_place(step.function), *args, donate_argnums=0, dump=dump, options=options)
+    compiled = targets.compile_lowered(target, lowered(step, target), dump, compilation.options(target.platform))
+    state, _ = local(step)
     return {
         "target": target.name,
         "save": str(step.plan),
         "remat": step.form,
         "batch_size": step.rows,
         "seq_len": step.length,
-        "bytes": account(compiled.memory, step.state, step.base, traced.activations // target.chips, step.backward),
+        "bytes": account(compiled.memory, state, step.base, traced.activations // step.shards, step.backward),
         "host_bytes": compiled.memory.host,
         "device_bytes": target.usable_bytes,
         "fits": compiled.fits,
@@ -210,17 +247,32 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     }
 
 
-def placed(step: Step, target: Target) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
-    """(state, batch) on a target's devices: everything on the only one; on a slice, the batch divided by rows."""
-    if target.chips == 1:
+def lowered(step: Step, target: Target) -> Any:
+    """The step as a run lowers it, for a target's devices: what changes takes the place, and lies, as what it was."""
+    with tracing_for(target.platform):
+        if step.mesh is None:
+            args = targets.abstract((*step.state.parted, step.batch), SingleDeviceSharding(targets.devices(target)[0]))
+            return jax.jit(in_place(step.function), donate_argnums=0).lower(*args)
+        state, batch = placed(step)
+        there = jax.tree.map(lambda x: x.sharding, state.parted[0])
+        with on_mesh(step):
+            function = jax.jit(in_place(step.function), donate_argnums=0, out_shardings=(there, None))
+            return function.lower(*state.parted, batch)
+
+
+def placed(step: Step) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """(state, batch) as they lie on the step's mesh."""
+    mesh = step.mesh
+    if mesh is None:
         return step.state, step.batch
-    if step.rows % target.chips:
-        raise InputError(f"batch size {step.rows}: must be a multiple of the {target.chips} devices of {target.name}")
-    mesh = jax.sharding.Mesh(np.asarray(targets.devices(target)), ("data",))
+    shardings = sharding.of_state(mesh, step.state, step.base), sharding.of_batch(mesh, step.batch)
+    on = lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    return jax.tree.map(on, (step.state, step.batch), shardings)
 
-    def on(spec):
-        sharding = jax.sharding.NamedSharding(mesh, spec)
-        return lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-    everywhere, by_row = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec("data")
-    return jax.tree.map(on(everywhere), step.state), jax.tree.map(on(by_row), step.batch)
+def local(step: Step) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:
+    """(state, batch) as one device has them."""
+    if step.mesh is None:
+        return step.state, step.batch
+    own = lambda x: jax.ShapeDtypeStruct(x.sharding.shard_shape(x.shape), x.dtype)
+    return jax.tree.map(own, placed(step))

@@ -18,7 +18,8 @@ from jaxpeft import tree
 from jaxpeft.backward.options import Option, Rates, frontier, tables
 from jaxpeft.backward.plan import Plan
 from jaxpeft.errors import InputError
-from jaxpeft.memory.planner import Cost, Step, cost, moving, row
+from jaxpeft.memory import pods
+from jaxpeft.memory.planner import Cost, Step, cost, local, moving, row
 from jaxpeft.memory.targets import Target
 
 
@@ -51,7 +52,7 @@ def fit(
     inputs, then from each plan that is tried.
 
     Args:
-      make: plan -> step.
+      make: plan -> step, with a mesh for a target of several devices.
       target: to compile for.
       budget: bytes of one device.
       actions: what may be done with activations besides recomputing them: "save", "compress", "offload".
@@ -67,7 +68,8 @@ def fit(
     actions = tuple(actions)
     speed = rates(target, actions) if by == "time" else None
     step = make(Plan("blocks"))
-    arguments = tree.num_bytes((step.state._replace(key=None), step.batch))
+    state, batch = local(step)
+    arguments = tree.num_bytes((state._replace(key=None), batch))
     if budget <= arguments:
         raise InputError(
             f"--budget {_gib(budget)}: the arguments alone (weights, adapters, optimizer state, batch) take "
@@ -76,7 +78,8 @@ def fit(
 
     def compiled(step: Step) -> tuple[Cost, dict[str, Any]]:
         traced = cost(step)
-        made = row(step, target, traced) if speed is None else moving(step, target, traced)
+        measure = pods.row if step.mesh is not None else row if speed is None else moving
+        made = measure(step, target, traced)
         time = f", {1e3 * _seconds(made):.1f} ms at least" if speed else ""
         report(f"{target.name}: {step.plan}: {_gib(made['bytes']['total'])}{time}")
         return traced, made
@@ -88,15 +91,16 @@ def fit(
     if best["bytes"]["total"] > budget:
         raise InputError(f"--budget {_gib(budget)}: the plan that keeps least needs {_gib(best['bytes']['total'])}")
     choice = step
-    candidates = _candidates(tables(traced.segments, actions, step.plan.tokens, speed), best, step.accumulate)
-    overhead = best["bytes"]["total"] - traced.activations
+    found = tables(traced.segments, actions, step.plan.tokens, speed)
+    candidates = _candidates(found, best if speed else {}, step.accumulate)
+    overhead = best["bytes"]["total"] - traced.activations // step.shards
     for _ in range(most_compiles - 1):
-        option = next((option for option in candidates if option.kept + overhead <= budget), None)
+        option = next((option for option in candidates if option.kept // step.shards + overhead <= budget), None)
         if option is None or option.plan == choice.plan:
             break
         step = make(option.plan)
         _, made = compiled(step)
-        overhead = made["bytes"]["total"] - option.kept
+        overhead = made["bytes"]["total"] - option.kept // step.shards
         if made["bytes"]["total"] <= budget:
             if speed is None or _seconds(made) < _seconds(best):
                 choice, best = step, made
@@ -107,7 +111,7 @@ def fit(
 
 
 def _candidates(found: list[Option], least: dict[str, Any], accumulate: int) -> list[Option]:
-    """Plans by what they cost: recomputation or, where the row of the one that keeps least has its time, time.
+    """Plans by what they cost: recomputation or, where the row of the one that keeps least tells its time, time.
 
     accumulate: micro-batches of a step; the plans' costs are those of one.
     """
@@ -119,8 +123,8 @@ def _candidates(found: list[Option], least: dict[str, Any], accumulate: int) -> 
 
 
 def _seconds(made: dict[str, Any]) -> float:
-    """The bound of a row with what it moves."""
-    return made["traffic"]["bound_s"]
+    """The bound of a row with what it moves, or with what several devices do."""
+    return made["bound"]["step_s"] if made.get("bound") else made["traffic"]["bound_s"]
 
 
 def _gib(size: float) -> str:

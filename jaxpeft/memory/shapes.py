@@ -35,6 +35,7 @@ class Leaf(NamedTuple):
     at: its place there.
     space: XLA's number of the memory that it is in; order: of its axes, the one that varies fastest first.
     bytes: in that layout; a TPU's arrays come in whole tiles.
+    content: bytes of the elements alone.
     """
 
     at: Index
@@ -43,6 +44,7 @@ class Leaf(NamedTuple):
     space: int
     order: tuple[int, ...]
     bytes: float
+    content: float
 
 
 @functools.lru_cache(maxsize=65536)
@@ -60,4 +62,5 @@ def leaves(proto: bytes, at: Index = ()) -> list[Leaf]:
         sizes = tile.numbers(1)[-len(placed) :] if placed else ()
         for n, size in enumerate(reversed(sizes), 1):
             placed[-n] = -(-placed[-n] // size) * size
-    return [Leaf(at, kind, math.prod(dims), layout.number(8), order, math.prod(placed) * bits / 8)]
+    elements, padded = math.prod(dims), math.prod(placed)
+    return [Leaf(at, kind, elements, layout.number(8), order, padded * bits / 8, elements * bits / 8)]

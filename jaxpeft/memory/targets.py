@@ -44,7 +44,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxpeft import tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.executable import Memory, analysed, assigned
-from jaxpeft.memory import hlo
+from jaxpeft.memory import hlo, slices
 from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS, Kind
 from jaxpeft.memory.resident import most_resident
 from pallas_kernels.platform import tracing_for
@@ -52,17 +52,17 @@ from pallas_kernels.platform import tracing_for
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What to compile for: one device, or a slice of a TPU.
+    """What to compile for: one device, a slice of TPUs, or hosts of GPUs.
 
     Attributes:
-      name: as the user wrote it: "v5p:4x4x4", "h200", "cpu".
+      name: as the user wrote it: "v5p:4x4x4", "h200", "h200x8x2", "cpu".
       platform: "tpu", "cuda" or "cpu".
-      chips: devices of the slice: its chips (on tpu7x, where JAX shows two devices per chip, twice as many); 1 for a
-        plain name.
+      chips: devices: a slice's chips (on tpu7x, where JAX shows two devices per chip, twice as many), all GPUs of all
+        hosts; 1 for a plain name.
       memory_bytes, bandwidth, flops, source, host_bandwidth: of ONE device; see `Kind`. What a run may take of the
         memory is `usable_bytes`.
       kind: the key of TARGETS.
-      shape: chips in every dimension of the slice; () for a plain name.
+      shape: chips in every dimension of the slice; (GPUs of a host, hosts); () for a plain name.
     """
 
     name: str
@@ -83,21 +83,31 @@ class Target:
 
 
 def target(text: str) -> Target:
-    """The target that `text` names: a key of TARGETS, a TPU's with a slice shape if more than one device is meant.
+    """The target that `text` names: a key of TARGETS, with a slice's shape or numbers of GPUs for several devices.
 
     Raises:
-      InputError: for an unknown name, or a slice shape that such devices don't come in.
+      InputError: for an unknown name, or a shape that such devices don't come in (see `slices`).
     """
     name, colon, written = text.strip().partition(":")
-    if name not in TARGETS:
-        raise InputError(
-            f"target {text!r} is not known; did you mean {tree.nearest(name, TARGETS, 2)}? Known: {', '.join(TARGETS)}"
-        )
-    kind = TARGETS[name]
-    shape = _shape(text, name, kind, written) if colon else ()
+    name, kind, shape = (name, TARGETS[name], ()) if name in TARGETS else _hosts(text, name)
+    if colon and kind.platform != "tpu":
+        several = f", or {name}x8 for a host of 8" if kind.link else ""
+        raise InputError(f"target {text!r}: only a TPU has a slice shape; write {name}{several}")
+    if colon:
+        shape = slices.of_tpu(text, name, kind, written)
     chips = math.prod(shape) * kind.devices_per_chip if shape else 1
     figures = (kind.memory_bytes, kind.bandwidth, kind.flops, kind.source)
     return Target(text.strip(), kind.platform, chips, *figures, name, shape, kind.host_bandwidth)
+
+
+def _hosts(text: str, written: str) -> tuple[str, Kind, tuple[int, ...]]:
+    """What h200x8x2 names."""
+    for name, kind in TARGETS.items():
+        if kind.platform == "cuda" and re.fullmatch(rf"{name}x[\dx]*", written):
+            return name, kind, slices.of_gpus(text, name, kind, written.removeprefix(f"{name}x"))
+    raise InputError(
+        f"target {text!r} is not known; did you mean {tree.nearest(written, TARGETS, 2)}? Known: {', '.join(TARGETS)}"
+    )
 
 
 def targets(text: str) -> list[Target]:
@@ -106,21 +116,6 @@ def targets(text: str) -> list[Target]:
     if not names:
         raise InputError(f"targets {text!r}: name at least one of {', '.join(TARGETS)}")
     return [target(name) for name in names]
-
-
-def _shape(text: str, name: str, kind: Kind, written: str) -> tuple[int, ...]:
-    if kind.platform != "tpu":
-        raise InputError(f"target {text!r}: only a TPU has a slice shape; write {name}")
-    example = "x".join(str(4 if size > 1 else size) for size in kind.host)
-    like = f"write {name}:{example} for {math.prod(map(int, example.split('x')))} chips"
-    if not re.fullmatch(r"\d+(x\d+)*", written) or len(written.split("x")) != len(kind.host):
-        raise InputError(f"target {text!r}: a slice of {name} has {len(kind.host)} dimensions; {like}")
-    shape = tuple(int(size) for size in written.split("x"))
-    # One chip, or whole hosts: what libtpu describes.
-    if set(shape) != {1} and any(size < 1 or size % host for size, host in zip(shape, kind.host, strict=True)):
-        hosts = "x".join(map(str, kind.host))
-        raise InputError(f"target {text!r}: a slice of {name} consists of hosts of {hosts} chips; {like}")
-    return shape
 
 
 # Their devices.
@@ -161,8 +156,10 @@ def _describe_gpu(target: Target, kind: Kind) -> Any:
     try:
         # JAX sets 1; the compiler's remarks on memory, as warnings and errors of its log, are what `compile` returns.
         with _environment({"TF_CPP_MIN_LOG_LEVEL": "3"}, replace="1"):
+            gpus, hosts = target.shape or (1, 1)
+            topology = f"1x{hosts}x{gpus}"
             return topologies.get_topology_desc(
-                platform="cuda", topology_name=target.kind, topology="1x1x1", target_config=kind.config
+                platform="cuda", topology_name=target.kind, topology=topology, target_config=kind.config
             )
     except NotImplementedError:
         raise _without_plugin(target) from None

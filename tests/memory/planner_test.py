@@ -97,9 +97,10 @@ def test_plain_autodiff_keeps_more():
     assert everything.flops == matmuls.flops
 
 
-def test_a_slice_divides_rows_and_activations():
+def test_several_devices_need_their_mesh():
+    """What they need is in pod_plan_test.py."""
     target = targets.target("v5e:2x2")
-    with pytest.raises(InputError, match="batch size 6: must be a multiple of the 4 devices of v5e:2x2"):
+    with pytest.raises(ValueError, match=r"a step of 1 device\(s\), and v5e:2x2 has 4: give it their mesh"):
         planner.row(make(batch_size=6), target)
 
 

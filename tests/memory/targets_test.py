@@ -46,13 +46,26 @@ def test_a_plain_name_is_one_device():
 
 
 @pytest.mark.parametrize(
-    ("name", "chips"), [("v5p:4x4x4", 64), ("v5e:16x16", 256), ("v5e:1x1", 1), ("v4:2x2x1", 4), ("tpu7x:2x2x1", 8)]
+    ("name", "chips"),
+    [
+        ("v5p:4x4x4", 64),
+        ("v5e:16x16", 256),
+        ("v5e:1x1", 1),
+        ("v4:2x2x1", 4),
+        ("tpu7x:2x2x1", 8),
+        ("h200x8", 8),
+        ("h100x8x2", 16),
+        ("a100x4", 4),
+    ],
 )
 def test_a_slice_has_the_devices_that_its_shape_says(name, chips):
     target = described(name)
     assert target.name == name and target.chips == chips == len(targets.devices(target))
     assert len(set(targets.devices(target))) == chips
-    assert all(device.device_kind in TARGETS[target.kind].names for device in targets.devices(target))
+    if target.platform == "tpu":  # a described GPU is called as its description says
+        assert all(device.device_kind in TARGETS[target.kind].names for device in targets.devices(target))
+    else:
+        assert {device.process_index for device in targets.devices(target)} == set(range(target.shape[1]))
 
 
 @pytest.mark.parametrize(
@@ -62,13 +75,22 @@ def test_a_slice_has_the_devices_that_its_shape_says(name, chips):
         ("", "known"),
         ("V5P", "v5p"),
         ("v5p:", "3 dimensions"),
-        ("v5p:4x4", "write v5p:4x4x1 for 16 chips"),
+        ("v5p:4x4", "write v5p:2x2x4 for 16 chips"),
         ("v5e:4x4x4", "2 dimensions"),
         ("v5p:axbxc", "3 dimensions"),
         ("v5p:4x4x4x", "3 dimensions"),
-        ("v5p:3x3x3", "hosts of 2x2x1"),
-        ("v5p:0x2x1", "hosts of 2x2x1"),
-        ("h200:2x2", "only a TPU"),
+        ("v5p:3x3x3", "no such slice of v5p; near are v5p:2x4x4 (32 chips) or v5p:2x2x4 (16 chips)"),
+        ("v5p:0x2x1", "near are v5p:2x2x1 (4 chips)"),
+        ("v5p:16x8x8", "near are v5p:8x8x16 (1024 chips)"),
+        ("v5e:4x2", "near are v5e:2x4 (8 chips)"),
+        ("v6e:32x32", "near are v6e:16x16 (256 chips)"),
+        ("h200:2x2", "only a TPU has a slice shape; write h200, or h200x8 for a host of 8"),
+        ("h200x3", "a host has 1, 2, 4 or 8 of h200; write h200x8, or h200x8x2 for two"),
+        ("h200x", "a host has 1, 2, 4 or 8"),
+        ("h200x8x2x2", "a host has 1, 2, 4 or 8"),
+        ("h200x4x2", "several hosts, at most 512, have 8 of h200 each"),
+        ("h200x8x0", "several hosts, at most 512"),
+        ("rtx4090x2", "rtx4090 has no links to others"),
         ("cpu:4", "only a TPU"),
     ],
 )
