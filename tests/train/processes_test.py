@@ -184,6 +184,12 @@ def test_refusals_are_one_line_of_one_process(files, tmp_path, mesh, differ, mes
         ((None, None, None), {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, (None, None, None)),
         ((None, None, None), {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, (None, None, None)),
+        (
+            (None, None, None),
+            {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+             "JAX_COORDINATOR_ADDRESS": "h:1"},
+            (8, 5, "h:1", 1),
+        ),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, (None, None, None)),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "WARNING: not known, please set it"}, None),
