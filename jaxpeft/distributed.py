@@ -354,13 +354,14 @@ def failing() -> Iterator[None]:
 
 
 def _initialize(where: Place) -> None:
-    known = None not in where
+    known = where.processes is not None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     try:
         jax.distributed.initialize(
             coordinator_address=where.coordinator,
             num_processes=where.processes,
             process_id=where.process_id,
+            local_device_ids=where.device,
             cluster_detection_method="deactivate" if known else None,
             heartbeat_timeout_seconds=_JAX_HEARTBEAT,
         )

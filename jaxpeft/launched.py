@@ -8,22 +8,26 @@ from typing import NamedTuple
 
 from jaxpeft.errors import InputError
 
-# Environment of a process that was started as one of several: their number, and which it is.
+# Environment of a process that was started as one of several: their number, which it is, and which on its machine.
 _LAUNCHERS = (
-    ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
-    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID", None),
+    ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"),
 )
 FLAGS = ("processes", "process_id", "coordinator")
 _ADDRESS = "JAX_COORDINATOR_ADDRESS"
 
 
 class Place(NamedTuple):
-    """Which process this is; None is for `jax.distributed` to find out."""
+    """Which process this is; None is for `jax.distributed` to find out.
+
+    device: the GPU that it takes, by its number on the machine; None: all that it sees.
+    """
 
     processes: int | None
     process_id: int | None
     coordinator: str | None
+    device: int | None = None
 
 
 def place(
@@ -52,12 +56,13 @@ def place(
     if process_id is not None or coordinator is not None:
         given = "--process-id" if process_id is not None else "--coordinator"
         raise InputError(f"{given}: needs --processes, the number of processes (or auto)")
-    for counted, numbered in _LAUNCHERS:
+    for counted, numbered, local in _LAUNCHERS:
         count = _number(environment, counted)
         if count is not None and count > 1:
-            ours = counted.startswith("JAX")
-            own = _number(environment, numbered)
-            return _checked(count, own, address) if ours else Place(None, None, environment.get(_ADDRESS))
+            if local and not address:  # JAX finds where process 0 is
+                return Place(None, None, None)
+            found = _checked(count, _number(environment, numbered), address)
+            return found._replace(device=_number(environment, local) if local else None)
     hosts = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")  # libtpu may put a sentence there
     several = len(hosts) > 1 and all(re.fullmatch(r"[\w.:-]+", name) for name in hosts)
     return Place(None, None, environment.get(_ADDRESS)) if several else None

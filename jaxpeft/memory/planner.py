@@ -109,7 +109,7 @@ def make_step(
     Raises:
       InputError: for a configuration, method or plan that cannot be used, or rows that the mesh does not divide.
     """
-    sharding.check_rows(mesh, batch_size, accumulate)
+    sharding.check_rows(mesh, batch_size, accumulate, seq_len)
     own, config = TASKS[task], config_for(task, config, num_labels)
     base, method = family(config).from_hf(config, dtype), own.method(method)
     check_head(task, config["model_type"], base, seq_len)

@@ -157,7 +157,7 @@ def test_two_processes_merge_what_one_does(told, files, tmp_path):
     ("mesh", "differ", "message"),
     [
         (None, {"lr": 0.5}, "the processes disagree: --lr is 0.01 in process 0 and 0.5 in process 1"),
-        ("data=3", None, "--mesh data=3: 3 x 1 x 1 = 3 devices, there are 2"),
+        ("data=3", None, "--mesh data=3: 3 devices, there are 2"),
     ],
 )
 def test_refusals_are_one_line_of_one_process(files, tmp_path, mesh, differ, message):
@@ -184,6 +184,12 @@ def test_refusals_are_one_line_of_one_process(files, tmp_path, mesh, differ, mes
         ((None, None, None), {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, (None, None, None)),
         ((None, None, None), {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, None),
         ((None, None, None), {"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, (None, None, None)),
+        (
+            (None, None, None),
+            {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "5", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+             "JAX_COORDINATOR_ADDRESS": "h:1"},
+            (8, 5, "h:1", 1),
+        ),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "a,b"}, (None, None, None)),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ((None, None, None), {"TPU_WORKER_HOSTNAMES": "WARNING: not known, please set it"}, None),
