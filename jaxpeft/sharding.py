@@ -111,6 +111,27 @@ def make_mesh(text: str, devices: Any = None) -> Mesh:
     return Mesh(placed, AXES, axis_types=auto)
 
 
+def auto(devices: int, rows: int, length: int, accumulate: int = 1) -> str:
+    """A mesh of so many devices: `fsdp` over as many as divide a micro-batch's rows, `tensor` over up to 8, then `seq`.
+
+    >>> auto(8, 16, 1024), auto(8, 4, 1024), auto(64, 2, 4096)
+    ('fsdp=8', 'fsdp=4,tensor=2', 'fsdp=2,tensor=8,seq=4')
+
+    Raises:
+      InputError: for rows or tokens that such a mesh does not divide.
+    """
+    fsdp = math.gcd(devices, rows // accumulate)
+    tensor = math.gcd(devices // fsdp, 8)
+    seq = devices // fsdp // tensor
+    if rows % accumulate or length % seq:
+        raise InputError(
+            f"--mesh auto: {devices} devices divide neither --batch-size {rows} (in {accumulate} parts) nor, the rest "
+            f"of them, --seq-len {length}"
+        )
+    sizes = {"fsdp": fsdp, "tensor": tensor, "seq": seq}
+    return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"
+
+
 # Where arrays lie.
 
 

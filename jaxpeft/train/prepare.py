@@ -29,6 +29,7 @@ from jaxpeft.special import check_vocabulary
 from jaxpeft.train import config
 from jaxpeft.train.base import load
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
+from jaxpeft.train.progress import say
 from jaxpeft.train.run import Run
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import objective_of
@@ -76,7 +77,11 @@ def prepare(args: Run) -> Job:
     assert args.seq_len is not None and args.lr is not None
     source, task, method = sources(args), TASKS[args.task], asked_method(args)
     plan = None if args.save is None else parse(args.save)
-    mesh = shares.make_mesh(args.mesh)
+    asked = args.mesh
+    if asked == "auto":
+        asked = sharding.auto(jax.device_count(), args.batch_size, args.seq_len, args.accumulate)
+        say(f"--mesh auto: {asked}")
+    mesh = shares.make_mesh(asked)
     sharding.check_rows(mesh, args.batch_size, args.accumulate, args.seq_len)
     check_given(source)
     tokenizer = hf.load_tokenizer(source.model)

@@ -31,7 +31,8 @@ def trained(files, tmp_path_factory):
     wanted = [
         {**one, "steps": 4},
         {**moved, "steps": 2, "mesh": "data=2,fsdp=2,tensor=2"},
-        {**moved, "steps": 4, "mesh": "fsdp=2,seq=4", "resume": True},
+        {**moved, "steps": 3, "mesh": "fsdp=2,seq=4", "resume": True},
+        {**moved, "steps": 4, "mesh": "auto", "resume": True},
     ]
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
@@ -61,6 +62,10 @@ def test_the_adapter_is_that_of_one_device(trained):
         (["--mesh", "data=4", "--batch-size", "6"], "--batch-size 6: must be a multiple of the mesh's data x fsdp = 4"),
         (["--mesh", "data=4", "--batch-size", "8", "--accumulate", "4"], "= 4 devices and --accumulate 4"),
         (["--mesh", "seq=4", "--seq-len", "30"], "--seq-len 30: must be a multiple of the mesh's seq = 4 devices"),
+        (
+            ["--mesh", "auto", "--batch-size", "1", "--accumulate", "3"],
+            "--mesh auto: 4 devices divide neither --batch-size 1 (in 3 parts)",
+        ),
         (["--mesh", "rows=4"], "'rows=4' should be AXIS=DEVICES with one of data, fsdp, tensor, seq"),
     ],
 )
