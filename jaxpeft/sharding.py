@@ -118,15 +118,15 @@ def auto(devices: int, rows: int, length: int, accumulate: int = 1) -> str:
     ('fsdp=8', 'fsdp=4,tensor=2', 'fsdp=2,tensor=8,seq=4')
 
     Raises:
-      InputError: for rows or tokens that such a mesh does not divide.
+      InputError: for rows that it does not divide.
     """
     fsdp = math.gcd(devices, rows // accumulate)
     tensor = math.gcd(devices // fsdp, 8)
     seq = devices // fsdp // tensor
-    if rows % accumulate or length % seq:
+    if length % seq:
         raise InputError(
-            f"--mesh auto: {devices} devices divide neither --batch-size {rows} (in {accumulate} parts) nor, the rest "
-            f"of them, --seq-len {length}"
+            f"--mesh auto: of {devices} devices {fsdp * tensor} share --batch-size {rows}, and the {seq} parts of a "
+            f"row that are left for each do not divide --seq-len {length}"
         )
     sizes = {"fsdp": fsdp, "tensor": tensor, "seq": seq}
     return ",".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1) or "data=1"

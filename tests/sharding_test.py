@@ -1,6 +1,8 @@
 """Runs on a mesh of eight host devices: equal to one device's, and no more communication than there has to be."""
 
+import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -155,6 +157,15 @@ def test_factors_follow_their_kernel():
 def test_a_mesh_that_is_none(text, message):
     with pytest.raises(InputError, match=re.escape(message)):
         sharding.make_mesh(text, jax.devices()[:1])
+
+
+def test_an_automatic_mesh_divides_the_batch_or_says_that_it_cannot():
+    for devices, rows, accumulate in itertools.product((1, 2, 6, 8, 64), (1, 2, 8, 24), (1, 2)):
+        sizes = sharding.parse(sharding.auto(devices, rows * accumulate, 4096 * 3, accumulate))
+        assert math.prod(sizes.values()) == devices
+        assert rows % sizes["fsdp"] == 0
+    with pytest.raises(InputError, match="the 8 parts of a row that are left for each do not divide --seq-len 30"):
+        sharding.auto(64, 1, 30)
 
 
 @pytest.mark.parametrize(("kind", "shards"), [("Auto", (4, 2)), ("Explicit", (1, 1)), ("Manual", (1, 1))])

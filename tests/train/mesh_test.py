@@ -61,10 +61,6 @@ def test_the_adapter_is_that_of_one_device(trained):
         (["--mesh", "data=4", "--batch-size", "6"], "--batch-size 6: must be a multiple of the mesh's data x fsdp = 4"),
         (["--mesh", "data=4", "--batch-size", "8", "--accumulate", "4"], "= 4 devices and --accumulate 4"),
         (["--mesh", "seq=4", "--seq-len", "30"], "--seq-len 30: must be a multiple of the mesh's seq = 4 devices"),
-        (
-            ["--mesh", "auto", "--batch-size", "1", "--accumulate", "3"],
-            "--mesh auto: 4 devices divide neither --batch-size 1 (in 3 parts)",
-        ),
         (["--mesh", "rows=4"], "'rows=4' should be AXIS=DEVICES with one of data, fsdp, tensor, seq"),
     ],
 )
