@@ -108,7 +108,8 @@ class Loop(NamedTuple):
     paths: per leaf, its path.
     kinds: per leaf, "layer" (indexed by layer), "rows" (by group), "shared", or "stack": as "layer", but a step's part
       is all of it, and the block gets the kernel that it belongs to as `Stacked`, which products read without a copy;
-      "held": so, and beside it the layer that products take which do not read stacks, once for all groups.
+      "held": so, and beside it the layer that products take which do not read stacks, once for all groups; "each": as
+      "layer", but taken by each group.
     streams: the leaves that the block changes from layer to layer: x, or those of x if it is a tree.
     layers: the segment's.  groups: of rows.
     keyed: whether there is a PRNG key.
@@ -128,16 +129,23 @@ class Loop(NamedTuple):
     kernels: tuple[tuple[int, ...], ...] = ()
     nested: bool = False
 
-    def stacked(self, perturbed: Sequence[bool], nested: bool = True) -> Loop:
+    def stacked(self, leaves: Sequence[Any], perturbed: Sequence[bool], nested: bool = True) -> Loop:
         """The loop with the kernels of which nothing is differentiated as stacks, held where groups are a loop within.
 
-        nested: whether they may be (see `nests`).
+        nested: whether they may be (see `nests`). What is in another type than the stream is taken by each group even
+          so: a block converts it, which XLA does as it takes it.
         """
         nested = nested and self.groups > 1 and nests()
         frozen = {i for leaves in self.kernels if not any(perturbed[i] for i in leaves) for i in leaves}
         kind = "held" if nested else "stack"
-        kinds = tuple(kind if i in frozen else own for i, own in enumerate(self.kinds))
-        return self._replace(kinds=kinds, nested=nested)
+        kinds = [kind if i in frozen else own for i, own in enumerate(self.kinds)]
+        if nested:
+            types = {leaves[i].dtype for i in self.streams}
+            kinds = [
+                "each" if kind == "layer" and leaf.dtype not in types else kind
+                for kind, leaf in zip(kinds, leaves, strict=True)
+            ]
+        return self._replace(kinds=tuple(kinds), nested=nested)
 
     def holding(self, wanted: Callable[[int], bool]) -> Loop:
         """The loop that holds no kernels but those of which a leaf, by its number, is wanted."""
@@ -213,7 +221,7 @@ class Loop(NamedTuple):
 
     def place(self, kind, step):
         """Where a step's part lies: by layer, by group of rows, or one after the other."""
-        return {"layer": step.layer, "rows": step.group, "steps": step.number}[kind]
+        return {"layer": step.layer, "each": step.layer, "rows": step.group, "steps": step.number}[kind]
 
     def put(self, whole, part, kind, step, add=False):
         """The leaf with a step's part replaced, or added to."""

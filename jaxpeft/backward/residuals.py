@@ -263,7 +263,7 @@ def run_loop(loop, plan, leaves, key):
       leaves: the loop's.
       key: of the forward pass, or None.
     """
-    loop = loop.stacked([False] * len(leaves))
+    loop = loop.stacked(leaves, [False] * len(leaves))
 
     def body(streams, parts, step):
         ys = loop.function(*loop.inputs(parts, streams, step, key))
@@ -341,7 +341,7 @@ def _nested(loop, plan, leaves, streams, key, perturbed):
     Groups are no loop of their own where they would put what they have made into the host's memory.
     """
     for nested in (True, False):
-        own = loop.stacked(perturbed, nested)
+        own = loop.stacked(leaves, perturbed, nested)
         decided = _decide(own, plan, leaves, streams, key, perturbed)
         if not own.nested or all(name == INPUT or action != "offload" for (name, _), action in decided[1].items()):
             break

@@ -46,6 +46,7 @@ METHODS = {
     "full": jp.full(),
     "last:1": jp.full("last:1"),
     "dropout": jp.lora(RANK, dropout=0.3),
+    "qlora": jp.chain(jp.quantize("int8"), jp.lora(RANK)),
 }
 
 
@@ -143,7 +144,7 @@ def test_a_block_reads_frozen_kernels_in_their_stacks(monkeypatch, name):
         ours = gradients(model, trainable, frozen, packed())
         value = jax.jit(loss(model, frozen, packed()))(trainable)
     assert any(seen) and np.isclose(value, ours[0], rtol=1e-6)
-    monkeypatch.setattr(loop.Loop, "stacked", lambda self, perturbed, nested=True: self)
+    monkeypatch.setattr(loop.Loop, "stacked", lambda self, leaves, perturbed, nested=True: self)
     jax.tree.map(np.testing.assert_array_equal, ours, gradients(model, trainable, frozen, packed()))
 
 
@@ -156,6 +157,7 @@ def test_a_block_reads_frozen_kernels_in_their_stacks(monkeypatch, name):
         ("lora", "blocks,block_input=offload,tokens=16"),
         ("lora", "offload,tokens=32"),  # one loop: what is made goes to the host
         ("dropout", "matmuls,tokens=16"),
+        ("qlora", "blocks,tokens=16"),
         ("last:1", "blocks,tokens=16"),
         ("full", "matmuls,tokens=16"),
     ],
