@@ -83,7 +83,7 @@ PARTS: dict[str, Part] = {}
 # operation's name -> the operation that takes a `Stacked` last, and writes its first result there; see `operation`.
 INTO: dict[str, Callable[..., Any]] = {}
 
-_traced_for: contextvars.ContextVar[str | None] = contextvars.ContextVar("traced_for", default=None)
+_traced_for = jax.make_user_context(default_value=None)  # a part of what JAX knows kept traces by
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 _said: set[str] = set()
 
@@ -104,22 +104,27 @@ def forced(implementation: str | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def tracing_for(platform: str) -> Iterator[None]:
-    """What is traced inside is compiled for "cuda", "tpu" or "cpu", whatever is attached; see `writes_in_place`."""
-    token = _traced_for.set(platform)
-    try:
+    """What is traced inside is compiled for "cuda", "tpu" or "cpu", whatever is attached; see `traced_for`."""
+    with _traced_for(platform):
         yield
-    finally:
-        _traced_for.reset(token)
+
+
+def traced_for() -> str:
+    """The platform that what is traced now is for: "cuda", "tpu" or "cpu"; that of `tracing_for`, or what is attached.
+
+    Unlike an implementation, what depends on it is chosen where a program is traced; lowered for another platform, it
+    computes the same.
+    """
+    return _traced_for.value or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
 
 
 def writes_in_place() -> bool:
     """Whether what is traced may write results into stacks (`INTO`): for GPUs.
 
     On a v5p XLA keeps more beside a stack that a kernel has written than is spared: 1.16 GiB in place of 0.87 in a
-    small step. Unlike an implementation it is chosen where a program is traced: by what is attached, or `tracing_for`.
-    A trace that JAX has kept, and lowers for another platform, computes the same there.
+    small step.
     """
-    return (_traced_for.get() or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())) == "cuda"
+    return traced_for() == "cuda"
 
 
 def check(implementation: str | None) -> str | None:

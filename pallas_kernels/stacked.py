@@ -21,17 +21,20 @@ import jax.numpy as jnp
 from pallas_kernels.packed import Packed
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("stack", "index"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("stack", "index", "layer"), meta_fields=())
 @dataclasses.dataclass(frozen=True)
 class Stacked:
     """W[l] (n, m) of a stack W. It is not differentiated; to whoever does not know it, it is an array to convert.
 
     stack: (L, n, m), or a stack of packed kernels.
     index: l, () int32.
+    layer: W[l] itself, which a loop takes once for all its steps with it, or None. Who takes the layer takes this; a
+      program in which nobody does has nothing left of it.
     """
 
     stack: Any
     index: jax.Array
+    layer: Any = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -74,6 +77,8 @@ class Stacked:
 
     def take(self) -> Any:
         """W[l], an array or `Packed`."""
+        if self.layer is not None:
+            return self.layer
         return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, self.index, keepdims=False), self.stack)
 
     def astype(self, dtype: Any) -> jax.Array:

@@ -17,12 +17,12 @@ results/traffic/ledger.json, by kind and by array in ledger.md; the first table 
 - before, 8B, offloaded: of a floor of 220 GB h200 333 GB (1.52, copies and fills 1.9%, 15.71 GiB), rtx4090 508 GB
   (2.31, copies and fills 23.7%, 16.05 GiB), v5p 359 GB (1.63, copies and fills 11.5%, 15.82 GiB); it does not fit
   v5e.
-- after, 7B: of a floor of 615 GB h200 1,020 GB (1.66, copies and fills 5.0%, 59.59 GiB), v5p 1,498 GB (2.44, copies
+- after, 7B: of a floor of 615 GB h200 1,011 GB (1.64, copies and fills 4.3%, 59.60 GiB), v5p 1,498 GB (2.44, copies
   and fills 21.6%, 59.71 GiB); it does not fit rtx4090, v5e.
-- after, 8B: of a floor of 218 GB h200 330 GB (1.52, copies and fills 1.6%, 16.64 GiB), rtx4090 505 GB (2.32, copies
-  and fills 23.2%, 17.03 GiB), v5p 366 GB (1.68, copies and fills 11.3%, 16.79 GiB); it does not fit v5e.
-- after, 8B, offloaded: of a floor of 220 GB h200 330 GB (1.50, copies and fills 0.9%, 15.59 GiB), rtx4090 505 GB
-  (2.30, copies and fills 23.2%, 16.05 GiB), v5p 366 GB (1.66, copies and fills 11.3%, 15.79 GiB), v5e 247 GB (1.13,
+- after, 8B: of a floor of 218 GB h200 330 GB (1.52, copies and fills 1.6%, 16.64 GiB), rtx4090 457 GB (2.10, copies
+  and fills 15.0%, 17.03 GiB), v5p 366 GB (1.68, copies and fills 11.3%, 16.79 GiB); it does not fit v5e.
+- after, 8B, offloaded: of a floor of 220 GB h200 330 GB (1.50, copies and fills 1.6%, 15.59 GiB), rtx4090 457 GB
+  (2.08, copies and fills 15.0%, 16.05 GiB), v5p 366 GB (1.66, copies and fills 11.3%, 15.79 GiB), v5e 247 GB (1.13,
   copies and fills 0.1%, 15.68 GiB).
 """
 

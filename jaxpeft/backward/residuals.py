@@ -21,7 +21,9 @@ A block gets its frozen kernels as layers of the stacks that they lie in (`palla
 of GPUs and TPUs read them there, which spares a copy of each kernel in each pass.
 
 Rows don't see each other inside a block, so both loops take a few of them at a time: what a block needs besides the
-kept arrays shrinks with the group, and no product is computed twice for it.
+kept arrays shrinks with the group, and no product is computed twice for it. On GPUs groups are a loop within that over
+layers (`loop.nests`): adapters, and kernels where products cannot read stacks, are taken once per layer and pass. A
+kernel that the backward pass reads once is taken where it is read, or it would stay beside what is live elsewhere.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ import contextlib
 import contextvars
 import functools
 import typing
-import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -40,10 +41,10 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 
 from jaxpeft import sharding, tree, updates
-from jaxpeft.backward.compressed import compress, decompress
-from jaxpeft.backward.loop import Static, join, loop_over
+from jaxpeft.backward.kept import fetch, has_codes, room, seed_of, store, stored
+from jaxpeft.backward.loop import Static, join, loop_over, replaced
 from jaxpeft.backward.options import options
-from jaxpeft.backward.places import compute, empty, makers
+from jaxpeft.backward.places import compute, makers
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
@@ -176,7 +177,7 @@ class Segment(NamedTuple):
 
     def stored_bytes(self, name: Kept, action: str) -> int:
         """Bytes of an activation in all layers, as it is stored."""
-        return tree.num_bytes(_stored(self.shapes[name], action)) * self.steps
+        return tree.num_bytes(stored(self.shapes[name], action)) * self.steps
 
     def kept_bytes(self) -> dict[str, dict[str, int]]:
         """{"device" or "host": {name: bytes of all layers}}."""
@@ -228,7 +229,7 @@ def _decide(loop, plan, leaves, streams, key, perturbed):
     action = dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)
     actions |= {(INPUT, n): action for n, i in enumerate(loop.streams) if used[i]}
     actions = {
-        name: "save" if action == "compress" and not _codes(shapes[name]) else action
+        name: "save" if action == "compress" and not has_codes(shapes[name]) else action
         for name, action in actions.items()
     }
     return traced, actions, closed, used, read
@@ -262,45 +263,60 @@ def run_loop(loop, plan, leaves, key):
       leaves: the loop's.
       key: of the forward pass, or None.
     """
-    loop = loop.stacked([False] * len(leaves))
+    loop = loop.stacked(leaves, [False] * len(leaves))
 
-    def body(streams, step):
-        ys = loop.function(*loop.inputs(leaves, streams, step, key))
+    def body(streams, parts, step):
+        ys = loop.function(*loop.inputs(parts, streams, step, key))
         return [loop.put(x, y, "rows", step) for x, y in zip(streams, ys, strict=True)], None
 
-    return jax.lax.scan(body, [leaves[i] for i in loop.streams], loop.steps)[0]
+    return loop.scan(body, [leaves[i] for i in loop.streams], leaves)[0]
 
 
 def _forward(loop, plan, leaves, key):
     perturbed = [leaf.perturbed for leaf in leaves]
-    loop = loop.stacked(perturbed)
     leaves, key = [leaf.value for leaf in leaves], None if key is None else key.value
     streams = [leaves[i] for i in loop.streams]
-    traced, actions, *_ = _decide(loop, plan, leaves, streams, key, perturbed)
+    loop, (traced, actions, closed, used, _) = _nested(loop, plan, leaves, streams, key, perturbed)
     shapes = _shapes(traced, streams)
     numbers = {name: n for n, name in enumerate(traced.names, len(streams)) if actions.get(name) == "save"}
     placed = makers(traced.forward, list(numbers.values())) if writes_in_place() else {}
     numbers = {name: n for name, n in numbers.items() if n in placed}
+    # What comes into a layer is kept for all groups at once, where they are a loop of their own.
+    entering = {name for name, action in actions.items() if loop.nested and name[0] == INPUT and action != "compress"}
     record(loop.name, Segment(traced, len(loop.steps), actions, shapes))
 
-    def body(carry, step):
+    def enter(carry, layer):
+        (streams, kept), out = carry, {}
+        kept = dict(kept)
+        for name in entering:
+            x = streams[name[1]]
+            with jax.named_scope(f"save:{name[0]}"):
+                if actions[name] == "offload":
+                    out[name] = store(x, "offload", name, None)
+                else:
+                    whole = kept[name].reshape(len(loop.layers), *x.shape)
+                    kept[name] = replaced(whole, x, layer).reshape(kept[name].shape)
+        return (streams, kept), out
+
+    def body(carry, parts, step):
         streams, kept = carry
-        inputs = loop.inputs(leaves, streams, step, key)
+        inputs = loop.inputs(parts, streams, step, key)
         stacks = {n: kept[name] for name, n in numbers.items()}
-        results = compute(
-            traced.forward, inputs, stacks, step, {n: f"save:{name}/in_place" for (name, _), n in numbers.items()}
-        )
+        called = {n: f"save:{name}/in_place" for (name, _), n in numbers.items()}
+        results = compute(traced.forward, inputs, stacks, step.number, called)
         ys = results[: len(streams)]
         values: dict[Kept, Any] = dict(zip(traced.names, results[len(streams) :], strict=True))
         values |= {(INPUT, n): inputs[i] for n, i in enumerate(loop.streams)}
-        seed = _seed(step, key)
+        seed = seed_of(step.number, key)
         kept, out = dict(kept), {}
         for name, action in actions.items():
+            if name in entering:
+                continue
             with jax.named_scope(f"save:{name[0]}"):
                 if name in numbers:
                     kept[name] = values[name]
                     continue
-                value = _store(values[name], action, name, seed)
+                value = store(values[name], action, name, seed)
                 if action == "offload":
                     out[name] = value  # a loop's results may lie in the host's memory, what it carries may not
                 else:
@@ -309,18 +325,42 @@ def _forward(loop, plan, leaves, key):
             streams = [loop.put(x, y, "rows", step) for x, y in zip(streams, ys, strict=True)]
             return (streams, kept), out
 
-    empty = {name: _empty(shapes[name], action, len(loop.steps)) for name, action in actions.items()}
-    (end, kept), out = jax.lax.scan(body, (streams, {k: x for k, x in empty.items() if x is not None}), loop.steps)
-    kept = [out[name] if name in out else kept[name] for name in actions]
+    rooms = {name: room(shapes[name], action, len(loop.steps)) for name, action in actions.items()}
+    start = (streams, {name: x for name, x in rooms.items() if x is not None})
+    (end, kept), out = loop.scan(body, start, leaves, enter=enter)
+    kept |= {name: x.reshape(len(loop.steps), *shapes[name].shape) for name, x in out.items()}
+    kept = [kept[name] for name in actions]
     leaves = [None if i in loop.streams else leaf for i, leaf in enumerate(leaves)]
-    return end, (Static(perturbed), leaves, key, kept, [jnp.zeros((0,), x.dtype) for x in streams])
+    back = loop.holding(_read_again(loop, closed, used).__contains__)
+    return end, (Static([back, *perturbed]), leaves, key, kept, [jnp.zeros((0,), x.dtype) for x in streams])
+
+
+def _nested(loop, plan, leaves, streams, key, perturbed):
+    """(the loop with the frozen kernels as stacks, what `_decide` says of it).
+
+    Groups are no loop of their own where they would put what they have made into the host's memory.
+    """
+    for nested in (True, False):
+        own = loop.stacked(leaves, perturbed, nested)
+        decided = _decide(own, plan, leaves, streams, key, perturbed)
+        if not own.nested or all(name == INPUT or action != "offload" for (name, _), action in decided[1].items()):
+            break
+    return own, decided
+
+
+def _read_again(loop, closed, used) -> set[int]:
+    """Of the kernels that are held, those whose layer a step reads more than once: a copy stays for it anyway."""
+    variables = iter(closed.jaxpr.invars)
+    read = [next(variables) if use else None for use in used]
+    reads = [v for equation in closed.jaxpr.eqns for v in equation.invars]
+    held = zip(loop.held, read[len(read) - len(loop.held) :], strict=True)
+    return {i for i, v in held if sum(v is other for other in reads) > 1}
 
 
 def _backward(loop, plan, saved, d_end):
-    perturbed, leaves, key, kept, like = saved
+    (loop, *perturbed), leaves, key, kept, like = saved
     if all(isinstance(d, SymbolicZero) for d in d_end):
         return [None] * len(leaves), None
-    loop = loop.stacked(perturbed)
     streams = [jax.ShapeDtypeStruct(d.shape, x.dtype) for d, x in zip(d_end, like, strict=True)]
     d_end = [jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in d_end]
     traced, actions, closed, used, read = _decide(loop, plan, leaves, streams, key, perturbed)
@@ -328,17 +368,19 @@ def _backward(loop, plan, saved, d_end):
     shapes = _shapes(traced, streams)
     moved = [i for i, use in enumerate(perturbed) if use or i in loop.streams]
 
-    def body(carry, step):
+    def body(carry, parts, step):
         d_streams, totals = carry
         values = {
-            name: _fetch(x, step, action, name, shapes[name])
+            name: fetch(x, step.number, action, name, shapes[name])
             for (name, action), x in zip(actions.items(), kept, strict=True)
         }
-        inputs = loop.inputs(leaves, None, step, key)
+        inputs = loop.inputs(parts, None, step, key)
         for n, i in enumerate(loop.streams):
             inputs[i] = values.get((INPUT, n))
         inputs = [x for x, use in zip(inputs, used, strict=True) if use]
         d_ys = [loop.at(d, "rows", step) for d in d_streams]
+        if loop.nested:  # else XLA writes copies of them together with sums, which it then reads twice
+            d_ys = jax.lax.optimization_barrier(d_ys)
         found = dict(zip(moved, pull(*inputs, *d_ys, *[values[name] for name in read]), strict=True))
         with jax.named_scope("stream"):
             d_streams = [loop.put(d, found.pop(i), "rows", step) for d, i in zip(d_streams, loop.streams, strict=True)]
@@ -349,53 +391,9 @@ def _backward(loop, plan, saved, d_end):
         return (d_streams, totals), None
 
     totals = {i: loop.total(leaves[i], loop.kinds[i]) for i in moved if i not in loop.streams}
-    (d_streams, totals), _ = jax.lax.scan(body, (d_end, totals), loop.steps, reverse=True)
+    (d_streams, totals), _ = loop.scan(body, (d_end, totals), leaves, reverse=True)
     totals |= {i: d for i, d in zip(loop.streams, d_streams, strict=True) if perturbed[i]}
     return [totals.get(i) for i in range(len(leaves))], None
 
 
 run_loop.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-# What is done with an activation that is kept.
-
-
-def _seed(step, key):
-    """() uint32 that differs from step to step, and from call to call where there is a key."""
-    if key is None:
-        return step.astype(jnp.uint32)
-    return jax.random.bits(jax.random.fold_in(key, step), (), jnp.uint32)
-
-
-def _store(x, action: str, name: Kept, seed):
-    if action == "compress":
-        return compress(x, seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode())))
-    return jax.device_put(x, jax.memory.Space.Host) if action == "offload" else x
-
-
-def _codes(shape) -> bool:
-    """Whether there are codes for an array: of floats, with tokens and channels."""
-    return jnp.issubdtype(shape.dtype, jnp.floating) and len(shape.shape) > 1
-
-
-def _empty(shape, action: str, steps: int):
-    """Where all steps' values are written; None for what is offloaded."""
-    if action == "offload":
-        return None
-    return jax.tree.map(lambda x: empty((steps, *x.shape), x.dtype), _stored(shape, action))
-
-
-@functools.cache
-def _stored(shape, action: str):
-    """Shapes of an activation as it is kept."""
-    if action != "compress" or not _codes(shape):
-        return shape
-    return jax.eval_shape(compress, shape, jax.ShapeDtypeStruct((), jnp.uint32))
-
-
-def _fetch(kept, step, action: str, name: Kept, shape):
-    with jax.named_scope(f"read:{name[0]}"):
-        stored = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), kept)
-        if action == "compress":
-            return decompress(stored, shape.dtype)
-        return jax.device_put(stored, jax.memory.Space.Device) if action == "offload" else stored

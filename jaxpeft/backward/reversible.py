@@ -238,9 +238,9 @@ def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
     halves = _halves(coupling, loop, leaves, dtype, key, perturbed)
     never = jnp.isnan(x1.reshape(-1)[0])
 
-    def body(carry, step):
-        pair, pairs, _, valid = carry
-        inputs = loop.inputs(leaves, None, step, key)
+    def body(carry, number):
+        (pair, pairs, _, valid), step = carry, loop.step(number)
+        inputs = loop.inputs(loop.parts(leaves, step.layer), None, step, key)
         made = []
 
         def evaluated(half):
@@ -279,9 +279,9 @@ def _layers(coupling, loop, x1, leaves, key, perturbed, keep):
 
 def _checkpoint(coupling, loop, step):
     """(whether the pair after this step is kept, where; the first places take those that are not)."""
-    done = step // loop.groups + 1
+    done = step.layer + 1
     kept = done % coupling.every == 0
-    return kept, jnp.where(kept, done // coupling.every, 0) * loop.groups + step % loop.groups
+    return kept, jnp.where(kept, done // coupling.every, 0) * loop.groups + step.group
 
 
 def _forward(coupling, loop, x1, leaves, key, probe):
@@ -315,7 +315,8 @@ def _backward(coupling, loop, saved, d_pair):
 
     def body(carry, inputs):
         pair, d_pair, totals, errors = carry
-        step, ((lost1, lost2), seen) = inputs
+        number, ((lost1, lost2), seen) = inputs
+        step = loop.step(number)
         own = tuple(loop.at(y, "rows", step) for y in pair)
         if coupling.every:
             kept, place = _checkpoint(coupling, loop, step)
@@ -326,7 +327,7 @@ def _backward(coupling, loop, saved, d_pair):
                 )
         y1, y2 = swapped(own)
         d1, d2 = swapped(tuple(loop.at(d, "rows", step) for d in d_pair))
-        inputs = loop.inputs(leaves, None, step, key)
+        inputs = loop.inputs(loop.parts(leaves, step.layer), None, step, key)
 
         def both(half, stream, inputs):
             inputs = [*inputs[: loop.x], streams.decode(stream, dtype), *inputs[loop.x + 1 :]]
@@ -353,7 +354,7 @@ def _backward(coupling, loop, saved, d_pair):
                 with jax.named_scope(f"grad:{loop.paths[i]}"):
                     totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=True)
         if coupling.probe:
-            errors = errors.at[step // loop.groups].add(_differences(coupling, (x1, x2), seen))
+            errors = errors.at[step.layer].add(_differences(coupling, (x1, x2), seen))
         return (pair, d_pair, totals, errors), None
 
     totals = {i: jnp.zeros(leaves[i].shape, leaves[i].dtype) for i in trained}

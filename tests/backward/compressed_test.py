@@ -9,7 +9,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import data, hf, tree
-from jaxpeft.backward import residuals
+from jaxpeft.backward import kept, residuals
 from jaxpeft.backward.compressed import Compressed, _uniform, compress, decompress
 from tests import tiny
 
@@ -167,8 +167,8 @@ def test_gradients_of_a_pretrained_model(stories, monkeypatch):
         return np.linalg.norm(drawn(*stories, "compressed")(seed) - exact) / np.linalg.norm(exact)
 
     ours = error(0)
-    monkeypatch.setattr(residuals, "compress", lambda x, seed: (x.astype(jnp.bfloat16),))
-    monkeypatch.setattr(residuals, "decompress", lambda stored, dtype: stored[0].astype(dtype))
-    monkeypatch.setattr(residuals, "_stored", residuals._stored.__wrapped__)
+    monkeypatch.setattr(kept, "compress", lambda x, seed: (x.astype(jnp.bfloat16),))
+    monkeypatch.setattr(kept, "decompress", lambda stored, dtype: stored[0].astype(dtype))
+    monkeypatch.setattr(kept, "stored", kept.stored.__wrapped__)
     jax.clear_caches()
     assert ours < 1.25 * error(0)

@@ -22,6 +22,7 @@ from jaxpeft.backward.plan import INPUT, Plan, parse
 from jaxpeft.errors import InputError
 from jaxpeft.models import layers
 from pallas_kernels import packed as quantized
+from pallas_kernels.platform import tracing_for
 from pallas_kernels.stacked import Stacked
 from tests import contract_test, tiny
 from tests.residuals import bytes_per_token, saved
@@ -45,6 +46,7 @@ METHODS = {
     "full": jp.full(),
     "last:1": jp.full("last:1"),
     "dropout": jp.lora(RANK, dropout=0.3),
+    "qlora": jp.chain(jp.quantize("int8"), jp.lora(RANK)),
 }
 
 
@@ -142,8 +144,48 @@ def test_a_block_reads_frozen_kernels_in_their_stacks(monkeypatch, name):
         ours = gradients(model, trainable, frozen, packed())
         value = jax.jit(loss(model, frozen, packed()))(trainable)
     assert any(seen) and np.isclose(value, ours[0], rtol=1e-6)
-    monkeypatch.setattr(loop.Loop, "stacked", lambda self, perturbed: self)
+    monkeypatch.setattr(loop.Loop, "stacked", lambda self, leaves, perturbed, nested=True: self)
     jax.tree.map(np.testing.assert_array_equal, ours, gradients(model, trainable, frozen, packed()))
+
+
+@pytest.mark.parametrize(
+    ("method", "save"),
+    [
+        ("lora", "matmuls,tokens=32"),
+        ("lora", "blocks,tokens=16"),  # the backward pass holds kernels
+        ("lora", "compressed,block_input=compress,tokens=16"),
+        ("lora", "blocks,block_input=offload,tokens=16"),
+        ("lora", "offload,tokens=32"),  # one loop: what is made goes to the host
+        ("dropout", "matmuls,tokens=16"),
+        ("qlora", "blocks,tokens=16"),
+        ("last:1", "blocks,tokens=16"),
+        ("full", "matmuls,tokens=16"),
+    ],
+)
+def test_groups_within_layers(method, save):
+    """On GPUs: to the bit the values and gradients of one loop over both; but for codes, whose rounding differs."""
+    model, trainable, frozen = start(METHODS[method])
+    model, key = residuals.remat(model, save), jax.random.key(9) if method == "dropout" else None
+
+    def depth(platform):
+        with tracing_for(platform):
+            jaxpr = jax.make_jaxpr(jax.value_and_grad(loss(model, frozen, packed(), key)))(trainable).jaxpr
+            return max(map(_loops, jaxpr.eqns)), gradients(model, trainable, frozen, packed(), key)
+
+    (flat, wanted), (nested, found) = depth("cpu"), depth("cuda")
+    assert (flat, nested) == (1, 1 if save.startswith("offload") else 2)
+    if save.startswith("compressed"):
+        same(found, wanted, 1e-6)
+    else:
+        jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def _loops(equation) -> int:
+    """How many scans of the block are within one another; those without a product are others."""
+    bodies = [x.jaxpr for x in jax.tree.leaves(dict(equation.params)) if hasattr(x, "jaxpr")]
+    inside = max((_loops(e) for body in bodies for e in body.eqns), default=0)
+    own = equation.primitive.name == "scan" and count_flops(equation.params["jaxpr"]) > 0
+    return inside + own
 
 
 def test_an_adapter_that_reads_the_kernel_gets_its_values():

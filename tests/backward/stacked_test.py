@@ -5,8 +5,11 @@ import re
 import pytest
 
 import jaxpeft as jp
+from jaxpeft.backward import loop
 from jaxpeft.errors import InputError
-from jaxpeft.memory import planner, targets
+from jaxpeft.memory import hlo, planner, targets
+from jaxpeft.memory.dataflow import Dataflow
+from jaxpeft.memory.movement import moves
 
 LAYERS, D, F = 3, 640, 1408
 CONFIG = {
@@ -20,6 +23,30 @@ CONFIG = {
     "max_position_embeddings": 1024,
     "rms_norm_eps": 1e-5,
 }
+
+
+@pytest.mark.usefixtures("optimised")
+def test_a_layer_is_taken_once_for_all_groups(monkeypatch, tmp_path):
+    """Where products cannot read stacks; only a kernel that the backward pass reads once is taken by each group."""
+
+    def sliced(name):
+        """Bytes of kernels that are taken out of their stacks, in layers' kernels."""
+        step = planner.make_step(CONFIG, jp.lora(rank=16), 3, 256, "blocks,tokens=256", packed=False)
+        device = targets.target("rtx4090")
+        targets.compile(device, step.function, step.state, step.batch, donate_argnums=0, dump=tmp_path / name)
+        found, _ = moves(Dataflow(hlo.read(tmp_path / name)))
+        size = sum(m.times * sum(a.bytes for a in m.writes) for m in found if m.kind == "copy: slice")
+        return size / (2 * LAYERS * (4 * D * D + 3 * D * F))
+
+    try:
+        targets.devices(targets.target("rtx4090"))
+    except InputError as error:
+        pytest.skip(str(error))
+    nested = sliced("nested")
+    monkeypatch.setattr(loop, "nests", lambda: False)
+    flat = sliced("flat")
+    assert flat > 6  # three groups, two passes
+    assert nested < 3.5, (nested, flat)
 
 
 @pytest.mark.usefixtures("optimised")
