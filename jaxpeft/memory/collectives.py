@@ -5,6 +5,7 @@ or exchanged: the whole of it, not a device's part), each device sends and recei
 
     all-gather, reduce-scatter, all-to-all     S (n - 1) / n
     all-reduce                                 2 S (n - 1) / n, as it is a reduce-scatter and an all-gather
+    all-gather as an all-reduce                as much: so a TPU's compiler gathers over all three axes of a torus
     collective-permute                         S, what one device sends to another
 
 which no algorithm is below. Groups are numbers of devices in the order of the program's mesh (`mesh.devices.flat`).
@@ -41,6 +42,7 @@ class Collective(NamedTuple):
     shapes: (dtype, dimensions) of what a device gives.
     group: numbers of devices that take part together, the first such group; of a permutation a sender and a receiver.
     bytes: of the whole array, each time.  times: that it runs in a call of the program.
+    summed: whether an all-gather is carried out as an all-reduce, each device's part among zeros, which sends as much.
     """
 
     kind: str
@@ -50,13 +52,14 @@ class Collective(NamedTuple):
     group: tuple[int, ...]
     bytes: float
     times: int
+    summed: bool = False
 
     @property
     def sent(self) -> float:
         """Bytes that each device sends, all times together."""
         n = len(self.group)
         part = 1.0 if self.kind == "collective-permute" else (n - 1) / n
-        return self.times * self.bytes * part * (2 if self.kind == "all-reduce" else 1)
+        return self.times * self.bytes * part * (2 if self.summed or self.kind == "all-reduce" else 1)
 
 
 def collectives(flow: Dataflow, devices: int) -> tuple[tuple[Collective, ...], int]:
@@ -126,8 +129,15 @@ class _Walk:
         shapes = tuple(array(shape, leaf.at) for shape in given for leaf in leaves(shape))
         size = sum(leaf.content for shape in given for leaf in leaves(shape))
         group = _group(Message(i.proto), self._devices, permutes)
+        if kind == "all-reduce" and all(map(self._among_zeros, i.operands)):
+            return Collective("all-gather", i.name, i.op_name, shapes, group, size, times, summed=True)
         whole = size * len(group) if kind == "all-gather" else size
         return Collective(kind, i.name, i.op_name, shapes, group, whole, times)
+
+    def _among_zeros(self, operand: int) -> bool:
+        """Whether an array is a part that has been put into one of a constant."""
+        update = self._flow.update((operand, ()))
+        return update is not None and self._flow.origin(update.operands[0])[-1].opcode in ("broadcast", "constant")
 
 
 def _group(message: Message, devices: int, permutes: bool) -> tuple[int, ...]:

@@ -64,13 +64,13 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
         program = _program(folder)
     if program is None:
         return made
-    flow = Dataflow(program)
+    flow, owners = Dataflow(program), planner.owners(step)
     found, _ = collectives(flow, target.chips)
-    moved = traffic(program, planner.owners(step), target=target)
+    moved = traffic(program, owners, target=target)
     # Of loops that run as often as the data says, the compiled program tells only one turn.
     flops = max(sum(moved.flops.values()), traced.flops / target.chips)
     sent = interconnect.seconds(found, target, list(step.mesh.devices.flat))
-    kept = profile(program, planner.owners(step)).categories.get("saved activations", 0) if step.backward else 0
+    kept = profile(program, owners).categories.get("saved activations", 0) if step.backward else 0
     sizes = made["bytes"]
     workspace = sizes["temporaries"] - sizes["gradients"] - kept
     return {

@@ -142,9 +142,10 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "llama2-7b": _llama(4096, 11008, 32, 32, 32, **_LLAMA_2),
     "llama2-13b": _llama(5120, 13824, 40, 40, 40, **_LLAMA_2),
     "llama2-70b": _llama(8192, 28672, 80, 64, 8, **_LLAMA_2),
-    # meta-llama/Llama-3.1-8B, -70B
+    # meta-llama/Llama-3.1-8B, -70B, -405B
     "llama3.1-8b": _llama(4096, 14336, 32, 32, 8, **_LLAMA_31),
     "llama3.1-70b": _llama(8192, 28672, 80, 64, 8, **_LLAMA_31),
+    "llama3.1-405b": _llama(16384, 53248, 126, 128, 8, **_LLAMA_31),
     # meta-llama/Llama-3.2-1B, -3B
     "llama3.2-1b": _llama(2048, 8192, 16, 32, 8, head_dim=64, **_LLAMA_32),
     "llama3.2-3b": _llama(3072, 8192, 28, 24, 8, head_dim=128, **_LLAMA_32),

@@ -107,6 +107,21 @@ def test_collectives_are_those_of_the_program_by_their_trips(name, tmp_path):
     assert groups["all-reduce"] in ((0, 1), (2, 3)) and groups["reduce-scatter"] in ((0, 2), (1, 3))
 
 
+def test_an_all_gather_that_is_a_sum_is_an_all_gather(tmp_path):
+    """Over all axes of a torus a TPU's compiler sums up each device's part among zeros, and sends twice as much."""
+    target = described("v5p:4x4x4")
+    mesh = mesh_of(target, "fsdp=64")
+    place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
+    x = jax.ShapeDtypeStruct((64 * 64, M), jnp.bfloat16, sharding=place("fsdp"))
+    function = jax.jit(lambda x: jax.lax.with_sharding_constraint(jnp.tanh(x), place()))
+    targets.compile_lowered(target, function.lower(x), tmp_path)
+    found, _ = collectives.collectives(Dataflow(hlo.read(tmp_path)), target.chips)
+    [one] = found
+    size = 2 * 64 * 64 * M
+    assert (one.kind, one.bytes, len(one.group)) == ("all-gather", size, 64)
+    assert one.summed and one.sent == 2 * size * 63 / 64
+
+
 def varint(number):
     return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
 

@@ -1,0 +1,49 @@
+"""The pods' experiment on its committed data: its tables, and that a chip's part does not grow with the slice."""
+
+import pytest
+
+from experiments.memory import common
+from experiments.scale import pods
+from jaxpeft import sharding
+from jaxpeft.memory import targets
+
+
+@pytest.fixture(scope="module")
+def points():
+    """(weak scaling, strong scaling, other slices) of the data."""
+    figures = common.Figures(pods.NAME, None, pods.FOLDER)
+    return tuple(pods.known(figures, keys) for keys in (pods.weak(), pods.strong(), pods.smallest()))
+
+
+def test_the_document_is_drawn_from_the_data(points):
+    assert pods.document(*points) == (pods.FOLDER / f"{pods.NAME}.md").read_text()
+
+
+def test_a_chips_bytes_and_flops_hardly_grow(points):
+    """From 8 chips to 1024, a row for each."""
+    rows, _, _ = points
+    seen = 0
+    for _, of in pods.by(rows).items():
+        fitting = [row for row in of if row["fits"]]
+        if len(fitting) > 1:
+            assert pods.growth(fitting, lambda row: row["bytes"]["total"]) <= 0.05
+            assert pods.growth(fitting, lambda row: row["flops_per_chip"]) <= 0.05
+            seen += fitting[-1]["chips"] == 1024
+    assert seen
+
+
+def test_frozen_weights_travel_and_only_what_trains_is_summed(points):
+    """Of an all-reduce, no more than the gradients of the adapters, and numbers."""
+    rows, _, _ = points
+    for row in rows:
+        if row["method"] == "lora" and row["collectives"]:
+            gathered = row["collectives"]["all-gather"]["bytes"]
+            assert gathered > 50 * row["collectives"]["all-reduce"]["bytes"]
+
+
+def test_a_figure_says_what_it_is_of(points):
+    for row in (row for rows in points for row in rows):
+        sizes = sharding.parse(row["mesh"])
+        assert sizes["data"] * sizes["fsdp"] == row["chips"] == targets.target(row["target"]).chips
+        assert row["jax"] and row["save"] == pods.PLAN and row["seq_len"] == pods.LENGTH
+        assert row["bytes"]["total"] <= row["device_bytes"] or not row["fits"]
