@@ -1,9 +1,9 @@
 """Several processes that train one model together, each with the devices that it sees.
 
-    with joined(processes=4, process_id=2, coordinator="host:1234"):   # before anything asks for a device
-        mesh = sharding.make_mesh("fsdp=8")                            # over the devices of all of them
-        leaf = placed(leaf, sharding)                                  # each keeps what its own devices hold
-        number = from_first(lambda: ...)                               # what the first one finds, in all of them
+    with joined(Place(processes=4, process_id=2, coordinator="host:1234")):  # before anything asks for a device
+        mesh = sharding.make_mesh("fsdp=8")                                  # over the devices of all of them
+        leaf = shares.placed(leaf, where)                                    # each keeps what its own devices hold
+        number = from_first(lambda: ...)                                     # what the first one finds, in all of them
 
 Beside `jax.distributed`, in whose key-value store all of this is said, a thread in each process:
 
@@ -37,7 +37,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft.errors import Elsewhere, InputError, RunError, first_line, printable
+from jaxpeft.errors import Elsewhere, InputError, first_line, printable, shown, status_of
 from jaxpeft.launched import Place
 
 PERIOD = 2.0  # seconds between two beats
@@ -46,6 +46,7 @@ _SILENCE_AFTER_FAILURE = 8.0  # the same, where an operation between devices has
 _PARTING = 10.0  # seconds in which a process that has failed, and then the first one, is to end
 # JAX's own heartbeat ends all processes without a word of whose fault it was; it comes after ours.
 _JAX_HEARTBEAT = 100
+_ARRIVAL = 300  # seconds that a process waits for the others at the start
 
 
 # What the processes know of each other.
@@ -109,7 +110,7 @@ class Group:
             for index, theirs in others.items():
                 if theirs != ours:
                     raise InputError(
-                        f"the processes disagree: {field} is {_short(ours)} in process 0 and {_short(theirs)} in"
+                        f"the processes disagree: {field} is {shown(ours)} in process 0 and {shown(theirs)} in"
                         f" process {index}; start all of them with the same arguments and files"
                     )
 
@@ -196,8 +197,15 @@ class Group:
             print_line(line)
         leave(1, self, without=dead)
 
+    def check_first(self) -> None:
+        """Ends this process where the first one is no more."""
+        host, _, port = self._address.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
+        except OSError:
+            self._first_is_gone()
+
     def _first_is_gone(self) -> None:
-        """Says that the first process has died; what is not cut off by JAX, which ends this one."""
         print_line(
             f"process 0 ({self._address}): died; process {self.index} has stopped; --resume goes on from the last"
             " checkpoint"
@@ -249,20 +257,10 @@ def _of_another(error: BaseException | None) -> bool:
     return False
 
 
-def status_of(error: BaseException) -> int:
-    """The exit status that an error leads to."""
-    return error.status if isinstance(error, RunError) else 2 if isinstance(error, InputError) else 1
-
-
 def print_line(text: str) -> None:
     """Prints an error's line from where no exception would be heard."""
     with contextlib.suppress(OSError):
         os.write(2, f"jaxpeft: error: {printable(text)}\n".encode())
-
-
-def _short(value: Any, width: int = 60) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= width else text[:width] + "..."
 
 
 # Joining.
@@ -311,7 +309,8 @@ def joined(where: Place | None) -> Iterator[Group | None]:
         yield None
         return
     _group = own = Group()
-    _hear_aborts(own)
+    if not own.is_first:
+        _hear_aborts(own.check_first)
     try:
         with failing(), _one_voice():
             yield own
@@ -324,6 +323,7 @@ def joined(where: Place | None) -> Iterator[Group | None]:
         raise Elsewhere(status_of(error)) from None
     finally:
         _group = None
+        _hear_aborts(None)
 
 
 @contextlib.contextmanager
@@ -356,6 +356,14 @@ def failing() -> Iterator[None]:
 def _initialize(where: Place) -> None:
     known = where.processes is not None
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+
+    def alone() -> None:
+        at = f" at {where.coordinator}" if where.coordinator else ""
+        count = where.processes or "auto"
+        print_line(f"--processes {count}: waited for {_ARRIVAL} seconds{at}, and not all of them have come")
+        os._exit(1)
+
+    _hear_aborts(alone)
     try:
         jax.distributed.initialize(
             coordinator_address=where.coordinator,
@@ -364,29 +372,27 @@ def _initialize(where: Place) -> None:
             local_device_ids=where.device,
             cluster_detection_method="deactivate" if known else None,
             heartbeat_timeout_seconds=_JAX_HEARTBEAT,
+            initialization_timeout=_ARRIVAL,
         )
     except (ValueError, RuntimeError, OSError, KeyError) as error:
         what = f"--processes {where.processes or 'auto'}"
         hint = "" if known else "; give --processes, --process-id and --coordinator"
         raise InputError(f"{what}: the processes cannot be connected: {first_line(error)}{hint}") from None
+    _hear_aborts(None)
 
 
-def _hear_aborts(group: Group) -> None:
-    """Where the first process dies, JAX aborts the others from a thread of its own, in which Python hears no signal."""
-    if group.is_first or sys.platform == "win32":
-        return
+def _hear_aborts(end: Callable[[], None] | None) -> None:
+    """Calls a function where JAX aborts this process from a thread of its own, in which Python hears no signal.
+
+    It does so where the first process dies, or some never come. None: nothing is called any more.
+    """
     global _on_abort
-
-    def hear(number: int) -> None:
-        del number
-        host, _, port = group._address.rpartition(":")
-        try:
-            socket.create_connection((host.strip("[]"), int(port)), timeout=2).close()
-        except OSError:
-            group._first_is_gone()
-
-    _on_abort = ctypes.CFUNCTYPE(None, ctypes.c_int)(hear)
-    ctypes.CDLL(None).signal(signal.SIGABRT, _on_abort)
+    if sys.platform == "win32":
+        return
+    kind = ctypes.CFUNCTYPE(None, ctypes.c_int)
+    handler = kind() if end is None else kind(lambda number: end())
+    ctypes.CDLL(None).signal(signal.SIGABRT, handler)
+    _on_abort = handler  # kept for as long as it may be called
 
 
-_on_abort: Any = None  # kept for as long as the process lives
+_on_abort: Any = None

@@ -34,6 +34,11 @@ class Elsewhere(RunError):
         super().__init__("another process has failed, and says why", status)
 
 
+def status_of(error: BaseException) -> int:
+    """The exit status that an error leads to."""
+    return error.status if isinstance(error, RunError) else 2 if isinstance(error, InputError) else 1
+
+
 _LONGEST = 1500  # characters of a line
 _WORD = re.compile(r"\S{301,}")
 

@@ -169,6 +169,23 @@ def test_refusals_are_one_line_of_one_process(files, tmp_path, mesh, differ, mes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_that_waits_in_vain_says_so(files, tmp_path, index):
+    """After what JAX prints itself."""
+    args = runs.arguments(files, tmp_path / "run", processes=2, process_id=index, coordinator="127.0.0.1:1")
+    argv, environment = runs.command(args)
+    hasty = (
+        "import sys; from jaxpeft import cli, distributed; distributed._ARRIVAL = 2; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-c", hasty, *argv[3:], "--coordinator", f"127.0.0.1:{port}"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 1
+    assert "--processes 2: waited for 2 seconds at 127.0.0.1" in done.stderr.splitlines()[-1]
+
+
 # Which process this is.
 
 
