@@ -372,8 +372,17 @@ def _divided(mesh, **axes) -> Divided:
     return Divided(mesh, tuple((letter, names) for letter, names in sorted(more.items()) if names))
 
 
-def gathered(params: tree.Params, segment: str = "") -> tree.Params:
-    """Nested parameters, whole over `fsdp`: those of one layer of a segment, or those beside the layers."""
+def gathers() -> bool:
+    """Whether a layer's matrices are gathered where it is taken."""
+    mesh = _mesh()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
+def gathered(params: tree.Params, segment: str = "", wanted: Callable[[str], Any] = lambda path: True) -> tree.Params:
+    """Nested parameters, whole over `fsdp`: those of one layer of a segment, or those beside the layers.
+
+    wanted: of a path, whether its leaf is to be gathered; the others are as they are.
+    """
     mesh = _mesh()
     axes = ("fsdp",) if segment else ("fsdp", "tensor")  # a table moves to where it is a head
     if mesh is None or not isinstance(params, Mapping) or all(mesh.shape[axis] == 1 for axis in axes):
@@ -388,5 +397,5 @@ def gathered(params: tree.Params, segment: str = "") -> tree.Params:
         return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(_whole, spec)))
 
     specs = {path: TIED[1] if path == TIED[0] else spec_of(path, shapes) for path in flat}
-    found = {path: _each(mesh, leaf, specs[path], 0, put) for path, leaf in flat.items()}
+    found = {path: _each(mesh, leaf, specs[path], 0, put) if wanted(path) else leaf for path, leaf in flat.items()}
     return tree.unflatten({path.removeprefix(f"{segment}/"): leaf for path, leaf in found.items()})

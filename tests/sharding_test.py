@@ -31,15 +31,17 @@ from jaxpeft import sharding, tree
 from jaxpeft.backward import residuals
 from tests import methods_test, sharding_test, tiny
 
-def run(name, meshes, save=None):
+def run(name, meshes):
+    name, _, groups = name.partition(" in ")
     base, params = tiny.model(**sharding_test.SIZES)
     method = methods_test.made(name)
     model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
-    model = residuals.remat(model, save or residuals.default_plan(model))
+    plan = residuals.default_plan(model)
+    model = residuals.remat(model, plan._replace(tokens=16) if groups else plan, 8 if groups else 1)
     optimizer = methods_test.make_direction(methods_test.defaults(method.specs).direction)
     step = jp.make_train_step(model, method, optimizer, rate=1e-3)
     start = jp.init_state(method, optimizer, trainable, rest, jax.random.key(1), model)
-    batch = tiny.batch(rows=8, vocab=96)
+    batch = tiny.batch(rows=32 if groups else 8, vocab=96)
 
     def steps(state, batch, step):
         losses = []
@@ -73,14 +75,14 @@ def found():
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     # Each on a mesh of three axes and on one of the others, in turn.
     wanted = {name: [MESHES[-1], MESHES[i % (len(MESHES) - 1)]] for i, name in enumerate(methods_test.METHODS)}
-    wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"]}
+    wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
     arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", methods_test.METHODS)
+@pytest.mark.parametrize("name", [*methods_test.METHODS, "lora in groups"])
 def test_a_mesh_learns_what_one_device_learns(found, name):
     """Losses of three steps to float32's rounding; leaves as Adam magnifies it where a gradient is nearly zero."""
     one, *others = found[name].values()
@@ -110,6 +112,17 @@ def test_frozen_matrices_are_gathered_a_layer_at_a_time(found):
     summed = {shape for kind in ("all-reduce", "reduce-scatter") for _, shape in collectives(hlo, kind)}
     assert not summed & {(*lead, *kernel) for kernel in kernels for lead in ((), (1,), (2,))}
     assert {where for where, _ in collectives(hlo, "all-to-all")} <= {"entry"}  # embeddings, from columns to rows
+
+
+def test_of_groups_of_rows_all_read_what_was_gathered_once(found):
+    """Kernels are gathered where the loop over groups is called, not inside of it."""
+    hlo = found["lora in groups"]["fsdp=8"]["hlo"]
+    places = {}
+    for computation in re.split(r"\n(?=%|ENTRY)", hlo):
+        shapes = {shape for _, shape in collectives(computation, "all-gather")}
+        if {(64, 128), (128, 64)} & shapes:
+            places[computation.split()[0]] = " while(" in computation
+    assert list(places.values()) == [True, True]  # of the forward and the backward pass
 
 
 def test_without_fsdp_nothing_is_gathered(found):

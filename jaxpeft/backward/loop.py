@@ -108,6 +108,7 @@ class Loop(NamedTuple):
     paths: per leaf, its path.
     kinds: per leaf, "layer" (indexed by layer), "rows" (by group), "shared", or "stack": as "layer", but a step's part
       is all of it, and the block gets the kernel that it belongs to as `Stacked`, which products read without a copy;
+      "whole": as "layer", gathered over a mesh's devices once for all groups;
       "held": so, and beside it the layer that products take which do not read stacks, once for all groups; "each": as
       "layer", but taken by each group.
     streams: the leaves that the block changes from layer to layer: x, or those of x if it is a tree.
@@ -135,11 +136,12 @@ class Loop(NamedTuple):
         nested: whether they may be (see `nests`). What is in another type than the stream is taken by each group even
           so: a block converts it, which XLA does as it takes it.
         """
-        nested = nested and self.groups > 1 and nests()
+        gathers = sharding.gathers()
+        nested = nested and self.groups > 1 and (gathers or nests())
         frozen = {i for leaves in self.kernels if not any(perturbed[i] for i in leaves) for i in leaves}
-        kind = "held" if nested else "stack"
+        kind = "stack" if not nested else "whole" if gathers else "held"
         kinds = [kind if i in frozen else own for i, own in enumerate(self.kinds)]
-        if nested:
+        if nested and not gathers:
             types = {leaves[i].dtype for i in self.streams}
             kinds = [
                 "each" if kind == "layer" and leaf.dtype not in types else kind
@@ -208,10 +210,19 @@ class Loop(NamedTuple):
                 return self.at(leaves[i], "layer", Step(None, layer, None))
 
         found = [
-            own(i) if kind == "layer" and leaf is not None else leaf
+            own(i) if kind in ("layer", "whole") and leaf is not None else leaf
             for i, (leaf, kind) in enumerate(zip(leaves, self.kinds, strict=True))
         ]
+        if "whole" in self.kinds:
+            of_layer = jax.tree.leaves(sharding.gathered(self.treedef.unflatten(found)[0], self.name, self.whole.get))
+            found = [*of_layer, *found[len(of_layer) :]]
         return [*found, *map(own, self.held)]
+
+    @property
+    def whole(self) -> dict[str, bool]:
+        """The paths of the kernels that are "whole"."""
+        paths = (path for path, kind in zip(self.paths, self.kinds, strict=True) if kind == "whole")
+        return {path[: path.index("/kernel") + len("/kernel")]: True for path in paths}
 
     def at(self, leaf, kind, step):
         """A step's part of a leaf."""
@@ -251,7 +262,7 @@ class Loop(NamedTuple):
         flowing = dict(zip(self.streams, streams or [None] * len(self.streams), strict=True))
         count = len(self.kinds)
         found = [
-            x if x is None or kind == "layer" else self.at(x, kind, step)
+            x if x is None or kind in ("layer", "whole") else self.at(x, kind, step)
             for x, kind in zip([flowing.get(i, x) for i, x in enumerate(parts[:count])], self.kinds, strict=True)
         ]
         index = self.layers.start + step.layer
@@ -274,7 +285,9 @@ class Loop(NamedTuple):
             layer = jax.tree.map(lambda _: next(held), part) if "held" in found else None
             return Stacked(part, own.layer - self.layers.start, layer)
 
-        layer = sharding.gathered(jax.tree.map(kernel, layer, kinds, is_leaf=is_packed), self.name)
+        whole = self.whole
+        layer = jax.tree.map(kernel, layer, kinds, is_leaf=is_packed)
+        layer = sharding.gathered(layer, self.name, lambda path: path not in whole)
         return sharding.rows(jax.tree.leaves(self.block(layer, sharding.rows(x), own)[0]))
 
     def shapes(self, leaves, streams, key):
