@@ -97,7 +97,7 @@ HEAD += [*KINDS[:4], "compute", "memory", "interconnect", "utilisation"]
 
 def cells(row: common.Row) -> list[Any]:
     """A row of a table: GiB of a chip, TFLOP of a chip, GiB that it sends by kind, milliseconds."""
-    sizes, bound, sent = row["bytes"], row["bound"], row["collectives"]
+    sizes, bound, sent = row["bytes"], row["bound"], row["collectives"] or {}
     times = (
         [f"{1e3 * bound[f'{name}_s']:,.0f}" for name in ("compute", "memory", "interconnect")] if bound else [""] * 3
     )
@@ -160,7 +160,7 @@ def document(rows: list[common.Row], steps: list[common.Row], others: list[commo
     return f"""# Steps on 8 to 1024 chips
 
 TPU v5p, rows of {LENGTH} tokens, bfloat16, rank {RANK} on all linear maps, `{PLAN}`; JAX {jax}. GiB and TFLOP of one
-chip; by kind, GiB that it sends; milliseconds at least. The slowest plan took {slowest:.0f} s of CPU.
+chip; by kind, GiB that it sends; milliseconds at least. The slowest plan took {slowest:.0f} s of a busy CPU.
 
 ## A row per chip
 
