@@ -173,7 +173,19 @@ class Loop(NamedTuple):
         """The step with a number."""
         return Step(number, number // self.groups, number % self.groups)
 
-    def scan(self, body, carry, leaves, reverse=False, enter=lambda carry, layer: (carry, None)):
+    def of_layer(self, i: int) -> bool:
+        """Whether a leaf is of layers, each step's part of it that of its layer."""
+        return self.kinds[i] in ("layer", "each")
+
+    def scan(
+        self,
+        body,
+        carry,
+        leaves,
+        reverse=False,
+        enter=lambda carry, layer: (carry, None),
+        leave=lambda carry, layer: carry,
+    ):
         """(carry, out) of body(carry, parts, step) -> (carry, out) over all steps, as `jax.lax.scan`.
 
         Args:
@@ -182,6 +194,7 @@ class Loop(NamedTuple):
           reverse: whether the last step is the first.
           enter: (carry, layer) -> (carry, out) before each layer, where groups are a loop within; that `out` is then
             the result, and the body's is left out.
+          leave: (carry, layer) -> carry after it, there.
         """
         if not self.nested:
 
@@ -198,7 +211,8 @@ class Loop(NamedTuple):
             def of_group(carry, group):
                 return body(carry, parts, Step(layer * self.groups + group, layer, group))[0], None
 
-            return jax.lax.scan(of_group, carry, jnp.arange(self.groups), reverse=reverse)[0], out
+            carry, _ = jax.lax.scan(of_group, carry, jnp.arange(self.groups), reverse=reverse)
+            return leave(carry, layer), out
 
         return jax.lax.scan(of_layer, carry, jnp.arange(len(self.layers)), reverse=reverse)
 

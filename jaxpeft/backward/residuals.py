@@ -368,8 +368,11 @@ def _backward(loop, plan, saved, d_end):
     shapes = _shapes(traced, streams)
     moved = [i for i, use in enumerate(perturbed) if use or i in loop.streams]
 
+    # On a mesh sums over devices are taken as each layer's are complete: else XLA takes those of the whole stack there.
+    apart = [i for i in moved if i not in loop.streams and loop.nested and sharding.gathers() and loop.of_layer(i)]
+
     def body(carry, parts, step):
-        d_streams, totals = carry
+        d_streams, totals, own = carry
         values = {
             name: fetch(x, step.number, action, name, shapes[name])
             for (name, action), x in zip(actions.items(), kept, strict=True)
@@ -384,14 +387,25 @@ def _backward(loop, plan, saved, d_end):
         found = dict(zip(moved, pull(*inputs, *d_ys, *[values[name] for name in read]), strict=True))
         with jax.named_scope("stream"):
             d_streams = [loop.put(d, found.pop(i), "rows", step) for d, i in zip(d_streams, loop.streams, strict=True)]
-        totals = dict(totals)
+        totals, own = dict(totals), dict(own)
         for i, part in found.items():
             with jax.named_scope(f"grad:{loop.paths[i]}"):
-                totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=not loop.once(loop.kinds[i]))
-        return (d_streams, totals), None
+                if i in own:
+                    own[i] += part
+                else:
+                    totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=not loop.once(loop.kinds[i]))
+        return (d_streams, totals, own), None
+
+    def enter(carry, layer):
+        return (*carry[:2], jax.tree.map(jnp.zeros_like, carry[2])), None
+
+    def leave(carry, layer):
+        d_streams, totals, own = carry
+        return d_streams, {**totals, **{i: replaced(totals[i], x, layer) for i, x in own.items()}}, own
 
     totals = {i: loop.total(leaves[i], loop.kinds[i]) for i in moved if i not in loop.streams}
-    (d_streams, totals), _ = loop.scan(body, (d_end, totals), leaves, reverse=True)
+    own = {i: jnp.zeros(leaves[i].shape[1:], leaves[i].dtype) for i in apart}
+    (d_streams, totals, _), _ = loop.scan(body, (d_end, totals, own), leaves, reverse=True, enter=enter, leave=leave)
     totals |= {i: d for i, d in zip(loop.streams, d_streams, strict=True) if perturbed[i]}
     return [totals.get(i) for i in range(len(leaves))], None
 
