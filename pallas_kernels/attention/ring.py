@@ -41,12 +41,14 @@ def forward(run: Callable[..., Any], divided: Any, query, key, value, where, *, 
         share = [jnp.exp(x - both).swapaxes(1, 2)[..., None] for x in (lse, other)]
         return share[0] * out + share[1] * more.astype(jnp.float32), both
 
-    carry = out.astype(jnp.float32), lse
-    held = key, value, where.key_segment
-    for number in range(1, _count(divided)):
+    def turn(number, state):
+        carry, held = state
         held = _handed_on(axes, held)
-        carry = _where_met(axes, number, causal, join, carry, held)
-    return carry[0].astype(query.dtype), carry[1]
+        return _where_met(axes, number, causal, join, carry, held), held
+
+    state = (out.astype(jnp.float32), lse), (key, value, where.key_segment)
+    (out, lse), _ = jax.lax.fori_loop(1, divided.count("s"), turn, state)
+    return out.astype(query.dtype), lse
 
 
 def backward(run: Callable[..., Any], divided: Any, query, key, value, where, out, lse, d_out, *, causal, **options):
@@ -67,10 +69,13 @@ def backward(run: Callable[..., Any], divided: Any, query, key, value, where, ou
         inputs = query, key, value, where._replace(key_segment=segment), out, lse, d_out
         return jax.tree.map(jnp.add, carry, wide(run(*inputs, causal=False, **options)))
 
-    held = key, value, where.key_segment
-    for number in range(1, _count(divided)):
+    def turn(number, state):
+        (total, *sums), held = state
         held, sums = _handed_on(axes, (held, sums))
-        total, *sums = _where_met(axes, number, causal, add, (total, *sums), held)
+        return _where_met(axes, number, causal, add, (total, *sums), held), held
+
+    state = (total, *sums), (key, value, where.key_segment)
+    (total, *sums), _ = jax.lax.fori_loop(1, divided.count("s"), turn, state)
     sums = _handed_on(axes, sums)  # home
     return tuple(x.astype(like.dtype) for x, like in zip((total, *sums), (query, key, value), strict=True))
 
@@ -95,10 +100,6 @@ def _gathered(axes, key, value, where, queries: int):
     )
 
 
-def _count(divided) -> int:
-    return divided.count("s")
-
-
 def _handed_on(axes, arrays):
     """The arrays of the device before; the first gets those of the last."""
     count = jax.lax.axis_size(axes)
@@ -106,8 +107,8 @@ def _handed_on(axes, arrays):
     return jax.tree.map(lambda x: jax.lax.ppermute(x, axes, to_next), arrays)
 
 
-def _where_met(axes, number: int, causal: bool, function, carry, held):
-    """function(carry, held) in round `number`; of causal attention only on devices that meet a part before theirs."""
+def _where_met(axes, number, causal: bool, function, carry, held):
+    """function(carry, held) in a round; of causal attention only on devices that meet a part before theirs."""
     if not causal:
         return function(carry, held)
     met = jax.lax.axis_index(axes) >= number
