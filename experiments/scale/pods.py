@@ -6,8 +6,9 @@
 Steps of Llama-3.1-8B's, -70B's and -405B's geometry on slices of TPU v5p, compiled without one: rows of 4096 tokens,
 bfloat16, rank 16 on all linear maps, layers recomputed but for their inputs (`blocks`). Weak scaling: a row per chip;
 weights over all chips of a slice of up to 64 (`fsdp`), beyond that over 64, and rows over the rest (`data`). Strong
-scaling: 1024 rows, 4 Mi tokens, on ever more chips. The smallest slice: with a row per chip. Data in
-results/scale/pods.json, tables in pods.md, picture in pods.png.
+scaling: 1024 rows, 4 Mi tokens, on ever more chips. The smallest slice: with a row per chip. Long rows: one row of
+128 Ki or 1 Mi tokens (more positions than Llama 3.1 is made for), divided over the chips (`seq`), the weights of 70B
+over eight of them (`tensor`). Data in results/scale/pods.json, tables in pods.md, picture in pods.png.
 """
 
 from __future__ import annotations
@@ -66,6 +67,18 @@ def smallest() -> list[dict[str, Any]]:
     return [key(*of, of[-1]) for of in [*between, ("llama3.1-70b", "full", 16), ("llama3.1-70b", "full", 32)]]
 
 
+def long() -> list[dict[str, Any]]:
+    """One row of 128 Ki or 1 Mi tokens."""
+    tokens = (1 << 17, 1 << 20)
+    small = [("llama3.1-8b", n, length, f"seq={n}") for length in tokens for n in (8, 64)]
+    meshes = {8: "tensor=8", 64: "tensor=8,seq=8", 256: "tensor=8,seq=32"}
+    large = [("llama3.1-70b", n, length, mesh) for length in tokens for n, mesh in meshes.items()]
+    return [
+        {**key(geometry, "lora", n, 1), "seq_len": length, "mesh": mesh}
+        for geometry, n, length, mesh in [*small, *large]
+    ]
+
+
 def measure(of: common.Row) -> common.Row:
     """A point's bytes of a chip, FLOPs, collectives and bound, as `jaxpeft plan --mesh` gives them."""
     begun, target = time.process_time(), targets.target(of["target"])
@@ -73,6 +86,7 @@ def measure(of: common.Row) -> common.Row:
     options = () if of["method"] == "full" else (RANK, "all-linear")
     method = recipe.parse(of["method"], **dict(zip(("rank", "targets"), options, strict=False)))
     config = geometries.load(of["geometry"])
+    config |= {"max_position_embeddings": max(config["max_position_embeddings"], of["seq_len"])}
     step = planner.make_step(config, method, of["batch_size"], of["seq_len"], of["save"], of["dtype"], mesh=mesh)
     made = pods.row(step, target)
     names = ("chips", "bytes", "device_bytes", "fits", "flops", "recompute_flops", "flops_per_chip", "collectives")
@@ -92,7 +106,7 @@ def known(figures: common.Figures, keys: Iterable[dict[str, Any]]) -> list[commo
 
 
 HEAD = ["geometry", "method", "chips", "mesh", "arguments", "temporaries", "total", "fits", "TFLOP"]
-HEAD += [*KINDS[:4], "compute", "memory", "interconnect", "utilisation"]
+HEAD += [*KINDS, "compute", "memory", "interconnect", "utilisation"]
 
 
 def cells(row: common.Row) -> list[Any]:
@@ -109,7 +123,7 @@ def cells(row: common.Row) -> list[Any]:
         *(f"{sizes[name] / GIB:.2f}" for name in ("arguments", "temporaries", "total")),
         "yes" if row["fits"] else "no",
         f"{row['flops_per_chip'] / 1e12:,.0f}",
-        *(f"{sent[kind]['sent'] / GIB:.2f}" if kind in sent else "" for kind in KINDS[:4]),
+        *(f"{sent[kind]['sent'] / GIB:.2f}" if kind in sent else "" for kind in KINDS),
         *times,
         f"{bound['utilisation']:.0%}" if bound and row["fits"] else "",
     ]
@@ -151,11 +165,13 @@ def fitting(rows: list[common.Row]) -> str:
     return common.table(["geometry", "method", "the smallest slice that fits", "the largest that does not"], body)
 
 
-def document(rows: list[common.Row], steps: list[common.Row], others: list[common.Row]) -> str:
+def document(
+    rows: list[common.Row], steps: list[common.Row], others: list[common.Row], longer: list[common.Row]
+) -> str:
     """All tables under their titles."""
     jax, slowest = (
         ", ".join(sorted({row["jax"] for row in rows})),
-        max(row.get("cpu_seconds", 0) for row in (*rows, *steps, *others)),
+        max(row.get("cpu_seconds", 0) for row in (*rows, *steps, *others, *longer)),
     )
     return f"""# Steps on 8 to 1024 chips
 
@@ -173,7 +189,10 @@ chip; by kind, GiB that it sends; milliseconds at least. The slowest plan took {
 
 Of the slices compiled, a row per chip.
 
-{fitting([*rows, *others])}"""
+{fitting([*rows, *others])}
+## One long row
+
+{common.table(["tokens", *HEAD], ([f"{row['seq_len']:,}", *cells(row)] for row in longer))}"""
 
 
 def draw(rows: list[common.Row], steps: list[common.Row], path: Path) -> None:
@@ -216,6 +235,6 @@ def draw(rows: list[common.Row], steps: list[common.Row], path: Path) -> None:
 if __name__ == "__main__":
     args = common.arguments(__doc__)
     figures = common.Figures(NAME, None if args.draw else measure, FOLDER)
-    rows, steps, others = known(figures, weak()), known(figures, strong()), known(figures, smallest())
-    common.write(f"{NAME}.md", document(rows, steps, others), FOLDER)
+    rows, steps, others, longer = (known(figures, keys()) for keys in (weak, strong, smallest, long))
+    common.write(f"{NAME}.md", document(rows, steps, others, longer), FOLDER)
     draw(rows, steps, FOLDER / f"{NAME}.png")
