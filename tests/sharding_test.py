@@ -19,6 +19,7 @@ from tests import methods_test
 
 ROOT = Path(__file__).parent.parent
 MESHES = ("data=8", "fsdp=8", "tensor=8", "seq=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,seq=2")
+PLANS = ("compressed", "offload")
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
 
@@ -29,14 +30,16 @@ import jax, numpy as np
 import jaxpeft as jp
 from jaxpeft import sharding, tree
 from jaxpeft.backward import residuals
+from jaxpeft.backward.plan import parse
 from tests import methods_test, sharding_test, tiny
 
 def run(name, meshes):
-    name, _, groups = name.partition(" in ")
+    name, _, how = name.partition(" ")
+    groups = how == "in groups"
     base, params = tiny.model(**sharding_test.SIZES)
     method = methods_test.made(name)
     model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
-    plan = residuals.default_plan(model)
+    plan = parse(how) if how and not groups else residuals.default_plan(model)
     model = residuals.remat(model, plan._replace(tokens=16) if groups else plan, 8 if groups else 1)
     optimizer = methods_test.make_direction(methods_test.defaults(method.specs).direction)
     step = jp.make_train_step(model, method, optimizer, rate=1e-3)
@@ -76,19 +79,20 @@ def found():
     # Each on a mesh of three axes and on one of the others, in turn.
     wanted = {name: [MESHES[-1], MESHES[i % (len(MESHES) - 1)]] for i, name in enumerate(methods_test.METHODS)}
     wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
+    wanted |= {f"lora {plan}": [MESHES[-1]] for plan in PLANS}
     arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("name", [*methods_test.METHODS, "lora in groups"])
+@pytest.mark.parametrize("name", [*methods_test.METHODS, "lora in groups", *(f"lora {plan}" for plan in PLANS)])
 def test_a_mesh_learns_what_one_device_learns(found, name):
     """Losses of three steps to float32's rounding; leaves as Adam magnifies it where a gradient is nearly zero."""
     one, *others = found[name].values()
     for other in others:
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        assert other["leaves"] < 1e-2
+        assert other["leaves"] < (1e-2 if name != "lora compressed" else 5e-2)  # whose codes a rounding may change
 
 
 def collectives(hlo, kind):
