@@ -309,4 +309,8 @@ def first_column(j, k, last: int):
 
 def inside(tile: jax.Array, start, total: int, axis: int) -> jax.Array:
     """A tile with zeros where its rows (axis of the tile, numbered from `start`) lie beyond the array's `total`."""
-    return jnp.where(numbers(start, tile.shape[axis], axis) < total, tile, jnp.zeros_like(tile))
+    if axis == 0:
+        return jnp.where(numbers(start, tile.shape[axis], axis) < total, tile, jnp.zeros_like(tile))
+    # A mask of one row is not spread over the rows of a 16-bit tile.
+    own = start + jax.lax.broadcasted_iota(jnp.int32, tile.shape, axis)
+    return jnp.where(own < total, tile.astype(jnp.float32), 0.0).astype(tile.dtype)

@@ -101,6 +101,7 @@ COMPILED = [
     ("v6e", 8192, 8192, 128, 64, jnp.bfloat16, 0.1),
     ("v5p", 8192, 8192, 28672, 256, jnp.bfloat16, 0.0),
     ("v5p", 2047, 3584, 8192, 4, jnp.float32, 0.1),
+    ("v5e", 192, 256, 512, 4, jnp.bfloat16, 0.0),  # of a mask of few rows, in two tiles of lanes
 ]
 
 
