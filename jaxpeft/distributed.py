@@ -47,6 +47,7 @@ _PARTING = 10.0  # seconds in which a process that has failed, and then the firs
 # JAX's own heartbeat ends all processes without a word of whose fault it was; it comes after ours.
 _JAX_HEARTBEAT = 100
 _ARRIVAL = 300  # seconds that a process waits for the others at the start
+_NOTICE = 20  # seconds after which it says so
 
 
 # What the processes know of each other.
@@ -355,6 +356,7 @@ def failing() -> Iterator[None]:
 
 def _initialize(where: Place) -> None:
     known = where.processes is not None
+    _check_address(where.coordinator)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
 
     def alone() -> None:
@@ -364,6 +366,11 @@ def _initialize(where: Place) -> None:
         os._exit(1)
 
     _hear_aborts(alone)
+    at = where.coordinator or "the address that was found"
+    line = f"waiting for all processes at {at}, for up to {_ARRIVAL} seconds\n"
+    notice = threading.Timer(_NOTICE, sys.stderr.write, [line])
+    notice.daemon = True
+    notice.start()
     try:
         jax.distributed.initialize(
             coordinator_address=where.coordinator,
@@ -378,7 +385,19 @@ def _initialize(where: Place) -> None:
         what = f"--processes {where.processes or 'auto'}"
         hint = "" if known else "; give --processes, --process-id and --coordinator"
         raise InputError(f"{what}: the processes cannot be connected: {first_line(error)}{hint}") from None
+    finally:
+        notice.cancel()
     _hear_aborts(None)
+
+
+def _check_address(coordinator: str | None) -> None:
+    """JAX would wait for a host that there is not."""
+    host = (coordinator or "").rpartition(":")[0].strip("[]")
+    try:
+        if host:
+            socket.getaddrinfo(host, None)
+    except OSError as error:
+        raise InputError(f"--coordinator {coordinator}: there is no host {host!r}: {error.strerror}") from None
 
 
 def _hear_aborts(end: Callable[[], None] | None) -> None:

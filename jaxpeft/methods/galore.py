@@ -275,11 +275,16 @@ def _one_at_a_time(decompose: Callable[[jax.Array], jax.Array]) -> Callable[[jax
 
 
 def leading(matrix: jax.Array, rank: int) -> jax.Array:
-    """The leading left singular vectors of a matrix (..., n, k): (..., n, r)."""
+    """The leading left singular vectors of a matrix (..., n, k): (..., n, r), the largest element of each positive.
+
+    A decomposition's signs are those of rounding: other devices would have others, and Adam's moments outlive P.
+    """
 
     def one(matrix: jax.Array) -> jax.Array:
         q, t = jnp.linalg.qr(matrix.astype(jnp.float32))
-        return jnp.matmul(q, jnp.linalg.svd(t, full_matrices=False)[0][:, :rank], precision="highest")
+        found = jnp.matmul(q, jnp.linalg.svd(t, full_matrices=False)[0][:, :rank], precision="highest")
+        largest = jnp.take_along_axis(found, jnp.argmax(jnp.abs(found), axis=0)[None], axis=0)
+        return jnp.where(largest < 0, -found, found)
 
     return _one_at_a_time(one)(matrix)
 

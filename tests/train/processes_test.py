@@ -186,6 +186,14 @@ def test_a_process_that_waits_in_vain_says_so(files, tmp_path, index):
     assert "--processes 2: waited for 2 seconds at 127.0.0.1" in done.stderr.splitlines()[-1]
 
 
+def test_a_host_that_there_is_not_is_named(files, tmp_path):
+    args = runs.arguments(files, tmp_path / "run", processes=2, process_id=0, coordinator="no-such-host.invalid:80")
+    argv, environment = runs.command(args)
+    done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert "--coordinator no-such-host.invalid:80: there is no host 'no-such-host.invalid'" in done.stderr
+
+
 # Which process this is.
 
 
