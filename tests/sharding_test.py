@@ -76,8 +76,9 @@ print(json.dumps({name: run(name, meshes) for name, meshes in json.loads(sys.arg
 def found():
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    # Each on a mesh of three axes and on one of the others, in turn.
-    wanted = {name: [MESHES[-1], MESHES[i % (len(MESHES) - 1)]] for i, name in enumerate(methods_test.METHODS)}
+    # Each on a mesh of three axes, and on one of the others, in turn, with the devices in another order.
+    others = [f"{mesh} backwards" for mesh in MESHES[:-1]]
+    wanted = {name: [MESHES[-1], others[i % len(others)]] for i, name in enumerate(methods_test.METHODS)}
     wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
     wanted |= {f"lora {plan}": [MESHES[-1]] for plan in PLANS}
     arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
