@@ -48,7 +48,7 @@ def measure(key: common.Row) -> common.Row:
     where = targets.target(key["target"])
     targets.compile(where, jnp.sin, jax.ShapeDtypeStruct((), jnp.float32))  # the compiler is loaded before it is timed
     start = time.process_time()
-    compiled = targets.compile(where, step.function, *planner.placed(step, where), donate_argnums=0)
+    compiled = targets.compile(where, step.function, *planner.placed(step), donate_argnums=0)
     return {
         "memory": {**compiled.memory._asdict(), "total": compiled.memory.total, "host": compiled.memory.host},
         "fits": compiled.fits,
