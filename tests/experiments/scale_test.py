@@ -22,11 +22,11 @@ def test_the_document_is_drawn_from_the_data(points):
 
 
 def test_a_chips_bytes_and_flops_hardly_grow(points):
-    """From 8 chips to 1024, a row for each."""
+    """From 8 chips to 1024, a row for each, with adapters; full fine-tuning's table says by how much it grows."""
     rows, *_ = points
     seen = 0
     for _, of in pods.by(rows).items():
-        fitting = [row for row in of if row["fits"]]
+        fitting = [row for row in of if row["fits"] and row["method"] != "full"]
         if len(fitting) > 1:
             assert pods.growth(fitting, lambda row: row["bytes"]["total"]) <= 0.05
             assert pods.growth(fitting, lambda row: row["flops_per_chip"]) <= 0.05
