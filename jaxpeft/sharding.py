@@ -295,10 +295,14 @@ def divides() -> bool:
     return _mesh() is not None
 
 
-def shards() -> tuple[int, int]:
-    """Parts into which a batch is divided: of its rows, and of each row's tokens."""
+def shards(rows: int, tokens: int) -> tuple[int, int]:
+    """Parts into which a batch (B, S) is divided: of its rows, and of each row's tokens; 1 of what is no multiple."""
     mesh = _mesh()
-    return (1, 1) if mesh is None else (num_shards(mesh), mesh.shape[TOKENS])
+    if mesh is None:
+        return 1, 1
+    parts = (num_shards(mesh), rows), (mesh.shape[TOKENS], tokens)
+    across, along = (count if size % count == 0 else 1 for count, size in parts)
+    return across, along
 
 
 def rows(x: Any) -> Any:

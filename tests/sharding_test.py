@@ -192,4 +192,5 @@ def test_only_axes_that_the_compiler_divides_are_spoken_of(kind, shards, monkeyp
     kinds = (getattr(jax.sharding.AxisType, kind),) * 4
     mesh = jax.sharding.AbstractMesh((2, 2, 2, 2), sharding.AXES, axis_types=kinds)
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
-    assert sharding.shards() == shards
+    assert sharding.shards(8, 6) == shards
+    assert sharding.shards(3, 5) == (1, 1)

@@ -173,7 +173,7 @@ class Loop(NamedTuple):
         """The step with a number."""
         return Step(number, number // self.groups, number % self.groups)
 
-    def of_layer(self, i: int) -> bool:
+    def by_layer(self, i: int) -> bool:
         """Whether a leaf is of layers, each step's part of it that of its layer."""
         return self.kinds[i] in ("layer", "each")
 

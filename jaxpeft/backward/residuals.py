@@ -369,7 +369,7 @@ def _backward(loop, plan, saved, d_end):
     moved = [i for i, use in enumerate(perturbed) if use or i in loop.streams]
 
     # On a mesh sums over devices are taken as each layer's are complete: else XLA takes those of the whole stack there.
-    apart = [i for i in moved if i not in loop.streams and loop.nested and sharding.gathers() and loop.of_layer(i)]
+    apart = [i for i in moved if i not in loop.streams and loop.nested and sharding.gathers() and loop.by_layer(i)]
 
     def body(carry, parts, step):
         d_streams, totals, own = carry

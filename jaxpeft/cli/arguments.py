@@ -126,7 +126,7 @@ def methods(args: StepArguments) -> list[tuple[str, Any]]:
     return recipe.several(args.method, args.method_options, rank=args.rank, alpha=args.alpha, targets=args.targets)
 
 
-def meshes(args: StepArguments, target: Any) -> str | None:
+def mesh_text(args: StepArguments, target: Any) -> str | None:
     """The text of the mesh for a target: what is asked for, else fsdp over all devices of one that has several.
 
     Raises:

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, methods, parse_bytes, settled
-from jaxpeft.cli.arguments import meshes as meshes_of
+from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, mesh_text, methods, parse_bytes, settled
 from jaxpeft.errors import InputError
 from jaxpeft.files import check_creatable
 
@@ -83,7 +82,7 @@ def run(args: Plan) -> dict[str, Any]:
     from jaxpeft.models import geometries
 
     devices = targets.targets(args.target)
-    texts = {device: meshes_of(args, device) for device in devices}
+    texts = {device: mesh_text(args, device) for device in devices}
     if args.check and (several := next((device for device in devices if texts[device]), None)):
         raise InputError(f"--check: runs the step on one device, and --target {several.name} has {several.chips}")
     plans = [None] if args.save is None else [parse(text) for text in args.save.split(";")]

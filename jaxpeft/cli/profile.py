@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, meshes, methods, settled
+from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, mesh_text, methods, settled
 from jaxpeft.errors import InputError
 from jaxpeft.files import check_empty
 
@@ -130,7 +130,7 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
 
     assert args.seq_len is not None
     device = targets.target(args.target)
-    text = meshes(args, device)
+    text = mesh_text(args, device)
     if text == "auto":
         raise InputError("--mesh auto: `jaxpeft plan` finds it; name it here")
     mesh = sharding.make_mesh(text, targets.devices(device)) if text else None

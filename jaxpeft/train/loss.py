@@ -58,7 +58,7 @@ def completion_loss(
     shares = batch["loss_weights"] / jnp.maximum(weight, 1e-9)
 
     vocabulary = jax.eval_shape(model.head, params, x[0]).shape[-1]
-    shards = sharding.shards()
+    shards = sharding.shards(*x.shape[:2])
     count = math.prod(shards)
     tokens = math.prod(x.shape[:2])
     chunks = _chunks(tokens // count, chunk or _chunk(x, vocabulary, count))

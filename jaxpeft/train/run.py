@@ -113,8 +113,7 @@ class Run:
     mesh: str | None = None
     """Devices to divide the run over, AXIS=DEVICES,...: data (rows of the batch), fsdp (rows, and every matrix), tensor
     (heads and features), seq (tokens of a row); auto: fsdp, and tensor and seq of what the batch does not divide. A run
-    may be continued on another mesh. Default: one device; with several processes fsdp over
-    all of their devices."""
+    may be continued on another mesh. Default: one device; with several processes fsdp over all of their devices."""
     processes: int | Literal["auto"] | None = None
     """Processes that train together, each started with the same flags; auto asks JAX, as on a TPU slice. Default: as
     SLURM's srun, Open MPI's mpirun or JAX_NUM_PROCESSES say, else one."""
