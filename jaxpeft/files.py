@@ -159,7 +159,7 @@ def check_creatable(target: Path) -> None:
         raise InputError(f"{shown}: a name in it has {len(longest)} bytes; at most {name} here")
     if (size := len(os.fsencode(whole))) > path - _ROOM:
         raise InputError(f"{shown}: has {size} bytes; at most {path - _ROOM} here, to leave room for what is in it")
-    if os.path.lexists(there):
+    if _is_something_else(there):
         raise InputError(f"{shown}: {there} is no folder")
     try:
         tempfile.mkdtemp(prefix=_PROBE, dir=ancestor)
@@ -168,6 +168,14 @@ def check_creatable(target: Path) -> None:
     for probe in ancestor.glob(f"{_PROBE}*"):  # and what a process left that was killed between these lines
         with contextlib.suppress(OSError):
             probe.rmdir()
+
+
+def _is_something_else(path: Path) -> bool:
+    """Whether there is something at a path, and no folder; another process may be making or removing one."""
+    try:
+        return not stat.S_ISDIR(os.stat(path).st_mode)
+    except OSError:
+        return os.path.islink(path)
 
 
 _PROBE = ".jaxpeft-probe-"

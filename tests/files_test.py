@@ -41,6 +41,19 @@ def test_a_folder_that_cannot_be_made_is_refused_beforehand(path, reason, check,
     assert sorted(os.listdir(tmp_path)) == before
 
 
+def test_a_folder_that_another_process_makes_and_removes_can_be_made(tmp_path, monkeypatch):
+    """It appears just after it was found missing."""
+    isdir = os.path.isdir
+
+    def late(path):
+        found = isdir(path)
+        (tmp_path / "run").mkdir(exist_ok=True)
+        return found
+
+    monkeypatch.setattr(os.path, "isdir", late)
+    files.check_creatable(tmp_path / "run")
+
+
 @pytest.mark.parametrize("name", ["run", "deep/er/run", "n" * 255, "ü" * 120])
 def test_a_folder_that_can_be_made_appears(name, tmp_path):
     (tmp_path / ".jaxpeft-probe-killed").mkdir()  # by a process that was killed in this

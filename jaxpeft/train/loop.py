@@ -99,7 +99,7 @@ def train(args: Run) -> dict[str, Any]:
             say(f"{out}: the run is finished; this is its report")
             return finished
         old = config.with_steps(old, args.steps)
-    else:
+    elif distributed.is_first():  # which is making it, while others may look
         config.check_folder(out)
     try:
         with folder.alone(out):
@@ -118,7 +118,7 @@ def train(args: Run) -> dict[str, Any]:
 
 def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
     """`train`, where no other process runs in the folder; `old` is the document of a run that is continued."""
-    if old is None:
+    if old is None and distributed.is_first():
         config.check_new(out)
     if (group := distributed.group()) is not None:
         group.agree(config.shared(args))
