@@ -159,7 +159,7 @@ def check_creatable(target: Path) -> None:
         raise InputError(f"{shown}: a name in it has {len(longest)} bytes; at most {name} here")
     if (size := len(os.fsencode(whole))) > path - _ROOM:
         raise InputError(f"{shown}: has {size} bytes; at most {path - _ROOM} here, to leave room for what is in it")
-    if _is_something_else(there):
+    if _occupied(there):
         raise InputError(f"{shown}: {there} is no folder")
     try:
         tempfile.mkdtemp(prefix=_PROBE, dir=ancestor)
@@ -170,8 +170,8 @@ def check_creatable(target: Path) -> None:
             probe.rmdir()
 
 
-def _is_something_else(path: Path) -> bool:
-    """Whether there is something at a path, and no folder; another process may be making or removing one."""
+def _occupied(path: Path) -> bool:
+    """Whether something that is no folder lies at a path; another process may be making or removing a folder."""
     try:
         return not stat.S_ISDIR(os.stat(path).st_mode)
     except OSError:

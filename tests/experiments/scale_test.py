@@ -21,17 +21,31 @@ def test_the_document_is_drawn_from_the_data(points):
     assert pods.document(*points) == (pods.FOLDER / f"{pods.NAME}.md").read_text()
 
 
-def test_a_chips_bytes_and_flops_hardly_grow(points):
-    """From 8 chips to 1024, a row for each, with adapters; full fine-tuning's table says by how much it grows."""
-    rows, *_ = points
-    seen = 0
-    for _, of in pods.by(rows).items():
-        fitting = [row for row in of if row["fits"] and row["method"] != "full"]
-        if len(fitting) > 1:
-            assert pods.growth(fitting, lambda row: row["bytes"]["total"]) <= 0.05
-            assert pods.growth(fitting, lambda row: row["flops_per_chip"]) <= 0.05
-            seen += fitting[-1]["chips"] == 1024
-    assert seen
+BEYOND = (("full", "llama3.1-70b"), ("full", "llama3.1-405b"))
+GROWS = pytest.mark.xfail(reason="full fine-tuning: 5.3 and 8.3 % from 64 chips to 1024", strict=True)
+
+
+@pytest.mark.parametrize("method", pods.METHODS)
+@pytest.mark.parametrize("geometry", pods.GEOMETRIES)
+def test_a_chips_flops_hardly_grow(points, geometry, method):
+    """Up to 1024 chips, a row for each."""
+    of = pods.by(points[0])[geometry, method]
+    assert [row["chips"] for row in of] == [*pods.WEAK]
+    assert pods.growth(of, lambda row: row["flops_per_chip"]) <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("geometry", "method"),
+    [
+        pytest.param(geometry, method, marks=[GROWS] if (method, geometry) in BEYOND else [])
+        for geometry in pods.GEOMETRIES
+        for method in pods.METHODS
+    ],
+)
+def test_a_chips_bytes_hardly_grow(points, geometry, method):
+    """Up to 1024 chips, a row for each."""
+    of = pods.by(points[0])[geometry, method]
+    assert pods.growth(of, lambda row: row["bytes"]["total"]) <= 0.05
 
 
 def test_frozen_weights_travel_and_only_what_trains_is_summed(points):

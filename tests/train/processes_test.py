@@ -169,6 +169,18 @@ def test_refusals_are_one_line_of_one_process(files, tmp_path, mesh, differ, mes
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(("name", "message"), [("file", "is a file"), ("ran", "already holds a run")])
+def test_a_folder_that_cannot_be_used_is_one_line_of_the_first(files, tmp_path, name, message):
+    """The others do not look at it, and end."""
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "ran").mkdir()
+    (tmp_path / "ran" / "config.json").write_text("{}")
+    status, _, said = zip(*ends(start(runs.arguments(files, tmp_path / name), 2)), strict=True)
+    assert status == (2, 2)
+    assert message in said[0] and said[0].count("\n") == 1 and said[1] == ""
+    assert (tmp_path / "file").read_text() == "kept"
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_process_that_waits_in_vain_says_so(files, tmp_path, index):
     """After what JAX prints itself."""
