@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
+    from jaxpeft.methods.miss import miss
     from jaxpeft.methods.oft import oft
     from jaxpeft.methods.paca import paca
     from jaxpeft.methods.parallel import parallel
@@ -82,6 +83,7 @@ _MODULE_OF = {
     "make_train_step": "train.step",
     "masked": "train.masked",
     "meft": "methods.meft",
+    "miss": "methods.miss",
     "oft": "methods.oft",
     "paca": "methods.paca",
     "quantize": "methods.quantize",

@@ -43,6 +43,9 @@ class AdapterConfig(TypedDict, total=False):
     init_lora_weights: Flag | Text | None
     # IA3
     feedforward_modules: _Names
+    # MISS
+    init_weights: Flag | Text | None
+    miss_dropout: Annotated[Number, Ge(0), Lt(1)] | None
     # OFT
     coft: Flag | None
     block_share: Flag | None
