@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
+    from jaxpeft.methods.miss import miss
+    from jaxpeft.methods.oft import oft
     from jaxpeft.methods.paca import paca
     from jaxpeft.methods.parallel import parallel
     from jaxpeft.methods.pfeiffer import pfeiffer
@@ -81,6 +83,8 @@ _MODULE_OF = {
     "make_train_step": "train.step",
     "masked": "train.masked",
     "meft": "methods.meft",
+    "miss": "methods.miss",
+    "oft": "methods.oft",
     "paca": "methods.paca",
     "quantize": "methods.quantize",
     "mezo": "methods.mezo",

@@ -27,7 +27,7 @@ class AdapterConfig(TypedDict, total=False):
     base_model_name_or_path: Text | None
     modules_to_save: list[Text] | None
     # LORA
-    r: _Rank
+    r: Annotated[Index, Le(2**20)]  # 0 where OFT's blocks have a size
     lora_alpha: _Alpha
     lora_dropout: Annotated[Number, Ge(0), Lt(1)] | None
     rank_pattern: dict[Text, _Rank] | None
@@ -43,6 +43,14 @@ class AdapterConfig(TypedDict, total=False):
     init_lora_weights: Flag | Text | None
     # IA3
     feedforward_modules: _Names
+    # MISS
+    init_weights: Flag | Text | None
+    miss_dropout: Annotated[Number, Ge(0), Lt(1)] | None
+    # OFT
+    coft: Flag | None
+    block_share: Flag | None
+    use_cayley_neumann: Flag | None
+    num_cayley_neumann_terms: Count | None
     # PREFIX_TUNING
     num_virtual_tokens: Count | None
     num_layers: Count | None

@@ -22,6 +22,10 @@ METHODS = {
     "dora": jp.dora(rank=4, alpha=6, rslora=True, rank_pattern={"q_proj": 2}),
     "ia3": jp.ia3(),
     "ia3 on inputs": jp.ia3(targets=["o_proj", "down_proj"], feedforward=["o_proj", "mlp/down_proj"]),
+    "miss": jp.miss(6),
+    "miss, mini": jp.miss(8, mini=4),
+    "oft": jp.oft(8),
+    "oft with patterns": jp.oft(8, terms=6, share=True, block_pattern={"down_proj": 14}),
     "lora_fa": jp.lora_fa(rank=4, alpha=8),
     "lora_fa from seeds": jp.lora_fa(rank=4, alpha=8, store_a=False, init="orthonormal"),
 }

@@ -23,7 +23,7 @@ Users' mistakes are `InputError`s without the file's name, which the callers put
 
 from jaxpeft.peft.form.kinds import ALWAYS, Base, Form, Tensor, Written, base_of, form_of, method_for
 from jaxpeft.peft.form.lora import lora_pairs
-from jaxpeft.peft.form.sites import Part, per_site
+from jaxpeft.peft.form.sites import Part, as_target_modules, commonest, per_site, sites_as_targets
 from jaxpeft.peft.form.vectors import vectors
 from jaxpeft.peft.form.whole import from_keys_values, per_model, to_keys_values
 
@@ -34,13 +34,16 @@ __all__ = [
     "Part",
     "Tensor",
     "Written",
+    "as_target_modules",
     "base_of",
+    "commonest",
     "form_of",
     "from_keys_values",
     "lora_pairs",
     "method_for",
     "per_model",
     "per_site",
+    "sites_as_targets",
     "to_keys_values",
     "vectors",
 ]

@@ -59,7 +59,8 @@ class Tensor(NamedTuple):
 
     suffix: its name after the module's, such as "lora_A.weight".
     axes: one letter each, in PEFT's order: n the module's inputs, m its outputs, 1 an axis of one, r a rank that the
-      tensors of a module share. The leaf has the axes in reverse, without those of one.
+      tensors of a module share, any other letter a size that a site's modules have in common. The leaf has the axes in
+      reverse, without those of one.
     """
 
     suffix: str

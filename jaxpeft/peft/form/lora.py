@@ -142,7 +142,9 @@ def lora_pairs(
 
 
 def _check_lora(fields: Fields) -> None:
-    """Refuses what changes biases or kernels."""
+    """Refuses what changes biases or kernels, and a rank of none."""
+    if fields.get("r") == 0:
+        raise InputError("r 0 should be at least 1")
     if (bias := fields.get("bias", "none")) != "none":
         raise InputError(f"bias {bias!r} is not supported; supported: 'none'")
     init = fields.get("init_lora_weights", True)

@@ -256,7 +256,7 @@ def _stacked(
         own = {name: parts[name] for name in layers[site] if name in parts}
         _, layer, n, m = base.modules[layers[site][0]]
         present = [_size(tensors[leaf], x, "r") for part in own.values() for leaf, x in part.items()]
-        sizes = {"n": n, "m": m, "r": max(ranks.get(site, 0), *present, 0)}
+        sizes = _own_sizes(own, tensors) | {"n": n, "m": m, "r": max(ranks.get(site, 0), *present, 0)}
         if ranks.get(site, 0) > min(n, m):
             raise InputError(f"ranks: {site} has {ranks[site]}, above the smaller side of its {n} x {m} kernel")
         found[site] = {}
@@ -274,6 +274,21 @@ def _stacked(
                 rows.append(row)
             found[site][leaf] = jnp.asarray(rows[0] if layer is None else np.stack(rows))
     return found
+
+
+def _own_sizes(parts: Mapping[str, Mapping[str, np.ndarray]], tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Sizes along the tensors' other axes, of which a site's modules have the same.
+
+    Raises:
+      InputError: if two of them differ.
+    """
+    sizes: dict[str, int] = {}
+    for name, part in parts.items():
+        for leaf, x in part.items():
+            for letter, size in zip(_axes(tensors[leaf]), x.shape, strict=True):
+                if letter not in "nmr" and sizes.setdefault(letter, size) != size:
+                    raise InputError(f"{name} has {tensors[leaf].suffix} of another shape than other layers have")
+    return sizes
 
 
 def sites_as_targets(sites: Iterable[str], base: Base) -> list[str]:
