@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.lisa import lisa
+    from jaxpeft.methods.ln_tuning import ln_tuning
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
@@ -75,6 +76,7 @@ _MODULE_OF = {
     "import_adapter": "peft",
     "init_state": "train.state",
     "lisa": "methods.lisa",
+    "ln_tuning": "methods.ln_tuning",
     "load_pretrained": "hf",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",

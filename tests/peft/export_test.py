@@ -21,6 +21,7 @@ METHODS = {
     "pissa": jp.lora(rank=4, init="pissa", rank_pattern={"o_proj": 2}, targets="attention"),
     "dora": jp.dora(rank=4, alpha=6, rslora=True, rank_pattern={"q_proj": 2}),
     "ia3": jp.ia3(),
+    "ln_tuning": jp.ln_tuning(),
     "ia3 on inputs": jp.ia3(targets=["o_proj", "down_proj"], feedforward=["o_proj", "mlp/down_proj"]),
     "miss": jp.miss(6),
     "miss, mini": jp.miss(8, mini=4),
