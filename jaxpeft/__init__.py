@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.sherl import sherl
+    from jaxpeft.methods.shira import shira
+    from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Context, Model, Stack
@@ -104,6 +106,8 @@ _MODULE_OF = {
     "split": "tree",
     "to_nnx": "nnx",
     "trainable_mask": "train.masked",
+    "shira": "methods.shira",
+    "svfit": "methods.svfit",
     "unipt": "methods.unipt",
     "vqt": "methods.vqt",
 }

@@ -99,8 +99,9 @@ def import_adapter(
     _check_config(folder / CONFIG, config, form, base_config)
     base = base_of(base_config, base_params)
     found = _tensors(file)
-    if integers := [name for name, tensor in found.items() if not jnp.issubdtype(tensor.dtype, jnp.floating)]:
-        raise InputError(f"{file}: {integers[0]} is {found[integers[0]].dtype}, expected floating-point numbers")
+    for name, tensor in found.items():
+        if not jnp.issubdtype(tensor.dtype, jnp.floating) and not name.endswith(form.integers):
+            raise InputError(f"{file}: {name} is {tensor.dtype}, expected floating-point numbers")
     tensors, classifier = _without_classifier(file, found, base_config)
     tensors = _without_copies(file, tensors, base_config, base_params)
     with _of(file):

@@ -51,6 +51,9 @@ class AdapterConfig(TypedDict, total=False):
     block_share: Flag | None
     use_cayley_neumann: Flag | None
     num_cayley_neumann_terms: Count | None
+    # SHIRA
+    mask_type: Text | None
+    random_seed: Index | None
     # PREFIX_TUNING
     num_virtual_tokens: Count | None
     num_layers: Count | None

@@ -61,10 +61,12 @@ class Tensor(NamedTuple):
     axes: one letter each, in PEFT's order: n the module's inputs, m its outputs, 1 an axis of one, r a rank that the
       tensors of a module share, any other letter a size that a site's modules have in common. The leaf has the axes in
       reverse, without those of one.
+    dtype: of its numbers in the file; whole ones may be kept as floating-point numbers there.
     """
 
     suffix: str
     axes: str
+    dtype: type[np.generic] = np.float32
 
 
 class Written(NamedTuple):
@@ -89,6 +91,7 @@ class Form(NamedTuple):
     when: the values that fields must have for this method to be the one that is read, among those of its type; the
       method with most of them is taken. ALWAYS: any values; None: it is not read without our jaxpeft.json.
     facts: the facts that `restore` needs.
+    integers: ends of the names of tensors that may hold integers.
     """
 
     type: str
@@ -101,6 +104,7 @@ class Form(NamedTuple):
     fields: frozenset[str]
     when: Mapping[str, Any] | None
     facts: tuple[str, ...] = ()
+    integers: tuple[str, ...] = ()
 
     def owns(self, path: str) -> bool:
         """Whether a leaf is of the method."""

@@ -90,7 +90,7 @@ def per_site(
             if (site, start) not in places:
                 raise InputError(f"{path} is no linear site of this {base.config.model_type} configuration")
             made = to_tensors(config, own, base.modules[places[site, start]])
-            arrays = {leaf: np.asarray(made[leaf], np.float32) for leaf in tensors if leaf in made}
+            arrays = {leaf: np.asarray(made[leaf], tensors[leaf].dtype) for leaf in tensors if leaf in made}
             rank = max((_size(tensors[leaf], x, "r") for leaf, x in arrays.items()), default=0)
             rows = (
                 [arrays]
@@ -133,6 +133,7 @@ def per_site(
         frozenset(fields),
         when,
         ("ranks", "extra") if ranked else ("extra",),
+        tuple(f".{tensor.suffix}" for tensor in tensors.values() if tensor.dtype == np.int32),
     )
 
 
@@ -225,13 +226,13 @@ def _parse(found: Tensors, tensors: Mapping[str, Tensor], base: Base) -> dict[st
 def _leaf(key: str, array: np.ndarray, candidates: Mapping[str, Tensor], name: str, module: Module) -> str:
     """The leaf whose shape a tensor has."""
     sizes = {"n": module.n, "m": module.m, "1": 1}
-    for leaf, (_, axes) in candidates.items():
+    for leaf, (_, axes, _) in candidates.items():
         if array.ndim == len(axes) and all(
             sizes.get(letter, size) == size for letter, size in zip(axes, array.shape, strict=True)
         ):
             return leaf
     sides = {"n": f"{sizes['n']} inputs", "m": f"{sizes['m']} outputs"}
-    named = {sides[letter]: None for _, axes in candidates.values() for letter in axes if letter in sides}
+    named = {sides[letter]: None for _, axes, _ in candidates.values() for letter in axes if letter in sides}
     raise InputError(
         f"an adapter for another base: {key} has shape {array.shape}, where {name} has {' and '.join(named)}"
     )
