@@ -6,16 +6,18 @@
 At a table whose rows x looks up, A's rows are looked up beside them, and nothing is dropped: W[x] + s A[x] B. At a
 convolution A is the kernel of another one, and B one of size 1.
 
-A is random and B zero, so the adapted model starts at the base. Kept for the backward pass: x (shared by the sites
-that read it) and x A; dropout's mask is drawn again.
+A is random and B zero, or the other way round (`init="zero_a"`), so the adapted model starts at the base. Kept for the
+backward pass: x (shared by the sites that read it) and x A; dropout's mask is drawn again.
 
 Paper: Hu et al. 2021, "LoRA", arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+ (`lr_ratio`):
 Hayou et al. 2024, arXiv:2402.12354. PiSSA (`init="pissa"`): Meng et al. 2024, arXiv:2404.02948: A, B are the principal
 part of W's singular value decomposition, W keeps the rest, and the sum starts at the base up to the rounding of W.
+OLoRA (`init="olora"`): Buyukakyuz 2024, arXiv:2406.01775: the same with the first r rows and columns of a QR
+decomposition, so that B's rows are orthonormal.
 
 Deviations: masters are float32 and cast to the stream's dtype for the product (PEFT casts the input to float32 and
-keeps that copy). PiSSA keeps its start (A0, B0) beside A, B so that the adapter can be exported for the *original*
-base as ordinary LoRA of rank 2r.
+keeps that copy). PiSSA and OLoRA keep their start (A0, B0) beside A, B so that the adapter can be exported for the
+*original* base as ordinary LoRA of rank 2r.
 """
 
 from __future__ import annotations
@@ -56,10 +58,29 @@ INITS: dict[str, Callable[..., jax.Array]] = {
     "gaussian": _gaussian,
     "orthonormal": nn.initializers.orthogonal(),
 }
+ZERO_A = "zero_a"  # A is zero, and B as kaiming's A
+
+
+def _of_svd(kernel, rank, scale):
+    u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
+    root = jnp.sqrt(s[..., :rank] / scale)
+    return u[..., :, :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
+
+
+def _of_qr(kernel, rank, scale):
+    del scale
+    q, r = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2))
+    return jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :rank], -1, -2)
+
+
+# What is taken out of a kernel W (..., n, m), float32: (W, r, s) -> A0 (..., n, r), B0 (..., r, m), W <- W - s A0 B0.
+PARTS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"pissa": _of_svd, "olora": _of_qr}
 
 
 def start_of(init: str, kernel: Any) -> Callable[..., jax.Array]:
     """How A (n, r) starts beside a kernel: kaiming's bound is that of one input where a row of a table is looked up."""
+    if init == ZERO_A:
+        return nn.initializers.zeros
     if init == "kaiming" and kind_of(kernel) == EMBEDDING:
         return lambda key, shape: jax.random.uniform(key, shape, jnp.float32, -1, 1)
     return INITS[init]
@@ -79,7 +100,7 @@ class LoRA(nn.Module):
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
         n, m = site.kernel.shape
         a = self.param("a", start_of(self.init_a, site.kernel), (n, self.rank))
-        b = self.param("b", nn.initializers.zeros, (self.rank, m))
+        b = self.param("b", _kaiming if self.init_a == ZERO_A else nn.initializers.zeros, (self.rank, m))
         rate, seed = 0.0, None
         if self.dropout and self.has_rng("dropout"):
             rate, seed = self.dropout, jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
@@ -152,7 +173,7 @@ def lora(
       rank: r, at most the smaller side of each kernel.
       alpha: numerator of the scale; None: the rank (a scale of 1, or sqrt(r) with rsLoRA).
       targets: "all-linear", "attention", "mlp", a regular expression, or a list of names (see `sites.find`).
-      init: how A starts: "kaiming" (PEFT's default), "gaussian", "orthonormal", or "pissa".
+      init: how A starts: "kaiming" (PEFT's default), "gaussian", "orthonormal"; "zero_a"; or "pissa" or "olora".
       dropout: rate of dropout in front of A.
       rslora: scale by alpha / sqrt(r).
       lr_ratio: LoRA+: the learning rate of B over that of A.
@@ -168,8 +189,8 @@ def lora(
     """
     config = dict(locals())
     check_rank("lora", rank)
-    if init not in (*INITS, "pissa"):
-        raise InputError(f"lora: init {init!r} is not one of {', '.join((*INITS, 'pissa'))}")
+    if init not in (*INITS, ZERO_A, *PARTS):
+        raise InputError(f"lora: init {init!r} is not one of {', '.join((*INITS, ZERO_A, *PARTS))}")
     if not 0 <= dropout < 1:
         raise InputError(f"lora: dropout {dropout} must be at least 0 and below 1")
 
@@ -182,14 +203,14 @@ def lora(
         return scale_of(sites.first_match(alpha_pattern or {}, site, default), r, rslora)
 
     def adapter(site):
-        return LoRA(rank_of(site), scale(site), dropout, "kaiming" if init == "pissa" else init)
+        return LoRA(rank_of(site), scale(site), dropout, "kaiming" if init in PARTS else init)
 
     choose = chosen_sites("lora", targets, rank_of, (EMBEDDING, CONVOLUTION))
 
     def prepare(params, view):
         flat = tree.flatten(params)
         for site in choose(params):
-            flat.update(_pissa(site, flat, rank_of(site), scale(site)))
+            flat.update(_parted(site, flat, rank_of(site), scale(site), PARTS[init]))
         return tree.unflatten(flat)
 
     def update(optimizer, view):
@@ -199,7 +220,7 @@ def lora(
         return optax.chain(optimizer, optax.masked(optax.scale(lr_ratio), of_b))
 
     return Method(
-        prepare=prepare if init == "pissa" else unchanged,
+        prepare=prepare if init in PARTS else unchanged,
         forward=lambda model, view: sites.attach(model, "lora", adapter, choose),
         roles=trains(lambda path: path.endswith(("/lora/a", "/lora/b"))),
         update=update if lr_ratio != 1 else unchanged,
@@ -233,8 +254,10 @@ def fold(
     return tree.unflatten(merged)
 
 
-def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.Flat:
-    """W = U S V^T -> A0 = U_r sqrt(S_r / s), B0 = sqrt(S_r / s) V_r^T, W <- W - s A0 B0; A, B start at A0, B0.
+def _parted(
+    site: str, flat: Mapping[str, Any], rank: int, scale: float, parts: Callable[..., tuple[jax.Array, jax.Array]]
+) -> tree.Flat:
+    """W <- W - s A0 B0 with `parts` of W; A, B start at A0, B0.
 
     An adapter that is already there (imported, for the original W) keeps its four leaves. Of a packed kernel the
     decomposition is of what it unpacks to, and what is left of W is packed again.
@@ -244,10 +267,7 @@ def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.
     wide = dense(kernel)
     own = {name: flat.get(f"{site}/lora/{name}") for name in ("a", "b", "a0", "b0")}
     if own["a0"] is None:
-        u, s, vt = jnp.linalg.svd(wide, full_matrices=False)
-        root = jnp.sqrt(s[..., :rank] / scale)
-        own["a"] = own["a0"] = u[..., :, :rank] * root[..., None, :]
-        own["b"] = own["b0"] = root[..., :, None] * vt[..., :rank, :]
+        own["a0"], own["b0"] = own["a"], own["b"] = parts(wide, rank, scale)
     rest = like(kernel, wide - scale * jnp.matmul(own["a0"], own["b0"], precision="highest"))
     return {path: rest, **{f"{site}/lora/{name}": leaf for name, leaf in own.items()}}
 
@@ -256,7 +276,7 @@ def _pissa(site: str, flat: Mapping[str, Any], rank: int, scale: float) -> tree.
 
 
 def _pair(config: Mapping[str, Any], leaves: Mapping[str, Any], module: Any) -> dict[str, Any]:
-    """A (..., n, r) and B (..., r, m) for the original base. PiSSA's are [A, A0] and [B; -B0]."""
+    """A (..., n, r) and B (..., r, m) for the original base: [A, A0] and [B; -B0] where they have a start."""
     del config, module
     if "a0" not in leaves:
         return {"a": leaves["a"], "b": leaves["b"]}
@@ -268,7 +288,7 @@ def _leaves(config: Mapping[str, Any], pair: Mapping[str, Any], extra: Mapping[s
     """The leaves of a site: the inverse of `_pair`."""
     del extra
     a, b = pair["a"], pair["b"]
-    if config["init"] != "pissa":
+    if config["init"] not in PARTS:
         return {"a": a, "b": b}
     r = a.shape[-1] // 2
     return {"a": a[..., :r], "a0": a[..., r:], "b": b[..., :r, :], "b0": -b[..., r:, :]}
@@ -299,5 +319,5 @@ ABOUT = About(
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),
     peft=PEFT,
-    changes_kernels=lambda config: config["init"] == "pissa",
+    changes_kernels=lambda config: config["init"] in PARTS,
 )

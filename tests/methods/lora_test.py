@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import peft
 import pytest
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
 from tests import tiny
+from tests.peft import reference
 
 
 def start(method, **changes):
@@ -71,6 +73,39 @@ def test_pissa_holds_the_principal_part():
         rtol=1e-4,
         atol=1e-4,
     )
+
+
+def test_olora_starts_where_peft_s_does(tmp_path):
+    """The products and what is left of the kernels; B's rows are orthonormal, and the model is the base."""
+    folder = reference.write_base(tmp_path / "llama")
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["up_proj", "down_proj"], init_lora_weights="olora")
+    theirs = {
+        name: p.detach().numpy()
+        for name, p in peft.get_peft_model(reference.torch_base(folder), config).named_parameters()
+    }
+    base, params = reference.load(folder)
+    model, trainable, rest = jp.setup(
+        jp.lora(4, alpha=6, init="olora", targets=["up_proj", "down_proj"]), base, params, jax.random.key(0)
+    )
+    for site in ("up_proj", "down_proj"):
+        for layer in range(2):
+            module = f"base_model.model.model.layers.{layer}.mlp.{site}"
+            a, b = (np.asarray(trainable[f"layers/mlp/{site}/lora/{leaf}"][layer]) for leaf in "ab")
+            of = lambda leaf, module=module: theirs[f"{module}.lora_{leaf}.default.weight"].T
+            reference.assert_close(a @ b, of("A") @ of("B"))
+            reference.assert_close(rest[f"layers/mlp/{site}/kernel"][layer], theirs[f"{module}.base_layer.weight"].T)
+            np.testing.assert_allclose(b @ b.T, np.eye(4), atol=1e-5)
+    reference.assert_close(reference.logits(model, jp.combine(trainable, rest)), reference.logits(base, params))
+
+
+def test_a_zero_and_b_random():
+    model, trainable, frozen = start(jp.lora(4, init="zero_a", targets=["gate_proj"]))
+    a, b = (np.asarray(trainable[f"layers/mlp/gate_proj/lora/{leaf}"]) for leaf in "ab")
+    assert not a.any() and np.abs(b).max() <= 1 / 2 and np.std(b) == pytest.approx(1 / np.sqrt(3 * 4), rel=0.1)
+    base, params = tiny.model()
+    batch = tiny.batch()
+    expected = base.apply(params, batch)
+    np.testing.assert_allclose(model.apply(jp.combine(trainable, frozen), batch), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize(("rslora", "scale"), [(False, 12 / 4), (True, 12 / 2)])

@@ -19,6 +19,8 @@ METHODS = {
     "rslora patterns": jp.lora(rank=4, rslora=True, rank_pattern={"k_proj": 2}),
     "head": jp.lora(rank=4, alpha=8, targets="v_proj|lm_head"),
     "pissa": jp.lora(rank=4, init="pissa", rank_pattern={"o_proj": 2}, targets="attention"),
+    "olora": jp.lora(rank=3, alpha=6, init="olora", targets=["q_proj", "down_proj"]),
+    "zero_a": jp.lora(rank=3, init="zero_a", targets=["q_proj"]),
     "dora": jp.dora(rank=4, alpha=6, rslora=True, rank_pattern={"q_proj": 2}),
     "ia3": jp.ia3(),
     "ln_tuning": jp.ln_tuning(),
