@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
+    from jaxpeft.methods.vera import vera
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
@@ -105,6 +106,7 @@ _MODULE_OF = {
     "to_nnx": "nnx",
     "trainable_mask": "train.masked",
     "unipt": "methods.unipt",
+    "vera": "methods.vera",
     "vqt": "methods.vqt",
 }
 __all__ = [*_MODULE_OF]

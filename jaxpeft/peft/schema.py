@@ -51,6 +51,11 @@ class AdapterConfig(TypedDict, total=False):
     block_share: Flag | None
     use_cayley_neumann: Flag | None
     num_cayley_neumann_terms: Count | None
+    # VERA
+    vera_dropout: Annotated[Number, Ge(0), Lt(1)] | None
+    d_initial: Number | None
+    projection_prng_key: Index | None
+    save_projection: Flag | None
     # PREFIX_TUNING
     num_virtual_tokens: Count | None
     num_layers: Count | None

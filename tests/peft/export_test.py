@@ -27,6 +27,7 @@ METHODS = {
     "miss, mini": jp.miss(8, mini=4),
     "oft": jp.oft(8),
     "oft with patterns": jp.oft(8, terms=6, share=True, block_pattern={"down_proj": 14}),
+    "vera": jp.vera(40),
     "lora_fa": jp.lora_fa(rank=4, alpha=8),
     "lora_fa from seeds": jp.lora_fa(rank=4, alpha=8, store_a=False, init="orthonormal"),
 }
