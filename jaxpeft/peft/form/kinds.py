@@ -61,10 +61,12 @@ class Tensor(NamedTuple):
     axes: one letter each, in PEFT's order: n the module's inputs, m its outputs, 1 an axis of one, r a rank that the
       tensors of a module share, any other letter a size that a site's modules have in common. The leaf has the axes in
       reverse, without those of one.
+    optional: whether a module may be without it.
     """
 
     suffix: str
     axes: str
+    optional: bool = False
 
 
 class Written(NamedTuple):
