@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.ln_tuning import ln_tuning
+    from jaxpeft.methods.loha import loha
+    from jaxpeft.methods.lokr import lokr
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.lst import lst
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.shira import shira
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
+    from jaxpeft.methods.vera import vera
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
@@ -80,6 +83,8 @@ _MODULE_OF = {
     "lisa": "methods.lisa",
     "ln_tuning": "methods.ln_tuning",
     "load_pretrained": "hf",
+    "loha": "methods.loha",
+    "lokr": "methods.lokr",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
     "lst": "methods.lst",
@@ -109,6 +114,7 @@ _MODULE_OF = {
     "shira": "methods.shira",
     "svfit": "methods.svfit",
     "unipt": "methods.unipt",
+    "vera": "methods.vera",
     "vqt": "methods.vqt",
 }
 __all__ = [*_MODULE_OF]

@@ -118,12 +118,12 @@ def _attend(module: Any, *args: Any, **kwargs: Any) -> jax.Array:
 def _around(module: Any, call: Mapping[str, Any]) -> jax.Array:
     x, kernel, bias, back, through = _product(module, call)
     adapters: list[tuple[Any, str, Context]] = []
-    keys = getattr(module, _KEYS)
+    keys, told = getattr(module, _KEYS), {entry.name: entry.ctx for entry in sites.in_force()}
     for adapter in getattr(module, _ADAPTERS):
         adapter.acted.sites.add((adapter.name, adapter.path))
         rngs = {"dropout": keys[adapter.name].get_value()} if adapter.name in keys else {}
         leaves = _values(getattr(module, adapter.name)) if hasattr(module, adapter.name) else {}
-        adapters.append((sites.Bound(adapter.module, leaves, rngs), adapter.path, Context()))
+        adapters.append((sites.Bound(adapter.module, leaves, rngs), adapter.path, told.get(adapter.name, Context())))
     with jax.named_scope(adapters[0][1] if adapters else type(module).__bases__[0].__name__):
         y = sites.around(adapters, x, kernel, bias, through)
     y = back(y if bias is None else y + bias.astype(y.dtype))

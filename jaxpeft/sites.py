@@ -151,6 +151,7 @@ def attach(
     adapter_for: AdapterFor,
     choose: Callable[[tree.Params], list[str]],
     parameters: bool = True,
+    shared: bool = False,
 ) -> Model:
     """The model with adapters at the sites that `choose(params)` names.
 
@@ -161,6 +162,7 @@ def attach(
         calls it with an empty context.
       choose: params -> sites that get an adapter at init.
       parameters: False for adapters that have none; they act at the sites that `choose` finds in each layer.
+      shared: whether all adapters read leaves `<name>/...` beside the layers; they find them in `ctx.shared[name]`.
 
     Returns:
       A model whose `init` adds the adapters' parameters (axis 0 is the layer, where the site's kernel has that axis).
@@ -192,12 +194,15 @@ def attach(
         finally:
             _entries.reset(token)
 
+    def beside(params):
+        return {name: params[name]} if shared and name in params else {}
+
     def embed(params, batch, key):
-        with adapted("", Context(), params) as called:
-            result = model.stack.embed(params, batch, key)
+        with adapted("", Context(shared=beside(params)), params) as called:
+            x, ctx = model.stack.embed(params, batch, key)
         if not model.stack.layered:
             _check_called(name, params, called)
-        return result
+        return x, ctx.add(shared=beside(params))
 
     def layer(function):
         def call(layer, x, ctx, cache, segment):
@@ -207,7 +212,7 @@ def attach(
         return reads_stacks(call, like=function)
 
     def head(params, x):
-        with adapted("", Context(), params):
+        with adapted("", Context(shared=beside(params)), params):
             return model.stack.head(params, x)
 
     init = init if parameters else model.init

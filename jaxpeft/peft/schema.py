@@ -9,7 +9,7 @@ from annotated_types import Ge, Le, Lt
 from typing_extensions import TypedDict
 
 from jaxpeft import documents
-from jaxpeft.documents import Count, Flag, Index, Number, Text
+from jaxpeft.documents import Count, Flag, Index, Number, Text, Whole
 
 CONFIG, WEIGHTS, OWN = "adapter_config.json", "adapter_model.safetensors", "jaxpeft.json"
 FORMAT = 1  # of jaxpeft.json
@@ -43,6 +43,10 @@ class AdapterConfig(TypedDict, total=False):
     init_lora_weights: Flag | Text | None
     # IA3
     feedforward_modules: _Names
+    # LOHA, LOKR
+    alpha: _Alpha
+    decompose_factor: Annotated[Whole, Ge(-1), Le(2**20)] | None
+    decompose_both: Flag | None
     # MISS
     init_weights: Flag | Text | None
     miss_dropout: Annotated[Number, Ge(0), Lt(1)] | None
@@ -54,6 +58,11 @@ class AdapterConfig(TypedDict, total=False):
     # SHIRA
     mask_type: Text | None
     random_seed: Index | None
+    # VERA
+    vera_dropout: Annotated[Number, Ge(0), Lt(1)] | None
+    d_initial: Number | None
+    projection_prng_key: Index | None
+    save_projection: Flag | None
     # PREFIX_TUNING
     num_virtual_tokens: Count | None
     num_layers: Count | None

@@ -79,7 +79,7 @@ def lora_pairs(
         short = last_names_suffice(parts, base)
         rank, alpha = commonest(ranks.values()), commonest(alphas.values())
         return {
-            "alpha_pattern": _pattern(alphas, alpha, short),
+            "alpha_pattern": as_pattern(alphas, alpha, short),
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": True,
@@ -87,7 +87,7 @@ def lora_pairs(
             "layers_to_transform": None,
             "lora_alpha": alpha,
             "r": rank,
-            "rank_pattern": _pattern(ranks, rank, short),
+            "rank_pattern": as_pattern(ranks, rank, short),
             "target_modules": as_target_modules(parts, base),
             **own,
         }
@@ -166,14 +166,19 @@ def _divisor(rank: int, rslora: bool) -> float:
 
 
 def _alpha(fields: Fields, name: str) -> float:
-    """lora_alpha, or that of the first pattern which PEFT finds at the end of a module's name."""
-    for pattern, value in (fields.get("alpha_pattern") or {}).items():
-        if patterns.compiled(pattern, "alpha_pattern", r"(.*\.)?({})$").begins(name):
-            return float(value)
-    return float(fields.get("lora_alpha", 8))
+    """lora_alpha of a module."""
+    return float(by_pattern(fields, "alpha_pattern", name, fields.get("lora_alpha", 8)))
 
 
-def _pattern(values: Mapping[str, Any], default: Any, short: bool) -> dict[str, Any]:
+def by_pattern(fields: Fields, field: str, name: str, default: Any) -> Any:
+    """The value of the first pattern in a field which PEFT finds at the end of a module's name, else the default."""
+    for pattern, value in (fields.get(field) or {}).items():
+        if patterns.compiled(pattern, field, r"(.*\.)?({})$").begins(name):
+            return value
+    return default
+
+
+def as_pattern(values: Mapping[str, Any], default: Any, short: bool) -> dict[str, Any]:
     """PEFT's patterns (regular expressions for the end of a module's name), for modules that differ from the default.
 
     A leaf name whose modules all agree stands for them.

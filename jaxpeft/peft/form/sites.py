@@ -215,7 +215,8 @@ def _parse(found: Tensors, tensors: Mapping[str, Tensor], base: Base) -> dict[st
     if not parts:
         raise InputError("holds no adapter")
     for name, own in parts.items():
-        if lacking := [suffix for suffix in suffixes if suffix not in {tensors[leaf].suffix for leaf in own}]:
+        there = {tensors[leaf].suffix for leaf in own} | {t.suffix for t in tensors.values() if t.optional}
+        if lacking := [suffix for suffix in suffixes if suffix not in there]:
             raise InputError(f"{name} has no {lacking[0]}")
         if len(set(ranks.get(name, {}).values())) > 1:
             differ = (f"{stem} of rank {rank}" for stem, rank in sorted(ranks[name].items()))
@@ -226,13 +227,14 @@ def _parse(found: Tensors, tensors: Mapping[str, Tensor], base: Base) -> dict[st
 def _leaf(key: str, array: np.ndarray, candidates: Mapping[str, Tensor], name: str, module: Module) -> str:
     """The leaf whose shape a tensor has."""
     sizes = {"n": module.n, "m": module.m, "1": 1}
-    for leaf, (_, axes, _) in candidates.items():
+    for leaf, tensor in candidates.items():
+        axes = tensor.axes
         if array.ndim == len(axes) and all(
             sizes.get(letter, size) == size for letter, size in zip(axes, array.shape, strict=True)
         ):
             return leaf
     sides = {"n": f"{sizes['n']} inputs", "m": f"{sizes['m']} outputs"}
-    named = {sides[letter]: None for _, axes, _ in candidates.values() for letter in axes if letter in sides}
+    named = {sides[letter]: None for tensor in candidates.values() for letter in tensor.axes if letter in sides}
     raise InputError(
         f"an adapter for another base: {key} has shape {array.shape}, where {name} has {' and '.join(named)}"
     )
