@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.parallel import parallel
     from jaxpeft.methods.pfeiffer import pfeiffer
     from jaxpeft.methods.prefix import prefix
+    from jaxpeft.methods.prompt import prompt
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.unipt import unipt
@@ -96,6 +97,7 @@ _MODULE_OF = {
     "pfeiffer": "methods.pfeiffer",
     "plan": "memory.functions",
     "prefix": "methods.prefix",
+    "prompt": "methods.prompt",
     "planned_scan": "backward.planned",
     "profile": "memory.functions",
     "save_pretrained": "hf",
