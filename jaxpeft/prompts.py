@@ -22,11 +22,13 @@ import numpy as np
 from jaxpeft import features, sharding, tree
 from jaxpeft.errors import InputError
 from jaxpeft.in_front import Front
-from jaxpeft.model import Context, Model, Stack, last_position, reads_stacks
+from jaxpeft.model import Batch, Context, Model, Stack, last_position, reads_stacks
 from jaxpeft.models.layers import lookup
 
 INITS = ("vocabulary", "text", "random")
 Start = Callable[[jax.Array, tree.Params], jax.Array]  # (key, the model's parameters) -> P (p, d)
+Begin = Callable[[jax.Array, tree.Params], tree.Params]  # (key, the model's parameters) -> leaves
+Words = Callable[[Any, tree.Params, Batch], Any]  # (table, leaves, batch) -> table
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("table", "rows"), meta_fields=())
@@ -84,14 +86,15 @@ def start(name: str, length: int, init: str, text: str, tokenizer: str) -> Start
     return of_words
 
 
-def attach(name: str, model: Model, length: int, begin: Start) -> Model:
+def attach(name: str, model: Model, length: int, begin: Begin, words: Words | None = None) -> Model:
     """The model behind a prompt.
 
     Args:
-      name: the method; its leaf is `<name>/embedding` (p, d).
+      name: the method; its leaves are `<name>/embedding` (p, d) and what else `begin` gives.
       model: a decoder.
       length: p.
-      begin: where P starts.
+      begin: where the leaves start.
+      words: what stands in place of the model's table of words, for tokens; None: that table.
 
     Returns:
       A model that has room for p tokens fewer.
@@ -109,17 +112,16 @@ def attach(name: str, model: Model, length: int, begin: Start) -> Model:
 
     def init(key, params):
         params = model.init(key, params)
-        if "embedding" in params.get(name, {}):
+        if name in params:
             return params
-        rows = begin(jax.random.fold_in(key, zlib.crc32(name.encode())), params)
-        return {**params, name: {**params.get(name, {}), "embedding": rows}}
+        return {**params, name: begin(jax.random.fold_in(key, zlib.crc32(name.encode())), params)}
 
     def embed(params, batch, key):
-        rows = params[name]["embedding"]
-        table = _Prompt(params["embed_tokens"]["embedding"], rows)
-        own = {**params, "embed_tokens": {**params["embed_tokens"], "embedding": table}}
+        table, own = params["embed_tokens"]["embedding"], params[name]
         places = jnp.arange(length, dtype=jnp.int32)[None]
-        prompt, of_prompt = model.stack.embed(own, {"tokens": places, "positions": places}, None)
+        of = {"tokens": places, "positions": places}
+        prompt, of_prompt = model.stack.embed(with_table(params, _Prompt(table, own["embedding"])), of, None)
+        params = params if words is None else with_table(params, words(table, own, batch))
         x, ctx = model.stack.embed(params, front.batch(batch), key)
         return x, ctx.add(shared={name: {"x": prompt, "rows": of_prompt.rows}})
 
@@ -136,6 +138,11 @@ def attach(name: str, model: Model, length: int, begin: Start) -> Model:
         embed=embed, init_cache=front.cache(model.stack), before=functools.partial(_before, name)
     )
     return model._replace(init=init, stack=stack, config=front.config(model.config))
+
+
+def with_table(params: tree.Params, table: Any) -> tree.Params:
+    """Nested parameters with another table of words."""
+    return {**params, "embed_tokens": {**params["embed_tokens"], "embedding": table}}
 
 
 def _before(

@@ -58,8 +58,12 @@ def prompt(length: int = 20, init: str = "vocabulary", text: str = "", tokenizer
     config = {"length": length, "init": init, "text": text, "tokenizer": tokenizer}
     prompts.check("prompt", length, init, text, tokenizer)
     begin = prompts.start("prompt", length, init, text, tokenizer)
+
+    def forward(model, view):
+        return prompts.attach("prompt", model, length, lambda *given: {"embedding": begin(*given)})
+
     return Method(
-        forward=lambda model, view: prompts.attach("prompt", model, length, begin),
+        forward=forward,
         roles=trains(lambda path: "/prompt/" in f"/{path}"),
         merge=features.no_merge("prompt", "serve it as the first entries of a cache"),
         specs=(Spec("prompt", config),),
