@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxpeft.linen import from_linen
     from jaxpeft.memory.functions import plan, profile
     from jaxpeft.method import Method, Objective, Spec, chain, setup
+    from jaxpeft.methods.dept import dept
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
     from jaxpeft.methods.galore import galore
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.parallel import parallel
     from jaxpeft.methods.pfeiffer import pfeiffer
     from jaxpeft.methods.prefix import prefix
+    from jaxpeft.methods.prompt import prompt
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.shira import shira
@@ -70,6 +72,7 @@ _MODULE_OF = {
     "classification_loss": "train.loss",
     "combine": "tree",
     "completion_loss": "train.loss",
+    "dept": "methods.dept",
     "dora": "methods.dora",
     "export_adapter": "peft",
     "from_linen": "linen",
@@ -103,6 +106,7 @@ _MODULE_OF = {
     "pfeiffer": "methods.pfeiffer",
     "plan": "memory.functions",
     "prefix": "methods.prefix",
+    "prompt": "methods.prompt",
     "planned_scan": "backward.planned",
     "profile": "memory.functions",
     "save_pretrained": "hf",

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxpeft import decoding, tree
 from jaxpeft.backward.loop import num_groups
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Cache, Context, Model, Stack, scan_layers, takes_stacks
+from jaxpeft.model import Batch, Cache, Context, Model, Stack, nothing_before, scan_layers, takes_stacks
 
 
 class Features(NamedTuple):
@@ -213,6 +213,8 @@ def check_run(name: str, model: Model) -> None:
         raise InputError(f"{name}: this model shows no layers; use one of jaxpeft.models")
     if model.stack.run is not scan_layers:
         raise InputError(f"{name}: another method of the chain runs the layers in its own way")
+    if model.stack.before is not nothing_before:
+        raise InputError(f"{name}: runs the layers in its own way, and another method of the chain feeds them")
 
 
 def check_settings(name: str, reduction: Any, layers: Any) -> None:

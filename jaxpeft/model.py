@@ -106,6 +106,14 @@ class Context(NamedTuple):
         return {} if self.key is None else {"dropout": self.key}
 
 
+def nothing_before(
+    stack: Stack, params: tree.Params, ctx: Context, key: jax.Array | None = None
+) -> tuple[tree.Params, Context]:
+    """`before` of a stack whose layers read no more than their parameters, the stream and what `embed` says."""
+    del stack, key
+    return params, ctx
+
+
 class Stack(NamedTuple):
     """A model as the functions that methods see.
 
@@ -120,6 +128,8 @@ class Stack(NamedTuple):
       model does not decode
     frozen_layers: whether `run` differentiates nothing of the layers' parameters
     layered: whether there are layers; otherwise all of the model is in `embed`
+    before: (stack, params, ctx, key) -> (params, ctx), once per batch between `embed` and the layers (`entered`): adds
+      what the layers read that the layers make, such as a prompt's keys and values; `stack` is the one that runs
     """
 
     embed: Callable[..., tuple[jax.Array, Context]]
@@ -131,6 +141,7 @@ class Stack(NamedTuple):
     init_cache: Callable[[int, int], Cache] | None = None
     frozen_layers: bool = False
     layered: bool = True
+    before: Callable[..., tuple[tree.Params, Context]] = nothing_before
 
     def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
         """The stack with `block` and each of its parts replaced by `wrap` of it."""
@@ -179,6 +190,16 @@ class Model(NamedTuple):
         return self.head(params, self.stack.pool(self.hidden(params, batch, key), batch))
 
 
+def entered(
+    stack: Stack, params: tree.Params, batch: Batch, key: jax.Array | None = None, cache: Cache | None = None
+) -> tuple[jax.Array, Context, tree.Params]:
+    """(x, ctx, params) as the first layer gets them: `embed`, and `before` in a text's first pass."""
+    x, ctx = stack.embed(params, batch, key)
+    if cache is None or decoding.is_empty_before(cache):
+        params, ctx = stack.before(stack, params, ctx, key)
+    return sharding.rows(x), ctx, params
+
+
 @through_blocks
 def scan_layers(
     stack: Stack,
@@ -196,8 +217,7 @@ def scan_layers(
       key: PRNG key for dropout, or None; layer i gets `fold_in(key, i)`.
       cache: None, or what `init_cache` makes (see `jaxpeft.decoding`), which comes back with this pass's tokens.
     """
-    x, ctx = stack.embed(params, batch, key)
-    x = sharding.rows(x)
+    x, ctx, params = entered(stack, params, batch, key, cache)
     for segment, first, end in tree.segments(params):
 
         def step(x, layer, index, past, segment=segment):

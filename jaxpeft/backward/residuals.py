@@ -48,7 +48,7 @@ from jaxpeft.backward.places import compute, makers
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Context, Model, Stack, scan_layers, takes_stacks, through_blocks
+from jaxpeft.model import Batch, Context, Model, Stack, entered, scan_layers, takes_stacks, through_blocks
 from pallas_kernels.platform import writes_in_place
 
 Form = Literal["loops", "policy"]
@@ -148,8 +148,7 @@ def by_segment(layers: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Arra
     def run(stack: Stack, params: tree.Params, batch: Batch, key: jax.Array | None = None, cache: Any = None):
         if cache is not None:  # decoding: there is no backward pass
             return scan_layers(stack, params, batch, key, cache)
-        x, ctx = stack.embed(params, batch, key)
-        x = sharding.rows(x)
+        x, ctx, params = entered(stack, params, batch, key)
         for segment, first, end in tree.segments(params):
             block = functools.partial(stack.block, cache=None, segment=segment)
             x = layers(block, segment, range(first, end), params[segment], x, ctx, key)

@@ -23,7 +23,6 @@ the prefix from tokens further on; before these the numbers are the same.
 
 from __future__ import annotations
 
-import dataclasses
 import zlib
 from collections.abc import Mapping
 from typing import Any
@@ -31,27 +30,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import decoding, features, tree
+from jaxpeft import tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
+from jaxpeft.in_front import Front, heads_of, row_bytes
 from jaxpeft.method import Method, Spec, trains
-from jaxpeft.model import Context, Model, Stack, reads_stacks
+from jaxpeft.model import Context, Model, reads_stacks
 from jaxpeft.peft import form
-from pallas_kernels.attention import EVERYONE
 
 INITS = ("activations", "random", "zero")
-_TILE = 256  # of attention: a longer cache is a multiple of it, or each step would pad it
-
-
-def heads_of(config: Any) -> tuple[int, int]:
-    """(N, D): key-value heads and their size."""
-    return getattr(config, "num_key_value_heads", config.num_attention_heads), config.head_dim
-
-
-def row_bytes(config: Any, itemsize: int, length: int = 30, **_) -> int:
-    """Bytes per row of the batch that all layers keep: their prefixes in front of the row's keys and values, a mask."""
-    n, size = heads_of(config)
-    return length * (2 * config.num_hidden_layers * n * size * itemsize + 4)
 
 
 def prefix(length: int = 30, init: str = "activations", width: int | None = None) -> Method:
@@ -81,13 +68,9 @@ def prefix(length: int = 30, init: str = "activations", width: int | None = None
         raise InputError(f"prefix: init {init!r} is not one of {', '.join(INITS)}")
 
     def forward(model: Model, view) -> Model:
-        features.width("prefix", model)
+        front = Front.of("prefix", model, length)
         if init == "activations" and not hasattr(model.config, "vocab_size"):
             raise InputError(f"prefix: {model.config.model_type} reads no tokens to start from; use init=random")
-        room = getattr(model.config, "max_position_embeddings", None)
-        if room is not None and length >= room:
-            raise InputError(f"prefix: length {length} leaves no room; the model has {room} positions")
-        learned = room is not None and not hasattr(model.config, "rope_theta")
 
         def fresh(key, params):
             params = model.init(key, params)
@@ -103,38 +86,19 @@ def prefix(length: int = 30, init: str = "activations", width: int | None = None
             return params
 
         def embed(params, batch, key):
-            if room is not None:
-                positions = batch.get("positions")
-                if positions is None:
-                    positions = jnp.broadcast_to(jnp.arange(batch["tokens"].shape[1]), batch["tokens"].shape)
-                batch = {**batch, "positions": positions + length}
-            x, ctx = model.stack.embed(params, batch, key)
+            x, ctx = model.stack.embed(params, front.batch(batch), key)
             return x, ctx.add(shared={"prefix": _hidden(params["prefix"])}) if "prefix" in params else ctx
 
         def with_prefix(function):
             def call(layer, x, ctx, cache, segment):
-                if learned and cache is None and x.shape[1] + length > room:
-                    raise InputError(
-                        f"prefix: rows of {x.shape[1]} tokens and a prefix of {length}: the model has {room} positions"
-                    )
                 own = _keys_values(layer["prefix"], ctx, model.config)
-                own = {
-                    name: jnp.broadcast_to(leaf.astype(x.dtype), (len(x), *leaf.shape)) for name, leaf in own.items()
-                }
                 layer = {name: leaf for name, leaf in layer.items() if name != "prefix"}
-                if cache is None:
-                    return function(layer, x, ctx, own, segment)[0], None
-                if "index" not in cache:
-                    raise InputError("prefix: another method of the chain gives the layers keys of its own")
-                return function(layer, x, ctx, decoding.in_front(cache, own["k"], own["v"]), segment)
+                return front.call(function, layer, x, ctx, cache, segment, own)
 
             return reads_stacks(call, like=function)
 
-        stack = model.stack.map_layers(with_prefix)._replace(embed=embed, init_cache=_cache(model.stack, length))
-        config = (
-            model.config if room is None else dataclasses.replace(model.config, max_position_embeddings=room - length)
-        )
-        return model._replace(init=fresh, stack=stack, config=config)
+        stack = model.stack.map_layers(with_prefix)._replace(embed=embed, init_cache=front.cache(model.stack))
+        return model._replace(init=fresh, stack=stack, config=front.config(model.config))
 
     def merge(params):
         raise InputError("prefix: has no merged form; serve it as the first entries of a cache")
@@ -215,24 +179,6 @@ def _add_network(params, config, start, length, width, random, keys):
         leaves = {"up": up[first:end], "up_bias": bias[first:end]}
         params = {**params, segment: {**params[segment], "prefix": leaves}}
     return params
-
-
-def _rows(own: jax.Array, count: int) -> jax.Array:
-    return jnp.broadcast_to(own, (count, *own.shape))
-
-
-def _cache(stack: Stack, length: int):
-    """`init_cache` of the stack with a prefix in front, whose slots every query sees."""
-    if (empty := stack.init_cache) is None:
-        return None
-
-    def init_cache(rows, slots):
-        total = slots + length
-        cache = empty(rows, total if total <= _TILE else -(-total // _TILE) * _TILE)
-        segments = cache["segment_ids"].at[..., :length].set(EVERYONE)
-        return {**cache, "segment_ids": segments, "index": cache["index"] + length}
-
-    return init_cache
 
 
 # Hugging Face PEFT: keys and values of all layers in one tensor, whatever has made them.

@@ -70,6 +70,8 @@ class AdapterConfig(TypedDict, total=False):
     num_transformer_submodules: Count | None
     token_dim: Count | None
     prefix_projection: Flag | None
+    # PROMPT_TUNING
+    prompt_tuning_init: Text | None
 
 
 class Base(TypedDict):
