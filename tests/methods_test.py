@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -273,6 +274,18 @@ def test_keeps_for_the_backward_pass_what_it_states(case):
     per_row = case.promises.row_bytes
     extra = per_row(case.model.config, itemsize=4, **case.arguments) / 64 if per_row else 0
     assert kept - floor <= stated(case) + extra
+
+
+def test_no_product_reads_a_bfloat16_stream_in_float32(case):
+    """Forward and backward: of a stream of bfloat16 no matrix product reads as many float32 numbers as it has."""
+    base, params = tiny.model(jnp.bfloat16)
+    model, trainable, rest = jp.setup(case.method, base, params, KEY)
+    batch = tiny.batch(rows=3, length=100)
+    value = lambda trainable: jnp.sum(model.hidden(jp.combine(trainable, rest), batch), dtype=jnp.float32)
+    stream = 3 * 100 * tiny.CONFIG["hidden_size"]
+    assert stream > max(leaf.size for leaf in jax.tree.leaves((trainable, rest)))
+    read = [x for pair in residuals.operands(jax.make_jaxpr(jax.grad(value))(trainable).jaxpr) for x in pair]
+    assert read and not [x for x in read if x.dtype == jnp.float32 and x.size >= stream]
 
 
 def test_compiled_temporaries_within_what_it_states(case):

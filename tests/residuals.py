@@ -48,3 +48,9 @@ def products(jaxpr):
     """Shapes of the operands and the result of every matrix product."""
     dots = [equation for equation in equations(jaxpr) if equation.primitive.name == "dot_general"]
     return [[variable.aval.shape for variable in (*dot.invars, *dot.outvars)] for dot in dots]
+
+
+def operands(jaxpr):
+    """The two operands of every matrix product, with shapes and dtypes."""
+    dots = [equation for equation in equations(jaxpr) if equation.primitive.name == "dot_general"]
+    return [[variable.aval for variable in dot.invars] for dot in dots]
