@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.ln_tuning import ln_tuning
+    from jaxpeft.methods.loha import loha
     from jaxpeft.methods.lokr import lokr
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
@@ -80,6 +81,7 @@ _MODULE_OF = {
     "lisa": "methods.lisa",
     "ln_tuning": "methods.ln_tuning",
     "load_pretrained": "hf",
+    "loha": "methods.loha",
     "lokr": "methods.lokr",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",

@@ -23,6 +23,7 @@ METHODS = {
     "ia3": jp.ia3(),
     "ln_tuning": jp.ln_tuning(),
     "ia3 on inputs": jp.ia3(targets=["o_proj", "down_proj"], feedforward=["o_proj", "mlp/down_proj"]),
+    "loha": jp.loha(3, alpha=6, rank_pattern={"q_proj": 5}, alpha_pattern={"down_proj": 0.5}),
     "lokr": jp.lokr(3, alpha=6, rank_pattern={"q_proj": 4}),
     "lokr of small factors": jp.lokr(1, both=True, factor=4, alpha_pattern={"down_proj": 0.5}),
     "miss": jp.miss(6),
