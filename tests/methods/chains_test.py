@@ -55,10 +55,12 @@ def test_ia3_over_dora():
 
 
 @pytest.mark.parametrize("first", [True, False])
-@pytest.mark.parametrize("name", ["dora", "ia3", "paca"])
+@pytest.mark.parametrize("name", ["dora", "ia3", "loha", "lokr", "paca", "vera"])
 def test_over_packed_kernels(name, first):
     """Beside packed kernels, which stay packed: starts at the packed base, and is merged to plain ones."""
-    adapter = {"dora": jp.dora(**LORA), "ia3": jp.ia3(**IA3), "paca": jp.paca(2, targets=LORA["targets"])}[name]
+    others = {"loha": jp.loha, "lokr": jp.lokr, "paca": jp.paca, "vera": jp.vera}
+    adapters = {"dora": jp.dora(**LORA), "ia3": jp.ia3(**IA3)}
+    adapter = adapters.get(name) or others[name](2, targets=LORA["targets"])
     method = jp.chain(jp.quantize(), adapter) if first else jp.chain(adapter, jp.quantize())
     base, params = tiny.model()
     model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
