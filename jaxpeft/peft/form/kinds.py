@@ -89,6 +89,8 @@ class Form(NamedTuple):
     when: the values that fields must have for this method to be the one that is read, among those of its type; the
       method with most of them is taken. ALWAYS: any values; None: it is not read without our jaxpeft.json.
     facts: the facts that `restore` needs.
+    root: what stands in front of the names of the base's own tensors; PEFT wraps the base once more where it wraps
+      modules of it.
     """
 
     type: str
@@ -101,6 +103,7 @@ class Form(NamedTuple):
     fields: frozenset[str]
     when: Mapping[str, Any] | None
     facts: tuple[str, ...] = ()
+    root: str = "base_model.model."
 
     def owns(self, path: str) -> bool:
         """Whether a leaf is of the method."""
