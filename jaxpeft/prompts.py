@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpeft import features, sharding, tree
+from jaxpeft import features, tree
 from jaxpeft.errors import InputError
 from jaxpeft.in_front import Front
 from jaxpeft.model import Batch, Context, Model, Stack, last_position, reads_stacks
@@ -150,7 +150,8 @@ def _before(
 ) -> tuple[tree.Params, Context]:
     """The parameters with `<segment>/<name>/k` and `/v` (L, p, N, D), which the layers make of the prompt.
 
-    What is kept for the backward pass is the prompt's stream in front of each layer, (L, p, d).
+    What is kept for the backward pass is the prompt's stream in front of each layer, (L, p, d). On a mesh the kernels
+    are read where they lie: over `fsdp` p tokens are summed up, and no kernel is gathered but for the rows.
     """
     shared = {other: value for other, value in ctx.shared.items() if other != name}
     x, own = ctx.shared[name]["x"], Context(ctx.shared[name]["rows"], shared)
@@ -159,7 +160,7 @@ def _before(
         @functools.partial(jax.checkpoint, prevent_cse=False)
         def layer(x, per_layer, segment=segment):
             layer, index = per_layer
-            x, seen = stack.block(sharding.gathered(layer, segment), x, own.at(index, key), {}, segment)
+            x, seen = stack.block(layer, x, own.at(index, key), {}, segment)
             assert seen is not None
             return x, {name: seen[name][0] for name in ("k", "v")}
 

@@ -64,7 +64,7 @@ def run(name, meshes):
             losses, other = steps(state, rows, compiled)
         far = [float(np.abs(other[path] - leaf).max() / max(np.abs(leaf).max(), 1e-3)) for path, leaf in leaves.items()]
         found[text] = {"losses": losses, "leaves": max(far)}
-        if name == "lora":
+        if name in ("lora", "prompt"):
             found[text]["hlo"] = compiled.as_text()
     return found
 
@@ -128,6 +128,17 @@ def test_of_groups_of_rows_all_read_what_was_gathered_once(found):
         if {(64, 128), (128, 64)} & shapes:
             places[computation.split()[0]] = " while(" in computation
     assert list(places.values()) == [True, True]  # of the forward and the backward pass
+
+
+def test_a_prompt_gathers_no_kernel_a_second_time(found):
+    """Its tokens are computed once per batch, before the rows, with kernels where they lie."""
+    kernels, mesh = {(64, 64), (64, 128), (128, 64), (64, 32), (32, 64)}, MESHES[-1]
+    gathered = {
+        name: [shape for where, shape in collectives(found[name][mesh]["hlo"], "all-gather") if where == "loop"]
+        for name in ("lora", "prompt")
+    }
+    counts = {name: sum(shape in kernels for shape in shapes) for name, shapes in gathered.items()}
+    assert 0 < counts["prompt"] <= counts["lora"]
 
 
 def test_without_fsdp_nothing_is_gathered(found):

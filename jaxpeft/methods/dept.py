@@ -64,7 +64,9 @@ def dept(
       alpha: s = alpha / sqrt(r).
       positions: n, tokens of a text that get the update.
       lr_ratio: the learning rate of A and B over that of P.
-      init, text, tokenizer: where P starts, see `prompt`.
+      init: where P starts: "vocabulary", "text" or "random", see `prompt`.
+      text: for init="text".
+      tokenizer: for init="text": folder or hub id of the tokenizer that reads it.
 
     Returns:
       The method. It trains `dept/embedding` (p, d), `dept/a` (n, r) and `dept/b` (r, d), and the adapted model has room

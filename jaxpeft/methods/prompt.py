@@ -14,8 +14,8 @@ of p tokens in front of each row.
 
 Kept for the backward pass: per row of the batch a copy of each layer's p keys and values beside its own, as of
 `prefix`; once per batch the prompt's states between the layers, L p d numbers. Of p x S scores none. The gradient
-passes every layer of the frozen backbone, for the rows and for the prompt. Each pass reads the kernels once more, and a
-mesh with `fsdp` gathers them once more.
+passes every layer of the frozen backbone, for the rows and for the prompt. Each pass reads the kernels once more; on a
+mesh with `fsdp` it gathers none of them for the prompt, and sums up p tokens instead.
 
 Paper: Lester, Al-Rfou & Constant 2021, "The Power of Scale for Parameter-Efficient Prompt Tuning", arXiv:2104.08691.
 Starts and numbers are those of Hugging Face PEFT, whose default is N(0, 1).

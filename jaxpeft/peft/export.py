@@ -98,7 +98,7 @@ def export_adapter(
         written = _written(params, method.specs[at], form, base_config)
         own |= {"spec": at, **written.facts}
         classifier = _classifier(params, method, base_config)
-        tensors = written.tensors | {f"base_model.model.{name}": leaf for name, leaf in classifier.items()}
+        tensors = written.tensors | {f"{form.root}{name}": leaf for name, leaf in classifier.items()}
         config |= {"peft_type": form.type, **_ANY, **written.fields}
         config["modules_to_save"] = _saved_modules(classifier) or None
     # With SEQ_CLS, PEFT demands a classifier among the tensors.

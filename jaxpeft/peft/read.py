@@ -102,7 +102,7 @@ def import_adapter(
     for name, tensor in found.items():
         if not jnp.issubdtype(tensor.dtype, jnp.floating) and not name.endswith(form.integers):
             raise InputError(f"{file}: {name} is {tensor.dtype}, expected floating-point numbers")
-    tensors, classifier = _without_classifier(file, found, base_config)
+    tensors, classifier = _without_classifier(file, found, base_config, form.root)
     tensors = _without_copies(file, tensors, base_config, base_params)
     with _of(file):
         parts = form.parse(tensors, base)
@@ -274,14 +274,16 @@ def _check_config(file: Path, config: Mapping[str, Any], form: Form, base: Any) 
 
 
 def _without_classifier(
-    file: Path, tensors: Mapping[str, np.ndarray], config: Any
+    file: Path, tensors: Mapping[str, np.ndarray], config: Any, root: str
 ) -> tuple[dict[str, np.ndarray], tree.Flat]:
     """(The other tensors, the leaves of the classifier of rows, float32)."""
     rest, leaves = dict(tensors), {}
     shapes = shapes_of(config)
     for path, (name, transposed) in classifier_names(config).items():
-        if (tensor := rest.pop(f"base_model.model.{name}", None)) is None:
+        found = [rest.pop(key) for key in {f"{root}{name}", f"base_model.model.{name}"} if key in rest]
+        if not found:
             continue
+        tensor = found[0]
         there = shapes[path].shape[::-1] if transposed else shapes[path].shape
         if tensor.shape != there:
             raise InputError(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jaxpeft as jp
-from jaxpeft import assets, noise, tree
+from jaxpeft import assets, hf, noise, tree
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.residuals import remat
 from jaxpeft.generate import generate
@@ -19,7 +19,7 @@ from jaxpeft.quant import dense, is_packed
 from jaxpeft.train.loss import completion_loss
 from tests import beside, tiny
 from tests.methods.unipt_test import encoder
-from tests.peft import reference
+from tests.peft import classify_test, reference
 
 P = 5
 OPT = {"ffn_dim": 56, "max_position_embeddings": 64, "word_embed_proj_dim": 32, "tie_word_embeddings": True}
@@ -202,6 +202,30 @@ def test_a_cut_stack_and_packed_kernels():
     assert sum(map(is_packed, rest.values())) == 7 and set(trainable) == {"prompt/embedding"}
     found = jax.jit(model.apply)(jp.combine(trainable, rest), tiny.batch())
     np.testing.assert_allclose(found, whole.apply(jp.combine(trainable, plain), tiny.batch()), rtol=1e-3, atol=1e-3)
+
+
+def test_classifiers_are_those_of_peft(tmp_path):
+    """Of rows without padding, which transformers does not see behind a prompt."""
+    folder = classify_test.write_base(tmp_path / "llama", "llama")
+    tokens = reference.TOKENS[:, :13].clip(2)
+
+    def of_torch(model):
+        with torch.no_grad():
+            seen = torch.ones(tokens.shape).long()
+            return model.eval()(input_ids=torch.tensor(tokens).long(), attention_mask=seen).logits.numpy()
+
+    config = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P)
+    theirs = peft.get_peft_model(classify_test.torch_base(folder), config)
+    theirs.save_pretrained(tmp_path / "theirs")
+    base, params = hf.load_pretrained(folder, jnp.float32, classify_test.NAMES)
+    model, adapted, method = attach(tmp_path / "theirs", base, params)
+    assert [spec.name for spec in method.specs] == ["prompt", "full"]
+    reference.assert_close(np.asarray(model.classify(adapted, {"tokens": tokens})), of_torch(theirs))
+
+    adapted = tree.unflatten(reference.randomise(tree.flatten(adapted)) | dict(tree.split(adapted, method.changes)[1]))
+    export_adapter(tmp_path / "ours", adapted, method, base.config, folder, labels=classify_test.NAMES)
+    ours = peft.PeftModel.from_pretrained(classify_test.torch_base(folder), tmp_path / "ours")
+    reference.assert_close(np.asarray(model.classify(adapted, {"tokens": tokens})), of_torch(ours))
 
 
 def test_rows_are_classified_behind_it():

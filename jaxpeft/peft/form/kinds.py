@@ -94,6 +94,8 @@ class Form(NamedTuple):
       method with most of them is taken. ALWAYS: any values; None: it is not read without our jaxpeft.json.
     facts: the facts that `restore` needs.
     integers: ends of the names of tensors that may hold integers.
+    root: what stands in front of the names of the base's own tensors; PEFT wraps the base once more where it wraps
+      modules of it.
     """
 
     type: str
@@ -107,6 +109,7 @@ class Form(NamedTuple):
     when: Mapping[str, Any] | None
     facts: tuple[str, ...] = ()
     integers: tuple[str, ...] = ()
+    root: str = "base_model.model."
 
     def owns(self, path: str) -> bool:
         """Whether a leaf is of the method."""

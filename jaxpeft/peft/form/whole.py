@@ -67,7 +67,7 @@ def per_model(
         del facts
         return {path: jnp.asarray(leaf) for path, leaf in from_tensors(config, parts, base).items()}
 
-    return Form(type, scope, write, parse, read, restore, check, frozenset(fields), when)
+    return Form(type, scope, write, parse, read, restore, check, frozenset(fields), when, root="base_model.")
 
 
 def to_keys_values(prompt: Any, layers: int) -> tuple[Any, Any]:
