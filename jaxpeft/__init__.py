@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.ln_tuning import ln_tuning
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
+    from jaxpeft.methods.loreft import loreft
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
@@ -80,6 +81,7 @@ _MODULE_OF = {
     "load_pretrained": "hf",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
+    "loreft": "methods.loreft",
     "lst": "methods.lst",
     "jit_step": "train.step",
     "make_train_step": "train.step",
