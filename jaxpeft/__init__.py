@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxpeft.linen import from_linen
     from jaxpeft.memory.functions import plan, profile
     from jaxpeft.method import Method, Objective, Spec, chain, setup
+    from jaxpeft.methods.direft import direft
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
     from jaxpeft.methods.galore import galore
@@ -66,6 +67,7 @@ _MODULE_OF = {
     "classification_loss": "train.loss",
     "combine": "tree",
     "completion_loss": "train.loss",
+    "direft": "methods.direft",
     "dora": "methods.dora",
     "export_adapter": "peft",
     "from_linen": "linen",
