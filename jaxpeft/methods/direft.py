@@ -3,8 +3,8 @@
     h <- h + (h W + b) R^T        h (d,), W and R (d, r), b (r,)
 
 LoReFT (`loreft.py`) without the orthonormal subspace and without the difference to what stood there: a linear layer of
-rank r on the residual stream, behind each layer, at the first and the last tokens of the prompt. Positions, decoding
-and what is kept for the backward pass: `jaxpeft.reft`.
+rank r on the residual stream, behind each layer, at the first f and the last l tokens of the prompt ("f7+l7"), or at
+all tokens. What counts as the prompt: `loreft.py`; what is kept for the backward pass: `jaxpeft.reft`.
 
 Paper: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", arXiv:2404.03592. pyreft calls it
 NodiReFT, and DiReFT what has an orthonormal R: here `orthogonal=True`, which makes R as in LoReFT. W, b and a free R

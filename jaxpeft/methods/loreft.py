@@ -3,8 +3,11 @@
     h <- h + (h W + b - h R) R^T        h (d,), W (d, r), b (r,), R (d, r) with orthonormal columns
 
 Within the subspace of R the edited state is h W + b, and what is orthogonal to it stays: h R = h W + b afterwards. The
-edit stands behind each layer, on the residual stream, at the first and the last tokens of the prompt. Positions,
-decoding and what is kept for the backward pass: `jaxpeft.reft`.
+edit stands behind each layer, on the residual stream, at the first f and the last l tokens of the prompt ("f7+l7"), of
+a prompt of p tokens at no more than p // 2 at each end. The prompt ends with the token that predicts the first one with
+a loss; in decoding it is what is read at first, and generated tokens are left alone. In plain text, whose first token
+has a loss already, there is nothing to edit: use "all", every token. Packing, padding and what is kept for the backward
+pass: `jaxpeft.reft`.
 
 R = Q of the QR decomposition (with a positive diagonal) of a free matrix X (d, r), through which it is differentiated;
 X starts orthonormal. Computed as h (W - R) + b: one product. W - R and R are float32 and cast to the stream's dtype for
@@ -12,10 +15,10 @@ the products.
 
 Paper: Wu et al. 2024, "ReFT: Representation Finetuning for Language Models", arXiv:2404.03592. Numbers and starts are
 those of pyreft: W and b in U(-1/sqrt(d), 1/sqrt(d)), so that the start is not at the base; `init="base"` starts at it,
-with W = R and b = 0. Deviations: pyreft makes R of Householder reflections, which gives the same matrices by other
-numbers; its data sets count a prompt without its last token, here it is the last of the last ones; no dropout, which
-there falls on the whole edited state; no activation on h W + b. The published runs for commonsense reasoning share one
-set between both ends, which is the default here, and train at 9e-4.
+with W = R and b = 0. As in the published runs for commonsense reasoning one set is shared between both ends, and trains
+at 9e-4. Deviations: pyreft makes R of Householder reflections, which gives the same matrices by other numbers; its data
+sets count a prompt without its last token, here it is the last of the last ones; no dropout, which there falls on the
+whole edited state; no activation on h W + b.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from jaxpeft import reft, tree
 from jaxpeft.generate import generate
 from jaxpeft.methods import loreft
 from tests import beside, by_hand, residuals, tiny
+from tests.methods.bottleneck_test import opt
+from tests.methods.vqt_test import images, vit
 
 PROMPTS = [[5], [7, 11, 13], list(range(20, 33)), [96, 0, 3, 4], list(range(9))]
 NEW = 4
@@ -306,6 +308,19 @@ def test_the_stream_stays_in_its_dtype():
         return sum(aval.shape == (3, 16, 32) and aval.dtype == jnp.float32 for aval in made)
 
     assert wide(model) == wide(tiny.model(jnp.bfloat16)[0])
+
+
+@pytest.mark.parametrize(
+    ("made", "batch"),
+    [(opt, {"tokens": np.arange(10, dtype=np.int32).reshape(2, 5)}), (vit, images(2))],
+)
+def test_other_families_start_at_the_base_and_feel_their_edits(made, batch):
+    base, params = made()
+    model, trainable, frozen = jp.setup(jp.loreft(2, "f2+l2", init="base"), base, params, jax.random.key(0))
+    of = jax.jit(lambda trainable: model.apply(tree.combine(trainable, frozen), batch))
+    expected = base.apply(params, batch)
+    np.testing.assert_allclose(of(trainable), expected, rtol=1e-5, atol=1e-5)
+    assert np.abs(of(beside.moved(trainable)) - expected).max() > 1e-3
 
 
 def test_data_without_prompts_are_refused():
