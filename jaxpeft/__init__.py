@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxpeft.memory.functions import plan, profile
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.dept import dept
+    from jaxpeft.methods.direft import direft
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
     from jaxpeft.methods.galore import galore
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lokr import lokr
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
+    from jaxpeft.methods.loreft import loreft
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
@@ -73,6 +75,7 @@ _MODULE_OF = {
     "combine": "tree",
     "completion_loss": "train.loss",
     "dept": "methods.dept",
+    "direft": "methods.direft",
     "dora": "methods.dora",
     "export_adapter": "peft",
     "from_linen": "linen",
@@ -90,6 +93,7 @@ _MODULE_OF = {
     "lokr": "methods.lokr",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
+    "loreft": "methods.loreft",
     "lst": "methods.lst",
     "jit_step": "train.step",
     "make_train_step": "train.step",

@@ -22,7 +22,7 @@ DECODER, ENCODER, ITEMSIZE, TOKENS = "llama3.2-1b", "vit-l-16", 2, 4 * 1024
 LEVELS = {
     "parameters": "the model's parameters themselves",
     "site": "linear maps, chosen by `--targets`",
-    "module": "whole modules: attention, MLP",
+    "module": "whole modules: attention, MLP, layer",
     "input": "what layers read beside the stream: keys, values, queries",
     "stack": "how the layers are run",
     "step": "how a step trains what another method, or itself, names",
