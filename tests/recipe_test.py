@@ -82,7 +82,8 @@ def test_several_chains_each_get_what_they_take():
             "full",
             [],
             {"rank": 2},
-            "it takes which (dept, dora, galore, loha, lokr, lora, lora_fa, miss, paca, shira, svfit, vera take it)",
+            "it takes which (dept, dora, galore, loha, lokr, lora, lora_fa, miss, paca, randlora, shira, svfit, "
+            "vera take it)",
         ),
         ("full+vqt", [], {"rank": 2}, "method full+vqt takes no rank; known: full.which, vqt.queries, vqt.normalize"),
         ("lora", ["rnk=3"], {}, "method lora takes no rnk; it takes rank, alpha"),

@@ -214,7 +214,7 @@ def test_tensors_that_do_not_fit_are_refused(change, reason, copy, base):
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("peft_type", "LOHA"),
+        ("peft_type", "XLORA"),
         ("bias", "all"),
         ("fan_in_fan_out", True),
         ("modules_to_save", ["lm_head"]),
