@@ -13,11 +13,12 @@ end. Lambda starts at zero, the adapted model at the base, and Gamma at 1 / k.
 
 A' is made again in each pass. Where n > m, only x B is kept for the backward pass, about m per token; elsewhere x, n
 per token, and dW is made where that takes less time, of more tokens than outputs. It merges exactly, up to rounding,
-and only multiplies with the kernel, so that quantized ones do as well. Of rank k, it has as many products as they.
+and only multiplies with the kernel, so that quantized ones do as well. Its products are about as many as the kernel's.
 
 Paper: Albert et al. 2025, "RandLoRA: Full-rank parameter-efficient fine-tuning of large models", arXiv:2502.00987;
 with PEFT's start, its order of the columns (A' by p, then j; B by j, then p) and its scale. Deviations: an adapter
-always holds A and B; one of PEFT's without them is read, as its numbers can be drawn again.
+always holds A and B, and no more of them than is read; one of PEFT's without them is read, as its numbers can be drawn
+again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from __future__ import annotations
 import math
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -40,7 +41,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import Targets, check_rank
 from jaxpeft.model import Context
-from jaxpeft.peft import form
+from jaxpeft.peft import form, twister
 from jaxpeft.quant import dense
 from jaxpeft.quant import merged as as_merged
 from pallas_kernels.dropout import drop
@@ -82,9 +83,8 @@ class RandLoRA(nn.Module):
 
         def from_inputs(x, own, seed):
             up, down = b.astype(x.dtype).T, scaled(a, own, self.scale).astype(x.dtype)
-            if x.size // n > m:
-                return dropped(x, seed) @ (down @ up)
-            return dropped(x, seed) @ down @ up
+            x = dropped(x, seed)
+            return x @ (down @ up) if x.size // n > m else x @ down @ up
 
         if n <= m:
             return inner(x) + again(from_inputs)(x, own, seed)
@@ -148,7 +148,7 @@ def randlora(
         raise InputError(f"randlora: bases {bases!r} should be one of {', '.join(BASES)}")
     if not 0 <= dropout < 1:
         raise InputError(f"randlora: dropout {dropout} must be at least 0 and below 1")
-    scale = _scale_of(config)
+    scale = _alpha_of(config) / rank
 
     def choose(params):
         return sites.find(params, targets, "randlora")
@@ -176,25 +176,19 @@ def randlora(
     )
 
 
-def _scale_of(config: Mapping[str, Any]) -> float:
-    return _alpha_of(config) / config["rank"]
-
-
 def _alpha_of(config: Mapping[str, Any]) -> float:
     return 20 * config["rank"] if config["alpha"] is None else config["alpha"]
 
 
 def sides_of(kernels: list[tuple[int, int]]) -> tuple[int, int]:
-    """The smaller and the larger of the most inputs and the most outputs of kernels (n, m)."""
-    n, m = (max(sides) for sides in zip(*kernels, strict=True))
-    return min(n, m), max(n, m)
+    """The largest of the smaller and of the larger sides of kernels (n, m), of which A and B have rows."""
+    return max(map(min, kernels)), max(map(max, kernels))
 
 
 def _random(key: jax.Array, shape: tuple[int, int], bases: str, least: int) -> jax.Array:
     """Numbers of standard deviation 1, bfloat16."""
     if bases == "uniform":
-        bound = math.sqrt(3)
-        return jax.random.uniform(key, shape, jnp.float32, -bound, bound).astype(jnp.bfloat16)
+        return jax.random.uniform(key, shape, jnp.float32, -math.sqrt(3), math.sqrt(3)).astype(jnp.bfloat16)
     drawn = jax.random.uniform(key, shape)
     return (math.sqrt(_sparsity(bases, least)) * _signs(drawn, bases, least)).astype(jnp.bfloat16)
 
@@ -256,15 +250,35 @@ def _to_config(config: Mapping[str, Any], parts: Mapping[str, form.Part], base: 
 
 
 def _write(config: Mapping[str, Any], leaves: tree.Flat, base: form.Base) -> form.Written:
-    """What trains of all sites, and A and B once."""
+    """What trains of all sites, and A and B once, filled up with zeros to the sizes that PEFT expects."""
     rest = {path: leaf for path, leaf in leaves.items() if path not in ("randlora/a", "randlora/b")}
     written = _FORM.write(config, rest, base)
     a, b = (np.asarray(leaves[f"randlora/{name}"], np.float32) for name in "ab")
+    least, most = _sides_of_peft(_kernels({key.split(".", 2)[2].rpartition(".")[0] for key in written.tensors}, base))
+    a = np.pad(a, ((0, least - len(a)), (0, 0)))
+    b = np.pad(b, ((0, most - len(b)), (0, config["rank"] * copies_of(least, config["rank"]) - b.shape[1])))
     shared = {
         "base_model.randlora_A": np.ascontiguousarray(a.T[:, None]),
-        "base_model.randlora_B": b.reshape(len(b), -1, config["rank"]),
+        "base_model.randlora_B": b.reshape(most, -1, config["rank"]),
     }
     return written._replace(tensors=written.tensors | shared)
+
+
+def _kernels(names: Iterable[str], base: form.Base) -> list[tuple[int, int]]:
+    """(n, m) of these modules."""
+    return [(base.modules[name].n, base.modules[name].m) for name in names]
+
+
+def _sides_of_peft(kernels: list[tuple[int, int]]) -> tuple[int, int]:
+    """The smaller and the larger of the most inputs and the most outputs: PEFT's A and B have rows that none reads."""
+    n, m = (max(sides) for sides in zip(*kernels, strict=True))
+    return min(n, m), max(n, m)
+
+
+def _read_by(kernels: list[tuple[int, int]], rank: int, a: np.ndarray, b: np.ndarray) -> dict[str, np.ndarray]:
+    """What kernels read of a (., r) and b (., r N)."""
+    least, most = sides_of(kernels)
+    return {"a": a[:least], "b": b[:most, : rank * copies_of(least, rank)]}
 
 
 def _parse(tensors: Mapping[str, np.ndarray], base: form.Base) -> dict[str, Any]:
@@ -274,8 +288,7 @@ def _parse(tensors: Mapping[str, np.ndarray], base: form.Base) -> dict[str, Any]
     parts = _FORM.parse(own, base)
     first = next(iter(parts))
     rank = parts[first]["lambda"].shape[1]
-    for name, part in parts.items():
-        n, m = base.modules[name].n, base.modules[name].m
+    for (name, part), (n, m) in zip(parts.items(), _kernels(parts, base), strict=True):
         copies = copies_of(min(n, m), rank)
         for leaf, wanted in (("lambda", (copies, rank)), ("gamma", (min(n, m), copies))):
             if part[leaf].shape != wanted:
@@ -288,18 +301,17 @@ def _parse(tensors: Mapping[str, np.ndarray], base: form.Base) -> dict[str, Any]
     if sorted(found.values()) != ["a", "b"]:
         raise InputError(f"has {', '.join(sorted(found))}; expected one randlora_A and one randlora_B, or neither")
     shared = {name: np.asarray(tensors[key], np.float32) for key, name in found.items()}
-    least, most = sides_of([(base.modules[name].n, base.modules[name].m) for name in parts])
-    for name, leading, needed in (
-        ("a", (rank, 1), (rank, 1, least)),
-        ("b", (), (most, copies_of(least, rank), rank)),
-    ):
-        x = shared[name]
-        same = x.ndim == 3 and x.shape[: len(leading)] == leading and (name == "a" or x.shape[2] == rank)
-        if not same or any(size < least for size, least in zip(x.shape, needed, strict=True)):
+    kernels = _kernels(parts, base)
+    least, most = _sides_of_peft(kernels)
+    for name, axis, needed in (("a", 0, (rank, 1, least)), ("b", 2, (most, copies_of(least, rank), rank))):
+        sizes = shared[name].shape
+        enough = len(sizes) == 3 and all(size >= least for size, least in zip(sizes, needed, strict=True))
+        if not enough or sizes[axis] != rank:
             raise InputError(
-                f"an adapter for another base: randlora_{name.upper()} has shape {x.shape}; its kernels need {needed}"
+                f"an adapter for another base: randlora_{name.upper()} has shape {sizes}; its kernels need {needed}"
             )
-    return {**parts, _BESIDE: {"a": shared["a"][:, 0].T, "b": shared["b"].reshape(len(shared["b"]), -1)}}
+    a, b = shared["a"][:, 0].T, shared["b"].reshape(len(shared["b"]), -1)
+    return {**parts, _BESIDE: _read_by(kernels, rank, a, b)}
 
 
 def _read(fields: Mapping[str, Any], parts: dict[str, Any], base: form.Base) -> tuple[dict[str, Any], Any]:
@@ -316,8 +328,9 @@ def _read(fields: Mapping[str, Any], parts: dict[str, Any], base: form.Base) -> 
     if _BESIDE not in parts:
         if fields.get("save_projection", True):
             raise InputError("save_projection is true, and the adapter has no randlora_A and randlora_B")
-        kernels = [(base.modules[name].n, base.modules[name].m) for name in own]
-        parts = {**parts, _BESIDE: drawn(int(fields.get("projection_prng_key") or 0), bases, rank, *sides_of(kernels))}
+        kernels = _kernels(own, base)
+        found = drawn(int(fields.get("projection_prng_key") or 0), bases, rank, *_sides_of_peft(kernels))
+        parts = {**parts, _BESIDE: _read_by(kernels, rank, **found)}
     alpha = fields.get("randlora_alpha")
     return {
         "rank": rank,
@@ -333,39 +346,27 @@ def drawn(key: int, bases: str, rank: int, least: int, most: int) -> dict[str, n
 
     Uniform ones are rounded to bfloat16, their standard deviation and the quotients as well.
     """
-    twister, copies = np.random.RandomState(key % 2**32), copies_of(least, rank)
-
-    def uniform(shape):
-        bits = twister.randint(0, 2**32, size=shape, dtype=np.uint32) & (2**24 - 1)
-        return bits.astype(np.float32) / np.float32(2**24)
-
-    def kaiming(shape):
-        bound = np.float32(1 / math.sqrt(shape[-1]))
-        x, end = _bfloat16(uniform(shape) * np.float64(2 * bound) - bound), _bfloat16(bound)
-        return np.where(x == end, -end, x)  # the upper end is no part of the interval
-
+    random, copies = twister.seeded(key), copies_of(least, rank)
     if bases == "uniform":
-        a = kaiming((rank, least))
-        b = np.stack([kaiming((most, rank)) for _ in range(copies)], axis=1)
-        a, b = (_bfloat16(x / _bfloat16(x.std(ddof=1, dtype=np.float64))) for x in (a, b))
+        a = twister.uniform_bfloat16(random, (rank, least), least**-0.5)
+        b = np.stack([twister.uniform_bfloat16(random, (most, rank), rank**-0.5) for _ in range(copies)], axis=1)
+        a, b = (twister.bfloat16(x / twister.bfloat16(x.std(ddof=1, dtype=np.float64))) for x in (a, b))
     else:
-        a, b = (_signs(uniform(shape), bases, least) for shape in ((rank, least), (most, copies, rank)))
+        shapes = (rank, least), (most, copies, rank)
+        a, b = (_signs(twister.uniform(random, shape), bases, least) for shape in shapes)
         a, b = (np.float32(x) / np.float32(x.std(ddof=1, dtype=np.float64)) for x in (a, b))
     return {"a": a.T, "b": b.reshape(most, -1)}
-
-
-def _bfloat16(x: np.ndarray) -> np.ndarray:
-    """Numbers rounded to bfloat16, as float32."""
-    return np.asarray(x, np.float32).astype(jnp.bfloat16).astype(np.float32)
 
 
 def _restore(config: Mapping[str, Any], parts: dict[str, Any], facts: Mapping[str, Any], base: form.Base) -> tree.Flat:
     """The leaves; A and B in bfloat16 where that loses nothing, as they are drawn, else in float32."""
     own = {name: part for name, part in parts.items() if name != _BESIDE}
     leaves = _FORM.restore(config, own, facts, base)
-    short = {name: np.array_equal(x, _bfloat16(x)) for name, x in parts[_BESIDE].items()}
-    shared = {f"randlora/{name}": jnp.asarray(x) for name, x in parts[_BESIDE].items()}
-    return {**leaves, **{path: x.astype(jnp.bfloat16) if short[path[-1]] else x for path, x in shared.items()}}
+    shared = {}
+    for name, x in parts[_BESIDE].items():
+        lossless = np.array_equal(x, twister.bfloat16(x))
+        shared[f"randlora/{name}"] = jnp.asarray(x, jnp.bfloat16 if lossless else jnp.float32)
+    return {**leaves, **shared}
 
 
 def _check(fields: Mapping[str, Any]) -> None:
