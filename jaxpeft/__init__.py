@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.prompt import prompt
     from jaxpeft.methods.quantize import quantize
+    from jaxpeft.methods.randlora import randlora
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.shira import shira
     from jaxpeft.methods.svfit import svfit
@@ -115,6 +116,7 @@ _MODULE_OF = {
     "profile": "memory.functions",
     "save_pretrained": "hf",
     "setup": "method",
+    "randlora": "methods.randlora",
     "sherl": "methods.sherl",
     "split": "tree",
     "to_nnx": "nnx",

@@ -36,7 +36,7 @@ from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import Targets, check_rank
 from jaxpeft.methods.lora import fold as fold_product
 from jaxpeft.model import Context
-from jaxpeft.peft import form
+from jaxpeft.peft import form, twister
 
 
 class VeRA(nn.Module):
@@ -234,12 +234,11 @@ def _read(fields: Mapping[str, Any], parts: dict[str, Any], base: form.Base) -> 
 
 def drawn(key: int, rank: int, inputs: int, outputs: int) -> dict[str, np.ndarray]:
     """a (N, r) and b (r, M) as PEFT draws them of a key: of a Mersenne Twister, 24 of each 32 bits."""
-    twister = np.random.RandomState(key % 2**32)
+    random = twister.seeded(key)
 
     def uniform(shape):
-        bits = twister.randint(0, 2**32, size=shape, dtype=np.uint32) & (2**24 - 1)
         bound = np.float32(bound_of(shape[1]))
-        return (bits.astype(np.float32) / np.float32(2**24) * (2 * bound) - bound).T
+        return (twister.uniform(random, shape) * (2 * bound) - bound).T
 
     return {"a": uniform((rank, inputs)), "b": uniform((outputs, rank))}
 

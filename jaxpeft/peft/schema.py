@@ -58,6 +58,11 @@ class AdapterConfig(TypedDict, total=False):
     # SHIRA
     mask_type: Text | None
     random_seed: Index | None
+    # RANDLORA
+    randlora_alpha: _Alpha | None
+    randlora_dropout: Annotated[Number, Ge(0), Lt(1)] | None
+    sparse: Flag | None
+    very_sparse: Flag | None
     # VERA
     vera_dropout: Annotated[Number, Ge(0), Lt(1)] | None
     d_initial: Number | None
