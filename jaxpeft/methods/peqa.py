@@ -6,9 +6,10 @@
     group = 0, one scale per output:    y = (s / s_0) (x W_0)    ds_j = sum over tokens of dy_j (x W_0)_j / s_0j
     groups of inputs:                   ds_gj = sum over i in group g of (c - z)_ij (x^T dy)_ij
 
-x (..., n), W (n, m). Kept for the backward pass: with one scale per output x W_0, m per token, and no x; under
-`matmuls` it takes the place of y and costs nothing. With groups x, n per token, which the sites that read the same x
-share; x^T dy is made one group at a time. No unpacked kernel is kept.
+x (..., n), W (n, m). Kept for the backward pass: with one scale per output x W_0, m per token, and no x. Under
+`matmuls` it takes the place of y and costs nothing but at down_proj, whose y is not kept otherwise; with
+`matmuls,down_proj_product=recompute` it is made again. With groups x is kept, n per token, which the sites that read
+the same x share, and under `matmuls` nothing more; x^T dy is made one group at a time. No unpacked kernel is kept.
 
 Codes and zero points stay as they are, bit by bit: a task is its scales. Adam's state is 8 bytes per scale. s_0 stays
 beside the codes, 4 bytes per scale, so that what reads the kernel reads the base. Merging gives s (c - z), unpacked in
@@ -19,7 +20,8 @@ has to be nearest to them, last in the chain: `lora+peqa`. Weight decay would pu
 
 Paper: Kim et al. 2023, "Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer
 Quantization", arXiv:2305.14152. s_0 and z are to minimise the squared error; here s_0 does on a grid, and z is that of
-the range with zero in it. Neither code nor rate is published. Deviation: 8 bits are possible, too.
+the range with zero in it. Neither code nor rate is published: the default is of full fine-tuning's size, and smaller
+models, of larger weights, want more. Deviation: 8 bits are possible, too.
 """
 
 from __future__ import annotations
@@ -93,7 +95,8 @@ def peqa(bits: int = 4, group: int = 0, targets: Targets = "all-linear") -> Meth
         if n % (group or 1):
             raise InputError(f"peqa: group {group} does not divide the {n} inputs of {site}")
         if n % unit:
-            raise InputError(f"peqa: {site} has {n} inputs, which {bits} bits pack in {unit}s; use 8 bits")
+            others = " or ".join(str(fitting) for fitting in affine.FIELDS if n % Affine.aligned(fitting) == 0)
+            raise InputError(f"peqa: {site} has {n} inputs, which {bits} bits pack in {unit}s; use {others} bits")
 
     def choose(params):
         return sites.find(params, targets, "peqa")

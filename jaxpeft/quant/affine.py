@@ -154,9 +154,10 @@ def quantize(w: jax.Array, bits: int, group: int = 0) -> Affine:
 
 
 def steps(w: Affine) -> jax.Array:
-    """c - z (G, group, m) int32."""
+    """c - z (G, group, m) int16."""
     n, m = w.shape
-    return unpack(w.codes, w.bits).reshape(w.groups, n // w.groups, m) - w.zeros.astype(jnp.int32)[:, None]
+    codes = unpack(w.codes, w.bits).reshape(w.groups, n // w.groups, m)
+    return codes.astype(jnp.int16) - w.zeros.astype(jnp.int16)[:, None]
 
 
 def dequantize(w: Affine, dtype: Any = jnp.float32) -> jax.Array:

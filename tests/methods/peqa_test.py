@@ -10,8 +10,10 @@ import jaxpeft as jp
 from jaxpeft import sharding, sites, tree
 from jaxpeft.backward.plan import parse
 from jaxpeft.backward.residuals import planned
+from jaxpeft.memory import planner
 from jaxpeft.methods import peqa
 from jaxpeft.model import Context
+from jaxpeft.models import geometries
 from jaxpeft.quant import Affine, affine, dense, dot, is_packed, like, pack_affine
 from jaxpeft.train.optimizer import make_direction
 from jaxpeft.train.step import objective_of
@@ -155,6 +157,22 @@ def test_groups_keep_inputs_and_no_kernel(grouped):
         assert not {*kernels, *(shape[1:] for shape in kernels)} & set(wide)
 
 
+def test_a_plan_keeps_products_in_the_place_of_outputs():
+    """Under `matmuls`: beside what LoRA over packed kernels keeps, the output of down_proj; with groups nothing."""
+
+    def kept(method, plan="matmuls"):
+        step = planner.make_step(geometries.load("llama3.2-1b"), method, 1, 64, plan)
+        return planner.cost(step).segments["layers"].kept_bytes()["device"]
+
+    frozen = kept(jp.chain(jp.quantize(), jp.lora()))
+    del frozen["lora_low"]
+    assert kept(jp.peqa(4, 128)) == frozen
+    own = {name.removesuffix("_product"): count for name, count in kept(jp.peqa()).items()}
+    assert own == frozen | {"down_proj": frozen["block_input"]}
+    again = kept(jp.peqa(), "matmuls,down_proj_product=recompute")
+    assert sum(again.values()) == sum(frozen.values())
+
+
 def test_groups_have_the_same_gradients_in_any_run(grouped):
     method, model, trainable, rest = grouped
 
@@ -266,10 +284,10 @@ def test_refusals(method, message):
 
 
 def test_refuses_inputs_that_fill_no_bytes():
-    base, params = tiny.model(intermediate_size=60)
-    message = "peqa: layers/mlp/down_proj has 60 inputs, which 3 bits pack in 8s; use 8 bits"
+    _, params = tiny.model(intermediate_size=60)
+    message = "peqa: layers/mlp/down_proj has 60 inputs, which 3 bits pack in 8s; use 4 or 8 bits"
     with pytest.raises(jp.InputError, match=message):
-        jp.setup(jp.peqa(3), base, params, KEY)
+        jp.peqa(3).convert(params)
 
 
 def test_refuses_to_be_outside_of_another_adapter():
