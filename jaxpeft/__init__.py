@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.oft import oft
     from jaxpeft.methods.paca import paca
     from jaxpeft.methods.parallel import parallel
+    from jaxpeft.methods.peqa import peqa
     from jaxpeft.methods.pfeiffer import pfeiffer
     from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.prompt import prompt
@@ -108,6 +109,7 @@ _MODULE_OF = {
     "remat": "backward.residuals",
     "run": "train.run",
     "parallel": "methods.parallel",
+    "peqa": "methods.peqa",
     "pfeiffer": "methods.pfeiffer",
     "plan": "memory.functions",
     "prefix": "methods.prefix",

@@ -41,7 +41,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from pallas_kernels.divided import Divided
-from pallas_kernels.packed import HALF, Packed
 from pallas_kernels.stacked import taken
 
 AXES = ("data", "fsdp", "tensor", "seq")
@@ -191,18 +190,17 @@ def _each(mesh: Any, leaf: Any, spec: Spec, lead: int, place: Callable[[Any, Spe
     """place(array, its axes) of each array of a leaf with `lead` axes before those of the specification.
 
     An axis that its devices do not divide is none, in all arrays of a packed kernel alike: they are cut between tiles
-    of codes and groups of scales.
+    of codes and groups of scales (`unit`).
     """
 
     def put(array):
         if array.ndim != lead + len(spec):  # the few numbers of double quantization
             return place(array, ())
-        return place(array, (*(None,) * lead, *spec))
+        own = (axes if size > 1 else None for axes, size in zip(spec, array.shape[lead:], strict=True))
+        return place(array, (*(None,) * lead, *own))
 
     sizes = list(leaf.shape[lead:])
-    if isinstance(leaf, Packed) and sizes:
-        tile = 1 if leaf.format == "int8" else 2 * HALF
-        unit = math.lcm(tile, leaf.group)
+    if (unit := getattr(leaf, "unit", None)) and sizes:
         sizes[0] = sizes[0] // unit if sizes[0] % unit == 0 else 1
     if len(sizes) == len(spec):
         spec = tuple(_dividing(mesh, size, axes) for axes, size in zip(spec, sizes, strict=True))

@@ -113,6 +113,11 @@ class Packed:
         """Whether the scales are coded."""
         return self.block_scales is not None
 
+    @property
+    def unit(self) -> int:
+        """Inputs that cannot be parted: those of a tile of codes, and of a group."""
+        return math.lcm(1 if self.format == "int8" else 2 * HALF, self.group)
+
 
 def nibbles(codes: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(high, low) int32 of uint8 codes: the inputs of a tile's first and second half."""

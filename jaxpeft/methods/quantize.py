@@ -31,7 +31,8 @@ from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
 from jaxpeft.methods.lora import Targets
-from jaxpeft.quant import FORMATS, by_layer, dense, folded_as, is_packed, merged, pack
+from jaxpeft.quant import FORMATS, by_layer, dense, folded_as, is_packed, matrix, merged, pack
+from pallas_kernels.packed import Packed
 
 
 def saved_bytes(**_) -> int:
@@ -92,7 +93,8 @@ def quantize(
 
     def merge(params):
         flat = tree.flatten(params)
-        plain = lambda kernel: merged(kernel, dense(kernel, kernel.dtype)) if is_packed(kernel) else kernel
+        ours = lambda kernel: isinstance(matrix(kernel), Packed)
+        plain = lambda kernel: merged(kernel, dense(kernel, kernel.dtype)) if ours(kernel) else kernel
         return tree.unflatten({path: plain(leaf) for path, leaf in flat.items()})
 
     return Method(prepare=prepare, merge=merge, specs=(Spec("quantize", config),), convert=convert)

@@ -1,5 +1,6 @@
 """Kernels that are not plain arrays: what every kernel can be asked (`Kernel`), and the products that take them all."""
 
+from jaxpeft.quant.affine import Affine
 from jaxpeft.quant.dot import dot, low_rank_dot
 from jaxpeft.quant.folded import (
     CONVOLUTION,
@@ -14,12 +15,13 @@ from jaxpeft.quant.folded import (
     unfolded,
     unfolded_all,
 )
-from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack
+from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack, pack_affine
 
 __all__ = [
     "CONVOLUTION",
     "EMBEDDING",
     "FORMATS",
+    "Affine",
     "Folded",
     "Kernel",
     "by_layer",
@@ -35,6 +37,7 @@ __all__ = [
     "matrix",
     "merged",
     "pack",
+    "pack_affine",
     "refolded",
     "unfolded",
     "unfolded_all",

@@ -26,6 +26,7 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sharding
+from jaxpeft.quant import affine
 from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.packed import Packed
@@ -110,6 +111,11 @@ def _fused(product: Callable[..., jax.Array], kernel: Any, x, a, b, **options) -
 @_product.register
 def _(kernel: Packed, x: jax.Array) -> jax.Array:
     return quant_matmul(x, kernel)
+
+
+@_product.register
+def _(kernel: affine.Affine, x: jax.Array) -> jax.Array:
+    return affine.product(x, kernel)
 
 
 @_low_rank_product.register

@@ -20,8 +20,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.quant import affine
+from jaxpeft.quant.affine import Affine
 from pallas_kernels.packed import FORMATS, Packed, dequantize, quantize
 from pallas_kernels.stacked import Stacked
+
+_PACKED = (Packed, Affine)
 
 
 class Kernel(Protocol):
@@ -53,7 +57,7 @@ class Kernel(Protocol):
 
 def is_packed(kernel: Any) -> bool:
     """Whether a node of a tree is a kernel of several arrays, which a tree's functions would otherwise take apart."""
-    return isinstance(kernel, Packed) or isinstance(getattr(kernel, "array", None), Packed)
+    return isinstance(kernel, _PACKED) or isinstance(getattr(kernel, "array", None), _PACKED)
 
 
 def dense(kernel: Any, dtype: Any = jnp.float32) -> jax.Array:
@@ -107,18 +111,25 @@ def by_layer(function: Callable[[jax.Array], Any], array: jax.Array) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
+def pack_affine(array: jax.Array, bits: int, group: int = 0) -> Affine:
+    """An affine kernel of an array (..., n, m) in its dtype; arguments and errors are those of `affine.quantize`."""
+    return by_layer(functools.partial(_pack_affine, bits=bits, group=group), array)
+
+
+_pack_affine = jax.jit(affine.quantize, static_argnames=("bits", "group"))
 _pack = jax.jit(quantize, static_argnames=("format", "group", "double"))
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _unpack(packed: Packed, dtype: Any) -> jax.Array:
+def _unpack(packed: Packed | Affine, dtype: Any) -> jax.Array:
     if packed.ndim == 2:
-        return dequantize(packed, dtype)
+        return affine.dequantize(packed, dtype) if isinstance(packed, Affine) else dequantize(packed, dtype)
     return jax.lax.map(lambda layer: _unpack(layer, dtype), packed)
 
 
-@_dense.register
-def _(kernel: Packed, dtype: Any) -> jax.Array:
+@_dense.register(Packed)
+@_dense.register(Affine)
+def _(kernel: Packed | Affine, dtype: Any) -> jax.Array:
     return _unpack(kernel, dtype)
 
 
@@ -133,4 +144,10 @@ def _(kernel: Packed, array: jax.Array) -> Packed:
     return dataclasses.replace(packed, dtype=kernel.dtype)
 
 
-__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "is_packed", "like", "merged", "pack"]
+@_like.register
+def _(kernel: Affine, array: jax.Array) -> Affine:
+    group = kernel.shape[-2] // kernel.groups
+    return dataclasses.replace(pack_affine(array, kernel.bits, group), dtype=kernel.dtype)
+
+
+__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "is_packed", "like", "merged", "pack", "pack_affine"]

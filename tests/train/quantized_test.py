@@ -14,7 +14,11 @@ from jaxpeft.train import base, config, loop
 from jaxpeft.train import prepare as preparing
 from tests import runs
 
-METHODS = {"quantize+lora": (), "lora_fa+quantize": ("quantize.format=int8",)}
+METHODS = {
+    "quantize+lora": {},
+    "lora_fa+quantize": {"method_options": ("quantize.format=int8",)},
+    "peqa": {"method_options": ("bits=3",), "rank": None},
+}
 
 
 def kernels(leaves):
@@ -32,7 +36,7 @@ def stored(folder):
 @pytest.mark.parametrize("name", METHODS)
 def test_packed_kernels_are_made_again_and_a_run_continues_bit_by_bit(name, files, cache, tmp_path, monkeypatch):
     def arguments(out, **changes):
-        return runs.arguments(files, tmp_path / out, method=name, method_options=METHODS[name], samples=0, **changes)
+        return runs.arguments(files, tmp_path / out, method=name, samples=0, **METHODS[name], **changes)
 
     def state(args):
         with Checkpoints(args.out / "checkpoints") as checkpoints:
