@@ -4,6 +4,7 @@ import jax
 
 from jaxpeft import tree
 from jaxpeft.train.loss import completion_loss
+from pallas_kernels.platform import FLOPS
 
 
 def saved(model, trainable, frozen, batch, of="hidden", key=None):
@@ -51,6 +52,6 @@ def products(jaxpr):
 
 
 def operands(jaxpr):
-    """The two operands of every matrix product, with shapes and dtypes."""
-    dots = [equation for equation in equations(jaxpr) if equation.primitive.name == "dot_general"]
-    return [[variable.aval for variable in dot.invars] for dot in dots]
+    """The operands of every matrix product and of every operation that has kernels, with shapes and dtypes."""
+    read = [equation for equation in equations(jaxpr) if equation.primitive.name in {"dot_general", *FLOPS}]
+    return [[variable.aval for variable in equation.invars] for equation in read]
