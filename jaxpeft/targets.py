@@ -13,6 +13,7 @@ from jaxpeft.quant import EMBEDDING, Folded, is_linear, kind_of
 _PRESETS = {
     "all-linear": r"^layers.*/[^/]+$",
     "attention": r"^layers.*/(self_attn|attention|attn)/.+$",
+    "qv": r"^layers.*/(q_proj|v_proj|query|value)$",
     "mlp": r"^layers.*/mlp/[^/]+$",
 }
 
@@ -28,9 +29,9 @@ def find(
     Args:
       params: nested parameters; a site is every path with a `kernel` of two axes (three with the layer axis).
       targets: "all-linear" (every linear map of the layers, not the head; every one where no layers are visible),
-        "attention", "mlp", a regular expression found in the site's path (`re.search`), or names that sites end with,
-        as in PEFT's `target_modules` (`["q_proj", "v_proj"]`, or "q_proj,v_proj"). Embeddings and convolutions are
-        chosen by names alone.
+        "attention", "qv" (its queries and values, as in LoRA's paper), "mlp", a regular expression found in the site's
+        path (`re.search`), or names that sites end with, as in PEFT's `target_modules` (`["q_proj", "v_proj"]`, or
+        "q_proj,v_proj"). Embeddings and convolutions are chosen by names alone.
       method: whose targets they are.
       kinds: what the method adapts besides linear maps (`quant.EMBEDDING`, `quant.CONVOLUTION`).
 

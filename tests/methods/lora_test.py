@@ -143,6 +143,7 @@ def test_patterns_change_rank_and_alpha_of_some_sites():
     [
         ("all-linear", {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}),
         ("attention", {"q_proj", "k_proj", "v_proj", "o_proj"}),
+        ("qv", {"q_proj", "v_proj"}),
         ("mlp", {"gate_proj", "up_proj", "down_proj"}),
         ("q_proj,v_proj", {"q_proj", "v_proj"}),
         (["self_attn.q_proj", "down_proj"], {"q_proj", "down_proj"}),
