@@ -50,23 +50,14 @@ def test_outputs_gradients_and_merged_are_those_of_peft(llama, tmp_path):
     assert method.specs == jp.ln_tuning().specs
     trainable, rest = tree.split(params_read, method.trainable)
     assert trainable.keys() == {f"{norm}/ln_tuning/scale" for norm in NORMS}
-    weights = np.random.default_rng(0).normal(size=(*reference.TOKENS.shape, 97)).astype(np.float32)
 
-    def ours(trainable):
-        logits = model.apply(jp.combine(trainable, rest), {"tokens": reference.TOKENS})
-        return jnp.sum(logits * weights), logits
+    def of_torch(path, value):
+        name = path.removesuffix("/ln_tuning/scale").replace("layers/", "layers.{}.")
+        name = f"base_model.model.model.{name}.ln_tuning_layers.default.weight"
+        rows = [value(dict(theirs.named_parameters())[name.format(layer)]).numpy() for layer in range(2)]
+        return np.stack(rows) if "{}" in name else rows[0]
 
-    gradients, logits = jax.jit(jax.grad(ours, has_aux=True))(trainable)
-    expected = theirs(torch.tensor(reference.TOKENS).long()).logits
-    (expected * torch.tensor(weights)).sum().backward()
-    expected = expected.detach().numpy()
-    reference.assert_close(np.asarray(logits), expected)
-    wanted = {name: p.grad.numpy() for name, p in theirs.named_parameters() if p.grad is not None}
-    of = lambda name: wanted[f"base_model.model.model.{name}.ln_tuning_layers.default.weight"]
-    for norm in NORMS:
-        name = norm.replace("layers/", "layers.{}.")
-        theirs_now = np.stack([of(name.format(i)) for i in range(2)]) if "{}" in name else of(name)
-        reference.assert_close(np.asarray(gradients[f"{norm}/ln_tuning/scale"]), theirs_now)
+    expected = reference.assert_same_gradients(theirs, model, trainable, rest, of_torch)
     assert np.abs(expected - reference.torch_logits(reference.torch_base(folder))).max() > 0.1
     merged = method.merge(params_read)
     reference.assert_close(reference.logits(base, merged), expected)

@@ -12,10 +12,10 @@ from peft.tuners.lokr.layer import factorization
 from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
-from jaxpeft import sites, tree
+from jaxpeft import sites
 from jaxpeft.methods import lokr
 from jaxpeft.model import Context
-from jaxpeft.peft import attach, export_adapter, import_adapter
+from jaxpeft.peft import attach, import_adapter
 from jaxpeft.quant import dot
 from pallas_kernels.packed import dequantize, quantize
 from tests import residuals, tiny
@@ -84,33 +84,9 @@ def test_outputs_gradients_merged_weights_and_adapters_are_those_of_peft(setting
         name = f"base_model.model.model.layers.{{}}.{'.'.join(module.split('/')[1:])}.lokr_{PEFTS.get(leaf, leaf)}"
         return np.stack([value(parameters[f"{name.format(layer)}.default"]).numpy().T for layer in range(2)])
 
-    trainable = {path: jnp.asarray(of_torch(path, lambda p: p.data)) for path in trainable}
-    weights = RNG.normal(size=(*reference.TOKENS.shape, 97)).astype(np.float32)
-
-    def ours(trainable):
-        logits = model.apply(jp.combine(trainable, rest), {"tokens": reference.TOKENS})
-        return jnp.sum(logits * weights), logits
-
-    gradients, logits = jax.jit(jax.grad(ours, has_aux=True))(trainable)
-    expected = theirs(torch.tensor(reference.TOKENS).long()).logits
-    (expected * torch.tensor(weights)).sum().backward()
-    expected = expected.detach().numpy()
-    reference.assert_close(np.asarray(logits), expected)
-    for path, gradient in gradients.items():
-        reference.assert_close(np.asarray(gradient), of_torch(path, lambda p: p.grad))
-    assert np.abs(expected - reference.torch_logits(reference.torch_base(llama))).max() > 0.1
-    merged = method.merge(jp.combine(trainable, rest))
-    reference.assert_close(reference.logits(base, merged), expected)
-    assert tree.flatten(merged).keys() == tree.flatten(params).keys()
-
-    theirs.save_pretrained(tmp_path / "theirs")
-    _, adapted, read = attach(tmp_path / "theirs", base, params)
-    for path, leaf in {**rest, **trainable}.items():
-        np.testing.assert_array_equal(tree.flatten(adapted)[path], leaf, err_msg=path)
+    read, _, _ = reference.assert_same_as_peft(theirs, llama, method, model, trainable, rest, of_torch, tmp_path)
     for field in ("factor", "both"):
         assert read.specs[0].config[field] == method.specs[0].config[field], field
-    export_adapter(tmp_path / "ours", jp.combine(trainable, rest), method, base.config, llama)
-    reference.assert_close(reference.with_adapter(llama, tmp_path / "ours"), expected)
 
 
 def test_layers_without_an_adapter_and_what_is_none_of_this_base(llama, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import jaxpeft as jp
-from jaxpeft import sites, tree
+from jaxpeft import sites
 from jaxpeft.methods import oft
 from jaxpeft.model import Context
 from jaxpeft.peft import attach, export_adapter, import_adapter
@@ -67,33 +67,9 @@ def test_outputs_gradients_merged_weights_and_adapters_are_those_of_peft(setting
         name = "base_model.model.model.layers.{}." + ".".join(path.split("/")[1:3]) + ".oft_R.default.weight"
         return np.stack([value(parameters[name.format(layer)]).numpy() for layer in range(2)])
 
-    trainable = {path: jnp.asarray(of_torch(path, lambda p: p.data)) for path in trainable}
-    weights = RNG.normal(size=(*reference.TOKENS.shape, 97)).astype(np.float32)
-
-    def ours(trainable):
-        logits = model.apply(jp.combine(trainable, rest), {"tokens": reference.TOKENS})
-        return jnp.sum(logits * weights), logits
-
-    gradients, logits = jax.jit(jax.grad(ours, has_aux=True))(trainable)
-    expected = theirs(torch.tensor(reference.TOKENS).long()).logits
-    (expected * torch.tensor(weights)).sum().backward()
-    expected = expected.detach().numpy()
-    reference.assert_close(np.asarray(logits), expected)
-    for path, gradient in gradients.items():
-        reference.assert_close(np.asarray(gradient), of_torch(path, lambda p: p.grad))
-    assert np.abs(expected - reference.torch_logits(reference.torch_base(llama))).max() > 0.1
-    merged = method.merge(jp.combine(trainable, rest))
-    reference.assert_close(reference.logits(base, merged), expected)
-    assert tree.flatten(merged).keys() == tree.flatten(params).keys()
-
-    theirs.save_pretrained(tmp_path / "theirs")
-    _, adapted, read = attach(tmp_path / "theirs", base, params)
-    for path, leaf in {**rest, **trainable}.items():
-        np.testing.assert_array_equal(tree.flatten(adapted)[path], leaf, err_msg=path)
+    read, _, _ = reference.assert_same_as_peft(theirs, llama, method, model, trainable, rest, of_torch, tmp_path)
     for field in ("block_size", "terms", "exact", "share"):
         assert read.specs[0].config[field] == method.specs[0].config[field], field
-    export_adapter(tmp_path / "ours", jp.combine(trainable, rest), method, base.config, llama)
-    reference.assert_close(reference.with_adapter(llama, tmp_path / "ours"), expected)
 
 
 def test_layers_without_an_adapter_are_not_rotated(llama, tmp_path):

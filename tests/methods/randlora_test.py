@@ -70,35 +70,10 @@ def test_outputs_gradients_merged_weights_and_adapters_are_those_of_peft(llama, 
     rest |= {path: jnp.asarray(leaf).astype(jnp.bfloat16) for path, leaf in bases.items()}
     for path, leaf in bases.items():
         np.testing.assert_array_equal(rest[path].astype(jnp.float32), leaf)  # which loses nothing
-    trainable = {path: jnp.asarray(of_torch(path, lambda p: p.data)) for path in trainable}
-    weights = RNG.normal(size=(*reference.TOKENS.shape, 97)).astype(np.float32)
-
-    def ours(trainable):
-        logits = model.apply(jp.combine(trainable, rest), {"tokens": reference.TOKENS})
-        return jnp.sum(logits * weights), logits
-
-    gradients, logits = jax.jit(jax.grad(ours, has_aux=True))(trainable)
-    expected = theirs(torch.tensor(reference.TOKENS).long()).logits
-    (expected * torch.tensor(weights)).sum().backward()
-    expected = expected.detach().numpy()
-    reference.assert_close(np.asarray(logits), expected)
-    for path, gradient in gradients.items():
-        reference.assert_close(np.asarray(gradient), of_torch(path, lambda p: p.grad))
-    assert np.abs(expected - reference.torch_logits(reference.torch_base(llama))).max() > 0.1
-    merged = method.merge(jp.combine(trainable, rest))
-    reference.assert_close(reference.logits(base, merged), expected)
-    assert tree.flatten(merged).keys() == tree.flatten(params).keys()
+    read, _, merged = reference.assert_same_as_peft(theirs, llama, method, model, trainable, rest, of_torch, tmp_path)
+    assert read.specs == method.specs
     before, after = (tree.flatten(which)["layers/mlp/down_proj/kernel"] for which in (params, merged))
     assert (np.linalg.matrix_rank(after - before) == 32).all()
-
-    theirs.save_pretrained(tmp_path / "theirs")
-    _, adapted, read = attach(tmp_path / "theirs", base, params)
-    for path, leaf in {**rest, **trainable}.items():
-        np.testing.assert_array_equal(tree.flatten(adapted)[path], leaf, err_msg=path)
-        assert tree.flatten(adapted)[path].dtype == leaf.dtype
-    assert read.specs == method.specs
-    export_adapter(tmp_path / "ours", jp.combine(trainable, rest), method, base.config, llama)
-    reference.assert_close(reference.with_adapter(llama, tmp_path / "ours"), expected)
 
 
 @pytest.mark.parametrize("bases", randlora.BASES)

@@ -1,5 +1,6 @@
 """The same small model in PyTorch and here, and PEFT's own adapters on it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -10,6 +11,7 @@ import torch
 import transformers
 
 from jaxpeft import hf, tree
+from jaxpeft.peft import attach, export_adapter
 
 SIZES = {
     "vocab_size": 97,
@@ -78,3 +80,62 @@ def randomise(trainable: tree.Flat, seed: int = 5) -> tree.Flat:
 def assert_close(ours: np.ndarray, theirs: np.ndarray, tolerance: float = 1e-4):
     """Largest difference over largest value."""
     assert np.abs(ours - theirs).max() <= tolerance * np.abs(theirs).max()
+
+
+def assert_same_gradients(
+    theirs, model, trainable: tree.Flat, rest: tree.Flat, of_torch: Callable[[str, Callable], np.ndarray]
+) -> np.ndarray:
+    """The logits of both, and the gradients of one random function of them; the logits come back.
+
+    `of_torch(path, value)` is value(parameter) of PEFT's parameters that a leaf is made of, in the leaf's shape.
+    """
+    weights = np.random.default_rng(0).normal(size=(*TOKENS.shape, SIZES["vocab_size"])).astype(np.float32)
+
+    def ours(trainable):
+        logits = model.apply(tree.combine(trainable, rest), {"tokens": TOKENS})
+        return jnp.sum(logits * weights), logits
+
+    gradients, logits = jax.jit(jax.grad(ours, has_aux=True))(trainable)
+    theirs.zero_grad()
+    expected = theirs(torch.tensor(TOKENS).long()).logits
+    (expected * torch.tensor(weights)).sum().backward()
+    expected = expected.detach().numpy()
+    assert_close(np.asarray(logits), expected)
+    assert gradients.keys()
+    for path, gradient in gradients.items():
+        assert_close(np.asarray(gradient), of_torch(path, lambda parameter: parameter.grad))
+    return expected
+
+
+def assert_same_as_peft(
+    theirs, folder: Path, method, model, trainable, rest, of_torch: Callable[[str, Callable], np.ndarray], out: Path
+):
+    """PEFT's numbers in our leaves: logits, gradients, the merged model, and adapters in both directions.
+
+    Args:
+      theirs: PEFT's model on the base in a folder.
+      folder: of the base.
+      method, model, trainable, rest: ours on it; the values of what is trainable do not count.
+      of_torch: as of `assert_same_gradients`.
+      out: where files may be written.
+
+    Returns:
+      (what PEFT's files are read as, the parameters with them, the merged parameters).
+    """
+    base, params = load(folder)
+    trainable = {path: jnp.asarray(of_torch(path, lambda parameter: parameter.data)) for path in trainable}
+    expected = assert_same_gradients(theirs, model, trainable, rest, of_torch)
+    assert np.abs(expected - torch_logits(torch_base(folder))).max() > 0.1
+    whole = tree.combine(trainable, rest)
+    merged = method.merge(whole)
+    assert_close(logits(base, merged), expected)
+    assert tree.flatten(merged).keys() == tree.flatten(params).keys()
+
+    theirs.save_pretrained(out / "theirs")
+    _, adapted, read = attach(out / "theirs", base, params)
+    for path, leaf in {**rest, **trainable}.items():
+        np.testing.assert_array_equal(tree.flatten(adapted)[path], leaf, err_msg=path)
+        assert tree.flatten(adapted)[path].dtype == leaf.dtype
+    export_adapter(out / "ours", whole, method, base.config, folder)
+    assert_close(with_adapter(folder, out / "ours"), expected)
+    return read, adapted, merged
