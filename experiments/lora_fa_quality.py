@@ -1,8 +1,8 @@
 """Does LoRA-FA lose to LoRA, and by how much?
 
-    python experiments/lora_fa_quality.py          # what results/lora_fa_quality lacks; half an hour on one CPU core
-    python experiments/lora_fa_quality.py --methods lora_fa_orthonormal --ranks 8
-    python experiments/lora_fa_quality.py --quick  # a minute: is the script sound?
+    python -m experiments.lora_fa_quality          # what results/lora_fa_quality lacks; half an hour on one CPU core
+    python -m experiments.lora_fa_quality --methods lora_fa_orthonormal --ranks 8
+    python -m experiments.lora_fa_quality --quick  # a minute: is the script sound?
 
 Yes, at equal rank, by a little; at equal trainable parameters hardly. Loss of LoRA-FA minus LoRA of the same rank, in
 nats per completion token, mean ± standard deviation of the differences over three seeds:
@@ -58,6 +58,7 @@ import optax
 import tyro
 
 import jaxpeft as jp
+from experiments.tuning import place, rate, search
 from jaxpeft.data import Example, eval_batches, load_examples, make_batches
 from jaxpeft.hf import load_tokenizer
 from jaxpeft.train.optimizer import make_direction, make_schedule
@@ -105,41 +106,6 @@ class Quality:
     """Runs at the best learning rate."""
     quick: bool = False
     """Two steps, one rank, one seed, few examples."""
-
-
-# The grid and the search on it.
-
-
-def rate(index: int) -> float:
-    """The grid's learning rates, quarters of decades: 10^(index / 4) to one digit.
-
-    >>> [rate(i) for i in range(-12, -7)]
-    [0.001, 0.002, 0.003, 0.006, 0.01]
-    """
-    return float(f"{(1, 2, 3, 6)[index % 4]}e{index // 4}")
-
-
-def place(lr: float) -> int:
-    """The index of a rate on the grid."""
-    return round(4 * math.log10(lr))
-
-
-def search(loss: Callable[[int], float], start: int, stride: int) -> int:
-    """Walks downhill from `start` to an index whose neighbours, `stride` away, are both no better.
-
-    A loss that is not finite is worst.
-    """
-
-    def order(index: int) -> tuple[float, int]:
-        value = loss(index)
-        return (value, 0) if math.isfinite(value) else (math.inf, index)  # of diverged runs prefer the lower rate
-
-    best = start
-    while True:
-        lowest = min((best, best - stride, best + stride), key=order)
-        if lowest == best:
-            return best
-        best = lowest
 
 
 # Data.

@@ -56,6 +56,7 @@ import optax
 
 import jaxpeft as jp
 from experiments.memory import common
+from experiments.tuning import by_state
 from jaxpeft import assets, data, tree
 from jaxpeft.hf import load_tokenizer
 from jaxpeft.train.compiled import Compiled
@@ -121,16 +122,6 @@ def rows_of(task: str) -> tuple[list[Any], list[Any], list[Any], tuple[str, ...]
         taken[group] += 1
     test, _, _ = data.load_rows(folder / f"{protocol.file}.test.jsonl", tokenizer, protocol.tokens, labels)
     return [r for i, r in enumerate(few) if i % 10], few[::10], test, labels.names
-
-
-def by_state(rate: float) -> optax.GradientTransformation:
-    """Updates times a rate that is part of the state, so that one compiled step serves a whole grid."""
-
-    def update(updates, state, params=None):
-        del params
-        return jax.tree.map(lambda x: state * x, updates), state
-
-    return optax.GradientTransformation(lambda params: jnp.float32(rate), update)
 
 
 class Runner:

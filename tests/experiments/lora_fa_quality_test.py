@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from experiments import lora_fa_quality as quality
+from experiments import tuning
 from jaxpeft.data import Example
 
 
@@ -17,9 +18,9 @@ def row(method: str, rank: int, lr: float, seed: int, test: float, tune: float =
 
 
 def test_grid_has_one_digit_and_is_inverted() -> None:
-    rates = [quality.rate(index) for index in range(-9, 2)]
+    rates = [tuning.rate(index) for index in range(-9, 2)]
     assert rates == [0.006, 0.01, 0.02, 0.03, 0.06, 0.1, 0.2, 0.3, 0.6, 1.0, 2.0]
-    assert [quality.place(lr) for lr in rates] == list(range(-9, 2))
+    assert [tuning.place(lr) for lr in rates] == list(range(-9, 2))
 
 
 @pytest.mark.parametrize("start", [-12, -6, -5, 0])
@@ -31,13 +32,13 @@ def test_search_ends_where_both_neighbours_are_worse(start: int, stride: int) ->
         tried[index] = math.nan if index > -2 else (index + 6.1) ** 2
         return tried[index]
 
-    best = quality.search(loss, start, stride)
+    best = tuning.search(loss, start, stride)
     assert best == (-6 if (start + 6) % stride == 0 else -7)
     assert {best - stride, best, best + stride} <= tried.keys()
 
 
 def test_search_stays_on_a_plateau() -> None:
-    assert quality.search(lambda index: 1.0, -4, 1) == -4
+    assert tuning.search(lambda index: 1.0, -4, 1) == -4
 
 
 def test_hold_out_shares_no_prompt() -> None:

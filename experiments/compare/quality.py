@@ -1,0 +1,224 @@
+"""What each method learns of the same data in the same number of steps: real data, real pretrained models.
+
+    task        model, data                                                            steps               scored by
+    e2e_nlg     stories260K; E2E NLG, rows of at most 256 tokens, packed                120 of 4 x 256      nats a token
+    banking77   all-MiniLM-L6-v2, its pooler and a new classifier; 10 rows an intent    2 epochs of 16      accuracy
+    qnli        the same model; the first 1,000 rows                                    2 epochs of 16      accuracy
+    mnli        the same model; the first 1,500 rows                                    2 epochs of 16      accuracy
+
+One grid of rates for all, quarters of decades: the search begins at a method's default rate (else 0.003) and walks
+downhill in the loss on held-out rows of seed 0, first two grid points at a time, then one, until both neighbours of
+the best are worse. Seeds 0, 1, 2 at the best rate differ in the order of the data and in what the method draws; at the
+same seed all methods see the same batches. AdamW without weight decay (a method's own direction where it has one),
+clipped at norm 1, 10 % warm-up, then linearly to zero; float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import optax
+
+import jaxpeft as jp
+from experiments import lora_fa_quality
+from experiments.compare import contestants
+from experiments.memory import common
+from experiments.tuning import by_state, place, rate, search
+from jaxpeft import assets, data, tree
+from jaxpeft.errors import InputError
+from jaxpeft.hf import load_tokenizer
+from jaxpeft.train.compiled import Compiled
+from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
+from jaxpeft.train.task import TASKS
+
+SEEDS = (0, 1, 2)
+FIRST = 3e-3
+
+
+class Protocol(NamedTuple):
+    """How a task is learned.
+
+    kind: a name of jaxpeft.train.task.TASKS.
+    rows: of the training file, the first; of each label where `per_label`; None: all.
+    batch, tokens: rows of a batch, tokens of a row.
+    steps: of the optimizer; None: `epochs` over the rows.
+    score: what the table shows, a key of the figures; better: whether "more" or "less" of it is.
+    minutes: of one core for a run, measured with LoRA, for `--count`.
+    """
+
+    kind: str
+    rows: int | None
+    batch: int
+    tokens: int
+    steps: int | None
+    score: str
+    better: str
+    minutes: float
+    epochs: int = 2
+    per_label: bool = False
+
+
+DATA = {
+    "e2e_nlg": Protocol("lm", None, 4, 256, 120, "loss", "less", 0.3),
+    "banking77": Protocol("classify", 10, 16, 32, None, "accuracy", "more", 0.5, per_label=True),
+    "qnli": Protocol("classify", 1000, 16, 64, None, "accuracy", "more", 1.0),
+    "mnli": Protocol("classify", 1500, 16, 64, None, "accuracy", "more", 1.3),
+}
+
+
+class Rows(NamedTuple):
+    """train, tune, test: examples; no prompt of one is in another.  labels: names of what rows are classified as."""
+
+    train: list[Any]
+    tune: list[Any]
+    test: list[Any]
+    labels: tuple[str, ...] = ()
+
+
+def shared() -> Path:
+    """The folder of the data and of stories260K."""
+    return Path(os.environ.get("JAXPEFT_DATA", "../shared/data"))
+
+
+@functools.cache
+def rows_of(task: str) -> Rows:
+    """The rows of a task; every tenth of what may be trained on tunes the rate."""
+    protocol = DATA[task]
+    if protocol.kind == "lm":
+        found = lora_fa_quality.read_data(task, lora_fa_quality.Quality(data_root=shared(), seq_len=protocol.tokens))
+        return Rows(found["train"], found["tune"], found["test"])
+    folder, tokenizer = shared() / "classify", load_tokenizer(assets.minilm())
+    train, labels, _ = data.load_rows(folder / f"{task}.train.jsonl", tokenizer, protocol.tokens)
+    taken: dict[Any, int] = {}
+    few = []
+    for row in train:
+        group = row.label if protocol.per_label else None
+        taken[group] = taken.get(group, 0) + 1
+        few += [row] if taken[group] <= (protocol.rows or math.inf) else []
+    test, _, _ = data.load_rows(folder / f"{task}.test.jsonl", tokenizer, protocol.tokens, labels)
+    return Rows([row for i, row in enumerate(few) if i % 10], few[::10], test, labels.names)
+
+
+class Runner:
+    """One task and one method, compiled once for all rates and seeds."""
+
+    def __init__(self, name: str, words: str):
+        self.protocol, self.rows, self.task = DATA[name], rows_of(name), TASKS[DATA[name].kind]
+        length = self.protocol.tokens
+        if self.protocol.kind == "lm":
+            self.layout: dict[str, Any] = {"pack": True}
+        else:
+            self.layout = {"buckets": tuple(range(16, length + 1, 16)), "collate": data.collate_rows}
+        self.method = self.task.method(contestants.make(words))
+        per_epoch = len(self.rows.train) / self.protocol.batch
+        self.steps = self.protocol.steps or math.ceil(self.protocol.epochs * per_epoch)
+        schedule = make_schedule("linear", 1.0, self.steps, self.steps // 10)
+        direction = make_direction(defaults(self.method.specs).direction or "adam")
+        self.unit = optax.chain(direction, optax.scale_by_learning_rate(schedule))
+        model, *_ = self.setup(0)
+        self.model = model
+        step = jp.make_train_step(model, self.method, optax.chain(self.unit, by_state(1.0)), self.task.loss)
+        self.step, self.eval_step = Compiled(step, steps=True), Compiled(self.task.eval_step(model))
+
+    def batches(self, seed: int) -> Any:
+        made = data.make_batches(self.rows.train, self.protocol.batch, self.protocol.tokens, seed, **self.layout)
+        return (batch for batch, _ in itertools.islice(made, self.steps))
+
+    def setup(self, seed: int) -> Any:
+        if self.protocol.kind == "lm":
+            base, params = jp.load_pretrained(shared() / "checkpoints/stories260K", "float32")
+        else:
+            base, params = jp.load_pretrained(
+                assets.minilm(), "float32", labels=self.rows.labels, key=jax.random.key(seed)
+            )
+        some = lambda: itertools.islice(self.batches(seed), 8)
+        return jp.setup(self.method, base, params, jax.random.key(100 + seed), batches=some)
+
+    def scores(self, state: Any, rows: list[Any]) -> dict[str, Any]:
+        batches = (batch for batch, _ in data.eval_batches(rows, 64, self.protocol.tokens, **self.layout))
+        return self.task.scores(self.eval_step, state, batches, len(self.rows.labels))
+
+    def __call__(self, lr: float, seed: int) -> common.Row:
+        began = time.process_time()
+        _, trainable, frozen = self.setup(seed)
+        optimizer = optax.chain(self.unit, by_state(lr))
+        state = jp.init_state(self.method, optimizer, trainable, frozen, jax.random.key(200 + seed), model=self.model)
+        own = {path: leaf for path, leaf in trainable.items() if not path.startswith("classifier/")}
+        for batch in self.batches(seed):
+            state, _ = self.step(state, batch)
+        tuned, tested = self.scores(state, self.rows.tune), self.scores(state, self.rows.test)
+        found = {"tune_loss": tuned["loss"], "loss": tested["loss"], "trained": tree.size(own)}
+        if "accuracy" in tested:
+            found |= {"tune_accuracy": 100 * tuned["accuracy"], "accuracy": 100 * tested["accuracy"]}
+        return {**found, "cpu_seconds": round(time.process_time() - began, 1)}
+
+
+runner = functools.lru_cache(maxsize=1)(Runner)
+
+
+def measure(key: common.Row) -> common.Row:
+    """One run: losses, and accuracies of rows that are classified. {"refused": why} of a method that the model has no
+    place for."""
+    try:
+        return runner(key["task"], key["method"])(key["lr"], key["seed"])
+    except InputError as error:
+        return {"refused": str(error)}
+
+
+def tune(figures: common.Figures, task: str, words: str) -> float | None:
+    """The best rate of the grid; None for a method that the task's model refuses."""
+    start = place(contestants.default_rate(words) or FIRST)
+    if "refused" in figures(task=task, method=words, lr=rate(start), seed=0):
+        return None
+
+    def loss(index: int) -> float:
+        return figures(task=task, method=words, lr=rate(index), seed=0)["tune_loss"]
+
+    for stride in (2, 1):
+        start = search(loss, start, stride)
+    return rate(start)
+
+
+def collect(figures: common.Figures, words: Iterable[str], tasks: Iterable[str]) -> None:
+    """Tunes and repeats what is missing, task by task."""
+    for task, name in itertools.product(tasks, list(words)):
+        if contestants.is_for(name, DATA[task].kind == "classify") and (lr := tune(figures, task, name)):
+            for seed in SEEDS:
+                figures(task=task, method=name, lr=lr, seed=seed)
+
+
+def at_best(rows: Iterable[common.Row], task: str, words: str) -> list[common.Row]:
+    """The runs at the best rate of seed 0, one per seed; [] where not every seed has run."""
+    own = [row for row in rows if (row["task"], row["method"]) == (task, words) and "refused" not in row]
+    tried = [row for row in own if row["seed"] == 0 and math.isfinite(row["tune_loss"])]
+    if not tried:
+        return []
+    lr = min(tried, key=lambda row: (row["tune_loss"], row["lr"]))["lr"]
+    runs = {row["seed"]: row for row in own if row["lr"] == lr}
+    return [runs[seed] for seed in SEEDS] if set(SEEDS) <= runs.keys() else []
+
+
+def hours(rows: Iterable[common.Row], words: Iterable[str], tasks: Iterable[str], runs: int = 9) -> dict[str, float]:
+    """CPU hours that each task still needs: `runs` for each method that has none at its best rate."""
+    rows, left = list(rows), {}
+    for task in tasks:
+        own = [row["cpu_seconds"] for row in rows if row["task"] == task and "cpu_seconds" in row]
+        each = sum(own) / len(own) if own else 60 * DATA[task].minutes
+        refused = {row["method"] for row in rows if row["task"] == task and "refused" in row}
+        missing = [
+            name
+            for name in words
+            if contestants.is_for(name, DATA[task].kind == "classify")
+            and name not in refused
+            and not at_best(rows, task, name)
+        ]
+        left[task] = runs * each * len(missing) / 3600
+    return left

@@ -1,0 +1,170 @@
+"""The tables and the pictures of the comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean, stdev
+
+from experiments.compare import contestants, memory, quality
+from experiments.memory import common
+from experiments.memory.common import GIB
+from jaxpeft.memory.bars import write_bars
+
+Rows = Sequence[common.Row]
+TITLE = "# What each method saves, and what it learns\n"
+SHORT = {"llama3.2-3b": "3B", "llama2-7b": "7B"}
+
+
+def find(rows: Rows, geometry: str, words: str, save: str) -> common.Row | None:
+    """The figure of a method with its defaults; None where it was not measured or the method refuses the plan."""
+    key = memory.key_of(geometry, words, save)
+    found = next((row for row in rows if all(row[name] == value for name, value in key.items())), None)
+    return None if found is None or "refused" in found else found
+
+
+def shown(rows: Rows, geometry: str, words: str) -> common.Row | None:
+    """The figure under `matmuls`, or under `everything` for a method that runs the layers in its own way."""
+    return find(rows, geometry, words, "matmuls") or find(rows, geometry, words, "everything")
+
+
+def reading(row: common.Row, full: common.Row) -> str:
+    """In words, what a step does without that full fine-tuning needs under the same plan, from the bytes."""
+    ours, theirs = row["bytes"], full["bytes"]
+    parts = []
+    if not row["backward"]:
+        parts.append("no backward pass: saves gradients, optimizer state and all activations")
+    else:
+        own = sum(ours[name] for name in ("gradients", "optimizer", "adapters"))
+        rest = sum(theirs[name] for name in ("gradients", "optimizer"))
+        parts.append(f"saves {1 - own / rest:.1%} of gradients and optimizer state" if own < rest else "saves none")
+        kept = ours["activations"] / theirs["activations"]
+        if abs(1 - kept) < 0.005:
+            parts.append("no activations")
+        elif kept < 1:
+            parts.append(f"{1 - kept:.0%} of the activations")
+        else:
+            parts.append(f"keeps {kept - 1:.0%} more activations")
+    if ours["weights"] < 0.9 * theirs["weights"]:
+        parts.append(f"holds the base in {ours['weights'] / theirs['weights']:.0%} of its bytes")
+    elif ours["weights"] > 1.05 * theirs["weights"]:
+        parts.append(f"holds {ours['weights'] / theirs['weights'] - 1:.0%} more weights")
+    return "; ".join(parts)
+
+
+def plus_minus(runs: Rows, name: str, form: str) -> str:
+    """Mean ± standard deviation over the seeds; "" without runs."""
+    values = [run[name] for run in runs]
+    return f"{mean(values):{form}} ± {stdev(values):{form}}" if len(values) > 1 else ""
+
+
+def _row(words: str, memories: Rows, qualities: Rows, models: Sequence[str], tasks: Sequence[str]) -> list[str]:
+    first = models[0]
+    own, full, lora = (shown(memories, first, name) for name in (words, "full", "lora"))
+    cells = [words]
+    if own is None:
+        cells += ["", ""]
+    else:
+        trained = own["trained"] + (own["moved"] if not own["backward"] else 0)
+        cells += [f"{trained / 1e6:.2f}", "" if own["file"] is None else f"{own['file'] / 2**20:.1f}"]
+    for geometry in models:
+        for save in memory.PLANS:
+            found = find(memories, geometry, words, save)
+            cells.append(f"{found['bytes']['total'] / GIB:.1f}" if found else "")
+    cells.append(f"{own['flops'] / lora['flops']:.2f}" if own and lora else "")
+    for task in tasks:
+        score = quality.DATA[task].score
+        cells.append(plus_minus(quality.at_best(qualities, task, words), score, ".3f" if score == "loss" else ".1f"))
+    if own is None or full is None:
+        said = ""
+    elif words == "full":
+        said = "the measure"
+    else:
+        said = reading(own, _under_the_same_plan(memories, first, own) or full)
+    return [*cells, said]
+
+
+def _under_the_same_plan(memories: Rows, geometry: str, own: common.Row) -> common.Row | None:
+    return find(memories, geometry, "full", own["save"])
+
+
+def document(memories: Rows, qualities: Rows) -> str:
+    """The table of all methods, and that of PEFT's own benchmark."""
+    measured = {row["geometry"] for row in memories}
+    models = [name for name in memory.MODELS if name in measured]
+    tasks = [task for task in quality.DATA if any(row["task"] == task for row in qualities)]
+    header = ["method", "trained, millions", "file, MiB"]
+    header += [f"{SHORT[name]}, {save}" for name in models for save in memory.PLANS]
+    header += ["FLOPs / LoRA's", *tasks, "reading"]
+    body = [_row(words, memories, qualities, models, tasks) for words in contestants.names()]
+    body = [cells for cells in body if any(cells[1:])]
+    jax = ", ".join(sorted({row["jax"] for row in memories}))
+    text = (
+        f"{TITLE}\nPeak of a step of {', '.join(models)} by plan, GiB on an {memory.TARGET}, batch {memory.BATCH} x "
+        f"{memory.LENGTH}, bfloat16 base; JAX {jax}. Empty: the method runs the layers in its own way, or was not "
+        "measured. Trained numbers, files, FLOPs and readings are those of the first model. "
+    )
+    if tasks:
+        text += (
+            f"Quality at each method's best rate, mean ± standard deviation over {len(quality.SEEDS)} seeds: "
+            "e2e_nlg in nats per token (less is better), others in per cent of the test rows. "
+        )
+    return f"{text}\n\n{common.table(header, body)}\n{peft_table(memories)}"
+
+
+def peft_table(memories: Rows) -> str:
+    """Our steps in the setting of PEFT's benchmark beside its figures."""
+    body = []
+    for title, name, options, gib, accuracy in memory.PEFT:
+        key = memory.key_of(memory.MODELS[0], name, "everything", options)
+        found = next((row for row in memories if all(row[field] == value for field, value in key.items())), None)
+        if found is None or "refused" in found:
+            continue
+        ours = f"{found['bytes']['total'] / GIB:.2f}"
+        body.append([title, f"{found['trained'] / 1e6:.2f}", ours, f"{gib:.2f}", f"{accuracy:.3f}"])
+    if not body:
+        return ""
+    head = (
+        "## In the setting of PEFT's benchmark\n\nLlama-3.2-3B, batch 4, 768 tokens, without checkpointing "
+        "(`everything`). PEFT's figures: method_comparison/MetaMathQA, `accelerator_memory_max`, what torch's "
+        "allocator reserved at most, with rows of at most 768 tokens; ours is what one step of full rows needs. "
+        "Full fine-tuning there holds weights, gradients and moments in bfloat16, here masters and moments in "
+        "float32.\n\n"
+    )
+    return head + common.table(["method", "trained, millions", "ours, GiB", "PEFT's, GiB", "PEFT's accuracy"], body)
+
+
+def pareto(memories: Rows, qualities: Rows, path: Path) -> None:
+    """Quality against the compiled peak, a panel for each task; a line joins what nothing beats in both."""
+    from matplotlib.figure import Figure
+
+    tasks = [task for task in quality.DATA if any(quality.at_best(qualities, task, w) for w in contestants.names())]
+    if not tasks:
+        return
+    figure = Figure(figsize=(9, 5.5 * len(tasks)), dpi=110, layout="constrained")
+    for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks, strict=True):
+        protocol, points = quality.DATA[task], []
+        for words in contestants.names():
+            runs, own = quality.at_best(qualities, task, words), shown(memories, memory.MODELS[0], words)
+            if runs and own:
+                points.append((own["bytes"]["total"] / GIB, mean(run[protocol.score] for run in runs), words))
+        sign = 1 if protocol.better == "less" else -1
+        front = [p for p in points if not any(q[0] <= p[0] and sign * q[1] < sign * p[1] for q in points)]
+        axes.plot(*zip(*sorted(front)[:], strict=True), color="tab:red", linewidth=1, zorder=1) if front else None
+        for x, y, words in points:
+            axes.scatter(x, y, s=14, color="tab:red" if (x, y, words) in front else "#4c6a92")
+            axes.annotate(words, (x, y), (3, 2), textcoords="offset points", fontsize=7)
+        unit = "nats per token" if protocol.score == "loss" else "accuracy, per cent"
+        axes.set(xscale="log", ylabel=f"{task}: {unit}", xlabel=f"GiB of a step of {memory.MODELS[0]}")
+        axes.grid(alpha=0.3)
+    figure.savefig(path)
+
+
+def draw(memories: Rows, qualities: Rows, folder: Path) -> None:
+    """compare.md, peaks.png, pareto.png."""
+    common.write("compare.md", document(memories, qualities), folder)
+    bars = [row for words in contestants.names() if (row := shown(memories, memory.MODELS[0], words))]
+    if bars:
+        title = {"model": memory.MODELS[0], "rows": [{**row, "batch_size": memory.BATCH} for row in bars]}
+        write_bars(title, folder / "peaks.png")
+    pareto(memories, qualities, folder / "pareto.png")
