@@ -77,6 +77,8 @@ class About(NamedTuple):
     twice: whether it may stand in a chain more than once.
     changes_kernels: arguments -> whether the kernels beside its leaves are others than those of the base that an
       exported adapter is for.
+    remade: path -> whether it is a frozen leaf of the method's that `setup` makes again of the base, so that no
+      adapter's file of ours holds it.
     """
 
     summary: str
@@ -91,6 +93,7 @@ class About(NamedTuple):
     peft: Any = None
     twice: bool = False
     changes_kernels: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
+    remade: Callable[[str], bool] = lambda path: False
 
 
 def check(name: str, file: Any) -> About:

@@ -172,15 +172,19 @@ def attach(
         params = model.init(key, params)
         flat = tree.flatten(params)
         for site in choose(params):
-            below = [path.removeprefix(f"{site}/") for path in flat if path.startswith(f"{site}/")]
-            if any(path.startswith(f"{name}/") for path in below):
-                continue
+            there = {path for path in flat if path.startswith(f"{site}/{name}/")}
             kernel, bias = flat[kernel_path(flat, site)], flat.get(f"{site}/bias")
             if bias is not None:  # of several axes where the outputs have them
                 bias = bias.reshape(*kernel.shape[:-2], kernel.shape[-1])
             site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))
-            fresh = _fresh(adapter_for(site), site_key, kernel, bias)
-            flat.update({f"{site}/{name}/{leaf}": value for leaf, value in tree.flatten(fresh).items()})
+            adapter = adapter_for(site)
+            if there:  # of an adapter's file, which holds no leaf that follows from the base
+                shapes = jax.eval_shape(functools.partial(_init, adapter), site_key, kernel, bias)
+                if {f"{site}/{name}/{leaf}" for leaf in tree.flatten(shapes)} <= there:
+                    continue
+            fresh = tree.flatten(_fresh(adapter, site_key, kernel, bias))
+            new = {f"{site}/{name}/{leaf}": value for leaf, value in fresh.items()}
+            flat.update({path: value for path, value in new.items() if path not in there})
         return tree.unflatten(flat)
 
     @contextlib.contextmanager

@@ -17,7 +17,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, targets
 from jaxpeft.method import Method
 from jaxpeft.models import geometries
-from jaxpeft.peft.base import is_added
+from jaxpeft.peft.base import is_written
 from jaxpeft.peft.export import adapter_of, export_adapter
 from jaxpeft.peft.schema import WEIGHTS
 
@@ -65,12 +65,12 @@ def measure(key: common.Row) -> common.Row:
 def file_bytes(step: planner.Step, method: Method) -> int | None:
     """Bytes of the adapter's file; None where what trains is the base's own.
 
-    In PEFT's form it is written, with ones; in ours it holds every leaf that is not the base's, as it is.
+    In PEFT's form it is written, with ones; in ours it holds every leaf that does not follow from the base, as it is.
     """
     leaves, config = step.state.leaves, step.model.config
     try:
         if adapter_of(method, leaves, config) is None:
-            added = (leaf for path, leaf in leaves.items() if is_added(path, method, config))
+            added = (leaf for path, leaf in leaves.items() if is_written(path, method, config))
             return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(list(added)))
         ones = jax.tree.map(lambda leaf: np.broadcast_to(np.ones((), leaf.dtype), leaf.shape), tree.unflatten(leaves))
         with tempfile.TemporaryDirectory() as folder:

@@ -166,7 +166,8 @@ runner = functools.lru_cache(maxsize=1)(Runner)
 
 def measure(key: common.Row) -> common.Row:
     """One run: losses, and accuracies of rows that are classified. {"refused": why} of a method that the model has no
-    place for."""
+    place for.
+    """
     try:
         return runner(key["task"], key["method"])(key["lr"], key["seed"])
     except InputError as error:

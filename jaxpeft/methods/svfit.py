@@ -11,7 +11,8 @@ at the base; weight decay pulls to the base's singular values, not to zero.
 Kept for the backward pass: x U_r, r per token and kernel, and no x, as LoRA-FA keeps x A. r is large here, though: at r
 = n that is as much as x itself, and where several kernels read the same x, more. U_r and V_r^T are frozen arrays in the
 kernel's dtype, r (n + m) numbers: from r = n m / (n + m) on more than the kernel has. What it saves is the optimizer's
-state and the adapter's file.
+state and the adapter's file, which holds d alone: whoever reads it decomposes the base again, and the sign of a pair of
+vectors, which is the decomposition's to choose, is in neither product.
 
 Merging is exact up to rounding: W <- W + U_r diag(d) V_r^T.
 
@@ -103,4 +104,5 @@ ABOUT = About(
     example={"rank": 4},
     promises=Promises(site_bytes=saved_bytes, lr=1e-1),
     defaults=Defaults(lr=1e-2),
+    remade=lambda path: "/svfit/vectors/" in path,
 )

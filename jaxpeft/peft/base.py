@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpeft import files, models, shares, tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method
+from jaxpeft.method import Method, about
 from jaxpeft.model import Model
 from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
@@ -211,6 +211,11 @@ def is_added(path: str, method: Method, config: Any) -> bool:
     """Whether a parameter belongs to the adapter, among which is a classifier that trains."""
     classifies = path.startswith(SCOPE) and not isinstance(config, Foreign)
     return method.changes(path) if classifies else not is_own(path, config)
+
+
+def is_written(path: str, method: Method, config: Any) -> bool:
+    """Whether our form holds a parameter: one of the adapter's that does not follow from the base."""
+    return is_added(path, method, config) and not any(about(spec.name).remade(path) for spec in method.specs)
 
 
 def classifier_names(config: Any) -> dict[str, tuple[str, bool]]:

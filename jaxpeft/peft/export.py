@@ -17,7 +17,7 @@ from jaxpeft import method as methods
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.peft.base import NATIVE, Foreign, classifier_names, config_of, fingerprint, is_added, is_own
+from jaxpeft.peft.base import NATIVE, Foreign, classifier_names, config_of, fingerprint, is_added, is_own, is_written
 from jaxpeft.peft.form import Form, Written, base_of, form_of
 from jaxpeft.peft.schema import CONFIG, FORMAT, OWN, WEIGHTS
 
@@ -161,9 +161,9 @@ def changes_kernels(spec: Spec) -> bool:
 
 
 def _leaves(params: Mapping[str, Any], method: Method, config: Any) -> dict[str, np.ndarray]:
-    """Our form: everything that is not the base's own, under its path."""
+    """Our form: everything that is not the base's own and does not follow from it, under its path."""
     flat = tree.flatten(params)
-    return {path: np.asarray(leaf, order="C") for path, leaf in flat.items() if is_added(path, method, config)}
+    return {path: np.asarray(leaf, order="C") for path, leaf in flat.items() if is_written(path, method, config)}
 
 
 def _classifier(params: Mapping[str, Any], method: Method, config: Any) -> dict[str, np.ndarray]:

@@ -29,7 +29,7 @@ from jaxpeft.peft.base import (
     check_base,
     classifier_names,
     config_of,
-    is_added,
+    is_written,
     shapes_of,
 )
 from jaxpeft.peft.form import Form, base_of, form_of, method_for
@@ -217,7 +217,7 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
         for layer in sorted(cuts):  # where a function that no file can name had cut the stack
             params = tree.cut_layers(params, layer)
         _, trainable, rest = setup(method, base, params, key, batches=lambda: ())
-        return {path: leaf for path, leaf in {**trainable, **rest}.items() if is_added(path, method, config)}
+        return {path: leaf for path, leaf in {**trainable, **rest}.items() if is_written(path, method, config)}
 
     base = config.model if isinstance(config, Foreign) else models.model_of(config)
     params = tree.unflatten(shapes_of(config))

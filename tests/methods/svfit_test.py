@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
 from jaxpeft.methods import svfit
 from jaxpeft.model import Context
+from jaxpeft.peft import attach
 from jaxpeft.quant import dot, is_packed
 from tests import tiny
 
@@ -63,6 +65,22 @@ def test_merged_singular_values_are_the_trained_ones():
     after = np.linalg.svd(merged)[1]
     np.testing.assert_allclose(after[:, :RANK], before[:, :RANK] + 1, rtol=1e-4)
     np.testing.assert_allclose(after[:, RANK:], before[:, RANK:], rtol=1e-4, atol=1e-5)
+
+
+def test_file_holds_the_shifts_alone(tmp_path):
+    """Singular vectors follow from the base: whoever reads the adapter decomposes it again, packed or not."""
+    base, params = tiny.model()
+    model, trainable, rest = jp.setup(jp.svfit(RANK), base, params, jax.random.key(0))
+    trainable = {path: leaf + 0.3 for path, leaf in trainable.items()}
+    adapted = jp.combine(trainable, rest)
+    folder = jp.export_adapter(tmp_path / "adapter", adapted, jp.svfit(RANK), base)
+    written = load_file(folder / "adapter_model.safetensors")
+    assert written.keys() == trainable.keys()
+    again, read, _ = attach(folder, base, params)
+    assert all(np.array_equal(tree.flatten(read)[path], leaf) for path, leaf in trainable.items())
+    expected, start = model.apply(adapted, tiny.batch()), base.apply(params, tiny.batch())
+    assert float(jnp.max(jnp.abs(expected - start))) > 1e-2
+    np.testing.assert_allclose(again.apply(read, tiny.batch()), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_sixteenth_of_lora_s_parameters():
