@@ -28,16 +28,22 @@ def shown(rows: Rows, geometry: str, words: str) -> common.Row | None:
     return find(rows, geometry, words, "matmuls") or find(rows, geometry, words, "everything")
 
 
-def reading(row: common.Row, full: common.Row) -> str:
-    """In words, what a step does without that full fine-tuning needs under the same plan, from the bytes."""
+def reading(row: common.Row, full: common.Row, base: float) -> str:
+    """In words, what a step does without that full fine-tuning needs under the same plan.
+
+    Args:
+      row, full: figures.
+      base: bytes of the frozen weights as they were loaded; what full fine-tuning holds more is its masters.
+    """
     ours, theirs = row["bytes"], full["bytes"]
     parts = []
     if not row["backward"]:
-        parts.append("no backward pass: saves gradients, optimizer state and all activations")
+        parts.append("no backward pass: saves gradients, masters, optimizer state and all activations")
     else:
         own = sum(ours[name] for name in ("gradients", "optimizer", "adapters"))
-        rest = sum(theirs[name] for name in ("gradients", "optimizer"))
-        parts.append(f"saves {1 - own / rest:.1%} of gradients and optimizer state" if own < rest else "saves none")
+        rest = theirs["gradients"] + theirs["optimizer"] + theirs["weights"] - base
+        saved = "over 99.9%" if own < 0.0005 * rest else f"{1 - own / rest:.1%}"
+        parts.append(f"saves {saved} of gradients, masters and optimizer state" if own < rest else "saves none")
         kept = ours["activations"] / theirs["activations"]
         if abs(1 - kept) < 0.005:
             parts.append("no activations")
@@ -45,10 +51,10 @@ def reading(row: common.Row, full: common.Row) -> str:
             parts.append(f"{1 - kept:.0%} of the activations")
         else:
             parts.append(f"keeps {kept - 1:.0%} more activations")
-    if ours["weights"] < 0.9 * theirs["weights"]:
-        parts.append(f"holds the base in {ours['weights'] / theirs['weights']:.0%} of its bytes")
-    elif ours["weights"] > 1.05 * theirs["weights"]:
-        parts.append(f"holds {ours['weights'] / theirs['weights'] - 1:.0%} more weights")
+    if ours["weights"] < 0.9 * base:
+        parts.append(f"holds the base in {ours['weights'] / base:.0%} of its bytes")
+    elif ours["weights"] > 1.05 * base:
+        parts.append(f"holds {ours['weights'] / base - 1:.0%} more weights")
     return "; ".join(parts)
 
 
@@ -75,17 +81,13 @@ def _row(words: str, memories: Rows, qualities: Rows, models: Sequence[str], tas
     for task in tasks:
         score = quality.DATA[task].score
         cells.append(plus_minus(quality.at_best(qualities, task, words), score, ".3f" if score == "loss" else ".1f"))
-    if own is None or full is None:
+    if own is None or full is None or lora is None:
         said = ""
     elif words == "full":
         said = "the measure"
     else:
-        said = reading(own, _under_the_same_plan(memories, first, own) or full)
+        said = reading(own, find(memories, first, "full", own["save"]) or full, lora["bytes"]["weights"])
     return [*cells, said]
-
-
-def _under_the_same_plan(memories: Rows, geometry: str, own: common.Row) -> common.Row | None:
-    return find(memories, geometry, "full", own["save"])
 
 
 def document(memories: Rows, qualities: Rows) -> str:

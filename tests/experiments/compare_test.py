@@ -1,0 +1,130 @@
+"""The comparison: drawn from its data, what readings say, how a rate is found, which hours and files are counted."""
+
+import jax
+import numpy as np
+import pytest
+
+import jaxpeft as jp
+from experiments.compare import __main__ as command
+from experiments.compare import contestants, memory, quality, table
+from experiments.memory import common
+from jaxpeft import method as contract
+from jaxpeft.memory import planner
+from tests import tiny
+
+DATA = {name: common.load(name, command.RESULTS) for name in ("memory", "quality")}
+
+
+def test_document_is_drawn_from_the_data():
+    drawn = table.document(DATA["memory"], DATA["quality"])
+    assert drawn == (command.RESULTS / "compare.md").read_text()
+
+
+def test_every_method_is_compared():
+    members = {name for words in contestants.names() for name in words.split("+")}
+    assert members == set(contract.names())
+
+
+def bytes_of(**figures):
+    names = ("weights", "adapters", "optimizer", "gradients", "activations")
+    return {"bytes": dict.fromkeys(names, 0) | figures, "backward": True}
+
+
+FULL = bytes_of(weights=200, gradients=200, optimizer=400, activations=1000)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            bytes_of(weights=100, adapters=2, gradients=2, optimizer=4, activations=1000),
+            "saves 98.9% of gradients, masters and optimizer state; no activations",
+        ),
+        (
+            bytes_of(weights=25, adapters=2, gradients=2, optimizer=2, activations=700),
+            "saves 99.1% of gradients, masters and optimizer state; 30% of the activations; "
+            "holds the base in 25% of its bytes",
+        ),
+        (
+            bytes_of(weights=130, adapters=100, gradients=200, optimizer=400, activations=1100),
+            "saves none; keeps 10% more activations; holds 30% more weights",
+        ),
+        (
+            {**bytes_of(weights=100), "backward": False},
+            "no backward pass: saves gradients, masters, optimizer state and all activations",
+        ),
+    ],
+)
+def test_a_reading_says_what_the_bytes_say(row, said):
+    assert table.reading(row, FULL, 100) == said
+
+
+def run(lr, seed, tune, task="qnli", method="lora", seconds=3600.0):
+    own = {"task": task, "method": method, "lr": lr, "seed": seed}
+    return {**own, "tune_loss": tune, "loss": tune + 1, "accuracy": 50.0, "cpu_seconds": seconds}
+
+
+def test_the_best_rate_is_that_of_the_held_out_rows_and_counts_with_all_seeds():
+    rows = [run(1e-3, 0, 0.7), run(2e-3, 0, 0.5), run(3e-3, 0, float("nan"))]
+    assert quality.at_best(rows, "qnli", "lora") == []
+    rows += [run(2e-3, 1, 0.6), run(2e-3, 2, 0.7), run(1e-3, 1, 0.1)]
+    assert [(row["lr"], row["seed"]) for row in quality.at_best(rows, "qnli", "lora")] == [(2e-3, s) for s in (0, 1, 2)]
+
+
+def test_a_rate_is_searched_from_the_method_s_default():
+    """Downhill by two grid points and then by one; each run is asked for once by name, with seed 0."""
+    asked = []
+
+    def figures(task, method, lr, seed):
+        asked.append(lr)
+        return run(lr, seed, abs(np.log10(lr) + 3), task, method)
+
+    assert quality.tune(figures, "qnli", "ia3") == 1e-3
+    assert asked[0] == contract.about("ia3").defaults.lr and {6e-4, 1e-3, 2e-3} <= set(asked)
+
+
+def test_a_method_that_the_model_refuses_is_not_tuned():
+    assert quality.tune(lambda **key: {**key, "refused": "no"}, "qnli", "prefix") is None
+
+
+def test_hours_are_those_of_the_methods_that_lack_runs():
+    rows = [run(2e-3, seed, 0.5) for seed in quality.SEEDS] + [{**run(1e-3, 0, 0.5, method="ia3"), "refused": "no"}]
+    assert quality.hours(rows, ["lora", "ia3", "full", "dora"], ["qnli"], runs=5) == {"qnli": 10.0}
+
+
+@pytest.mark.parametrize("name", ["lora", "prefix", "houlsby", "svfit"])
+def test_a_file_is_as_large_as_the_one_that_is_written(name, tmp_path):
+    """In PEFT's form to the byte; in ours but for the header, which names the tensors."""
+    method = contestants.make(name)
+    step = planner.make_step(tiny.CONFIG, method, 2, 8, dtype="float32")
+    base, params = tiny.model()
+    _, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
+    adapted = jp.combine({path: leaf + 1 for path, leaf in trainable.items()}, rest)
+    folder = jp.export_adapter(tmp_path / "adapter", adapted, method, base)
+    written = (folder / memory.WEIGHTS).stat().st_size
+    header = (
+        0 if contract.about(name).peft else 8 + int.from_bytes((folder / memory.WEIGHTS).read_bytes()[:8], "little")
+    )
+    assert memory.file_bytes(step, method) == written - header
+
+
+def test_rows_that_tune_are_not_trained_on(shared_data, monkeypatch):
+    monkeypatch.setenv("JAXPEFT_DATA", str(shared_data))
+    rows = quality.rows_of.__wrapped__("banking77")
+    assert (len(rows.train), len(rows.tune), len(rows.test), len(rows.labels)) == (693, 77, 3080, 77)
+    assert not {row.line for row in rows.train} & {row.line for row in rows.tune}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "lora;nonsense"], "--methods: 'nonsense' is none of"),
+        (["--tasks", "sst2"], "--tasks: 'sst2' is none of e2e_nlg"),
+        (["--models", "gpt2"], "--models: 'gpt2' is none of llama3.2-3b"),
+    ],
+)
+def test_unknown_names_are_refused(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["compare", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        command.main()
+    assert message in capsys.readouterr().err
