@@ -167,14 +167,20 @@ def test_matmuls_keep_one_array_more_than_lora():
 
 @pytest.mark.slow
 def test_memory_of_a_step_of_llama_1b():
-    """On an H200, in GiB: down_proj's product is 0.25 more than LoRA, the magnitudes and their state 0.01."""
-    total = {}
+    """On an H200: kept beyond what LoRA keeps are down_proj's product, 0.25 GiB, and norms, 0.01 GiB with the state;
+    beside it, of one layer at a time, gradients of products before their magnitudes: f + 2 d numbers per token.
+    """
+    config, found = geometries.load("llama3.2-1b"), {}
     for name, method, save in (
         ("lora", jp.lora(8), "matmuls"),
         ("dora", jp.dora(8), "matmuls"),
         ("again", jp.dora(8), "matmuls,down_proj_product=recompute"),
     ):
-        step = planner.make_step(geometries.load("llama3.2-1b"), method, 4, 1024, save)
-        total[name] = planner.row(step, targets.target("h200"))["bytes"]["total"] / 2**30
-    assert total["dora"] - total["lora"] <= 0.26
-    assert total["again"] - total["lora"] <= 0.02
+        step = planner.make_step(config, method, 4, 1024, save)
+        found[name] = planner.row(step, targets.target("h200"))["bytes"]
+    more = {name: {part: found[name][part] - found["lora"][part] for part in found["lora"]} for name in found}
+    kept = {name: more[name]["total"] - more[name]["workspace"] for name in more}
+    assert kept["dora"] <= 0.26 * 2**30
+    assert kept["again"] <= 0.02 * 2**30
+    one_layer = 4 * 1024 * (config["intermediate_size"] + 2 * config["hidden_size"]) * 2
+    assert max(more[name]["workspace"] for name in ("dora", "again")) <= one_layer

@@ -273,7 +273,9 @@ def test_plans_two_forward_passes():
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="no compiler for GPUs is installed")
 def test_figures():
-    """Compiled for an H200: all weights of a model of 1.2B in the memory of a forward pass, LoRA in less."""
+    """Compiled for an H200: all weights of a model of 1.2B in the memory of a forward pass and of one layer's MLP,
+    which is moved where it is read; LoRA in less.
+    """
     target, config = targets.target("h200"), geometries.load("llama3.2-1b")
     make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024, save="matmuls")
     step = make(method=jp.mezo())
@@ -284,7 +286,8 @@ def test_figures():
     forward = targets.compile(target, evaluate, step.state.moved, step.batch).memory.total
     weights = planner.row(step, target)["bytes"]
     lora = planner.row(make(method=jp.chain(jp.mezo(), jp.lora(8))), target)["bytes"]
-    assert weights["total"] <= 1.02 * forward
+    mlp = 2 * 3 * config["hidden_size"] * config["intermediate_size"]
+    assert weights["total"] <= forward + mlp
     assert lora["total"] <= 2.55 * 2**30
     for row in (weights, lora):
         assert row["gradients"] == row["activations"] == row["optimizer"] == 0
