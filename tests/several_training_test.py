@@ -1,0 +1,117 @@
+"""Several adapters in one training batch: each moves as in a step of its own, and leaves in PEFT's form."""
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+import jaxpeft as jp
+from jaxpeft import adapters as several
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.train.loss import completion_loss
+from jaxpeft.train.step import objective_of
+from tests import tiny
+
+ADAPTERS = {
+    "small": jp.lora(rank=2, alpha=6, targets="attention"),
+    "wide": jp.lora(rank=7, targets="qv", rslora=True, lr_ratio=4),
+    "fa": jp.lora_fa(rank=3, targets="mlp", alpha=9),
+}
+NAMES = ["wide", None, "fa", "small", "wide", "small"]
+BATCH = {**tiny.batch(rows=len(NAMES)), "adapter": several.rows(ADAPTERS, NAMES)}
+
+
+@pytest.fixture(scope="module")
+def made():
+    """(method, model, trainable, rest) at the start, but for B's that are not zero."""
+    method = jp.several(ADAPTERS)
+    model, trainable, rest = jp.setup(method, *tiny.model(), jax.random.key(0))
+    keys = dict(zip(trainable, jax.random.split(jax.random.key(1), len(trainable)), strict=True))
+    noise = {path: 0.1 * jax.random.normal(keys[path], leaf.shape) for path, leaf in trainable.items()}
+    return method, model, {path: leaf + noise[path] for path, leaf in trainable.items()}, rest
+
+
+def alone(made, name):
+    """(model, trainable, rest, batch of its rows) of an adapter in training of its own."""
+    base, _ = tiny.model()
+    _, _, trainable, rest = made
+    parts = jp.setup(
+        ADAPTERS[name], base, several.alone(tree.combine(trainable, rest), ADAPTERS, name), jax.random.key(0)
+    )
+    chosen = [i for i, own in enumerate(NAMES) if own == name]
+    return *parts, {field: x[chosen] for field, x in BATCH.items() if field != "adapter"}
+
+
+def own(leaves, name):
+    """The leaves of one adapter, at the paths that it has alone."""
+    scope = ADAPTERS[name].specs[0].name
+    return {path.replace(f"/several/{name}/", f"/{scope}/"): x for path, x in leaves.items() if f"/{name}/" in path}
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_those_of_training_alone(made, accumulate):
+    """Of each adapter on its rows; rows without one count for none; also in micro-batches."""
+    method, model, trainable, rest = made
+    objective = objective_of(model, method, {**trainable, **rest}, accumulate=accumulate)
+    grad = jax.jit(lambda t: objective.value_and_grad(t, rest, BATCH, jax.random.key(0), None)[1])
+    found, seen = grad(trainable), 0
+    for name in ADAPTERS:
+        single, leaves, frozen, rows = alone(made, name)
+        loss = lambda t, m=single, f=frozen, rows=rows: completion_loss(m, tree.combine(t, f), rows)[0]
+        expected = jax.jit(jax.grad(loss))(leaves)
+        assert own(found, name).keys() == expected.keys()
+        for path, gradient in expected.items():
+            np.testing.assert_allclose(own(found, name)[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
+        seen += len(expected)
+    assert seen == len(found)
+
+
+def test_steps_are_those_of_training_alone(made, tmp_path):
+    """Adam's state is each leaf's own, LoRA+'s rate each adapter's; what is exported is read as it was trained."""
+    method, model, trainable, rest = made
+    optimizer = optax.adam(1e-2)
+
+    def trained(method, model, trainable, rest, batch):
+        state = jp.init_state(method, optimizer, trainable, rest, jax.random.key(0), model)
+        step = jax.jit(jp.make_train_step(model, method, optimizer))
+        for _ in range(2):
+            state, _ = step(state, batch)
+        return state
+
+    state = trained(method, model, trainable, rest, BATCH)
+    base, params = tiny.model()
+    for name in ("wide", "fa"):
+        expected = trained(ADAPTERS[name], *alone(made, name))
+        for path, leaf in expected.trainable.items():
+            np.testing.assert_allclose(own(state.trainable, name)[path], leaf, rtol=1e-3, atol=1e-4, err_msg=path)
+        one = several.alone(state.params, ADAPTERS, name)
+        jp.export_adapter(tmp_path / name, one, ADAPTERS[name], base.config, "base")
+        read, leaves = jp.import_adapter(tmp_path / name, base.config, params)
+        assert read.specs == ADAPTERS[name].specs
+        for path, leaf in leaves.items():
+            np.testing.assert_array_equal(leaf, tree.flatten(one)[path])
+    frozen = [path for path in rest if path in state.frozen]
+    assert all(np.array_equal(state.frozen[path], rest[path]) for path in frozen) and len(frozen) == len(rest)
+
+
+def test_dropout_is_each_adapters_own(made):
+    """Rows of an adapter without dropout are those of a pass without a key."""
+    dropping = {**ADAPTERS, "wide": jp.lora(rank=7, targets="qv", rslora=True, dropout=0.5)}
+    model, *_ = jp.setup(jp.several(dropping), *tiny.model(), jax.random.key(0))
+    _, _, trainable, rest = made
+    apply = jax.jit(model.apply)
+    plain, dropped, other = (
+        apply(tree.combine(trainable, rest), BATCH, key) for key in (None, jax.random.key(1), jax.random.key(2))
+    )
+    wide = np.array([name == "wide" for name in NAMES])
+    np.testing.assert_allclose(dropped[~wide], plain[~wide], rtol=1e-4, atol=1e-5)
+    assert np.abs(dropped - plain)[wide].max() > 0.01 and np.abs(dropped - other)[wide].max() > 0.01
+
+
+def test_a_batch_says_whose_its_rows_are(made):
+    method, model, trainable, rest = made
+    state = jp.init_state(method, optax.sgd(1.0), trainable, rest, jax.random.key(0), model)
+    step = jp.make_train_step(model, method, optax.sgd(1.0))
+    with pytest.raises(InputError, match="it has no field 'adapter'"):
+        step(state, tiny.batch(rows=len(NAMES)))
