@@ -92,4 +92,5 @@ def read_pair(
     written = form.write(spec.config, leaves, known)
     parts = plain.parse(written.tensors, known)
     arguments, parts = plain.read(written.fields, parts, known)
-    return methods.make("lora", arguments), plain.restore(arguments, parts, {}, known), rest
+    made = methods.make("lora", arguments)
+    return made, plain.restore(made.specs[0].config, parts, {}, known), rest
