@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
-    from jaxpeft.peft import attach_several, export_adapter, import_adapter
+    from jaxpeft.peft import attach_several, export_adapter, import_adapter, weighted_adapter
     from jaxpeft.train.loss import classification_loss, completion_loss
     from jaxpeft.train.masked import masked, trainable_mask
     from jaxpeft.train.run import Run, run
@@ -131,6 +131,7 @@ _MODULE_OF = {
     "unipt": "methods.unipt",
     "vera": "methods.vera",
     "vqt": "methods.vqt",
+    "weighted_adapter": "peft",
 }
 __all__ = [*_MODULE_OF]
 

@@ -26,6 +26,7 @@ from jaxpeft.peft.base import adapter_labels, adapter_rope_scaling, fingerprint
 from jaxpeft.peft.export import export_adapter
 from jaxpeft.peft.read import attach, import_adapter
 from jaxpeft.peft.several import attach_several
+from jaxpeft.peft.weighted import weighted_adapter
 
 __all__ = [
     "adapter_labels",
@@ -35,4 +36,5 @@ __all__ = [
     "export_adapter",
     "fingerprint",
     "import_adapter",
+    "weighted_adapter",
 ]
