@@ -95,6 +95,19 @@ def test_steps_are_those_of_training_alone(made, tmp_path):
     assert all(np.array_equal(state.frozen[path], rest[path]) for path in frozen) and len(frozen) == len(rest)
 
 
+def test_a_plan_divides_the_rows_with_their_adapters(made):
+    """Layers that run over a few rows at a time, and read kernels where they lie, have the same gradients."""
+    method, model, trainable, rest = made
+    gradients = []
+    for own in (model, jp.remat(model, "matmuls,tokens=32")):
+        objective = objective_of(own, method, {**trainable, **rest})
+        run = lambda t, o=objective: o.value_and_grad(t, rest, BATCH, jax.random.key(0), None)[1]
+        gradients.append(jax.jit(run)(trainable))
+    expected, found = gradients
+    for path, gradient in expected.items():
+        np.testing.assert_allclose(found[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
 def test_dropout_is_each_adapters_own(made):
     """Rows of an adapter without dropout are those of a pass without a key."""
     dropping = {**ADAPTERS, "wide": jp.lora(rank=7, targets="qv", rslora=True, dropout=0.5)}
