@@ -235,7 +235,7 @@ def _by_rows(objective: Objective, names: tuple[str, ...]) -> Objective:
         if FIELD not in batch:
             raise InputError(f"several: the batch says of no row which adapter is trained: it has no field {FIELD!r}")
         (value, aux), grads = objective.value_and_grad(trainable, rest, batch, key, opt_state)
-        weights = batch.get("loss_weights", jnp.ones(len(batch[FIELD])))
+        weights = batch.get("loss_weights", batch.get("weights", jnp.ones(len(batch[FIELD]))))  # of tokens, of rows
         of_rows = weights.reshape(len(batch[FIELD]), -1).sum(1, dtype=jnp.float32)
         own = jnp.sum(jnp.where(batch[FIELD][:, None] == np.arange(len(names)), of_rows[:, None], 0), axis=0)
         ratio = jnp.where(own > 0, of_rows.sum() / jnp.maximum(own, 1e-9), 0)

@@ -7,7 +7,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import adapters as several
-from jaxpeft import tree
+from jaxpeft import models, tree
 from jaxpeft.errors import InputError
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.step import objective_of
@@ -106,6 +106,33 @@ def test_a_plan_divides_the_rows_with_their_adapters(made):
     expected, found = gradients
     for path, gradient in expected.items():
         np.testing.assert_allclose(found[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
+
+
+def test_an_encoder_that_classifies_rows():
+    """Rows' weights are those of the labels; each adapter's gradients are those of its rows alone."""
+    sizes = {"model_type": "bert", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
+    sizes |= {"num_attention_heads": 4, "max_position_embeddings": 40, "type_vocab_size": 2}
+    config = models.for_classification({**sizes, "architectures": ["BertModel"]}, ["a", "b", "c"])
+    base = models.bert.from_hf(config)
+    adapters = {"x": jp.lora(rank=2, targets="attention"), "y": jp.lora(rank=4)}
+    method = jp.several(adapters)
+    model, trainable, rest = jp.setup(method, base, base.init(jax.random.key(0), {}), jax.random.key(1))
+    trainable = {path: leaf + 0.1 for path, leaf in trainable.items()}
+    names, rng = ["y", "x", None, "y"], np.random.default_rng(0)
+    batch = {
+        "tokens": rng.integers(0, 61, (4, 8)).astype(np.int32),
+        "labels": np.array([0, 2, 1, 1], np.int32),
+        "weights": np.array([1, 1, 1, 0], np.float32),
+        "adapter": several.rows(adapters, names),
+    }
+    objective = objective_of(model, method, {**trainable, **rest}, jp.classification_loss)
+    found = jax.jit(lambda t: objective.value_and_grad(t, rest, batch, jax.random.key(0), None)[1])(trainable)
+    whole = several.alone(tree.combine(trainable, rest), adapters, "y")
+    single, leaves, frozen = jp.setup(adapters["y"], base, whole, jax.random.key(0))
+    rows = {field: x[np.array([0, 3])] for field, x in batch.items() if field != "adapter"}
+    alone = lambda t: jp.classification_loss(single, tree.combine(t, frozen), rows)[0]
+    for path, gradient in jax.jit(jax.grad(alone))(leaves).items():
+        np.testing.assert_allclose(found[path.replace("/lora/", "/several/y/")], gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_dropout_is_each_adapters_own(made):

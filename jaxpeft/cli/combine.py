@@ -59,7 +59,7 @@ def run(args: Combine) -> dict[str, Any]:
     """
     weights = _weights(args)
     from jaxpeft import peft, tree
-    from jaxpeft.cli.models import load, model_or_default, scaling_of
+    from jaxpeft.cli.models import load, model_or_default
     from jaxpeft.files import check_target
     from jaxpeft.template import beside
     from jaxpeft.train.run import check_seed
@@ -70,8 +70,8 @@ def run(args: Combine) -> dict[str, Any]:
         if not folder.is_dir():
             raise InputError(f"--adapter {folder}: no such directory")
     name = model_or_default(args.model)
-    scaling = _same(args.adapter, "rope scaling", scaling_of)
-    text = _same(args.adapter, "chat template", beside)
+    scaling = _same_scaling(args.adapter)
+    _note_templates(args.adapter)
     model, params, _ = load(name, rope_scaling=scaling)
     method, leaves = peft.weighted_adapter(
         args.adapter,
@@ -86,7 +86,9 @@ def run(args: Combine) -> dict[str, Any]:
         seed=args.seed,
     )
     whole = tree.unflatten({**tree.flatten(params), **leaves})
-    peft.export_adapter(args.out, whole, method, model.config, name, rope_scaling=scaling, beside=text)
+    peft.export_adapter(
+        args.out, whole, method, model.config, name, rope_scaling=scaling, beside=beside(args.adapter[0])
+    )
     return {
         "out": args.out,
         "model": name,
@@ -118,14 +120,27 @@ def _weights(args: Combine) -> list[float]:
     return found
 
 
-def _same(folders: tuple[Path, ...], what: str, read: Any) -> Any:
-    """What all adapters say alike.
+def _same_scaling(folders: tuple[Path, ...]) -> str | None:
+    """How rotary positions are scaled, which all adapters have to say alike."""
+    from jaxpeft.cli.models import scaling_of
 
-    Raises:
-      InputError: where two differ.
-    """
-    first, *others = [(folder, read(folder)) for folder in folders]
-    for folder, own in others:
-        if own != first[1]:
-            raise InputError(f"--adapter {folder}: was trained with another {what} than {first[0]}")
-    return first[1]
+    first, *others = [scaling_of(folder) for folder in folders]
+    for folder, own in zip(folders[1:], others, strict=True):
+        if own != first:
+            raise InputError(
+                f"--adapter {folder}: was trained with rope scaling {own or 'none'}, and {folders[0]} with "
+                f"{first or 'none'}"
+            )
+    return first
+
+
+def _note_templates(folders: tuple[Path, ...]) -> None:
+    """Says that the result keeps the first adapter's template where another one has been trained through another."""
+    from jaxpeft.cli.decoding import note
+    from jaxpeft.template import find
+
+    digests = [None if (found := find(folder)) is None else found.digest() for folder in folders]
+    for folder, own in zip(folders, digests, strict=True):
+        if own != digests[0]:
+            note(f"{folder} was trained through another template than {folders[0]}, whose is kept")
+            return

@@ -26,7 +26,7 @@ class Given(NamedTuple):
 
     def folder(self, name: str | None) -> Path | None:
         """The folder of a name; None: without a name, or no adapter."""
-        return self.named.get(name, None) if self.named and name is not None else self.one
+        return self.named.get(name or NONE) if self.named else self.one
 
     def known(self, name: str, where: str) -> str:
         """A name as it was given, if it is one, or `none`.

@@ -1,6 +1,7 @@
 """Weighted merging of adapters: what peft's add_weighted_adapter computes, for each of its types."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 import jaxpeft as jp
-from jaxpeft import cli, tree
+from jaxpeft import cli, template, tree
 from jaxpeft.errors import InputError
 from jaxpeft.peft import attach, twister
 from tests.peft import reference
@@ -189,6 +190,21 @@ def test_mistakes(kind, flags, reason, base, made, tmp_path, capsys):
     assert cli.main(["combine", "--model", str(base), *given, *flags, "--out", str(tmp_path / "out")]) == 2
     out, err = capsys.readouterr()
     assert out == "" and reason in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_result_keeps_the_first_template(base, made, tmp_path, capsys):
+    """Which is said where the others were trained through another one; the day alone is no difference."""
+    folders = []
+    for number, (kind, day) in enumerate([("chat", "2026-01-31"), ("chat", "2026-02-01"), ("alpaca", "2026-02-01")]):
+        folder = shutil.copytree(made["one"][0][0], tmp_path / str(number))
+        for name, text in template.Template(kind, day).beside().items():
+            (folder / name).write_text(text)
+        folders.append(str(folder))
+    for chosen, notes in ((folders[:2], 0), (folders[1:], 1)):
+        given = [word for folder in chosen for word in ("--adapter", folder)]
+        assert cli.main(["combine", "--model", str(base), *given, "--out", str(tmp_path / f"out{notes}")]) == 0
+        assert capsys.readouterr().err.count("was trained through another template") == notes
+        assert template.find(tmp_path / f"out{notes}").kind == "chat"
 
 
 def test_adapters_that_are_not_combined(base, made, tmp_path):
