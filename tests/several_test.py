@@ -10,6 +10,7 @@ from jaxpeft import generate as decoding
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.generate import generate
+from jaxpeft.memory import targets
 from tests import tiny
 
 ADAPTERS = {
@@ -89,25 +90,33 @@ def test_leaves_have_their_own_ranks(made):
     assert all(path.endswith("/fa/a") for path in rest if "/several/" in path)
 
 
-def arguments(model, params):
-    """Bytes of the compiled forward pass's arguments."""
-    batch = {name: BATCH[name] for name in ("tokens", "positions", "segment_ids")}
-    batch |= {"adapter": np.zeros(len(NAMES), np.int32)}
-    return jax.jit(model.apply).lower(params, batch).compile().memory_analysis().argument_size_in_bytes
-
-
-def test_an_adapter_adds_its_own_bytes_and_the_base_is_held_once():
-    """The compiled arguments of one, two and three adapters differ by exactly the adapters' leaves."""
-    sizes, own = [], []
-    for count in (1, 2, 3):
-        chosen = dict(list(ADAPTERS.items())[:count])
-        model, trainable, rest = jp.setup(jp.several(chosen), *tiny.model(), jax.random.key(0))
-        flat = {**trainable, **rest}
-        sizes.append(arguments(model, tree.combine(trainable, rest)))
-        own.append(sum(leaf.nbytes for path, leaf in flat.items() if "/several/" in path))
-    assert np.diff(sizes).tolist() == np.diff(own).tolist()
+def arguments(adapters, where=None):
+    """(bytes of the compiled forward pass's arguments, those of the adapters' leaves) on a device that is described."""
     base, params = tiny.model()
-    assert sizes[0] - own[0] - arguments(base, params) in (0, 4 * len(NAMES))  # the rows' numbers, if they are read
+    model, leaves = base, tree.flatten(params)
+    if adapters:
+        model, trainable, rest = jp.setup(jp.several(adapters), base, params, jax.random.key(0))
+        leaves = {**trainable, **rest}
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+    batch = {name: BATCH[name] for name in ("tokens", "positions", "segment_ids")}
+    batch |= {"adapter": several.rows(ADAPTERS, [None] * len(NAMES))}
+    compiled = jax.jit(model.apply).lower(*jax.tree.map(shape, (tree.unflatten(leaves), batch))).compile()
+    own = sum(leaf.nbytes for path, leaf in leaves.items() if "/several/" in path)
+    return compiled.memory_analysis().argument_size_in_bytes, own
+
+
+@pytest.mark.parametrize("name", ["cpu", "h200"])
+def test_an_adapter_adds_its_own_bytes_and_the_base_is_held_once(name):
+    """Compiled arguments without the adapters' leaves are the same for one adapter and for three."""
+    where = None
+    if name != "cpu":
+        pytest.importorskip("jax_plugins.xla_cuda13")
+        where = jax.sharding.SingleDeviceSharding(targets.devices(targets.target(name))[0])
+    one, three = (arguments(dict(list(ADAPTERS.items())[:count]), where) for count in (1, 3))
+    assert three[0] - three[1] == one[0] - one[1] and three[1] > one[1]
+    if name == "cpu":
+        plain, _ = arguments({})
+        assert one[0] - one[1] - plain in (0, 4 * len(NAMES))  # the rows' numbers, which the base does not read
 
 
 def test_a_decoded_batch_says_what_each_adapter_says_alone(made, single):
