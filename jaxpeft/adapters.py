@@ -31,7 +31,7 @@ import optax
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError, did_you_mean
 from jaxpeft.method import Method, Objective, Role, about, unchanged
-from jaxpeft.model import Context
+from jaxpeft.model import Batch, Context
 from jaxpeft.quant import low_rank_dot_of
 
 if TYPE_CHECKING:  # whose package reads adapters for this module
@@ -156,6 +156,41 @@ def rows(adapters: Adapters | Sequence[str], names: Sequence[str | None]) -> np.
     return np.array([numbers[name] for name in names], np.int32)
 
 
+def together(adapters: Adapters | Sequence[str], batches: Mapping[str | None, Batch]) -> dict[str, np.ndarray]:
+    """One batch of the batches of several adapters, as they come from data of their own.
+
+    Args:
+      adapters: as `several` took them.
+      batches: {name: arrays (B_g, ...)} with the same fields; None for rows without an adapter.
+
+    Returns:
+      Arrays (B, ...), the rows in order, and `adapter` (B,). Shorter rows end in zeros, which is padding in all fields.
+
+    Raises:
+      InputError: for a name that is none of the adapters, or batches of different fields.
+    """
+    numbers = rows(adapters, list(batches))
+    fields = {name: sorted(batch) for name, batch in batches.items()}
+    first = next(iter(fields), None)
+    for name, own in fields.items():
+        if own != fields[first]:
+            raise InputError(
+                f"the batch of {name!r} has fields {', '.join(own)}; {first!r}: {', '.join(fields[first])}"
+            )
+
+    def joined(field):
+        parts = [np.asarray(batch[field]) for batch in batches.values()]
+        sizes = np.max([part.shape[1:] for part in parts], axis=0).astype(int)
+        wide = [
+            np.pad(x, [(0, 0), *((0, most - n) for most, n in zip(sizes, x.shape[1:], strict=True))]) for x in parts
+        ]
+        return np.concatenate(wide)
+
+    made = {field: joined(field) for field in fields.get(first, [])}
+    counts = [len(next(iter(batch.values()))) for batch in batches.values()]
+    return {**made, FIELD: np.repeat(numbers, counts)}
+
+
 def alone(params: Mapping[str, Any], adapters: Adapters, name: str) -> tree.Params:
     """Parameters with one of the adapters alone, at the paths of its own method: to export it, merge it, or go on.
 
@@ -264,4 +299,4 @@ def _on(name: str, form: Form, inner: optax.GradientTransformation) -> optax.Gra
     return optax.GradientTransformation(lambda leaves: inner.init(own(leaves)), update)
 
 
-__all__ = ["FIELD", "NONE", "Adapters", "Several", "alone", "beside", "is_pair", "rows", "several"]
+__all__ = ["FIELD", "NONE", "Adapters", "Several", "alone", "beside", "is_pair", "rows", "several", "together"]

@@ -149,6 +149,22 @@ def test_dropout_is_each_adapters_own(made):
     assert np.abs(dropped - plain)[wide].max() > 0.01 and np.abs(dropped - other)[wide].max() > 0.01
 
 
+def test_batches_of_several_data_are_one(made):
+    """Of different lengths, too: what is padded counts for nothing."""
+    _, model, trainable, rest = made
+    batches = {"fa": tiny.batch(rows=2, length=9), None: tiny.batch(rows=1, length=16), "small": tiny.batch(rows=3)}
+    whole = several.together(ADAPTERS, batches)
+    assert whole["adapter"].tolist() == [2, 2, -1, 0, 0, 0] and whole["tokens"].shape == (6, 16)
+    found = np.asarray(model.apply(tree.combine(trainable, rest), whole))
+    expected = model.apply(tree.combine(trainable, rest), {**batches["fa"], "adapter": whole["adapter"][:2]})
+    np.testing.assert_allclose(found[:2, :9], expected, rtol=1e-4, atol=1e-4)
+    assert not whole["loss_weights"][:2, 9:].any() and not whole["segment_ids"][:2, 9:].any()
+    with pytest.raises(InputError, match="the batch of 'small' has fields tokens; 'fa': loss_weights"):
+        several.together(ADAPTERS, {"fa": tiny.batch(), "small": {"tokens": tiny.batch()["tokens"]}})
+    with pytest.raises(InputError, match="no adapter is called 'large'"):
+        several.together(ADAPTERS, {"large": tiny.batch()})
+
+
 def test_a_batch_says_whose_its_rows_are(made):
     method, model, trainable, rest = made
     state = jp.init_state(method, optax.sgd(1.0), trainable, rest, jax.random.key(0), model)
