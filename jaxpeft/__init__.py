@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from jaxpeft.on_demand import imports
 
 if TYPE_CHECKING:
+    from jaxpeft.adapters import several
     from jaxpeft.backward.planned import planned_scan
     from jaxpeft.backward.policy import checkpoint_policy
     from jaxpeft.backward.residuals import remat
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
-    from jaxpeft.peft import export_adapter, import_adapter
+    from jaxpeft.peft import attach_several, export_adapter, import_adapter, weighted_adapter
     from jaxpeft.train.loss import classification_loss, completion_loss
     from jaxpeft.train.masked import masked, trainable_mask
     from jaxpeft.train.run import Run, run
@@ -70,6 +71,7 @@ _MODULE_OF = {
     "Spec": "method",
     "Stack": "model",
     "TrainState": "train.state",
+    "attach_several": "peft",
     "carry": "nnx",
     "chain": "method",
     "checkpoint_policy": "backward.policy",
@@ -119,6 +121,7 @@ _MODULE_OF = {
     "save_pretrained": "hf",
     "setup": "method",
     "randlora": "methods.randlora",
+    "several": "adapters",
     "sherl": "methods.sherl",
     "split": "tree",
     "to_nnx": "nnx",
@@ -128,6 +131,7 @@ _MODULE_OF = {
     "unipt": "methods.unipt",
     "vera": "methods.vera",
     "vqt": "methods.vqt",
+    "weighted_adapter": "peft",
 }
 __all__ = [*_MODULE_OF]
 

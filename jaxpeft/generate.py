@@ -12,6 +12,8 @@ and goes on. A row that has ended reads on, and nobody looks at what it says. Th
 written in place, one slot per step (`jaxpeft.decoding`). P and the number of slots are
 rounded up to a few sizes, from 128 on at most a quarter above, so calls of similar lengths share a compilation.
 
+Prompts of a batch may have different adapters (`jaxpeft.adapters`): a number per row, for which nothing is compiled.
+
 Randomness belongs to a prompt and not to its batch: token t of prompt i is drawn with fold_in(fold_in(key, i), t).
 """
 
@@ -45,6 +47,7 @@ def generate(
     key: jax.Array | None = None,
     eos: Sequence[int] | None = None,
     batch_size: int = 32,
+    adapters: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt.
 
@@ -59,6 +62,7 @@ def generate(
       key: PRNG key, needed when the temperature is above 0.
       eos: token ids that end a text; None: those of the model's configuration; (): none.
       batch_size: prompts decoded at once. Prompts of similar lengths go together; the result doesn't depend on it.
+      adapters: of a model with several, each prompt's (`jaxpeft.adapters.rows`); -1: none. None: none for all.
 
     Returns:
       The new ids of each prompt, in order, without the prompt and without the end token.
@@ -67,13 +71,14 @@ def generate(
       InputError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room below
         `max_position_embeddings`, or settings out of range.
     """
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size)
+    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size, adapters)
     how = _how(model, temperature, top_k, top_p, key, eos)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        state = _first(model, params, how, [prompts[i] for i in chosen], max_new_tokens, chosen)
+        own = None if adapters is None else [adapters[i] for i in chosen]
+        state = _first(model, params, how, [prompts[i] for i in chosen], max_new_tokens, chosen, own)
         state = _steps(model, how.kind, params, how.settings, state, np.int32(max_new_tokens))
         new, counts = shares.on_host(state["new"]), shares.on_host(state["count"])
         for i, ids, length in zip(chosen, new, counts, strict=False):
@@ -92,16 +97,17 @@ def stream(
     top_p: float | None = None,
     key: jax.Array | None = None,
     eos: Sequence[int] | None = None,
+    adapter: int | None = None,
 ) -> Iterator[list[int]]:
     """The tokens of `generate` for one prompt as they come: a few of them at a time, about ten times a second.
 
-    Arguments and errors are those of `generate`; errors are raised at the call.
+    Arguments and errors are those of `generate`, `adapter` the prompt's; errors are raised at the call.
     """
     _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, key, 1)
     how = _how(model, temperature, top_k, top_p, key, eos)
 
     def pieces() -> Iterator[list[int]]:
-        state = _first(model, params, how, [prompt], max_new_tokens, [0])
+        state = _first(model, params, how, [prompt], max_new_tokens, [0], None if adapter is None else [adapter])
         shown, until, steps = 0, 0, 1
         finished = False
         while not finished:
@@ -138,7 +144,7 @@ def _how(model: Model, temperature, top_k, top_p, key, eos) -> _How:
     return _How((greedy, filtered), settings, jax.random.key(0) if key is None else key)
 
 
-def _check(model: Model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size) -> None:
+def _check(model: Model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size, adapters=None) -> None:
     config = model.config
     if model.stack.init_cache is None:
         raise InputError("generate: this model has no key-value cache; use one of the decoders of jaxpeft.models")
@@ -151,6 +157,8 @@ def _check(model: Model, prompts, max_new_tokens, temperature, top_k, top_p, key
         raise InputError(f"generate: top_p {top_p} must be above 0 and at most 1")
     if temperature > 0 and key is None:
         raise InputError("generate: sampling (temperature above 0) needs a PRNG key")
+    if adapters is not None and len(adapters) != len(prompts):
+        raise InputError(f"generate: {len(adapters)} adapters for {len(prompts)} prompts; give each prompt one")
     for i, prompt in enumerate(prompts):
         if not len(prompt):
             raise InputError(f"generate: prompt {i} is empty; give it at least the token that begins a text")
@@ -191,14 +199,19 @@ def _padded(prompts: Sequence[Sequence[int]], max_new_tokens: int, room: int) ->
     return {**batch, "limit": limit}, _round_up(width + int(limit.max()))
 
 
-def _first(model: Model, params, how: _How, prompts, max_new_tokens: int, numbers: Sequence[int]) -> dict[str, Any]:
+def _first(
+    model: Model, params, how: _How, prompts, max_new_tokens: int, numbers: Sequence[int], adapters: Any = None
+) -> dict[str, Any]:
     """The state when the prompts have been read and the first tokens chosen; `numbers` are theirs, to draw by.
 
     t (): tokens chosen.  token (B,): the last, which the model has not read yet.  new (B, slots): all of them, of
     which count (B,) are the text's.  limit (B,): the most it gets.  done (B,).  lengths (B,): of the prompts.
-    keys (B,).  cache.
+    keys (B,).  cache.  beside: {"adapter": (B,)}, or nothing: what each pass is told of the rows.
     """
     batch, slots = _padded(prompts, max_new_tokens, model.config.max_position_embeddings)
+    if adapters is not None:
+        batch["adapter"] = np.full(len(batch["limit"]), -1, np.int32)
+        batch["adapter"][: len(adapters)] = adapters
     rows = np.zeros(len(batch["limit"]), np.int32)
     rows[: len(numbers)] = numbers
     return _read(model, slots, how.kind, params, batch, how.settings, how.key, rows)
@@ -220,6 +233,7 @@ def _read(model, slots, kind, params, batch, settings, key, rows):
         "keys": jax.vmap(lambda row: jax.random.fold_in(key, row))(rows),
         "new": jnp.zeros((b, slots), jnp.int32),
         "cache": cache,
+        "beside": {name: batch[name] for name in ("adapter",) if name in batch},
     }
     return _with_token(model, kind, params, settings, state, x)
 
@@ -238,6 +252,7 @@ def _steps(model, kind, params, settings, state, until):
             "tokens": state["token"][:, None],
             "positions": (state["lengths"] + state["t"] - 1)[:, None],
             "segment_ids": segments,
+            **state["beside"],
         }
         x, cache = model.stack.run(model.stack, params, one, None, state["cache"])
         return _with_token(model, kind, params, settings, {**state, "cache": cache}, x)

@@ -163,6 +163,17 @@ def test_many_adapters_in_one_batch(page):
     assert differs == [True, False, False, False]
 
 
+def test_several_methods_by_name(page, tmp_path):
+    """The shipped form of it: both adapters train, and each is an adapter of its own in PEFT's form."""
+    base, params = tiny.model()
+    losses = page["two_at_once"](base, params, BATCH, jax.random.key(0), tmp_path)
+    assert losses[-1] < losses[0] - 0.01
+    for name, rank in (("tidy", 4), ("wide", 16)):
+        _, leaves = jp.import_adapter(tmp_path / name, base.config, params)
+        assert leaves["layers/self_attn/q_proj/lora/b"].shape == (3, rank, 32)
+        assert all(np.any(leaf) for leaf in leaves.values())
+
+
 SHARDED = """
 import sys, jax, numpy as np, optax
 import jaxpeft as jp

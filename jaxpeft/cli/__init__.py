@@ -46,6 +46,7 @@ COMMANDS = {
     "generate": ("generate:Generate", "continue prompts or answer them, with or without an adapter"),
     "chat": ("chat:Chat", "talk with a model on the terminal, switching adapters"),
     "merge": ("merge:Merge", "fold an adapter into the weights of its base"),
+    "combine": ("combine:Combine", "make one adapter of several, weighted"),
     "export": ("export:Export", "write a run's checkpoint as a Hugging Face PEFT adapter"),
     "import": ("import_:Import", "read a Hugging Face PEFT adapter and check it against its base"),
     "methods": ("methods:Methods", "list the fine-tuning methods"),

@@ -6,16 +6,17 @@ import contextlib
 import dataclasses
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from jaxpeft.cli import decoding
+from jaxpeft.cli import decoding, named
 from jaxpeft.cli.decoding import DecodingArguments, Words
+from jaxpeft.cli.named import NONE
 from jaxpeft.errors import InputError, did_you_mean
 from jaxpeft.files import expanded
 
 _MOST_CHARACTERS = 2**24  # of a line
 HELP = """\
-/adapter FOLDER   go on with this adapter; /adapter none: without one
+/adapter NAME     go on with this adapter, one of --adapter's or a folder; /adapter none: without one
 /system TEXT      what the system turn says; without a text: no system turn
 /reset            forget what was said
 /quit             end, as the end of the input does"""
@@ -33,7 +34,7 @@ def run(args: Chat) -> dict[str, Any]:
     """Reads turns from stdin and prints what is answered to each, until the input ends.
 
     Returns:
-      {"messages": what was said since the last /reset, "model", "adapter": the last one}.
+      {"messages": what was said since the last /reset, "model", "adapter": the last one, a folder or a name}.
 
     Raises:
       InputError: for arguments that cannot be used. What cannot be done of a turn or a command is said on stderr.
@@ -66,6 +67,15 @@ def show(document: dict[str, Any]) -> None:
     del document
 
 
+class _Ready(NamedTuple):
+    """Who answers: with which template, by which model, and the number of the adapter where it has several."""
+
+    words: Words
+    model: Any
+    params: Any
+    number: int | None = None
+
+
 class _Talk:
     """A conversation: its turns, and who answers."""
 
@@ -74,24 +84,43 @@ class _Talk:
         self.system = args.system
         self.turns: list[dict[str, Any]] = []
         self.answers = 0
-        words = self._checked(args.adapter)
+        self.given = named.read(args.adapter)
         self.plain: dict[str | None, tuple[Any, Any]] = {}  # by the scaling of positions, which an adapter may have
-        self.ready: dict[Path | None, tuple[Words, Any, Any]] = {}  # attached once, and compiled once
-        self._use(args.adapter, words)
+        self.ready: dict[Path | str | None, _Ready] = {}  # attached once, and compiled once
+        if self.given.named:
+            self._all_at_once()
+        self._use(next(iter(self.given.named), None) or self.given.one)
 
     def _checked(self, adapter: Path | None) -> Words:
         words = self.base.words(adapter)
         words.check_talks()
         return words
 
-    def _use(self, adapter: Path | None, words: Words | None = None) -> None:
+    def _all_at_once(self) -> None:
+        """Adapters with names, and none, are numbers to one program."""
+        words = {name: self._checked(folder) for name, folder in self.given.named.items()}
+        model, params = self.base.attached(self.given)
+        for number, name in enumerate(words):
+            self.ready[name] = _Ready(words[name], model, params, number)
+        with contextlib.suppress(InputError):  # a base that does not talk may have adapters that do
+            self.ready[None] = _Ready(self._checked(None), model, params, -1)
+
+    def _use(self, adapter: Path | str | None) -> None:
         if adapter not in self.ready:
-            words = words or self._checked(adapter)
-            scaling = self.base.scaling(adapter)
+            folder = None if adapter is None else Path(adapter)
+            words = self._checked(folder)
+            scaling = self.base.scaling(folder)
             if scaling not in self.plain:
                 self.plain[scaling] = self.base.load(scaling)
-            self.ready[adapter] = (words, *decoding.adapted(adapter, *self.plain[scaling]))
+            self.ready[adapter] = _Ready(words, *decoding.adapted(folder, *self.plain[scaling]))
         self.adapter = adapter
+
+    def _called(self, said: str) -> Path | str | None:
+        """What /adapter is told: none, a name, or a folder."""
+        if said == NONE or said in self.given.named:
+            return None if said == NONE else said
+        folder = expanded(said)
+        return folder if folder.is_dir() or not self.given.named else self.given.known(said, "/adapter")
 
     def messages(self) -> list[dict[str, Any]]:
         """All turns, the system's first."""
@@ -102,11 +131,12 @@ class _Talk:
         """A user's turn, and what is answered; a turn that cannot be answered is forgotten."""
         from jaxpeft.generate import stream
 
-        words, model, params = self.ready[self.adapter]
+        words, model, params, number = self.ready[self.adapter]
         user = {"role": "user", "content": said}
         alone = words.template.kind == "alpaca"  # which knows single instructions
         ids = words.chat_ids([user] if alone else [*self.messages(), user])
         how = decoding.settings(self.args, words, self.answers)
+        how["adapter"] = number
         try:
             tokens = stream(model, params, ids, self.args.most(chat=True), **how)
         except InputError as error:
@@ -119,7 +149,7 @@ class _Talk:
         """A command."""
         if command == "/adapter":
             if rest:
-                self._use(None if rest == "none" else expanded(rest))
+                self._use(self._called(rest))
             decoding.note(f"adapter: {self.adapter or 'none'}")
         elif command == "/system":
             self.system = rest or None

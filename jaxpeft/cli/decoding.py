@@ -8,9 +8,12 @@ import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import tyro
 
 from jaxpeft import interrupts
+from jaxpeft.cli.named import Given
 from jaxpeft.errors import InputError
 from jaxpeft.interrupts import Interrupted
 from jaxpeft.train.run import check_seed
@@ -28,8 +31,8 @@ class DecodingArguments:
 
     model: str | None = None
     """Directory or hub id of a Hugging Face checkpoint, or GGUF file. Default: the embedded model."""
-    adapter: Path | None = None
-    """Folder of a PEFT adapter for it."""
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """Folder of a PEFT adapter for it; NAME=FOLDER, once for each, for several at once."""
     system: str | None = None
     """What a conversation's system turn says."""
     max_new_tokens: int | None = None
@@ -138,6 +141,26 @@ class Base(NamedTuple):
         from jaxpeft.cli.models import scaling_of
 
         return scaling_of(adapter, self.rope_scaling)
+
+    def attached(self, given: Given) -> tuple[Any, Any]:
+        """(Model, parameters) with all adapters that were given, the base loaded once.
+
+        Raises:
+          InputError: for an adapter that cannot be used, or beside the others.
+        """
+        from jaxpeft import peft
+
+        if not given.named:
+            return adapted(given.one, *self.load(self.scaling(given.one)))
+        scalings = {name: self.scaling(folder) for name, folder in given.named.items()}
+        first = next(iter(scalings))
+        for name, scaling in scalings.items():
+            if scaling != scalings[first]:
+                raise InputError(
+                    f"--adapter {name}={given.named[name]}: was trained with rope scaling {scaling or 'none'}, and "
+                    f"{first} with {scalings[first] or 'none'}; one base has one"
+                )
+        return peft.attach_several(given.named, *self.load(scalings[first]))[:2]
 
     def load(self, scaling: str | None = None) -> tuple[Any, Any]:
         """(Model, parameters) without an adapter; `scaling` is that of the adapter that is going to be put on it."""

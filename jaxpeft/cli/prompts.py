@@ -15,6 +15,7 @@ class Prompt(NamedTuple):
     An instruction is both: which it becomes depends on the template.
 
     tools: what the assistant may call.  options: further words for the chat template.  where: opens errors.
+    adapter: the row's field, whatever it holds; "" where it has none.
     """
 
     text: str = ""
@@ -22,6 +23,7 @@ class Prompt(NamedTuple):
     tools: tuple[Mapping[str, Any], ...] = ()
     options: Mapping[str, Any] = {}
     where: str = "--prompt"
+    adapter: Any = ""
 
 
 def read_prompts(path: Path) -> list[Prompt]:
@@ -29,7 +31,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     Rows (see `jaxpeft.data.sources`) have `prompt` (text, or a list of messages), `messages`, `conversations`, or
     `instruction` and `input`. Rows to train on will do: what the assistant says last is left out, and so are
-    `completion` and `output`.
+    `completion` and `output`. A row's `adapter` is the name of the one that it is for.
 
     Raises:
       InputError: for a file that cannot be read, or a line that is none of these.
@@ -37,7 +39,8 @@ def read_prompts(path: Path) -> list[Prompt]:
     from jaxpeft.data import records, sources
 
     if sources.is_named(path):
-        prompts = [_of_row(record.fields(), record.where) for record in sources.find(path).records()]
+        rows = [(record.fields(), record.where) for record in sources.find(path).records()]
+        prompts = [_of_row(fields, where)._replace(adapter=fields.get("adapter", "")) for fields, where in rows]
     else:
         lines = [(f"{path}:{number}", raw.rstrip(b"\r\n")) for number, raw in records.read_lines(path)]
         prompts = [Prompt(_text(raw, where), where=where) for where, raw in lines]

@@ -25,5 +25,16 @@ Source: the format as huggingface/peft 0.21 writes and reads it.
 from jaxpeft.peft.base import adapter_labels, adapter_rope_scaling, fingerprint
 from jaxpeft.peft.export import export_adapter
 from jaxpeft.peft.read import attach, import_adapter
+from jaxpeft.peft.several import attach_several
+from jaxpeft.peft.weighted import weighted_adapter
 
-__all__ = ["adapter_labels", "adapter_rope_scaling", "attach", "export_adapter", "fingerprint", "import_adapter"]
+__all__ = [
+    "adapter_labels",
+    "adapter_rope_scaling",
+    "attach",
+    "attach_several",
+    "export_adapter",
+    "fingerprint",
+    "import_adapter",
+    "weighted_adapter",
+]

@@ -145,6 +145,15 @@ def attach(
 # Files.
 
 
+def tensors_of(directory: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """The tensors of an adapter by their names in its file, in their own types.
+
+    Raises:
+      InputError: for a folder without them, a damaged file, or what is no finite number.
+    """
+    return _tensors(_weights(files.expanded(directory)))
+
+
 def _weights(folder: Path) -> Path:
     if (folder / WEIGHTS).is_file():
         return folder / WEIGHTS

@@ -1,7 +1,7 @@
 """Kernels that are not plain arrays: what every kernel can be asked (`Kernel`), and the products that take them all."""
 
 from jaxpeft.quant.affine import Affine
-from jaxpeft.quant.dot import dot, low_rank_dot
+from jaxpeft.quant.dot import dot, low_rank_dot, low_rank_dot_of
 from jaxpeft.quant.folded import (
     CONVOLUTION,
     EMBEDDING,
@@ -34,6 +34,7 @@ __all__ = [
     "kind_of",
     "like",
     "low_rank_dot",
+    "low_rank_dot_of",
     "matrix",
     "merged",
     "pack",

@@ -1,7 +1,8 @@
-"""The products of a site, by the type of its kernel: `dot(x, W)`, and `low_rank_dot`, which adds a low-rank update.
+"""The products of a site, by the type of its kernel: `dot(x, W)`, and those which add a low-rank update.
 
-    dot            y = x W
-    low_rank_dot   y = x W + s (drop(x) A) B            by the fused kernels of `pallas_kernels` where they serve
+    dot               y = x W
+    low_rank_dot      y = x W + s (drop(x) A) B            by the fused kernels of `pallas_kernels` where they serve
+    low_rank_dot_of   y_i = x_i W + s_g x_i A_g B_g        the same, of the adapter g that row i has
 
 A quantized array type registers its product, and, where it has one, its fused product:
 
@@ -18,7 +19,7 @@ stack that it lies in (`pallas_kernels.stacked`): the fused kernels read it ther
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import chex
@@ -29,10 +30,11 @@ from jaxpeft import sharding
 from jaxpeft.quant import affine
 from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
+from pallas_kernels.multi_lora_matmul import TILE, low_rank, multi_lora_matmul
 from pallas_kernels.packed import Packed
 from pallas_kernels.quant_lora_matmul import quant_lora_matmul, quant_matmul
 from pallas_kernels.stack_matmul import stack_matmul
-from pallas_kernels.stacked import Stacked
+from pallas_kernels.stacked import Stacked, taken
 
 LOW = "lora_low"  # what x A is called in a memory plan
 
@@ -102,6 +104,38 @@ def low_rank_dot(
 
 
 low_rank_dot.register = _low_rank_product.register  # type: ignore[attr-defined]
+
+
+def low_rank_dot_of(
+    adapter: jax.Array,
+    x: jax.Array,
+    kernel: Any,
+    a: Sequence[jax.Array],
+    b: Sequence[jax.Array],
+    *,
+    scales: Sequence[float],
+    low: jax.Array | None = None,
+) -> jax.Array:
+    """x W + the low-rank update of each row's adapter; factors have ranks of their own.
+
+    Args:
+      adapter: (B,) integers of 0..G-1; negative: none.
+      x: (B, S, n).
+      kernel: W (n, m) of any registered type, or a function of x in place of the product.
+      a: A_g (n, r_g) of each adapter.  b: B_g (r_g, m).
+      scales: s_g.
+      low: what the A_g read in place of x, where something was dropped from it.
+
+    Returns:
+      (B, S, m) in x's dtype; a row without an adapter has x W.
+    """
+    chex.assert_rank(x, 3)
+    stack = kernel.stack if isinstance(kernel, Stacked) else kernel
+    if isinstance(stack, jax.Array) and low is None and x.shape[1] >= TILE:
+        fitting = kernel if stack.dtype == x.dtype else taken(kernel).astype(x.dtype)
+        return multi_lora_matmul(x, fitting, a, b, adapter, scales=scales, name=LOW)
+    inner = kernel(x) if callable(kernel) else dot(x, kernel)
+    return inner + low_rank(x if low is None else low, a, b, adapter, scales=scales, name=LOW)
 
 
 def _fused(product: Callable[..., jax.Array], kernel: Any, x, a, b, **options) -> jax.Array:

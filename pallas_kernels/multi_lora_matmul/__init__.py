@@ -5,7 +5,8 @@
 The frozen product is one for all rows; the low-rank ones read the adapter that owns the tile of 128 tokens they are
 working on, from a table. Adapters have ranks of their own up to r: A_g is zero in the columns, and B_g in the rows,
 beyond its rank, and their gradients are zero there too, so that they stay zero under any optimizer that leaves a
-parameter with zero gradients where it is.
+parameter with zero gradients where it is. Or they come as lists, each factor of its own rank (ragged.py): nothing is
+held, differentiated or updated but that.
 
 For the backward pass z (r, B S) is kept, and x only if the A are differentiated, as in lora_matmul.
 
@@ -15,6 +16,7 @@ Source: Zhu et al. 2025, "LoRAFusion", arXiv:2510.00206 (tiles of one adapter, a
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,11 +28,12 @@ from pallas_kernels import lora_matmul as dense
 from pallas_kernels import tuning
 from pallas_kernels.lora_matmul.reference import scaled
 from pallas_kernels.multi_lora_matmul import reference
+from pallas_kernels.multi_lora_matmul.ragged import low_rank, padded
 from pallas_kernels.multi_lora_matmul.reference import TILE
-from pallas_kernels.platform import Implementation, operation
+from pallas_kernels.platform import Implementation, operation, traced_for
 from pallas_kernels.stacked import Stacked, taken
 
-__all__ = ["TILE", "multi_lora_matmul"]
+__all__ = ["TILE", "low_rank", "multi_lora_matmul"]
 
 forward = operation(
     "multi_lora_forward",
@@ -56,11 +59,11 @@ factor_gradient = operation(
 def multi_lora_matmul(
     x: jax.Array,
     w: jax.Array | Stacked,
-    a: jax.Array,
-    b: jax.Array,
+    a: Any,
+    b: Any,
     adapter: jax.Array,
     *,
-    scales: jax.Array,
+    scales: jax.Array | Sequence[float],
     name: str = "lora_low",
     implementation: str | None = None,
 ) -> jax.Array:
@@ -70,8 +73,9 @@ def multi_lora_matmul(
       x: (B, S, n) floating point; the products are computed in its dtype with float32 sums. Where 128 does not divide
         S, rows are padded to it; rows shorter than 128 tokens take plain JAX, which gathers each row's factors.
       w: (n, m); frozen. A layer of a stack is not differentiated.
-      a: (G, n, r).  b: (G, r, m). Cast to x's dtype; gradients come in their own.
-      adapter: (B,) integers of 0..G-1, in any order.
+      a: (G, n, r).  b: (G, r, m). Cast to x's dtype; gradients come in their own. Lists are of (n, r_g) and (r_g, m):
+        plain JAX multiplies at these ranks; kernels, which take rows of 128 tokens on, at the largest of a call's.
+      adapter: (B,) integers of 0..G-1, in any order; with lists a negative one is none, and the row's result x W.
       scales: (G,) s_g, not differentiated.
       name: of z.
       implementation: as of `lora_matmul`.
@@ -83,8 +87,14 @@ def multi_lora_matmul(
       ValueError: for shapes that don't fit.
       NotImplementedError: when lowered, if the implementation that is asked for cannot run.
     """
-    _check(x, w, a, b, adapter, scales)
     rows, length = x.shape[:2]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        _check_lists(x, w, a, b, adapter, scales)
+        plain = length < TILE or traced_for() == "cpu" if implementation is None else implementation == "xla"
+        if plain:
+            return x @ taken(w) + low_rank(x, a, b, adapter, scales=scales, name=name)
+        a, b, adapter, scales = padded(a, b, adapter, scales)
+    _check(x, w, a, b, adapter, scales)
     if length < TILE and implementation in (None, "xla"):
         return _gathered(x, w, a, b, adapter, scales, name)
     padding = -length % TILE
@@ -152,3 +162,14 @@ def _check(x, w, a, b, adapter, scales) -> None:
             f"x {x.shape}, w {w.shape}, a {a.shape}, b {b.shape}, adapter {adapter.shape}, scales {jnp.shape(scales)}"
         )
         raise ValueError(f"multi_lora_matmul: {given} are not (B, S, n), (n, m), (G, n, r), (G, r, m), (B,), (G,)")
+
+
+def _check_lists(x, w, a, b, adapter, scales) -> None:
+    n, m = w.shape
+    ranks = [factor.shape[-1] for factor in a]
+    fits = [(factor.shape, other.shape) for factor, other in zip(a, b, strict=False)] == [
+        ((n, r), (r, m)) for r in ranks
+    ]
+    if not (fits and ranks and len(a) == len(b) == len(scales) and x.ndim == 3 and adapter.shape == x.shape[:1]):
+        given = f"x {x.shape}, w {w.shape}, a {[f.shape for f in a]}, b {[f.shape for f in b]}, adapter {adapter.shape}"
+        raise ValueError(f"multi_lora_matmul: {given} and {len(scales)} scales do not belong together")

@@ -96,6 +96,7 @@ class Form(NamedTuple):
     integers: ends of the names of tensors that may hold integers.
     root: what stands in front of the names of the base's own tensors; PEFT wraps the base once more where it wraps
       modules of it.
+    scale: (config, site) -> s of an adapter that is x W + s x A B and nothing else; None for all others.
     """
 
     type: str
@@ -110,6 +111,7 @@ class Form(NamedTuple):
     facts: tuple[str, ...] = ()
     integers: tuple[str, ...] = ()
     root: str = "base_model.model."
+    scale: Callable[[Config, str], float] | None = None
 
     def owns(self, path: str) -> bool:
         """Whether a leaf is of the method."""

@@ -138,7 +138,8 @@ def lora_pairs(
         _check_lora,
     )
     acting = lambda found: {name: tensor for name, tensor in found.items() if not _OF_TRAINING.search(name)}
-    return form._replace(parse=lambda found, base: form.parse(acting(found), base))
+    parse = lambda found, base: form.parse(acting(found), base)
+    return form._replace(parse=parse, scale=None if tensors else scale)
 
 
 def _check_lora(fields: Fields) -> None:
