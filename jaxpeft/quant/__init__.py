@@ -15,7 +15,7 @@ from jaxpeft.quant.folded import (
     unfolded,
     unfolded_all,
 )
-from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack, pack_affine
+from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack, pack_affine, unpacked
 
 __all__ = [
     "CONVOLUTION",
@@ -41,4 +41,5 @@ __all__ = [
     "refolded",
     "unfolded",
     "unfolded_all",
+    "unpacked",
 ]

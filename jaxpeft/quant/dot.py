@@ -133,6 +133,6 @@ def _(kernel: Stacked, x: jax.Array) -> jax.Array:
 def _(kernel: Stacked, x, a, b, **options) -> jax.Array:
     if isinstance(kernel.stack, Packed):
         return _fused(quant_lora_matmul, kernel, x, a, b, **options)
-    if kernel.dtype == x.dtype:
+    if isinstance(kernel.stack, jax.Array) and kernel.dtype == x.dtype:
         return _fused(lora_matmul, kernel, x, a, b, **options)
     return _low_rank_product(kernel.take(), x, a, b, **options)

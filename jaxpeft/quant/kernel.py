@@ -111,6 +111,12 @@ def by_layer(function: Callable[[jax.Array], Any], array: jax.Array) -> Any:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
+def unpacked(params: Any) -> Any:
+    """A tree in which each packed kernel is plain, in its dtype."""
+    plain = lambda kernel: dense(kernel, kernel.dtype) if is_packed(kernel) else kernel
+    return jax.tree.map(plain, params, is_leaf=is_packed)
+
+
 def pack_affine(array: jax.Array, bits: int, group: int = 0) -> Affine:
     """An affine kernel of an array (..., n, m) in its dtype; arguments and errors are those of `affine.quantize`."""
     return by_layer(functools.partial(_pack_affine, bits=bits, group=group), array)
@@ -147,7 +153,8 @@ def _(kernel: Packed, array: jax.Array) -> Packed:
 @_like.register
 def _(kernel: Affine, array: jax.Array) -> Affine:
     group = kernel.shape[-2] // kernel.groups
-    return dataclasses.replace(pack_affine(array, kernel.bits, group), dtype=kernel.dtype)
+    found = pack_affine(array, kernel.bits, group)
+    return dataclasses.replace(found, dtype=kernel.dtype, scales=found.scales.astype(kernel.scales.dtype))
 
 
-__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "is_packed", "like", "merged", "pack", "pack_affine"]
+__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "is_packed", "like", "merged", "pack", "pack_affine", "unpacked"]

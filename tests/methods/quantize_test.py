@@ -140,8 +140,14 @@ def test_a_pruned_side_network_starts_from_what_is_packed():
         (lambda: jp.quantize(group=24), "group 24 does not divide the 56 inputs of layers/mlp/down_proj"),
         (lambda: jp.quantize(targets="lm_head"), "lm_head is not in the layers"),
         (lambda: jp.quantize(targets="q_prof"), "matches no linear site; nearest: .*q_proj"),
-        (lambda: jp.chain(jp.quantize(), jp.full()), "layers/mlp/down_proj/kernel trains; give quantize targets"),
-        (lambda: jp.chain(jp.full(), jp.quantize()), "layers/mlp/down_proj/kernel trains; give quantize targets"),
+        (
+            lambda: jp.chain(jp.quantize(), jp.full()),
+            "layers/mlp/down_proj/kernel is packed and trains; give quantize targets",
+        ),
+        (
+            lambda: jp.chain(jp.full(), jp.quantize()),
+            "layers/mlp/down_proj/kernel is packed and trains; give quantize targets",
+        ),
         (lambda: jp.quantize(), "quantize: no parameter is trainable"),
     ],
 )
