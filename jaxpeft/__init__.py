@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.loreft import loreft
+    from jaxpeft.methods.lq_lora import lq_lora
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
@@ -96,6 +97,7 @@ _MODULE_OF = {
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
     "loreft": "methods.loreft",
+    "lq_lora": "methods.lq_lora",
     "lst": "methods.lst",
     "jit_step": "train.step",
     "make_train_step": "train.step",
