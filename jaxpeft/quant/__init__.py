@@ -16,6 +16,7 @@ from jaxpeft.quant.folded import (
     unfolded_all,
 )
 from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack, pack_affine, unpacked
+from jaxpeft.quant.paired import Paired
 
 __all__ = [
     "CONVOLUTION",
@@ -24,6 +25,7 @@ __all__ = [
     "Affine",
     "Folded",
     "Kernel",
+    "Paired",
     "by_layer",
     "dense",
     "dot",

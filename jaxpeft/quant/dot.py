@@ -27,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sharding
 from jaxpeft.quant import affine
+from jaxpeft.quant.paired import Paired
 from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.packed import Packed
@@ -121,6 +122,16 @@ def _(kernel: affine.Affine, x: jax.Array) -> jax.Array:
 @_low_rank_product.register
 def _(kernel: Packed, x, a, b, **options) -> jax.Array:
     return _fused(quant_lora_matmul, kernel, x, a, b, **options)
+
+
+@_product.register
+def _(kernel: Paired, x: jax.Array) -> jax.Array:
+    return _product(kernel.packed, x)
+
+
+@_low_rank_product.register
+def _(kernel: Paired, x, a, b, **options) -> jax.Array:
+    return _low_rank_product(kernel.packed, x, a, b, **options)
 
 
 @_product.register

@@ -22,10 +22,11 @@ import jax.numpy as jnp
 
 from jaxpeft.quant import affine
 from jaxpeft.quant.affine import Affine
+from jaxpeft.quant.paired import Paired
 from pallas_kernels.packed import FORMATS, Packed, dequantize, quantize
 from pallas_kernels.stacked import Stacked
 
-_PACKED = (Packed, Affine)
+_PACKED = (Packed, Affine, Paired)
 
 
 class Kernel(Protocol):
@@ -141,6 +142,11 @@ def _(kernel: Packed | Affine, dtype: Any) -> jax.Array:
 
 
 @_dense.register
+def _(kernel: Paired, dtype: Any) -> jax.Array:
+    return _dense(kernel.packed, dtype)
+
+
+@_dense.register
 def _(kernel: Stacked, dtype: Any) -> jax.Array:
     return _dense(kernel.take(), dtype)
 
@@ -149,6 +155,11 @@ def _(kernel: Stacked, dtype: Any) -> jax.Array:
 def _(kernel: Packed, array: jax.Array) -> Packed:
     packed = pack(array, kernel.format, kernel.group, kernel.doubled)
     return dataclasses.replace(packed, dtype=kernel.dtype)
+
+
+@_like.register
+def _(kernel: Paired, array: jax.Array) -> Any:
+    return _like(kernel.packed, array)
 
 
 @_like.register
