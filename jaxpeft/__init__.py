@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.int21 import int21
     from jaxpeft.methods.lisa import lisa
+    from jaxpeft.methods.llm_qfa import llm_qfa
     from jaxpeft.methods.ln_tuning import ln_tuning
     from jaxpeft.methods.loha import loha
     from jaxpeft.methods.lokr import lokr
@@ -92,6 +93,7 @@ _MODULE_OF = {
     "init_state": "train.state",
     "int21": "methods.int21",
     "lisa": "methods.lisa",
+    "llm_qfa": "methods.llm_qfa",
     "ln_tuning": "methods.ln_tuning",
     "load_pretrained": "hf",
     "loha": "methods.loha",

@@ -16,6 +16,7 @@ from jaxpeft.quant.folded import (
     unfolded_all,
 )
 from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack, pack_affine, unpacked
+from jaxpeft.quant.nested import Nested
 from jaxpeft.quant.paired import Paired
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "Affine",
     "Folded",
     "Kernel",
+    "Nested",
     "Paired",
     "by_layer",
     "dense",

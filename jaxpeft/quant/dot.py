@@ -27,6 +27,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sharding
 from jaxpeft.quant import affine
+from jaxpeft.quant.nested import Nested
 from jaxpeft.quant.paired import Paired
 from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
@@ -132,6 +133,11 @@ def _(kernel: Paired, x: jax.Array) -> jax.Array:
 @_low_rank_product.register
 def _(kernel: Paired, x, a, b, **options) -> jax.Array:
     return _low_rank_product(kernel.packed, x, a, b, **options)
+
+
+@_product.register
+def _(kernel: Nested, x: jax.Array) -> jax.Array:
+    return _product(kernel.last, x)
 
 
 @_product.register

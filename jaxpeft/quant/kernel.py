@@ -22,11 +22,12 @@ import jax.numpy as jnp
 
 from jaxpeft.quant import affine
 from jaxpeft.quant.affine import Affine
+from jaxpeft.quant.nested import Nested
 from jaxpeft.quant.paired import Paired
 from pallas_kernels.packed import FORMATS, Packed, dequantize, quantize
 from pallas_kernels.stacked import Stacked
 
-_PACKED = (Packed, Affine, Paired)
+_PACKED = (Packed, Affine, Paired, Nested)
 
 
 class Kernel(Protocol):
@@ -147,6 +148,11 @@ def _(kernel: Paired, dtype: Any) -> jax.Array:
 
 
 @_dense.register
+def _(kernel: Nested, dtype: Any) -> jax.Array:
+    return _dense(kernel.last, dtype)
+
+
+@_dense.register
 def _(kernel: Stacked, dtype: Any) -> jax.Array:
     return _dense(kernel.take(), dtype)
 
@@ -160,6 +166,11 @@ def _(kernel: Packed, array: jax.Array) -> Packed:
 @_like.register
 def _(kernel: Paired, array: jax.Array) -> Any:
     return _like(kernel.packed, array)
+
+
+@_like.register
+def _(kernel: Nested, array: jax.Array) -> Any:
+    return Nested(tuple(_like(one, array) for one in kernel.widths))
 
 
 @_like.register
