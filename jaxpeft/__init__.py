@@ -24,13 +24,16 @@ if TYPE_CHECKING:
     from jaxpeft.methods.galore import galore
     from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.ia3 import ia3
+    from jaxpeft.methods.int21 import int21
     from jaxpeft.methods.lisa import lisa
+    from jaxpeft.methods.llm_qfa import llm_qfa
     from jaxpeft.methods.ln_tuning import ln_tuning
     from jaxpeft.methods.loha import loha
     from jaxpeft.methods.lokr import lokr
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
     from jaxpeft.methods.loreft import loreft
+    from jaxpeft.methods.lq_lora import lq_lora
     from jaxpeft.methods.lst import lst
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
@@ -90,7 +93,9 @@ _MODULE_OF = {
     "houlsby": "methods.houlsby",
     "import_adapter": "peft",
     "init_state": "train.state",
+    "int21": "methods.int21",
     "lisa": "methods.lisa",
+    "llm_qfa": "methods.llm_qfa",
     "ln_tuning": "methods.ln_tuning",
     "load_pretrained": "hf",
     "loha": "methods.loha",
@@ -98,6 +103,7 @@ _MODULE_OF = {
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
     "loreft": "methods.loreft",
+    "lq_lora": "methods.lq_lora",
     "lst": "methods.lst",
     "jit_step": "train.step",
     "make_train_step": "train.step",

@@ -370,7 +370,9 @@ def as_master(path: str, leaf: Any, role: Role = TRAINED) -> jax.Array:
       InputError: for a packed kernel.
     """
     if is_packed(leaf):
-        raise InputError(f"quantize: {path} trains; give quantize targets that leave it out, or train another part")
+        raise InputError(
+            f"{path} is packed and trains; give quantize targets that leave it out, or train an adapter beside it"
+        )
     floating = role.dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
     return leaf.astype(role.dtype) if floating else leaf
 

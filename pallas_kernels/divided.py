@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AbstractMesh, PartitionSpec
 
-from pallas_kernels.packed import HALF, Packed
+from pallas_kernels.packed import Packed
 from pallas_kernels.stacked import Stacked
 
 
@@ -75,9 +75,8 @@ def fits(dims: Dims, divided: Divided, args: Sequence[Any]) -> bool:
             return all(map(whole, letters, arg))
         packed = arg.stack if isinstance(arg, Stacked) else arg
         if isinstance(packed, Packed) and divided.of(letters):
-            tile = 1 if packed.format == "int8" else 2 * HALF
             parts = divided.count(letters[0])
-            return not packed.doubled and (parts == 1 or arg.shape[0] % (math.lcm(tile, arg.group) * parts) == 0)
+            return not packed.doubled and (parts == 1 or arg.shape[0] % (packed.unit * parts) == 0)
         return all(
             leaf.shape[axis - len(letters)] % divided.count(letter) == 0
             for leaf in jax.tree.leaves(arg)

@@ -202,7 +202,7 @@ def _quant_lora_matmul(shape: str) -> Iterator[tuple[str, Case]]:
 
     t, n, m, r = _sizes(shape)
     x, w, a, b, dy = _arrays((t, n), (n, m), (n, r), (r, m), (t, m))
-    for name in packed.FORMATS:
+    for name in packed.FUSED:
         kernel = packed.quantize(w, name)
 
         def product(x, a, b, kernel):

@@ -180,6 +180,7 @@ class Stored(NamedTuple):
 
     kind: its type as the file names it.  dtype: config.json's name of the type that holds its values; None: none does.
     part: reads slices of all its axes; None: it can only be read as a whole.
+    packed: reads a matrix that is stored packed as the kernel that it is; None: it is not.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Stored(NamedTuple):
     shape: tuple[int, ...]
     read: Callable[[], np.ndarray]
     part: Callable[[tuple[slice, ...]], np.ndarray] | None = None
+    packed: Callable[[], Any] | None = None
 
 
 def tensors_of(container: Container, wanted: Iterable[str]) -> Iterator[Stored]:

@@ -25,9 +25,11 @@ from typing_extensions import TypedDict
 
 from jaxpeft import documents, gguf, models, shares, tree
 from jaxpeft.errors import InputError, first_line
+from jaxpeft.hf import quantized
 from jaxpeft.hf.folder import WEIGHTS, load_config, load_generation_config, resolve
 from jaxpeft.model import Model
 from jaxpeft.models import fields
+from jaxpeft.models.quantized import scheme_of
 from jaxpeft.special import eos_ids
 
 INDEX = "model.safetensors.index.json"
@@ -127,10 +129,14 @@ def load_pretrained(
     shapes = family.shapes(model.config)
     places = places_of(model.config)
     sources = sources_of(folder, raw, places, labels)
-    conversions = convert(tree.unflatten(dict(shapes))) if convert is not None else {}
     by_path: dict[str, list[str]] = {}
     for name, place in places.items():
         by_path.setdefault(place.path, []).append(name)
+    packed = {path for path, names in by_path.items() if any(n in sources and sources[n].packed for n in names)}
+    conversions: Mapping[str, Conversion] = {}
+    if convert is not None:
+        held = quantized.shapes_of(raw, model.config, shapes)
+        conversions = convert(tree.unflatten({path: (held if path in packed else shapes)[path] for path in shapes}))
     flat = {}
     lacking = [path for path, names in by_path.items() if names[0] not in sources]
     fresh = _fresh(model, lacking, jax.random.key(0) if key is None else key) if lacking else {}
@@ -143,7 +149,10 @@ def load_pretrained(
             found = sorted({sources[name].dtype or "" for name in names})
             like = jax.ShapeDtypeStruct(like.shape, functools.reduce(jnp.promote_types, map(_held, found)))
         tensors = [(places[name], sources[name]) for name in names]
-        if path in conversions:
+        if path in packed:
+            leaf = quantized.stacked(folder, path, like, [source for _, source in tensors])
+            flat[path] = jax.device_put(leaf) if placement is None else shares.placed(leaf, placement(path, leaf))
+        elif path in conversions:
             leaf = _converted(like, tensors, conversions[path])
             flat[path] = jax.device_put(leaf) if placement is None else shares.placed(leaf, placement(path, leaf))
         elif placement is not None:
@@ -175,6 +184,8 @@ def sources_of(
         stored = gguf.tensors_of(gguf.read_header(folder), (*places, *family.TIED))
     else:
         stored = _stored(folder)
+        if (scheme := scheme_of(config)) is not None:
+            stored = quantized.joined(folder, stored, scheme, places)
     return _check(folder, stored, places, family, tied, may_lack=family.CLASSIFIER if labels else None)
 
 

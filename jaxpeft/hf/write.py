@@ -22,10 +22,9 @@ from jaxpeft.errors import InputError
 from jaxpeft.gguf import Stored
 from jaxpeft.hf.folder import COPIED, WEIGHTS, load_config, load_tokenizer, resolve
 from jaxpeft.hf.read import DTYPES, INDEX, places_of, sources_of
-from jaxpeft.quant import is_packed
+from jaxpeft.models import quantized
+from jaxpeft.quant import is_packed, unpacked
 
-# Fields that transformers reads as there if they are null.
-_NOT_NULL = ("quantization_config", "compression_config")
 _CODE = "auto_map"  # Python files, or repositories of some, that transformers runs if it is told to
 _CODES = {name: code for code, name in DTYPES.items()}
 
@@ -75,7 +74,8 @@ def save_pretrained(
       directory: the folder to make; it may exist if it is empty.
       config: a parsed config.json, or the checkpoint (folder, GGUF file or hub id) that the parameters began as: then
         its tokenizer and generation settings are copied too.
-      params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype.
+      params: nested parameters, without adapters; a cut stack is joined. They are written in their own dtype; kernels
+        that are packed as their checkpoint has them (GPTQ, AWQ) are unpacked.
       max_shard_gb: the largest file, in units of 10^9 bytes; larger models are cut into several files with an index.
       labels: names of what rows are classified as, for parameters that were loaded with them.
       as_stored: each tensor is written in the type that it has in the checkpoint `config`; one that is not there (a new
@@ -98,7 +98,7 @@ def save_pretrained(
     raw = dict(config) if isinstance(config, Mapping) else load_config(config)
     raw = dict(models.for_longer(raw, rope_scaling))
     raw = models.for_classification(raw, labels) if labels else raw
-    raw = {key: value for key, value in raw.items() if key != _CODE and (value is not None or key not in _NOT_NULL)}
+    raw = {key: value for key, value in raw.items() if key != _CODE}
     tensors = tensors_of(raw, params)
     if as_stored and source is not None:
         tensors = _as_stored(tensors, source, raw, labels, unchanged)
@@ -110,7 +110,7 @@ def save_pretrained(
         return target
     try:
         with files.appearing(target) as folder:
-            files.write_json(folder / "config.json", raw)
+            files.write_json(folder / "config.json", quantized.plain(raw))
             _write_weights(folder, tensors, int(max_shard_gb * 1e9))
             if source is not None and source.is_file():
                 load_tokenizer(source).save_pretrained(folder)
@@ -136,6 +136,8 @@ def tensors_of(config: Mapping[str, Any], params: Mapping[str, Any]) -> list[Ten
     """Every tensor of the file in the order of the forward pass: embeddings, layer by layer, head."""
     family = models.family(config)
     own = family.from_hf(config).config
+    if quantized.scheme_of(config) is not None:
+        params = unpacked(params)
     places, shapes = places_of(own), family.shapes(own)
     by_place = {(place.path, place.layer): (name, place) for name, place in places.items()}
     first = {segment: start for segment, start, _ in tree.segments(params)}

@@ -30,6 +30,7 @@ from jaxpeft.backward import residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.plan import Plan, parse
 from jaxpeft.backward.residuals import Segment
+from jaxpeft.hf import quantized
 from jaxpeft.memory import hlo, targets
 from jaxpeft.memory.owners import Owners, step_owners
 from jaxpeft.memory.targets import Target
@@ -114,7 +115,8 @@ def make_step(
     base, method = family(config).from_hf(config, dtype), own.method(method)
     check_head(task, config["model_type"], base, seq_len)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    of_base = jax.eval_shape(lambda key: base.init(key, {}), key)
+    plain = tree.flatten(jax.eval_shape(lambda key: base.init(key, {}), key))
+    of_base = tree.unflatten(quantized.shapes_of(config, base.config, plain))
     model, trainable, rest = _set_up(method, base, key, of_base)
     plan = residuals.default_plan(model) if save is None else parse(save)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), form, method.changes)

@@ -1,4 +1,4 @@
-"""PEQA: the kernels become integers of 3, 4 or 8 bits, and their scales alone train.
+"""PEQA: the kernels become integers of 2, 3, 4 or 8 bits, and their scales alone train.
 
     W ~ W_0 = s_0 (c - z)          c (n, m) of b bits and zero points z (G, m) fixed: `jaxpeft.quant.affine`
     y = x W,  W = s (c - z)        s (G, m) float32 trained, G = n / group
@@ -15,13 +15,14 @@ Codes and zero points stay as they are, bit by bit: a task is its scales. Adam's
 beside the codes, 4 bytes per scale, so that what reads the kernel reads the base. Merging gives s (c - z), unpacked in
 the base's dtype.
 
-The method packs the kernels, as they are read from a checkpoint where no method before it needs them as they were; it
-has to be nearest to them, last in the chain: `lora+peqa`. Weight decay would pull the scales to zero; there is none.
+The method packs the kernels, as they are read from a checkpoint where no method before it needs them as they were, or
+trains the scales of those that GPTQ or AWQ has made, where bits and groups are told as the checkpoint has them; it has
+to be nearest to them, last in the chain: `lora+peqa`. Weight decay would pull the scales to zero; there is none.
 
 Paper: Kim et al. 2023, "Memory-Efficient Fine-Tuning of Compressed Large Language Models via sub-4-bit Integer
 Quantization", arXiv:2305.14152. s_0 and z are to minimise the squared error; here s_0 does on a grid, and z is that of
 the range with zero in it. Neither code nor rate is published: the default is of full fine-tuning's size, and smaller
-models, of larger weights, want more. Deviation: 8 bits are possible, too.
+models, of larger weights, want more. Deviation: 2 and 8 bits are possible, too.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sites, tree
@@ -52,7 +54,7 @@ class PEQA(nn.Module):
         if not site.plain:
             raise InputError("peqa: must be nearest to the kernel, whose scales it trains: name it last in the chain")
         kernel = matrix(site.kernel)
-        scales = self.param("scales", lambda key: kernel.scales)
+        scales = self.param("scales", lambda key: kernel.scales.astype(jnp.float32))
         if kernel.groups > 1:
             return affine.scaled_product(x, kernel, scales)
         product = checkpoint_name(inner(x), f"{site.path.rsplit('/', 1)[-1]}_product")
@@ -68,7 +70,7 @@ def peqa(bits: int = 4, group: int = 0, targets: Targets = "all-linear") -> Meth
     """PEQA on the sites that `targets` chooses; the other kernels stay as they are.
 
     Args:
-      bits: of a code: 3, 4 or 8.
+      bits: of a code: 2, 3, 4 or 8.
       group: inputs that share a scale and a zero point, a divisor of each kernel's; 0: all of an output's.
       targets: "all-linear", "attention", "mlp", a regular expression, or a list of names (see `sites.find`).
 
@@ -77,8 +79,8 @@ def peqa(bits: int = 4, group: int = 0, targets: Targets = "all-linear") -> Meth
 
     Raises:
       InputError: for other bits, a group below 0 or that does not divide a kernel's inputs, inputs that do not fill
-        bytes, a kernel that is packed already, or targets that match nothing or, where layers are visible, are not in
-        them.
+        bytes, a kernel that is packed already in another way, or targets that match nothing or, where layers are
+        visible, are not in them.
     """
     config = dict(locals())
     if bits not in affine.FIELDS:
@@ -98,6 +100,14 @@ def peqa(bits: int = 4, group: int = 0, targets: Targets = "all-linear") -> Meth
             others = " or ".join(str(fitting) for fitting in affine.FIELDS if n % Affine.aligned(fitting) == 0)
             raise InputError(f"peqa: {site} has {n} inputs, which {bits} bits pack in {unit}s; use {others} bits")
 
+    def check_packed(site, kernel):
+        if kernel.group_index is not None:
+            raise InputError(f"peqa: {site} has groups in the order of activations (desc_act), which it does not train")
+        n = kernel.shape[-2]
+        if (kernel.bits, n // kernel.groups) != (bits, group or n):
+            given = f"bits={kernel.bits}, group={n // kernel.groups if kernel.groups > 1 else 0}"
+            raise InputError(f"peqa: {site} is packed already, with {given}; give these")
+
     def choose(params):
         return sites.find(params, targets, "peqa")
 
@@ -106,7 +116,10 @@ def peqa(bits: int = 4, group: int = 0, targets: Targets = "all-linear") -> Meth
     def convert(params):
         flat = tree.flatten(params)
         kernels = {site: flat[f"{site}/kernel"] for site in choose(params)}
-        wanted = [site for site, kernel in kernels.items() if not isinstance(matrix(kernel), Affine)]
+        packed = {site: matrix(kernel) for site, kernel in kernels.items() if isinstance(matrix(kernel), Affine)}
+        for site, kernel in packed.items():
+            check_packed(site, kernel)
+        wanted = [site for site in kernels if site not in packed]
         for site in wanted:
             check(site, kernels[site], bool(tree.segments(params)))
         return {f"{site}/kernel": pack for site in wanted}
@@ -141,10 +154,10 @@ def fold(params: Mapping[str, Any], pack: Callable[[jax.Array], Affine]) -> tree
 
 
 ABOUT = About(
-    summary="the scales of kernels that are integers of 3, 4 or 8 bits",
+    summary="the scales of kernels that are integers of 2, 3, 4 or 8 bits",
     level="site",
     trains="one scale per output, or per group of inputs of each",
-    saves="the kernels' bytes but 3, 4 or 8 bits per number, and gradients and optimizer state of all but the scales",
+    saves="the kernels' bytes but 2 to 8 bits per number, and gradients and optimizer state of all but the scales",
     reference="Kim et al. 2023, arXiv:2305.14152",
     example={"bits": 4},
     promises=Promises(site_bytes=saved_bytes, starts_at_base=False, lr=1e-3),

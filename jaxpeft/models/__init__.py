@@ -29,7 +29,7 @@ import jax
 
 from jaxpeft.errors import InputError
 from jaxpeft.model import Model
-from jaxpeft.models import bert, decoder, fields, opt, roberta, rotary, vit
+from jaxpeft.models import bert, decoder, fields, opt, quantized, roberta, rotary, vit
 from jaxpeft.models.labels import with_labels
 
 FAMILIES: dict[str, ModuleType] = {
@@ -41,12 +41,12 @@ def family(config: Mapping[str, Any]) -> ModuleType:
     """The family file for a parsed config.json.
 
     Raises:
-      InputError: for a `model_type` that no family knows, or quantized weights.
+      InputError: for a `model_type` that no family knows, or weights that are quantized as nothing here reads them.
     """
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise InputError(f"config.json: unsupported model_type {kind!r}; supported: {', '.join(sorted(FAMILIES))}")
-    fields.check_plain(config)
+    quantized.scheme_of(config)
     return FAMILIES[kind]
 
 

@@ -116,17 +116,6 @@ def tokens(config: Mapping[str, Any], name: str, default: int | None = None) -> 
     return tuple(value) if isinstance(value, list) else () if value is None else (value,)
 
 
-def check_plain(config: Mapping[str, Any]) -> None:
-    """Raises InputError if the checkpoint's weights are quantized, which no family reads."""
-    for name in ("quantization_config", "compression_config"):
-        if (found := config.get(name)) is not None:
-            kind = found.get("quant_method") if isinstance(found, Mapping) else None
-            raise InputError(
-                f"config.json: the weights are quantized ({name}{f', {kind}' if kind else ''}); give the original "
-                "checkpoint, which --method quantize+lora packs while it is read"
-            )
-
-
 def one_of(config: Mapping[str, Any], name: str, supported: Iterable[Any], default: Any) -> Any:
     """A field of which only some values are supported; null is the default.
 

@@ -15,7 +15,9 @@ from jaxpeft.quant.folded import (
     unfolded,
     unfolded_all,
 )
-from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack, pack_affine
+from jaxpeft.quant.kernel import FORMATS, Kernel, by_layer, dense, is_packed, like, merged, pack, pack_affine, unpacked
+from jaxpeft.quant.nested import Nested
+from jaxpeft.quant.paired import Paired
 
 __all__ = [
     "CONVOLUTION",
@@ -24,6 +26,8 @@ __all__ = [
     "Affine",
     "Folded",
     "Kernel",
+    "Nested",
+    "Paired",
     "by_layer",
     "dense",
     "dot",
@@ -42,4 +46,5 @@ __all__ = [
     "refolded",
     "unfolded",
     "unfolded_all",
+    "unpacked",
 ]

@@ -3,11 +3,14 @@
 A kernel W (n, m) (inputs, outputs) is cut into G = n / group groups of inputs of one output. With c the code of an
 element, of b bits,
 
-    W[i, j] ~ (c[i, j] - z[i // group, j]) s[i // group, j]         s (G, m) float32, z (G, m) in 0..2^b - 1
+    W[i, j] ~ (c[i, j] - z[g[i], j]) s[g[i], j]                     s (G, m), z (G, m) in 0..2^b - 1, g[i] = i // group
     c = clip(round(W / s) + z, 0, 2^b - 1)
 
 z is that of the group's range, widened to hold zero, which stays exact: z = round(-min W / (max W - min W) (2^b - 1)).
-s is the range over 2^b - 1 times the ratio of `RATIOS` with the least squared error.
+s is the range over 2^b - 1 times the ratio of `RATIOS` with the least squared error, float32.
+
+What others have quantized (GPTQ, AWQ) has scales of 16 bits, and where GPTQ has taken the inputs in the order of their
+activations, a g of its own.
 
 Codes lie in fields of 8, 4, 2 or 1 bits, one array each: 3 bits are a field of the low two and one of the high one. A
 field of w bits is (n w / 8, m) uint8; the byte [i, j] holds inputs 8 i / w and those behind it, the first in its lowest
@@ -25,13 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FIELDS = {3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code -> bits of its fields, the lowest first
+FIELDS = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}  # bits of a code -> bits of its fields, the lowest first
 RATIOS = np.arange(1.0, 0.39, -0.02).astype(np.float32)  # of the whole range, which is tried first
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("codes", "scales", "zeros"),
+    data_fields=("codes", "scales", "zeros", "group_index"),
     meta_fields=("bits", "dtype"),
 )
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Affine:
     """A kernel of codes, zero points and scales; with leading axes, a stack of them.
 
     codes: fields of the codes, (..., n w / 8, m) uint8 each.
-    scales: s (..., G, m) float32.  zeros: z (..., G, m) uint8.
+    scales: s (..., G, m) float32, or of 16 bits.  zeros: z (..., G, m) uint8.
     bits: of a code.
     dtype: that W had, and has again where it is unpacked for good.
+    group_index: g (..., n) int32; None: i // group.
     """
 
     codes: tuple[jax.Array, ...]
@@ -49,6 +53,7 @@ class Affine:
     zeros: jax.Array
     bits: int
     dtype: Any
+    group_index: jax.Array | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +72,7 @@ class Affine:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes, scales and zero points."""
+        """Bytes of codes, scales, zero points and groups."""
         return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(self))
 
     @property
@@ -154,7 +159,7 @@ def quantize(w: jax.Array, bits: int, group: int = 0) -> Affine:
 
 
 def steps(w: Affine) -> jax.Array:
-    """c - z (G, group, m) int16."""
+    """c - z (G, group, m) int16, of groups in the order of the inputs."""
     n, m = w.shape
     codes = unpack(w.codes, w.bits).reshape(w.groups, n // w.groups, m)
     return codes.astype(jnp.int16) - w.zeros.astype(jnp.int16)[:, None]
@@ -162,7 +167,10 @@ def steps(w: Affine) -> jax.Array:
 
 def dequantize(w: Affine, dtype: Any = jnp.float32) -> jax.Array:
     """W (n, m) in `dtype`: (c - z) s in float32, then rounded once."""
-    return (steps(w) * w.scales[:, None]).reshape(w.shape).astype(dtype)
+    if w.group_index is None:
+        return (steps(w) * w.scales.astype(jnp.float32)[:, None]).reshape(w.shape).astype(dtype)
+    difference = unpack(w.codes, w.bits) - w.zeros.astype(jnp.int32)[w.group_index]
+    return (difference * w.scales.astype(jnp.float32)[w.group_index]).astype(dtype)
 
 
 @jax.custom_vjp

@@ -28,6 +28,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sharding
 from jaxpeft.quant import affine
+from jaxpeft.quant.nested import Nested
+from jaxpeft.quant.paired import Paired
 from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.multi_lora_matmul import TILE, low_rank, multi_lora_matmul
@@ -158,6 +160,21 @@ def _(kernel: Packed, x, a, b, **options) -> jax.Array:
 
 
 @_product.register
+def _(kernel: Paired, x: jax.Array) -> jax.Array:
+    return _product(kernel.packed, x)
+
+
+@_low_rank_product.register
+def _(kernel: Paired, x, a, b, **options) -> jax.Array:
+    return _low_rank_product(kernel.packed, x, a, b, **options)
+
+
+@_product.register
+def _(kernel: Nested, x: jax.Array) -> jax.Array:
+    return _product(kernel.last, x)
+
+
+@_product.register
 def _(kernel: Stacked, x: jax.Array) -> jax.Array:
     few = isinstance(kernel.stack, jax.Array) and kernel.dtype == x.dtype
     return stack_matmul(x, kernel) if few else _product(kernel.take(), x)
@@ -167,6 +184,6 @@ def _(kernel: Stacked, x: jax.Array) -> jax.Array:
 def _(kernel: Stacked, x, a, b, **options) -> jax.Array:
     if isinstance(kernel.stack, Packed):
         return _fused(quant_lora_matmul, kernel, x, a, b, **options)
-    if kernel.dtype == x.dtype:
+    if isinstance(kernel.stack, jax.Array) and kernel.dtype == x.dtype:
         return _fused(lora_matmul, kernel, x, a, b, **options)
     return _low_rank_product(kernel.take(), x, a, b, **options)

@@ -22,10 +22,12 @@ import jax.numpy as jnp
 
 from jaxpeft.quant import affine
 from jaxpeft.quant.affine import Affine
+from jaxpeft.quant.nested import Nested
+from jaxpeft.quant.paired import Paired
 from pallas_kernels.packed import FORMATS, Packed, dequantize, quantize
 from pallas_kernels.stacked import Stacked
 
-_PACKED = (Packed, Affine)
+_PACKED = (Packed, Affine, Paired, Nested)
 
 
 class Kernel(Protocol):
@@ -100,15 +102,22 @@ def pack(array: jax.Array, format: str, group: int | None = None, double: bool |
     return by_layer(functools.partial(_pack, format=format, group=group, double=double), array)
 
 
-def by_layer(function: Callable[[jax.Array], Any], array: jax.Array) -> Any:
-    """`function` of each matrix of an array (..., n, m), the results stacked.
+def by_layer(function: Callable[..., Any], array: jax.Array, *others: Any) -> Any:
+    """`function` of each matrix of an array (..., n, m), the results stacked; of others, it is given the same layer.
 
     One after the other, so that what it works on is one matrix's; the bits are the same as of one matrix alone.
     """
     if array.ndim == 2:
-        return function(array)
-    parts = [by_layer(function, array[i]) for i in range(array.shape[0])]
+        return function(array, *others)
+    layer = lambda i: jax.tree.map(lambda x: x[i], others)
+    parts = [by_layer(function, array[i], *layer(i)) for i in range(array.shape[0])]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+
+def unpacked(params: Any) -> Any:
+    """A tree in which each packed kernel is plain, in its dtype."""
+    plain = lambda kernel: dense(kernel, kernel.dtype) if is_packed(kernel) else kernel
+    return jax.tree.map(plain, params, is_leaf=is_packed)
 
 
 def pack_affine(array: jax.Array, bits: int, group: int = 0) -> Affine:
@@ -134,6 +143,16 @@ def _(kernel: Packed | Affine, dtype: Any) -> jax.Array:
 
 
 @_dense.register
+def _(kernel: Paired, dtype: Any) -> jax.Array:
+    return _dense(kernel.packed, dtype)
+
+
+@_dense.register
+def _(kernel: Nested, dtype: Any) -> jax.Array:
+    return _dense(kernel.last, dtype)
+
+
+@_dense.register
 def _(kernel: Stacked, dtype: Any) -> jax.Array:
     return _dense(kernel.take(), dtype)
 
@@ -145,9 +164,20 @@ def _(kernel: Packed, array: jax.Array) -> Packed:
 
 
 @_like.register
+def _(kernel: Paired, array: jax.Array) -> Any:
+    return _like(kernel.packed, array)
+
+
+@_like.register
+def _(kernel: Nested, array: jax.Array) -> Any:
+    return Nested(tuple(_like(one, array) for one in kernel.widths))
+
+
+@_like.register
 def _(kernel: Affine, array: jax.Array) -> Affine:
     group = kernel.shape[-2] // kernel.groups
-    return dataclasses.replace(pack_affine(array, kernel.bits, group), dtype=kernel.dtype)
+    found = pack_affine(array, kernel.bits, group)
+    return dataclasses.replace(found, dtype=kernel.dtype, scales=found.scales.astype(kernel.scales.dtype))
 
 
-__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "is_packed", "like", "merged", "pack", "pack_affine"]
+__all__ = ["FORMATS", "Kernel", "by_layer", "dense", "is_packed", "like", "merged", "pack", "pack_affine", "unpacked"]

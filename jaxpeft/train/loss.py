@@ -58,14 +58,26 @@ def completion_loss(
     shares = batch["loss_weights"] / jnp.maximum(weight, 1e-9)
 
     vocabulary = jax.eval_shape(model.head, params, x[0]).shape[-1]
+    x, targets, shares = in_chunks(vocabulary, x, batch["targets"], shares, chunk=chunk)
+    head, leaves = _traced(model.head, for_head(params), x[0])
+    return _total(head, leaves, [x, targets, shares]), {"weight": weight}
+
+
+def in_chunks(vocabulary: int, x: jax.Array, *others: jax.Array, chunk: int | None = None) -> list[jax.Array]:
+    """x (B, S, d) and others (B, S, ...) as chunks of tokens (C, n, ...), the last filled up with zeros.
+
+    vocabulary: of the logits that are made of a chunk.  chunk: tokens of one; None: as `completion_loss` has it.
+    """
     shards = sharding.shards(*x.shape[:2])
     count = math.prod(shards)
-    tokens = math.prod(x.shape[:2])
-    chunks = _chunks(tokens // count, chunk or _chunk(x, vocabulary, count))
-    x, targets, shares = (sharding.chunks(_cut(part, chunks, shards)) for part in (x, batch["targets"], shares))
+    chunks = _chunks(math.prod(x.shape[:2]) // count, chunk or _chunk(x, vocabulary, count))
+    return [sharding.chunks(_cut(part, chunks, shards)) for part in (x, *others)]
+
+
+def for_head(params: tree.Params) -> tree.Params:
+    """Nested parameters whose leaves beside the layers are gathered once, for the heads of all chunks."""
     beside = {name: leaf for name, leaf in params.items() if not tree.stacked(f"{name}/")}
-    head, leaves = _traced(model.head, {**params, **sharding.gathered(beside)}, x[0])
-    return _total(head, leaves, [x, targets, shares]), {"weight": weight}
+    return {**params, **sharding.gathered(beside)}
 
 
 def _chunk(x: jax.Array, vocabulary: int, shards: int) -> int:

@@ -23,7 +23,7 @@ from pallas_kernels.quant_lora_matmul import quant_lora_matmul
 def functions(shape: Shape, rank: int, rows: int, dtype: Any) -> dict[str, dict[str, Any]]:
     """{pass: {name: function without arguments}}."""
     x, w, a, b, dy = jax.jit(dense.arrays, static_argnums=(0, 1, 2, 3))(shape, rank, rows, dtype)
-    kernels = {name: jax.jit(packed.quantize, static_argnums=1)(w, name) for name in packed.FORMATS}
+    kernels = {name: jax.jit(packed.quantize, static_argnums=1)(w, name) for name in packed.FUSED}
     forms: dict[str, tuple[Any, Any]] = {"ours": (lora_matmul, w)}
     forms |= {name: (quant_lora_matmul, kernel) for name, kernel in kernels.items()}
     plain = lambda *args, **options: quant_lora_matmul(*args, implementation="xla", **options)

@@ -118,7 +118,8 @@ def supports_input_gradient(dy, w: AnyPacked, a, b, seed, *, scale: float, rate:
 def _supported(x, w: AnyPacked, a, b) -> bool:
     n, m = w.shape[-2:]
     whole = n % INPUTS == 0 and m % TILE == 0 and w.group % TILE == 0
-    return w.ndim == 2 and whole and lora.supported(x, None, a, b) and b.shape[0] in lora.RANKS
+    fused = w.format in packed.FUSED
+    return w.ndim == 2 and fused and whole and lora.supported(x, None, a, b) and b.shape[0] in lora.RANKS
 
 
 def default_config(rows: int, n: int, m: int, r: int) -> Config:

@@ -35,7 +35,7 @@ from pallas_kernels import mosaic_tpu as tpu
 from pallas_kernels import tiles_tpu
 from pallas_kernels.lora_matmul import tpu as lora
 from pallas_kernels.mosaic_tpu import Part, dot
-from pallas_kernels.packed import FORMATS, HALF, NF4, nibbles, scales
+from pallas_kernels.packed import FUSED, HALF, NF4, nibbles, scales
 from pallas_kernels.stacked import AnyPacked, Stacked, taken
 from pallas_kernels.tiles_tpu import Config
 
@@ -221,8 +221,10 @@ def configs(function: str, x, w: AnyPacked, a, *rest) -> list[Config]:
 
 
 def supports_forward(x, w: AnyPacked, a, b, seed, *, scale: float, rate: float) -> bool:
-    """Whether `forward` takes the arguments: as lora_matmul's, with groups of a multiple of 64 inputs."""
-    if w.ndim != 2 or w.format not in FORMATS or w.group % HALF:
+    """Whether `forward` takes the arguments: as lora_matmul's, of the formats that are FUSED, with groups of 64 inputs
+    or a multiple.
+    """
+    if w.ndim != 2 or w.format not in FUSED or w.group % HALF:
         return False
     dense = jax.ShapeDtypeStruct(w.shape, x.dtype)
     return lora.supports_forward(x, dense, a, b, seed, scale=scale, rate=rate)

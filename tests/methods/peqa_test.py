@@ -21,7 +21,7 @@ from tests import residuals, tiny
 
 N, M, T = 24, 5, 7
 KEY = jax.random.key(0)
-CASES = [(3, 0), (4, 0), (8, 0), (3, 8), (4, 6), (8, 4)]
+CASES = [(2, 8), (3, 0), (4, 0), (8, 0), (3, 8), (4, 6), (8, 4)]
 
 
 def of_paper(w, s, z, bits):
@@ -66,7 +66,7 @@ def test_the_quantiser_is_the_paper_s(bits, group, case):
         assert error(approximate).sum() < error(of_paper(w, whole, z, bits)[3]).sum()
 
 
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_codes_are_packed_without_a_gap(bits):
     codes = np.random.default_rng(0).integers(0, 2**bits, (16, 3))
     fields = affine.pack(jnp.asarray(codes), bits)
@@ -270,7 +270,7 @@ def test_codes_are_divided_over_a_mesh_and_one_scale_per_output_is_not():
 @pytest.mark.parametrize(
     ("method", "message"),
     [
-        (lambda: jp.peqa(2), "peqa: bits 2 is not one of 3, 4, 8"),
+        (lambda: jp.peqa(5), "peqa: bits 5 is not one of 2, 3, 4, 8"),
         (lambda: jp.peqa(group=-1), "peqa: group -1 must be at least 1, or 0 for one scale per output"),
         (lambda: jp.peqa(group=16), "peqa: group 16 does not divide the 56 inputs of layers/mlp/down_proj"),
         (lambda: jp.peqa(targets=["lm_head"]), "peqa: lm_head is not in the layers, whose kernels alone can be packed"),
@@ -285,7 +285,7 @@ def test_refusals(method, message):
 
 def test_refuses_inputs_that_fill_no_bytes():
     _, params = tiny.model(intermediate_size=60)
-    message = "peqa: layers/mlp/down_proj has 60 inputs, which 3 bits pack in 8s; use 4 or 8 bits"
+    message = "peqa: layers/mlp/down_proj has 60 inputs, which 3 bits pack in 8s; use 2 or 4 or 8 bits"
     with pytest.raises(jp.InputError, match=message):
         jp.peqa(3).convert(params)
 

@@ -23,6 +23,8 @@ CHAINS = {
     "lora_fa + quantize": lambda: (jp.lora_fa(4), jp.quantize(double=False)),
     "quantize + pissa": lambda: (jp.quantize(), jp.lora(4, init="pissa")),
     "pissa + quantize": lambda: (jp.lora(4, init="pissa"), jp.quantize()),
+    "quantize to 3 bits + lora": lambda: (jp.quantize("nf3"), jp.lora(4)),
+    "quantize to 2 bits + lora_fa": lambda: (jp.quantize("int2", targets="mlp"), jp.quantize("nf2"), jp.lora_fa(4)),
 }
 
 
@@ -132,14 +134,20 @@ def test_a_pruned_side_network_starts_from_what_is_packed():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: jp.quantize("nf5"), "format 'nf5' is not one of nf4, int4, int8"),
+        (lambda: jp.quantize("nf5"), "format 'nf5' is not one of nf4, nf3, nf2, int8"),
         (lambda: jp.quantize(group=0), "group 0 must be at least 1"),
-        (lambda: jp.quantize("int8", double=True), "double quantization is of nf4, not of int8"),
+        (lambda: jp.quantize("int8", double=True), "double quantization is of nf4, nf3, nf2, not of int8"),
         (lambda: jp.quantize(group=24), "group 24 does not divide the 56 inputs of layers/mlp/down_proj"),
         (lambda: jp.quantize(targets="lm_head"), "lm_head is not in the layers"),
         (lambda: jp.quantize(targets="q_prof"), "matches no linear site; nearest: .*q_proj"),
-        (lambda: jp.chain(jp.quantize(), jp.full()), "layers/mlp/down_proj/kernel trains; give quantize targets"),
-        (lambda: jp.chain(jp.full(), jp.quantize()), "layers/mlp/down_proj/kernel trains; give quantize targets"),
+        (
+            lambda: jp.chain(jp.quantize(), jp.full()),
+            "layers/mlp/down_proj/kernel is packed and trains; give quantize targets",
+        ),
+        (
+            lambda: jp.chain(jp.full(), jp.quantize()),
+            "layers/mlp/down_proj/kernel is packed and trains; give quantize targets",
+        ),
         (lambda: jp.quantize(), "quantize: no parameter is trainable"),
     ],
 )
@@ -151,5 +159,12 @@ def test_refusals(make, message):
 
 def test_odd_inputs_are_not_packed_in_pairs():
     base, params = tiny.model(intermediate_size=55)
-    with pytest.raises(jp.InputError, match="down_proj has 55 inputs, which nf4 packs in pairs; use int8"):
+    with pytest.raises(jp.InputError, match="down_proj has 55 inputs, which nf4 packs in 2s; use int8"):
         jp.setup(jp.chain(jp.quantize(), jp.lora(4)), base, params, KEY)
+
+
+def test_inputs_that_do_not_fill_bytes_are_told_what_would():
+    base, params = tiny.model(intermediate_size=60)
+    message = "down_proj has 60 inputs, which nf3 packs in 8s; use nf4 or nf2 or int8 or int4 or int2"
+    with pytest.raises(jp.InputError, match=message):
+        jp.setup(jp.chain(jp.quantize("nf3"), jp.lora(4)), base, params, KEY)

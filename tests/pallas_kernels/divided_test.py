@@ -151,6 +151,8 @@ def shape(*sizes):
         ({"m": ("x",)}, shape(6, 4), True),
         ({"n": ("x",)}, jax.eval_shape(lambda w: quantize(w, double=False), shape(256, 4)), True),
         ({"n": ("y",)}, jax.eval_shape(lambda w: quantize(w, double=False), shape(256, 4)), False),  # within a tile
+        ({"n": ("y",)}, jax.eval_shape(lambda w: quantize(w, "nf3", 64, double=False), shape(256, 4)), True),
+        ({"n": ("x", "y")}, jax.eval_shape(lambda w: quantize(w, "nf3", 64, double=False), shape(256, 4)), False),
         ({"m": ("x",)}, jax.eval_shape(quantize, shape(256, 4)), False),  # scales that depend on their place
     ],
 )
