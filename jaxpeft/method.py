@@ -106,6 +106,13 @@ class View(NamedTuple):
         """The shapes of the leaves with one of these roles."""
         return {path: leaf for path, leaf in self.shapes.items() if self.role(path).name in names}
 
+    def conversions(self, params: tree.Params) -> dict[str, Callable[[jax.Array], Any]]:
+        """{path: array -> leaf} of what the chain's members store otherwise than it is in `params`; see `convert`."""
+        found: dict[str, Callable[[jax.Array], Any]] = {}
+        for spec in self.specs:
+            found = {**make(*spec).convert(params), **found}
+        return found
+
     @property
     def trained(self) -> tree.Flat:
         """The shapes of the trained leaves."""

@@ -10,13 +10,11 @@ A is random and B zero, or the other way round (`init="zero_a"`), so the adapted
 backward pass: x (shared by the sites that read it) and x A; dropout's mask is drawn again.
 
 Paper: Hu et al. 2021, "LoRA", arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+ (`lr_ratio`):
-Hayou et al. 2024, arXiv:2402.12354. PiSSA (`init="pissa"`): Meng et al. 2024, arXiv:2404.02948: A, B are the principal
-part of W's singular value decomposition, W keeps the rest, and the sum starts at the base up to the rounding of W.
-OLoRA (`init="olora"`): Buyukakyuz 2024, arXiv:2406.01775: the same with the first r rows and columns of a QR
-decomposition, so that B's rows are orthonormal.
+Hayou et al. 2024, arXiv:2402.12354. Starts that are calculated of the kernels (`jaxpeft/starts`): PiSSA,
+OLoRA, LoftQ.
 
 Deviations: masters are float32 and cast to the stream's dtype for the product (PEFT casts the input to float32 and
-keeps that copy). PiSSA and OLoRA keep their start (A0, B0) beside A, B so that the adapter can be exported for the
+keeps that copy). Starts that take s A0 B0 out of W keep A0, B0 beside A, B, so that the adapter can be exported for the
 *original* base as ordinary LoRA of rank 2r.
 """
 
@@ -31,13 +29,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import sites, tree
+from jaxpeft import sites, starts, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains, unchanged
 from jaxpeft.model import Context
 from jaxpeft.peft import form
-from jaxpeft.quant import CONVOLUTION, EMBEDDING, dense, kind_of, like
+from jaxpeft.quant import CONVOLUTION, EMBEDDING, dense, kind_of
 from jaxpeft.quant import merged as as_merged
 
 Targets = str | Sequence[str]
@@ -59,22 +57,6 @@ INITS: dict[str, Callable[..., jax.Array]] = {
     "orthonormal": nn.initializers.orthogonal(),
 }
 ZERO_A = "zero_a"  # A is zero, and B as kaiming's A
-
-
-def _of_svd(kernel, rank, scale):
-    u, s, vt = jnp.linalg.svd(kernel, full_matrices=False)
-    root = jnp.sqrt(s[..., :rank] / scale)
-    return u[..., :, :rank] * root[..., None, :], root[..., :, None] * vt[..., :rank, :]
-
-
-def _of_qr(kernel, rank, scale):
-    del scale
-    q, r = jnp.linalg.qr(jnp.swapaxes(kernel, -1, -2))
-    return jnp.swapaxes(r[..., :rank, :], -1, -2), jnp.swapaxes(q[..., :rank], -1, -2)
-
-
-# What is taken out of a kernel W (..., n, m), float32: (W, r, s) -> A0 (..., n, r), B0 (..., r, m), W <- W - s A0 B0.
-PARTS: dict[str, Callable[..., tuple[jax.Array, jax.Array]]] = {"pissa": _of_svd, "olora": _of_qr}
 
 
 def start_of(init: str, kernel: Any) -> Callable[..., jax.Array]:
@@ -166,6 +148,7 @@ def lora(
     lr_ratio: float = 1.0,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
+    init_options: starts.Options | None = None,
 ) -> Method:
     """LoRA on the sites that `targets` chooses.
 
@@ -173,24 +156,25 @@ def lora(
       rank: r, at most the smaller side of each kernel.
       alpha: numerator of the scale; None: the rank (a scale of 1, or sqrt(r) with rsLoRA).
       targets: "all-linear", "attention", "mlp", a regular expression, or a list of names (see `sites.find`).
-      init: how A starts: "kaiming" (PEFT's default), "gaussian", "orthonormal"; "zero_a"; or "pissa" or "olora".
+      init: how A starts: "kaiming" (PEFT's default), "gaussian", "orthonormal"; "zero_a"; or how both start, of the
+        kernels: "pissa", "olora", "loftq".
       dropout: rate of dropout in front of A.
       rslora: scale by alpha / sqrt(r).
       lr_ratio: LoRA+: the learning rate of B over that of A.
       rank_pattern: regular expression -> rank, for sites in whose path it is found (first match wins).
       alpha_pattern: the same for alpha.
+      init_options: of the start, by name: {"iterations": 5} of "loftq"; see the functions in `jaxpeft.starts`.
 
     Returns:
       The method; it trains `<site>/lora/a` (L, n, r) and `<site>/lora/b` (L, r, m).
 
     Raises:
-      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init, a rate outside [0, 1), or
-        targets that match nothing.
+      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init or an option that it has not, a
+        rate outside [0, 1), or targets that match nothing.
     """
     config = dict(locals())
     check_rank("lora", rank)
-    if init not in (*INITS, ZERO_A, *PARTS):
-        raise InputError(f"lora: init {init!r} is not one of {', '.join((*INITS, ZERO_A, *PARTS))}")
+    start = _start(config)
     if not 0 <= dropout < 1:
         raise InputError(f"lora: dropout {dropout} must be at least 0 and below 1")
 
@@ -203,15 +187,13 @@ def lora(
         return scale_of(sites.first_match(alpha_pattern or {}, site, default), r, rslora)
 
     def adapter(site):
-        return LoRA(rank_of(site), scale(site), dropout, "kaiming" if init in PARTS else init)
+        return LoRA(rank_of(site), scale(site), dropout, init if start is None else "kaiming")
 
-    choose = chosen_sites("lora", targets, rank_of, (EMBEDDING, CONVOLUTION))
+    choose = chosen_sites("lora", targets, rank_of, (EMBEDDING, CONVOLUTION) if start is None else start.kinds)
 
     def prepare(params, view):
-        flat = tree.flatten(params)
-        for site in choose(params):
-            flat.update(_parted(site, flat, rank_of(site), scale(site), PARTS[init]))
-        return tree.unflatten(flat)
+        chosen = [starts.Sited(site, rank_of(site), scale(site)) for site in choose(params)]
+        return params if start is None else starts.put("lora", start, params, chosen, view)
 
     def update(optimizer, view):
         def of_b(leaves):
@@ -220,7 +202,7 @@ def lora(
         return optax.chain(optimizer, optax.masked(optax.scale(lr_ratio), of_b))
 
     return Method(
-        prepare=prepare if init in PARTS else unchanged,
+        prepare=unchanged if start is None else prepare,
         forward=lambda model, view: sites.attach(model, "lora", adapter, choose),
         roles=trains(lambda path: path.endswith(("/lora/a", "/lora/b"))),
         update=update if lr_ratio != 1 else unchanged,
@@ -254,22 +236,22 @@ def fold(
     return tree.unflatten(merged)
 
 
-def _parted(
-    site: str, flat: Mapping[str, Any], rank: int, scale: float, parts: Callable[..., tuple[jax.Array, jax.Array]]
-) -> tree.Flat:
-    """W <- W - s A0 B0 with `parts` of W; A, B start at A0, B0.
+def _start(config: Mapping[str, Any]) -> starts.Start | None:
+    """The start that the factory's arguments name, if it is one that is calculated."""
+    init, options = config["init"], config.get("init_options")
+    if init in starts.STARTS:
+        return starts.make(init, options)
+    if init not in (*INITS, ZERO_A):
+        raise InputError(f"lora: init {init!r} is not one of {', '.join((*INITS, ZERO_A, *starts.STARTS))}")
+    if options:
+        raise InputError(f"lora: init {init!r} has no options; leave init_options {', '.join(options)} out")
+    return None
 
-    An adapter that is already there (imported, for the original W) keeps its four leaves. Of a packed kernel the
-    decomposition is of what it unpacks to, and what is left of W is packed again.
-    """
-    path = sites.kernel_path(flat, site)
-    kernel = flat[path]
-    wide = dense(kernel)
-    own = {name: flat.get(f"{site}/lora/{name}") for name in ("a", "b", "a0", "b0")}
-    if own["a0"] is None:
-        own["a0"], own["b0"] = own["a"], own["b"] = parts(wide, rank, scale)
-    rest = like(kernel, wide - scale * jnp.matmul(own["a0"], own["b0"], precision="highest"))
-    return {path: rest, **{f"{site}/lora/{name}": leaf for name, leaf in own.items()}}
+
+def _takes_out(config: Mapping[str, Any]) -> bool:
+    """Whether something is taken out of the kernels at the start."""
+    start = _start(config)
+    return start is not None and start.takes_out
 
 
 # Hugging Face PEFT.
@@ -288,7 +270,7 @@ def _leaves(config: Mapping[str, Any], pair: Mapping[str, Any], extra: Mapping[s
     """The leaves of a site: the inverse of `_pair`."""
     del extra
     a, b = pair["a"], pair["b"]
-    if config["init"] not in PARTS:
+    if not _takes_out(config):
         return {"a": a, "b": b}
     r = a.shape[-1] // 2
     return {"a": a[..., :r], "a0": a[..., r:], "b": b[..., :r, :], "b0": -b[..., r:, :]}
@@ -319,5 +301,5 @@ ABOUT = About(
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),
     peft=PEFT,
-    changes_kernels=lambda config: config["init"] in PARTS,
+    changes_kernels=_takes_out,
 )
