@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.shira import shira
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
+    from jaxpeft.methods.vblora import vblora
     from jaxpeft.methods.vera import vera
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Context, Model, Stack
@@ -126,6 +127,7 @@ _MODULE_OF = {
     "shira": "methods.shira",
     "svfit": "methods.svfit",
     "unipt": "methods.unipt",
+    "vblora": "methods.vblora",
     "vera": "methods.vera",
     "vqt": "methods.vqt",
 }
