@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.galore import galore
     from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.ia3 import ia3
+    from jaxpeft.methods.lamda import lamda
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.ln_tuning import ln_tuning
     from jaxpeft.methods.loha import loha
@@ -89,6 +90,7 @@ _MODULE_OF = {
     "houlsby": "methods.houlsby",
     "import_adapter": "peft",
     "init_state": "train.state",
+    "lamda": "methods.lamda",
     "lisa": "methods.lisa",
     "ln_tuning": "methods.ln_tuning",
     "load_pretrained": "hf",
