@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from jaxpeft.linen import from_linen
     from jaxpeft.memory.functions import plan, profile
     from jaxpeft.method import Method, Objective, Spec, chain, setup
+    from jaxpeft.methods.bitfit import bitfit
     from jaxpeft.methods.dept import dept
     from jaxpeft.methods.direft import direft
     from jaxpeft.methods.dora import dora
@@ -72,6 +73,7 @@ _MODULE_OF = {
     "Spec": "method",
     "Stack": "model",
     "TrainState": "train.state",
+    "bitfit": "methods.bitfit",
     "carry": "nnx",
     "chain": "method",
     "checkpoint_policy": "backward.policy",
