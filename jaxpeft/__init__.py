@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxpeft.linen import from_linen
     from jaxpeft.memory.functions import plan, profile
     from jaxpeft.method import Method, Objective, Spec, chain, setup
+    from jaxpeft.methods.bitfit import bitfit
     from jaxpeft.methods.dept import dept
     from jaxpeft.methods.direft import direft
     from jaxpeft.methods.dora import dora
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.int21 import int21
+    from jaxpeft.methods.lamda import lamda
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.llm_qfa import llm_qfa
     from jaxpeft.methods.ln_tuning import ln_tuning
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.shira import shira
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
+    from jaxpeft.methods.vblora import vblora
     from jaxpeft.methods.vera import vera
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Context, Model, Stack
@@ -75,6 +78,7 @@ _MODULE_OF = {
     "Stack": "model",
     "TrainState": "train.state",
     "attach_several": "peft",
+    "bitfit": "methods.bitfit",
     "carry": "nnx",
     "chain": "method",
     "checkpoint_policy": "backward.policy",
@@ -94,6 +98,7 @@ _MODULE_OF = {
     "import_adapter": "peft",
     "init_state": "train.state",
     "int21": "methods.int21",
+    "lamda": "methods.lamda",
     "lisa": "methods.lisa",
     "llm_qfa": "methods.llm_qfa",
     "ln_tuning": "methods.ln_tuning",
@@ -135,6 +140,7 @@ _MODULE_OF = {
     "shira": "methods.shira",
     "svfit": "methods.svfit",
     "unipt": "methods.unipt",
+    "vblora": "methods.vblora",
     "vera": "methods.vera",
     "vqt": "methods.vqt",
     "weighted_adapter": "peft",

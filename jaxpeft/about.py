@@ -43,6 +43,7 @@ class Promises(NamedTuple):
     returns: {path: leaf} of the trained leaves -> those that end each step where they began, taken over by `move`.
     falls: by how much the loss falls in `steps` steps on one batch at `lr`.
     classifies: for encoders that classify rows, and no other model.
+    config: fields of config.json that the tests' Llama has beside its own, for a method that trains what no Llama has.
     """
 
     site_bytes: Callable[..., float] | None = None
@@ -59,6 +60,7 @@ class Promises(NamedTuple):
     steps: int = 6
     lr: float = 1e-2
     classifies: bool = False
+    config: Mapping[str, Any] = {}
 
 
 class About(NamedTuple):

@@ -167,6 +167,8 @@ class Moment(NamedTuple):
     aux: what `gradient` said.
     frozen: {path: leaf}.
     view: of the chain.
+    before: {path: leaf}, the trained leaves as they were before the step: what of them is frozen by now is put back,
+      from a direction as from the decay.
     """
 
     step: jax.Array
@@ -176,6 +178,7 @@ class Moment(NamedTuple):
     aux: dict[str, Any]
     frozen: tree.Flat
     view: View
+    before: tree.Flat
 
 
 def unchanged(x, *_):

@@ -55,7 +55,7 @@ RULES: tuple[tuple[str, Spec], ...] = (
     (r"layers/self_attn/o_proj/kernel", ("tensor", "fsdp")),
     (r"layers/mlp/(gate|up)_proj/kernel", ("fsdp", "tensor")),
     (r"layers/mlp/down_proj/kernel", ("tensor", "fsdp")),
-    (r"layers/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)/bias", ("tensor",)),
+    (r"layers/(self_attn/[qkv]_proj|mlp/(gate|up)_proj)/(bitfit/)?bias", ("tensor",)),
     (r"lm_head/kernel", ("fsdp", "tensor")),
     (r"embed_\w+/embedding", (None, ("fsdp", "tensor"))),
     (r"(patch_embed|classifier|(classifier|lm_head)/\w+)/kernel", ("fsdp", None)),

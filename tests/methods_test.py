@@ -53,6 +53,10 @@ class Case(NamedTuple):
     def promises(self):
         return self.about.promises
 
+    def base(self, dtype=jnp.float32, **changes):
+        """(Model, params) of the small model that the method is tried on."""
+        return tiny.model(dtype, **self.promises.config, **changes)
+
     def state(self):
         return jp.init_state(self.method, self.optimizer, self.trainable, self.rest, jax.random.key(1), self.model)
 
@@ -73,7 +77,8 @@ def case(request):
     """A method at the start of training, with the optimizer that a run would give it."""
     method = made(request.param)
     optimizer = make_direction(defaults(method.specs).direction)
-    return Case(contract.about(request.param), method, *jp.setup(method, *tiny.model(), KEY), optimizer)
+    about = contract.about(request.param)
+    return Case(about, method, *jp.setup(method, *tiny.model(**about.promises.config), KEY), optimizer)
 
 
 @pytest.fixture(scope="module")
@@ -101,14 +106,14 @@ def test_made_again_from_its_spec(case):
     """The spec, as JSON has it, is enough to make a method that trains the same leaves from the same values."""
     text = json.dumps([[spec.name, spec.config] for spec in case.method.specs])
     again = contract.from_specs(tuple(jp.Spec(name, config) for name, config in json.loads(text)))
-    _, trainable, rest = jp.setup(again, *tiny.model(), KEY)
+    _, trainable, rest = jp.setup(again, *case.base(), KEY)
     chex.assert_trees_all_equal((trainable, rest), (case.trainable, case.rest))
 
 
 def test_starts_at_the_base(case):
     if not case.promises.starts_at_base:
         pytest.skip("not promised")
-    base, params = tiny.model()
+    base, params = case.base()
     adapted = case.model.apply(jp.combine(case.trainable, case.rest), BATCH)
     np.testing.assert_allclose(adapted, base.apply(params, BATCH), rtol=1e-5, atol=1e-5)
 
@@ -148,7 +153,7 @@ def test_merged_equals_adapted(case, trained):
         with pytest.raises(jp.InputError, match="has no merged form"):
             case.method.merge(state.params)
         return
-    base, original = tiny.model()
+    base, original = case.base()
     merged = case.method.merge(state.params)
     chex.assert_trees_all_equal_shapes_and_dtypes(merged, original)
     tolerance = case.promises.tolerance
@@ -160,7 +165,7 @@ def test_peft_round_trip(case, trained, tmp_path):
     """Exported and read again: the same method and the same bits; written again: the same file."""
     _, state, _ = trained
     method, model = case.method, case.model
-    _, original = tiny.model()
+    _, original = case.base()
     base = tree.flatten(original)
     if any(tree.canonical(path) in base for path in (*state.trainable, *state.moved)):
         with pytest.raises(jp.InputError, match="is no adapter; merge it|has no place in an adapter"):
@@ -220,7 +225,7 @@ def backbone(layers=LAYERS):
 
 def at_depth(case, layers):
     """(model, trainable, rest) of the method on a model of so many layers."""
-    return jp.setup(contract.from_specs(case.method.specs), *tiny.model(num_hidden_layers=layers), KEY)
+    return jp.setup(contract.from_specs(case.method.specs), *case.base(num_hidden_layers=layers), KEY)
 
 
 def stated(case):
@@ -279,8 +284,7 @@ def test_keeps_for_the_backward_pass_what_it_states(case):
 
 def test_no_product_reads_a_bfloat16_stream_in_float32(case):
     """Forward and backward: of a stream of bfloat16 no matrix product reads as many float32 numbers as it has."""
-    base, params = tiny.model(jnp.bfloat16)
-    model, trainable, rest = jp.setup(case.method, base, params, KEY)
+    model, trainable, rest = jp.setup(case.method, *case.base(jnp.bfloat16), KEY)
     batch = tiny.batch(rows=3, length=100)
     value = lambda trainable: jnp.sum(model.hidden(jp.combine(trainable, rest), batch), dtype=jnp.float32)
     stream = 3 * 100 * tiny.CONFIG["hidden_size"]

@@ -36,7 +36,8 @@ from tests import methods_test, sharding_test, tiny
 def run(name, meshes):
     name, _, how = name.partition(" ")
     groups = how == "in groups"
-    base, params = tiny.model(**sharding_test.SIZES)
+    config = methods_test.contract.about(name).promises.config
+    base, params = tiny.model(**sharding_test.SIZES, **config)
     method = methods_test.made(name)
     model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
     plan = parse(how) if how and not groups else residuals.default_plan(model)

@@ -31,13 +31,14 @@ import jax.numpy as jnp
 from jaxpeft import patterns, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec, trains
-from jaxpeft.model import reads_stacks
+from jaxpeft.method import Method, Spec, View, trains
+from jaxpeft.model import Model, reads_stacks
 from jaxpeft.peft import form
 from jaxpeft.peft.base import config_of, shapes_of
 
 SCOPE = "ln_tuning"
 LEAVES = ("scale", "bias")
+COPIES = ("bitfit", SCOPE)  # the scopes of copies
 
 
 def block_bytes(config: Any, itemsize: int, **_) -> float:
@@ -63,38 +64,55 @@ def ln_tuning(targets: str | Sequence[str] = "all") -> Method:
     """
     config = {"targets": targets if isinstance(targets, str) else list(targets)}
 
-    def forward(model, view):
-        known = view.base.config is not None or view.base.shapes is not None
-        own = {tree.canonical(path) for path in (shapes_of(config_of(view.base)) if known else view.shapes)}
-
-        def init(key, params):
-            flat = tree.flatten(model.init(key, params))
-            added = {}
-            for norm in find((path for path in flat if tree.canonical(path) in own), targets):
-                for leaf in LEAVES:
-                    if f"{norm}/{leaf}" in flat:
-                        added[f"{norm}/{SCOPE}/{leaf}"] = jnp.array(flat[f"{norm}/{leaf}"], jnp.float32, copy=True)
-            return tree.unflatten({**added, **flat})
-
-        def tuned(block):
-            def call(layer, *rest, **named):
-                return block(in_place(layer), *rest, **named)
-
-            return reads_stacks(call, like=block)
-
-        stack = model.stack.map_layers(tuned)
-        stack = stack._replace(
-            embed=lambda params, *rest: model.stack.embed(in_place(params), *rest),
-            head=lambda params, x: model.stack.head(in_place(params), x),
-        )
-        return model._replace(init=init, stack=stack)
+    def choose(paths):
+        norms, there = find(paths, targets), set(paths)
+        return [path for norm in norms for leaf in LEAVES if (path := f"{norm}/{leaf}") in there]
 
     return Method(
-        forward=forward,
+        forward=lambda model, view: on_copies(model, view, SCOPE, choose),
         roles=trains(lambda path: f"/{SCOPE}/" in path),
-        merge=lambda params: in_place(params, lambda own, base: own.astype(base.dtype)),
+        merge=lambda params: merge(params, SCOPE),
         specs=(Spec("ln_tuning", config),),
     )
+
+
+def on_copies(model: Model, view: View, scope: str, choose: Callable[[list[str]], list[str]]) -> Model:
+    """The model that reads vectors of its own in the place of some of the base's.
+
+    Args:
+      model: the model.
+      view: of the chain.
+      scope: a copy of `<module>/<leaf>` is `<module>/<scope>/<leaf>`, float32; `init` adds what is not there yet.
+      choose: paths of the base's parameters -> those of the leaves that are copied.
+
+    Raises:
+      InputError: in `init`, for a leaf that has a copy of another method's, which would train without effect.
+    """
+    known = view.base.config is not None or view.base.shapes is not None
+    own = {tree.canonical(path) for path in (shapes_of(config_of(view.base)) if known else view.shapes)}
+
+    def init(key, params):
+        flat = tree.flatten(model.init(key, params))
+        added = {}
+        for path in choose([path for path in flat if tree.canonical(path) in own]):
+            module, _, leaf = path.rpartition("/")
+            if others := [other for other in COPIES if other != scope and f"{module}/{other}/{leaf}" in flat]:
+                raise InputError(f"{scope}: {others[0]} trains {path} already; leave it out of either's targets")
+            added[f"{module}/{scope}/{leaf}"] = jnp.array(flat[path], jnp.float32, copy=True)
+        return tree.unflatten({**added, **flat})
+
+    def tuned(block):
+        def call(layer, *rest, **named):
+            return block(in_place(layer, scope), *rest, **named)
+
+        return reads_stacks(call, like=block)
+
+    stack = model.stack.map_layers(tuned)
+    stack = stack._replace(
+        embed=lambda params, *rest: model.stack.embed(in_place(params, scope), *rest),
+        head=lambda params, x: model.stack.head(in_place(params, scope), x),
+    )
+    return model._replace(init=init, stack=stack)
 
 
 def find(paths: Any, targets: str | Sequence[str]) -> list[str]:
@@ -123,13 +141,18 @@ def find(paths: Any, targets: str | Sequence[str]) -> list[str]:
     return sorted(chosen)
 
 
-def in_place(params: Any, cast: Callable[[Any, Any], Any] = lambda own, base: own) -> Any:
-    """Nested parameters with each norm's copies, cast(copy, base's leaf), where the base's vectors were."""
+def in_place(params: Any, scope: str, cast: Callable[[Any, Any], Any] = lambda own, base: own) -> Any:
+    """Nested parameters with each module's copies, cast(copy, base's leaf), where the base's vectors were."""
     if not isinstance(params, Mapping):
         return params
-    own = params.get(SCOPE, {})
-    kept = {name: in_place(child, cast) for name, child in params.items() if name != SCOPE}
+    own = params.get(scope, {})
+    kept = {name: in_place(child, scope, cast) for name, child in params.items() if name != scope}
     return {**kept, **{name: cast(leaf, params[name]) for name, leaf in own.items()}}
+
+
+def merge(params: Any, scope: str) -> Any:
+    """Nested parameters with the copies in the place of the base's vectors, rounded once to their dtype."""
+    return in_place(params, scope, lambda own, base: own.astype(base.dtype))
 
 
 ABOUT = About(

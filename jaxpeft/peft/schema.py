@@ -63,6 +63,14 @@ class AdapterConfig(TypedDict, total=False):
     randlora_dropout: Annotated[Number, Ge(0), Lt(1)] | None
     sparse: Flag | None
     very_sparse: Flag | None
+    # VBLORA
+    num_vectors: Count | None
+    vector_length: Count | None
+    topk: Count | None
+    vblora_dropout: Annotated[Number, Ge(0), Lt(1)] | None
+    init_vector_bank_bound: Number | None
+    init_logits_std: Number | None
+    save_only_topk_weights: Flag | None
     # VERA
     vera_dropout: Annotated[Number, Ge(0), Lt(1)] | None
     d_initial: Number | None

@@ -93,7 +93,7 @@ def make_train_step(
                 path: _stepped(leaf, updates[path], now, weight_decay if decays(path, leaf) else 0.0)
                 for path, leaf in state.trainable.items()
             }
-        moment = Moment(state.step, key, now, weight_decay, aux, state.frozen, view)
+        moment = Moment(state.step, key, now, weight_decay, aux, state.frozen, view, state.trainable)
         leaves = method.move(Leaves(trainable, state.moved), moment)
         new = state._replace(step=state.step + 1, trainable=leaves.trained, moved=leaves.moved, opt_state=opt_state)
         return new, metrics

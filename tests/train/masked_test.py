@@ -10,7 +10,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import make, names, view_of
+from jaxpeft.method import about, make, names, view_of
 from tests import tiny
 
 STEPS = 10
@@ -23,7 +23,7 @@ def made(name):
 
 @functools.cache
 def start(name):
-    base, params = tiny.model()
+    base, params = tiny.model(**(about(name).promises.config if name in names() else {}))
     return jp.setup(made(name), base, params, jax.random.key(0), lambda: [tiny.batch()])
 
 
