@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vblora import vblora
+    from jaxpeft.methods.velora import velora
     from jaxpeft.methods.vera import vera
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.model import Context, Model, Stack
@@ -141,6 +142,7 @@ _MODULE_OF = {
     "svfit": "methods.svfit",
     "unipt": "methods.unipt",
     "vblora": "methods.vblora",
+    "velora": "methods.velora",
     "vera": "methods.vera",
     "vqt": "methods.vqt",
     "weighted_adapter": "peft",

@@ -36,6 +36,7 @@ METHODS = {
     "randlora, sparse": jp.randlora(7, alpha=21, bases="sparse", targets="mlp"),
     "shira": jp.shira(rank=3),
     "vblora": jp.vblora(3, vectors=12, length=8),
+    "velora": jp.velora(4, alpha=8, groups=8),
     "vera": jp.vera(40),
     "lora_fa": jp.lora_fa(rank=4, alpha=8),
     "lora_fa from seeds": jp.lora_fa(rank=4, alpha=8, store_a=False, init="orthonormal"),
