@@ -33,7 +33,7 @@ from jaxpeft.quant.paired import Paired
 from pallas_kernels.dropout import drop
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.multi_lora_matmul import TILE, low_rank, multi_lora_matmul
-from pallas_kernels.packed import Packed
+from pallas_kernels.packed import FUSED, Packed
 from pallas_kernels.quant_lora_matmul import quant_lora_matmul, quant_matmul
 from pallas_kernels.stack_matmul import stack_matmul
 from pallas_kernels.stacked import Stacked, taken
@@ -154,9 +154,14 @@ def _(kernel: affine.Affine, x: jax.Array) -> jax.Array:
     return affine.product(x, kernel)
 
 
+def _of_packed(kernel: Packed | Stacked, x, a, b, **options) -> jax.Array:
+    plain = {} if kernel.format in FUSED else {"implementation": "xla"}  # which no kernel reads
+    return _fused(quant_lora_matmul, kernel, x, a, b, **plain, **options)
+
+
 @_low_rank_product.register
 def _(kernel: Packed, x, a, b, **options) -> jax.Array:
-    return _fused(quant_lora_matmul, kernel, x, a, b, **options)
+    return _of_packed(kernel, x, a, b, **options)
 
 
 @_product.register
@@ -183,7 +188,7 @@ def _(kernel: Stacked, x: jax.Array) -> jax.Array:
 @_low_rank_product.register
 def _(kernel: Stacked, x, a, b, **options) -> jax.Array:
     if isinstance(kernel.stack, Packed):
-        return _fused(quant_lora_matmul, kernel, x, a, b, **options)
+        return _of_packed(kernel, x, a, b, **options)
     if isinstance(kernel.stack, jax.Array) and kernel.dtype == x.dtype:
         return _fused(lora_matmul, kernel, x, a, b, **options)
     return _low_rank_product(kernel.take(), x, a, b, **options)
