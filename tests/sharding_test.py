@@ -73,25 +73,46 @@ print(json.dumps({name: run(name, meshes) for name, meshes in json.loads(sys.arg
 """
 
 
-@pytest.fixture(scope="module")
-def found():
+def on_meshes(wanted):
+    """What the worker finds of {name: meshes}."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    # Each on a mesh of three axes, and on one of the others, in turn, with the devices in another order.
-    others = [f"{mesh} backwards" for mesh in MESHES[:-1]]
-    wanted = {name: [MESHES[-1], others[i % len(others)]] for i, name in enumerate(methods_test.METHODS)}
-    wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
-    wanted |= {f"lora {plan}": [MESHES[-1]] for plan in PLANS}
     arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
 
+def further(names):
+    """{name: meshes}: each on one of the other meshes, in turn, with the devices in another order."""
+    others = [f"{mesh} backwards" for mesh in MESHES[:-1]]
+    return {name: [others[i % len(others)]] for i, name in enumerate(names)}
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Each method on a mesh of three axes, and of each level one on a further one."""
+    beside = further({methods_test.contract.about(name).level: name for name in methods_test.METHODS}.values())
+    wanted = {name: [MESHES[-1], *beside.get(name, ())] for name in methods_test.METHODS}
+    wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
+    return on_meshes(wanted | {f"lora {plan}": [MESHES[-1]] for plan in PLANS})
+
+
 @pytest.mark.parametrize("name", [*methods_test.METHODS, "lora in groups", *(f"lora {plan}" for plan in PLANS)])
 def test_a_mesh_learns_what_one_device_learns(found, name):
     """Losses of three steps to float32's rounding; leaves as Adam magnifies it where a gradient is nearly zero."""
-    one, *others = found[name].values()
+    assert_learns_the_same(name, found[name])
+
+
+@pytest.mark.slow
+def test_a_further_mesh_learns_what_one_device_learns():
+    """Every method, in five minutes."""
+    for name, runs in on_meshes(further(methods_test.METHODS)).items():
+        assert_learns_the_same(name, runs)
+
+
+def assert_learns_the_same(name, runs):
+    one, *others = runs.values()
     for other in others:
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
         assert other["leaves"] < (1e-2 if name != "lora compressed" else 5e-2)  # whose codes a rounding may change
