@@ -142,10 +142,15 @@ def find(paths: Any, targets: str | Sequence[str]) -> list[str]:
 
 
 def in_place(params: Any, scope: str, cast: Callable[[Any, Any], Any] = lambda own, base: own) -> Any:
-    """Nested parameters with each module's copies, cast(copy, base's leaf), where the base's vectors were."""
+    """Nested parameters with each module's copies, cast(copy, base's leaf), where the base's vectors were.
+
+    Copies that lie beside no vectors, as LISA's masters of them, are left where they are.
+    """
     if not isinstance(params, Mapping):
         return params
     own = params.get(scope, {})
+    if not own.keys() <= params.keys():
+        return params
     kept = {name: in_place(child, scope, cast) for name, child in params.items() if name != scope}
     return {**kept, **{name: cast(leaf, params[name]) for name, leaf in own.items()}}
 

@@ -9,6 +9,7 @@ import jaxpeft as jp
 from jaxpeft import hf, models, tree
 from jaxpeft.methods import bitfit
 from jaxpeft.peft import attach
+from jaxpeft.train.optimizer import make_direction
 from tests import residuals, tiny
 from tests.models import families
 from tests.peft import reference
@@ -115,6 +116,22 @@ def test_a_bias_that_another_method_trains_is_refused(tmp_path):
         jp.setup(jp.chain(jp.ln_tuning(), jp.bitfit()), base, params, jax.random.key(0))
     _, trainable, _ = jp.setup(jp.chain(jp.ln_tuning(), jp.bitfit("_proj")), base, params, jax.random.key(0))
     assert {"norm/ln_tuning/bias", "layers/mlp/up_proj/bitfit/bias"} < set(trainable)
+
+
+@pytest.mark.parametrize("made", [jp.bitfit, jp.ln_tuning])
+def test_layers_of_it_are_sampled(made):
+    """LISA's masters are copies of copies, which lie in no module."""
+    method, (base, params) = jp.chain(made(), jp.lisa(2, 2)), with_biases()
+    model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
+    optimizer = make_direction("adam")
+    state = jp.init_state(method, optimizer, trainable, rest, jax.random.key(1), model)
+    step, losses = jax.jit(jp.make_train_step(model, method, optimizer, rate=1e-2)), []
+    for _ in range(3):
+        state, metrics = step(state, tiny.batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[2] < losses[0] - 1e-3
+    adapted = model.apply(state.params, tiny.batch())
+    np.testing.assert_allclose(base.apply(method.merge(state.params), tiny.batch()), adapted, rtol=1e-4, atol=1e-4)
 
 
 def test_beside_packed_kernels():
