@@ -167,6 +167,6 @@ def draw(memories: Rows, qualities: Rows, folder: Path) -> None:
     common.write("compare.md", document(memories, qualities), folder)
     bars = [row for words in contestants.names() if (row := shown(memories, memory.MODELS[0], words))]
     if bars:
-        title = {"model": memory.MODELS[0], "rows": [{**row, "batch_size": memory.BATCH} for row in bars]}
-        write_bars(title, folder / "peaks.png")
+        bars.sort(key=lambda row: -row["bytes"]["total"])
+        write_bars({"model": memory.MODELS[0], "rows": bars}, folder / "peaks.png")
     pareto(memories, qualities, folder / "pareto.png")
