@@ -1,5 +1,8 @@
 """The comparison: drawn from its data, what readings say, how a rate is found, which hours and files are counted."""
 
+import re
+from pathlib import Path
+
 import jax
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from jaxpeft import method as contract
 from jaxpeft.memory import planner
 from tests import tiny
 
+README = Path(__file__).parents[2] / "README.md"
 DATA = {name: common.load(name, command.RESULTS) for name in ("memory", "quality")}
 
 
@@ -128,3 +132,18 @@ def test_unknown_names_are_refused(arguments, message, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         command.main()
     assert message in capsys.readouterr().err
+
+
+def test_the_readme_s_summary_is_the_data_s():
+    """Totals under `matmuls` (of a stack that runs in its own way, its one plan), in brackets under `blocks`."""
+    lines = re.findall(r"^\| (`\w[^|]*`) \| (\d[^|]*) \|", README.read_text(), re.MULTILINE)
+    assert len(lines) >= 10
+    for members, said in lines:
+        totals, blocks = re.fullmatch(r"([\d. to]+?)(?: \(([\d. to]+)\))?", said.strip()).groups()
+        for words in re.findall(r"`([^`]+)`", members):
+            check = [(table.shown(DATA["memory"], memory.MODELS[0], words), totals)]
+            if blocks:
+                check.append((table.find(DATA["memory"], memory.MODELS[0], words, "blocks"), blocks))
+            for row, text in check:
+                low, *high = map(float, text.split(" to "))
+                assert low <= round(row["bytes"]["total"] / 2**30, 1) <= (high or [low])[0], (words, text)
