@@ -91,7 +91,8 @@ class View(NamedTuple):
     role: path -> Role, of the whole chain.
     shapes: {path: ShapeDtypeStruct}; of the base in `prepare` and `forward`, then of all of the adapted model's leaves.
     batches: a function that gives some batches of the training data, for starts that are calculated from it; it gives
-      none when a run is planned. None where there is no data.
+      none when a run is planned, or goes on from a checkpoint: then the leaves' shapes alone count. None where there is
+      no data.
     rate: whether the step has a learning rate; otherwise the optimizer has its own.
     """
 

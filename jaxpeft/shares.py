@@ -6,7 +6,7 @@ With one process all of it is that one's, and the functions are `jax.device_put`
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -72,6 +72,12 @@ def batch_of(mesh: Mesh | None, batch: Mapping[str, Any], rows: Rows | None) -> 
         return jax.make_array_from_callback(shapes[name].shape, where[name], part)
 
     return {name: put(name, array) for name, array in batch.items()}
+
+
+def whole_batches(mesh: Mesh | None, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> Iterator[dict[str, Any]]:
+    """Batches of which every process has all rows, on the mesh."""
+    for batch in batches():
+        yield dict(batch) if mesh is None else placed(dict(batch), sharding.of_batch(mesh, batch))
 
 
 def shapes_of(batch: Mapping[str, Any], rows: Rows | None) -> dict[str, jax.ShapeDtypeStruct]:

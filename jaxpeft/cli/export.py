@@ -83,7 +83,8 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
     place = None if mesh is None else lambda new: sharding.of_leaves(mesh, {**leaves, **new}, own)
     saved = saved_leaves(folder, step, place)
     if any(tree.canonical(path) in own and method.changes(path) for path in saved):
-        _, trainable, rest = setup(method, base, params, jax.random.key(0))  # a stack may have been cut
+        # A stack may have been cut; no start is calculated.
+        _, trainable, rest = setup(method, base, params, jax.random.key(0), batches=lambda: ())
         leaves = {**rest, **trainable}
     changed = tree.unflatten({**leaves, **saved})
     beside = (

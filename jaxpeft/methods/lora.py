@@ -10,8 +10,8 @@ A is random and B zero, or the other way round (`init="zero_a"`), so the adapted
 backward pass: x (shared by the sites that read it) and x A; dropout's mask is drawn again.
 
 Paper: Hu et al. 2021, "LoRA", arXiv:2106.09685. rsLoRA: Kalajdzievski 2023, arXiv:2312.03732. LoRA+ (`lr_ratio`):
-Hayou et al. 2024, arXiv:2402.12354. Starts that are calculated of the kernels (`jaxpeft/starts`): PiSSA,
-OLoRA, LoftQ.
+Hayou et al. 2024, arXiv:2402.12354. Starts that are calculated (`jaxpeft/starts`): PiSSA, OLoRA, LoftQ of the
+kernels, EVA of the inputs and LoRA-GA of the gradients of some batches.
 
 Deviations: masters are float32 and cast to the stream's dtype for the product (PEFT casts the input to float32 and
 keeps that copy). Starts that take s A0 B0 out of W keep A0, B0 beside A, B, so that the adapter can be exported for the
@@ -157,7 +157,7 @@ def lora(
       alpha: numerator of the scale; None: the rank (a scale of 1, or sqrt(r) with rsLoRA).
       targets: "all-linear", "attention", "mlp", a regular expression, or a list of names (see `sites.find`).
       init: how A starts: "kaiming" (PEFT's default), "gaussian", "orthonormal"; "zero_a"; or how both start, of the
-        kernels: "pissa", "olora", "loftq".
+        kernels: "pissa", "olora", "loftq"; of some batches, which `setup` has to be given: "eva", "lora_ga".
       dropout: rate of dropout in front of A.
       rslora: scale by alpha / sqrt(r).
       lr_ratio: LoRA+: the learning rate of B over that of A.

@@ -138,7 +138,7 @@ def attach(
     """
     method, leaves = import_adapter(directory, base, params, names)
     flat = {**tree.flatten(params), **leaves}
-    model, trainable, frozen = setup(method, base, tree.unflatten(flat), jax.random.key(0))
+    model, trainable, frozen = setup(method, base, tree.unflatten(flat), jax.random.key(0), batches=lambda: ())
     return model, tree.combine(trainable, frozen), method
 
 

@@ -1,4 +1,4 @@
-"""How LoRA's factors start where that is calculated.
+"""How LoRA's factors start where that is calculated: from the kernels, from activations, from gradients.
 
     y = x (W - s A0 B0) + s x A B        W (n, m) the base's, A (n, r), B (r, m)
 
@@ -7,6 +7,8 @@ A start gives A and B of each site, and A0, B0 where something is taken out of t
     pissa      A B = A0 B0, the principal part of W's singular value decomposition       kernels.py
     olora      A B = A0 B0, the first rows and columns of W's QR decomposition
     loftq      A B, the principal part of what quantization loses; A0 B0 that of the round before
+    eva        A, the principal directions of the site's inputs; B = 0                   eva.py
+    lora_ga    A B = A0 B0, singular vectors of the loss's gradient                      lora_ga.py
 
 A0 and B0 are kept, so that the adapter can be exported for W, and what is left of the kernel be made again.
 """
@@ -19,7 +21,9 @@ from collections.abc import Callable, Mapping, Sequence
 from jaxpeft import factory, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import View
+from jaxpeft.starts.eva import eva
 from jaxpeft.starts.kernels import loftq, olora, pissa
+from jaxpeft.starts.lora_ga import lora_ga
 from jaxpeft.starts.pair import Pair, Sited, Start, left
 from jaxpeft.targets import kernel_path
 
@@ -27,6 +31,8 @@ STARTS: dict[str, Callable[..., Start]] = {
     "pissa": pissa,
     "olora": olora,
     "loftq": loftq,
+    "eva": eva,
+    "lora_ga": lora_ga,
 }
 Options = Mapping[str, int | float | str | bool]
 __all__ = ["STARTS", "Options", "Pair", "Sited", "Start", "make", "put"]

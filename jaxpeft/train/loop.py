@@ -126,7 +126,8 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
     if args.dtype is None:
         chosen: Any = models.compute_dtype(hf.load_config(sources(args).model))
         args = dataclasses.replace(args, dtype=chosen)
-    job = prepare(args)
+    continued = args.resume and bool(on_disk(out / "checkpoints"))
+    job = prepare(args, continued)
     if group is not None:
         group.agree({flag(name): digest for name, digest in job.document["content"].items()})
     if old is not None:
@@ -145,6 +146,8 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
         on_mesh,
         distributed.failing(),
     ):
+        if continued and checkpoints.latest() is None:  # all of them are damaged
+            job = prepare(args)
         return _Run(args, job, old or job.document, checkpoints, signals).whole(started)
 
 

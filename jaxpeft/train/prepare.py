@@ -5,7 +5,9 @@ Whatever can be refused is refused here, before anything is written.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,11 +65,13 @@ class Job(NamedTuple):
     rows: shares.Rows | None = None
 
 
-def prepare(args: Run) -> Job:
+def prepare(args: Run, continued: bool = False) -> Job:
     """Loads the model and the data, and puts the method on the model.
 
     Args:
       args: the run, settled.
+      continued: whether the state is going to be a checkpoint's. What a method calculates from data for its start is
+        not calculated again then, and leaves of that have the right shapes alone.
 
     Raises:
       InputError: for arguments or files that cannot be used.
@@ -109,7 +113,9 @@ def prepare(args: Run) -> Job:
         "eval_data": data.validation().get_state()["identity"] if data.validation else None,
         "template": data.template.digest() if data.template else None,
     }
-    model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, data.batches)
+    with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+        batches = (lambda: ()) if continued else functools.partial(shares.whole_batches, mesh, data.batches)
+        model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, batches)
     plan = plan or residuals.default_plan(model)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), args.remat, method.changes)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
