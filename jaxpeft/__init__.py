@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from jaxpeft.linen import from_linen
     from jaxpeft.memory.functions import plan, profile
     from jaxpeft.method import Method, Objective, Spec, chain, setup
+    from jaxpeft.methods.ba_lora import ba_lora
     from jaxpeft.methods.bitfit import bitfit
     from jaxpeft.methods.dept import dept
     from jaxpeft.methods.direft import direft
@@ -79,6 +80,7 @@ _MODULE_OF = {
     "Stack": "model",
     "TrainState": "train.state",
     "attach_several": "peft",
+    "ba_lora": "methods.ba_lora",
     "bitfit": "methods.bitfit",
     "carry": "nnx",
     "chain": "method",

@@ -103,7 +103,8 @@ def test_what_is_supported():
         assert found[0] == found[1]
         return found[0]
 
-    assert all(supported(format=format, group=group) for format in packed.FORMATS for group in (64, 128, 256))
+    assert all(supported(format=format, group=group) for format in packed.FUSED for group in (64, 128, 256))
+    assert not any(supported(format=format) for format in set(packed.FORMATS) - set(packed.FUSED))
     assert not supported(n=192) and not supported(m=100) and not supported(group=32) and not supported(r=2)
     assert not supported(dtype=jnp.float32)
     for maps in shapes.MODELS.values():
