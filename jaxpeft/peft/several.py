@@ -57,6 +57,11 @@ def attach_several(folders: Folders, base: Model, params: tree.Params) -> tuple[
     return model, tree.combine(trainable, frozen), adapters
 
 
+def _only_trains(spec: Spec) -> bool:
+    """Whether a member of a chain changes how the others train, and not what they compute: MeZO, BA-LoRA."""
+    return methods.about(spec.name).level == "step"
+
+
 def read_pair(
     name: str, folder: str | os.PathLike[str], base: Model, params: tree.Params | None = None
 ) -> tuple[Method, tree.Flat, tuple[Spec, ...]]:
@@ -77,8 +82,9 @@ def read_pair(
         raise InputError(f"adapter {name!r}: {folder}: classifies rows, and the others continue texts")
     method, leaves = import_adapter(folder, base, params)
     forms = [(spec, form) for spec in method.specs if (form := form_of(spec.name)) and form.scale is not None]
-    rest = tuple(spec for spec in method.specs if spec not in [spec for spec, _ in forms])
-    if len(forms) != 1 or any(spec.name != "quantize" for spec in rest):
+    rest = tuple(spec for spec in method.specs if spec not in [spec for spec, _ in forms] and not _only_trains(spec))
+    pairs_alone = len(forms) == 1 and all(forms[0][1].owns(path) for path in leaves)
+    if not pairs_alone or any(spec.name != "quantize" for spec in rest):
         raise InputError(
             f"adapter {name!r}: {folder}: is of {method.name}; several at once are LoRA's kind: lora (rsLoRA, PiSSA, "
             f"OLoRA) and lora_fa"

@@ -55,12 +55,14 @@ def test_rows_of_adapters_that_peft_made(base, of_peft):
 
 
 def test_adapters_of_our_own_kinds(base, tmp_path):
-    """PiSSA and a LoRA-FA that keeps a seed are pairs for the original base; LoRA stays what it was."""
+    """PiSSA and a LoRA-FA that keeps a seed are pairs for the original base; LoRA stays what it was, in any company."""
     model, params = reference.load(base)
     methods = {
         "pissa": jp.lora(rank=3, init="pissa", targets="attention"),
         "fa": jp.lora_fa(rank=2, store_a=False),
         "lora": jp.lora(rank=5, dropout=0.1, lr_ratio=16),
+        "near": jp.chain(jp.lora(rank=2), jp.ba_lora()),
+        "forward": jp.chain(jp.mezo(), jp.lora(rank=2)),
     }
     expected = {}
     for seed, (name, method) in enumerate(methods.items()):
@@ -80,6 +82,7 @@ def test_adapters_that_cannot_share_a_base(base, of_peft, tmp_path):
     cases = {
         "dora": (jp.dora(rank=2), "'x': .*dora: is of dora; several at once are LoRA's kind"),
         "ia3": (jp.ia3(), "'x': .*is of ia3"),
+        "lisa": (jp.chain(jp.lora(rank=2), jp.lisa(count=1)), "'x': .*is of lora\\+lisa"),
         "prefix": (jp.prefix(length=2), "'x': .*is of prefix"),
         "quantized": (jp.chain(jp.quantize(), jp.lora(rank=2)), "for one base prepared differently: none and quantize"),
     }
