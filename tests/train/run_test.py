@@ -95,6 +95,7 @@ def test_settings_are_those_given_with_their_types():
             "lr_ratio": 10.0,
             "rank_pattern": {"q_proj": 4},
             "alpha_pattern": None,
+            "init_options": None,
         },
     )
     assert Run().make_method().specs == jp.lora().specs
