@@ -156,6 +156,20 @@ def rows(adapters: Adapters | Sequence[str], names: Sequence[str | None]) -> np.
     return np.array([numbers[name] for name in names], np.int32)
 
 
+def check_rows(params: tree.Params, numbers: Sequence[int]) -> None:
+    """Refuses numbers of rows' adapters that the parameters have not; below 0 is none.
+
+    Raises:
+      InputError: for a model without several adapters, or a number beyond them.
+    """
+    leaves = (_LEAF.fullmatch(path) for path in tree.flatten(params))
+    count = len({found["name"] for found in leaves if found})
+    if count == 0:
+        raise InputError("rows have adapters, and the model has not several; jaxpeft.attach_several gives it some")
+    if beyond := [number for number in numbers if number >= count]:
+        raise InputError(f"adapter number {beyond[0]} is beyond the {count} of the model, which are numbered from 0")
+
+
 def together(adapters: Adapters | Sequence[str], batches: Mapping[str | None, Batch]) -> dict[str, np.ndarray]:
     """One batch of the batches of several adapters, as they come from data of their own.
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import shares, tree
+from jaxpeft.adapters import check_rows
 from jaxpeft.errors import InputError
 from jaxpeft.model import Model
 
@@ -72,6 +73,8 @@ def generate(
         `max_position_embeddings`, or settings out of range.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size, adapters)
+    if adapters is not None:
+        check_rows(params, adapters)
     how = _how(model, temperature, top_k, top_p, key, eos)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     results: list[list[int]] = [[] for _ in prompts]
@@ -104,6 +107,8 @@ def stream(
     Arguments and errors are those of `generate`, `adapter` the prompt's; errors are raised at the call.
     """
     _check(model, [prompt], max_new_tokens, temperature, top_k, top_p, key, 1)
+    if adapter is not None:
+        check_rows(params, [adapter])
     how = _how(model, temperature, top_k, top_p, key, eos)
 
     def pieces() -> Iterator[list[int]]:

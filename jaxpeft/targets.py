@@ -87,6 +87,35 @@ def chooses(targets: str | Iterable[str], site: str) -> bool:
     return any(patterns.found(pattern, path, "targets") for pattern in wanted for path in (tree.canonical(site), site))
 
 
+def among(modules: Iterable[str], targets: str | Iterable[str], method: str, what: str) -> list[str]:
+    """The modules that `targets` chooses, of a method that is not at sites.
+
+    Args:
+      modules: their paths.
+      targets: "all", a regular expression found in a path (`re.search`), or names that paths end with.
+      method: whose targets they are.  what: one of the modules, in words.
+
+    Raises:
+      InputError: if a target matches none, with the nearest names.
+    """
+    modules = list(modules)
+    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
+        targets = targets.split(",")
+    if isinstance(targets, str):
+        wanted = {targets: "" if targets == "all" else targets}
+    else:
+        wanted = {name: rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets}
+    chosen: set[str] = set()
+    for name, expression in wanted.items():
+        pattern = patterns.compiled(expression, "targets")
+        found = {own for own in modules if pattern.found(tree.canonical(own)) or pattern.found(own)}
+        if not found:
+            names = dict.fromkeys(own.rsplit("/", 1)[-1] for own in modules)
+            raise InputError(f"{method}: targets {name!r}: matches no {what}; nearest: {tree.nearest(name, names)}")
+        chosen |= found
+    return sorted(chosen)
+
+
 def first_match(values: Mapping[str, Any], site: str, default: Any) -> Any:
     """The value of the first pattern (regular expression, `re.search`) found in the site's path, else `default`."""
     for pattern, value in values.items():

@@ -136,6 +136,10 @@ def test_a_decoded_batch_says_what_each_adapter_says_alone(made, single):
     assert [token for piece in pieces for token in piece] == together[2]
     with pytest.raises(InputError, match="2 adapters for 6 prompts"):
         generate(model, params, PROMPTS, 9, adapters=[0, 1])
+    with pytest.raises(InputError, match=f"number {len(ADAPTERS)} is beyond the {len(ADAPTERS)} of the model"):
+        generate(model, params, PROMPTS[:1], 9, adapters=[len(ADAPTERS)])
+    with pytest.raises(InputError, match="the model has not several"):
+        decoding.stream(*tiny.model(), PROMPTS[0], 9, adapter=0)
 
 
 @pytest.mark.parametrize(

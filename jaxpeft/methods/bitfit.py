@@ -24,16 +24,15 @@ targets=["q_proj", "up_proj"]. A classifier of rows is none of the modules here:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jaxpeft import patterns, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.ln_tuning import merge, on_copies
 from jaxpeft.models import labels
+from jaxpeft.targets import among
 
 SCOPE = "bitfit"
 
@@ -77,24 +76,8 @@ def find(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
     biases = sorted(path for path in paths if path.endswith("/bias") and not path.startswith(labels.SCOPE))
     if not biases:
         raise InputError("bitfit: the model has no biases; ln_tuning trains the norms' scales, ia3 scales of its own")
-    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
-        targets = targets.split(",")
-    if isinstance(targets, str):
-        wanted = {targets: "" if targets == "all" else targets}
-    else:
-        wanted = {name: rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets}
-    chosen: set[str] = set()
-    for name, expression in wanted.items():
-        pattern = patterns.compiled(expression, "targets")
-        modules = {path: path.removesuffix("/bias") for path in biases}
-        found = {path for path, own in modules.items() if pattern.found(tree.canonical(own)) or pattern.found(own)}
-        if not found:
-            names = dict.fromkeys(own.rsplit("/", 1)[-1] for own in modules.values())
-            raise InputError(
-                f"bitfit: targets {name!r}: matches no module with a bias; nearest: {tree.nearest(name, names)}"
-            )
-        chosen |= found
-    return sorted(chosen)
+    chosen = among((path.removesuffix("/bias") for path in biases), targets, "bitfit", "module with a bias")
+    return [f"{module}/bias" for module in chosen]
 
 
 ABOUT = About(

@@ -22,19 +22,19 @@ q and k among them, where PEFT has a list of names for each family.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-from jaxpeft import patterns, tree
+from jaxpeft import tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, View, trains
 from jaxpeft.model import Model, reads_stacks
 from jaxpeft.peft import form
 from jaxpeft.peft.base import config_of, shapes_of
+from jaxpeft.targets import among
 
 SCOPE = "ln_tuning"
 LEAVES = ("scale", "bias")
@@ -124,21 +124,7 @@ def find(paths: Any, targets: str | Sequence[str]) -> list[str]:
     norms = sorted(path.removesuffix("/scale") for path in paths if path.endswith("/scale"))
     if not norms:
         raise InputError("ln_tuning: the model has no norms; a norm is a module with a parameter called scale")
-    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
-        targets = targets.split(",")
-    if isinstance(targets, str):
-        wanted = {targets: "" if targets == "all" else targets}
-    else:
-        wanted = {name: rf"(^|/){re.escape(name.replace('.', '/'))}$" for name in targets}
-    chosen: set[str] = set()
-    for name, expression in wanted.items():
-        pattern = patterns.compiled(expression, "targets")
-        found = {norm for norm in norms if pattern.found(tree.canonical(norm)) or pattern.found(norm)}
-        if not found:
-            names = dict.fromkeys([norm.rsplit("/", 1)[-1] for norm in norms])
-            raise InputError(f"ln_tuning: targets {name!r}: matches no norm; nearest: {tree.nearest(name, names)}")
-        chosen |= found
-    return sorted(chosen)
+    return among(norms, targets, "ln_tuning", "norm")
 
 
 def in_place(params: Any, scope: str, cast: Callable[[Any, Any], Any] = lambda own, base: own) -> Any:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import typing
 
 import jax
 import numpy as np
@@ -11,8 +12,9 @@ import torch
 
 import jaxpeft as jp
 from jaxpeft import cli, template, tree
+from jaxpeft.cli.combine import Combine
 from jaxpeft.errors import InputError
-from jaxpeft.peft import attach, twister
+from jaxpeft.peft import attach, twister, weighted
 from tests.peft import reference
 
 WEIGHTS = (0.7, -0.4, 1.3)
@@ -218,3 +220,10 @@ def test_adapters_that_are_not_combined(base, made, tmp_path):
     other = reference.load(reference.write_base(tmp_path / "other", hidden_size=64))
     with pytest.raises(InputError, match="another base"):
         jp.weighted_adapter(made["same"][0], WEIGHTS, *other)
+
+
+def test_the_command_takes_what_the_function_takes():
+    """It names them itself, as its help must not wait for JAX."""
+    fields = typing.get_type_hints(Combine)
+    assert set(typing.get_args(fields["combination"])) == set(typing.get_args(weighted.Combination))
+    assert fields["majority_sign"] == weighted.MajoritySign
