@@ -374,6 +374,29 @@ def _divided(mesh, **axes) -> Divided:
     return Divided(mesh, tuple((letter, names) for letter, names in sorted(more.items()) if names))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _gather(divided: PartitionSpec, whole: PartitionSpec, x: jax.Array) -> jax.Array:
+    """x, whole; its cotangent is divided as x is, and never asked for whole: so what sums it up may scatter it."""
+    return _constrained(divided, whole, x)
+
+
+def _constrained(divided, whole, x):
+    x = jax.lax.with_sharding_constraint(x, divided)
+    return jax.lax.with_sharding_constraint(x, whole)
+
+
+def _gather_forward(divided, whole, x):
+    return _gather(divided, whole, x), None
+
+
+def _gather_backward(divided, whole, _, cotangent):
+    del whole
+    return (jax.lax.with_sharding_constraint(cotangent, divided),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
 def gathers() -> bool:
     """Whether a layer's matrices are gathered where it is taken."""
     mesh = _mesh()
@@ -395,8 +418,9 @@ def gathered(params: tree.Params, segment: str = "", wanted: Callable[[str], Any
     def put(x, spec):
         if not any(spec):
             return x
-        x = jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))  # its cotangent, too: scattered, not summed whole
-        return jax.lax.with_sharding_constraint(x, PartitionSpec(*map(_whole, spec)))
+        divided, whole = PartitionSpec(*spec), PartitionSpec(*map(_whole, spec))
+        # A head's gradient adds up over the chunks of the loss: it is summed over the devices once, at their end.
+        return _gather(divided, whole, x) if segment else _constrained(divided, whole, x)
 
     specs = {path: TIED[1] if path == TIED[0] else spec_of(path, shapes) for path in flat}
     found = {path: _each(mesh, leaf, specs[path], 0, put) if wanted(path) else leaf for path, leaf in flat.items()}

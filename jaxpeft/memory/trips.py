@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 
 from jaxpeft.memory.dataflow import Dataflow
@@ -16,7 +17,8 @@ _CONFIG, _DIRECTION, _LITERAL = 43, 63, 8  # fields of HloInstructionProto
 def trips(flow: Dataflow, loop: Instruction) -> int | None:
     """How often a while runs its body; None where neither XLA nor the condition says.
 
-    A condition is `counter < bound` (or <=, or the other way round) of a counter that goes by one.
+    A condition is `counter < bound` (or <=, or the other way round) of a counter that goes by a constant, by one where
+    the body does not tell: a loop that XLA has unrolled goes by more.
     """
     if found := _KNOWN.search(Message(loop.proto).raw(_CONFIG)):
         return int(found[1])
@@ -32,8 +34,41 @@ def trips(flow: Dataflow, loop: Instruction) -> int | None:
     if first is None or last is None:
         return None
     direction = Message(root.proto).text(_DIRECTION)
-    steps = {"LT": last - first, "LE": last - first + 1, "GT": first - last, "GE": first - last + 1}.get(direction)
-    return None if steps is None else max(steps, 0)
+    way = {"LT": last - first, "LE": last - first + 1, "GT": first - last, "GE": first - last + 1}.get(direction)
+    return None if way is None else max(-(-way // _stride(flow, loop, root.operands[0])), 0)
+
+
+def _stride(flow: Dataflow, loop: Instruction, counter: int) -> int:
+    """By how much a scalar of the loop's state, as its condition reads it, goes with each turn, up or down."""
+    instructions = flow.program.instructions
+    of = instructions[counter]
+    while of.opcode in (*_SAME, "parameter"):  # of a fusion's computation
+        caller = flow.caller.get(of.computation)
+        if of.opcode == "parameter" and (caller is None or caller.opcode != "fusion"):
+            return 1
+        of = instructions[caller.operands[of.number] if of.opcode == "parameter" else of.operands[0]]
+    root = instructions[flow.program.computations[flow.body(loop)][1]]
+    if of.opcode != "get-tuple-element" or root.opcode != "tuple":
+        return 1
+    after = instructions[root.operands[of.number]]
+    while after.opcode in ("fusion", *_SAME):
+        inside = after.opcode == "fusion" and flow.program.computations[after.called[0]][1]
+        after = instructions[inside or after.operands[0]]
+    if after.opcode not in ("add", "subtract"):
+        return 1
+    found = [abs(step) for step in map(functools.partial(_written, flow), after.operands) if step]
+    return found[0] if len(found) == 1 else 1
+
+
+def _written(flow: Dataflow, instruction: int) -> int | None:
+    """The integer of a constant, which a fusion may be given; None for anything else."""
+    of = flow.program.instructions[instruction]
+    caller = flow.caller.get(of.computation)
+    if of.opcode == "parameter" and caller is not None and caller.opcode == "fusion":
+        return _written(flow, caller.operands[of.number])
+    if of.opcode in _SAME:
+        return _written(flow, of.operands[0])
+    return _literal(of) if of.opcode == "constant" else None
 
 
 def _constant(flow: Dataflow, instruction: int, index: Index = ()) -> int | None:

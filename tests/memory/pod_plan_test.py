@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jaxpeft as jp
-from jaxpeft import cli, sharding
+from jaxpeft import cli, recipe, sharding
 from jaxpeft.backward.plan import Plan
 from jaxpeft.errors import InputError
 from jaxpeft.memory import collectives, hlo, interconnect, meshes, movement, planner, pods, search, targets
@@ -49,12 +49,12 @@ def make(mesh, method=None, rows=ROWS, **changes):
 
 
 @functools.cache
-def planned(name, text):
-    """(step, row, collectives of the program) of a small LoRA step."""
+def planned(name, text, method=None):
+    """(step, row, collectives of the program) of a small step, LoRA's or another method's."""
     import tempfile
 
     target = described(name)
-    step = make(mesh_of(target, text))
+    step = make(mesh_of(target, text), method and recipe.parse(method))
     with tempfile.TemporaryDirectory() as folder:
         made = pods.row(step, target, dump=folder)
         found, unknown = collectives.collectives(Dataflow(hlo.read(folder)), target.chips)
@@ -242,6 +242,27 @@ def test_frozen_matrices_are_gathered_a_layer_at_a_time_and_never_summed(name, t
     assert not [shape for shape, _ in given["all-gather"] if len(shape) > 2 and shape[0] == L]  # none of the stack
     summed = {shape for shape, _ in given["all-reduce"] + given["reduce-scatter"]}
     assert not summed & (whole | set(parts)) and not any(shape[:1] == (L,) and len(shape) > 2 for shape in summed)
+
+
+def test_gradients_of_layers_are_scattered_not_summed_whole():
+    """In full fine-tuning no device gets the sum of a whole matrix over `fsdp`, but its part.
+
+    On GPUs; a TPU's compiler sums matrices as small as these, and over a whole torus those of any size.
+    """
+    fsdp = 4
+    _, _, found = planned("h200x4", f"fsdp={fsdp}", "full")
+    kernels = {tuple(sorted(shape)) for shape in [(D, D), (D, F)]}
+    summed = [
+        tuple(sorted(n for n in shape if n > 1))
+        for one in found
+        for _, shape in one.shapes
+        if one.kind == "all-reduce" and one.times == L
+    ]
+    assert not kernels & {*summed}
+    scattered = [one for one in found if one.kind == "reduce-scatter" and one.times == L]
+    whole = 2 * L * (4 * D * D + 3 * D * F)  # bfloat16
+    assert sum(one.bytes * one.times for one in scattered) == whole
+    assert sum(one.sent for one in scattered) == whole * (fsdp - 1) / fsdp
 
 
 @pytest.mark.parametrize(("name", "text"), PODS)

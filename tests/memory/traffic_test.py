@@ -110,6 +110,22 @@ def test_trips_that_only_the_condition_tells(tmp_path, direction):
     assert found.unknown_loops == 0 and found.times["elementwise"] >= 7
 
 
+@pytest.mark.parametrize("target", ["cpu", "h200", "v5e"])
+@pytest.mark.parametrize(("step", "trips"), [(1, 9), (2, 5), (-3, 3)])
+def test_a_counter_may_go_by_more_than_one(tmp_path, target, step, trips):
+    """As in loops that a compiler has unrolled; the bound is data of the loop's state, so that XLA writes no count."""
+    size = 1024
+
+    def run(x):
+        test = (lambda s: s[0] < s[2]) if step > 0 else (lambda s: s[0] > s[2])
+        turn = lambda s: (s[0] + step, s[1] @ s[1] / size, s[2])
+        first, last = (jnp.int32(0), jnp.int32(9)) if step > 0 else (jnp.int32(9), jnp.int32(0))
+        return jax.lax.while_loop(test, turn, (first, x, last))[1]
+
+    found, _ = moved(tmp_path, run, f32(size, size), target=target)
+    assert found.unknown_loops == 0 and found.times["product"] == trips
+
+
 def test_a_loop_of_unknown_length_is_said(tmp_path):
     def until(x):
         return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e3, lambda x: x + 1, x)
