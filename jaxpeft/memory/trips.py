@@ -42,11 +42,14 @@ def _stride(flow: Dataflow, loop: Instruction, counter: int) -> int:
     """By how much a scalar of the loop's state, as its condition reads it, goes with each turn, up or down."""
     instructions = flow.program.instructions
     of = instructions[counter]
-    while of.opcode in (*_SAME, "parameter"):  # of a fusion's computation
+    while of.opcode in (*_SAME, "parameter"):
+        if of.opcode != "parameter":
+            of = instructions[of.operands[0]]
+            continue
         caller = flow.caller.get(of.computation)
-        if of.opcode == "parameter" and (caller is None or caller.opcode != "fusion"):
+        if caller is None or caller.opcode != "fusion":
             return 1
-        of = instructions[caller.operands[of.number] if of.opcode == "parameter" else of.operands[0]]
+        of = instructions[caller.operands[of.number]]
     root = instructions[flow.program.computations[flow.body(loop)][1]]
     if of.opcode != "get-tuple-element" or root.opcode != "tuple":
         return 1
