@@ -90,12 +90,16 @@ def further(names):
 
 
 @pytest.fixture(scope="module")
-def found():
-    """Each method on a mesh of three axes, and of each level one on a further one."""
+def found(request):
+    """Each method on a mesh of three axes, and of each level one on a further one; of those that are chosen (-k)."""
+    own = [item for item in request.session.items if item.module is request.module and "found" in item.fixturenames]
+    chosen = {item.callspec.params["name"] for item in own if hasattr(item, "callspec")}
+    chosen |= set() if all(hasattr(item, "callspec") for item in own) else {"lora", "lora in groups", "prompt"}
     beside = further({methods_test.contract.about(name).level: name for name in methods_test.METHODS}.values())
     wanted = {name: [MESHES[-1], *beside.get(name, ())] for name in methods_test.METHODS}
     wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
-    return on_meshes(wanted | {f"lora {plan}": [MESHES[-1]] for plan in PLANS})
+    wanted |= {f"lora {plan}": [MESHES[-1]] for plan in PLANS}
+    return on_meshes({name: meshes for name, meshes in wanted.items() if name in chosen})
 
 
 @pytest.mark.parametrize("name", [*methods_test.METHODS, "lora in groups", *(f"lora {plan}" for plan in PLANS)])
