@@ -15,6 +15,9 @@ numbers from -1 to 1 first, so that no v becomes zero beside a larger one, and n
 Deviation: an exact zero stays zero, where bitsandbytes makes it 1.5e-5 absmax; rows of a table that no token has named
 would drift. A leaf below 4096 numbers keeps its moments in float32, as there.
 
+A large leaf's moments are decoded a layer, or some rows, at a time: in float32 they are never whole. The direction
+takes the gradient's place.
+
 The leaves of a stack are one parameter for each layer, as a list of layers would be: no block has numbers of two, and
 the 4096 are a layer's.
 """
@@ -30,10 +33,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft import tree
+from jaxpeft import sharding, tree
 
 BLOCK = 256
 LEAST = 4096  # numbers of a leaf whose moments are codes
+PART = 2**20  # numbers of a leaf that are decoded at a time, or a layer's if these are more
 _GRID = 65536
 
 
@@ -127,6 +131,27 @@ def decode(moment: Codes, signed: bool, lead: int = 0) -> jax.Array:
     return _joined(_cut(values, lead) * moment.absmax[..., None], values.shape, lead)
 
 
+def _in_parts(function: Any, arrays: Any, lead: int) -> Any:
+    """function(*arrays) of equal parts of their axis 0, one after the other; results take the arrays' places."""
+    leaf, absmax = arrays[0], arrays[1].absmax
+    most = max(leaf.size // PART, 1)
+    if lead:
+        parts = len(leaf) if most > 1 else 1
+    elif sharding.divides() or _blocks(leaf.shape, 0) is None:  # rows may lie on several devices; blocks cross them
+        parts = 1
+    else:
+        parts = max(k for k in range(1, min(most, len(leaf)) + 1) if len(leaf) % k == len(absmax) % k == 0)
+    if parts == 1:
+        return function(*arrays)
+
+    def body(i, arrays):
+        part = lambda x: jax.lax.dynamic_slice_in_dim(x, i * (len(x) // parts), len(x) // parts)
+        put = lambda x, new: jax.lax.dynamic_update_slice_in_dim(x, new, i * (len(x) // parts), 0)
+        return jax.tree.map(put, arrays, function(*jax.tree.map(part, arrays)))
+
+    return jax.lax.fori_loop(0, parts, body, arrays)
+
+
 def scale_by_adam8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> optax.GradientTransformation:
     """Adam's direction over flat leaves, of moments in 8 bits.
 
@@ -152,18 +177,22 @@ def scale_by_adam8bit(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> 
         first, second = (1 - jnp.float32(b) ** count.astype(jnp.float32) for b in (b1, b2))
         directions, mu, nu = {}, {}, {}
 
-        def one(gradient, m, v):
-            wide = gradient.astype(jnp.float32)
-            m, v = b1 * m + (1 - b1) * wide, b2 * v + (1 - b2) * wide * wide
+        def wide(gradient, m, v):
+            g = gradient.astype(jnp.float32)
+            m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
             return (m / first / (jnp.sqrt(v) / jnp.sqrt(second) + eps)).astype(gradient.dtype), m, v
+
+        def coded(gradient, m, v, lead):
+            direction, m, v = wide(gradient, decode(m, True, lead), decode(v, False, lead))
+            return direction, encode(m, True, lead), encode(v, False, lead)
 
         for path, gradient in grads.items():
             m, v, lead = state.mu[path], state.nu[path], int(tree.layered(path))
             if isinstance(m, Codes):
-                directions[path], m, v = one(gradient, decode(m, True, lead), decode(v, False, lead))
-                mu[path], nu[path] = encode(m, True, lead), encode(v, False, lead)
+                found = _in_parts(functools.partial(coded, lead=lead), (gradient, m, v), lead)
             else:
-                directions[path], mu[path], nu[path] = one(gradient, m, v)
+                found = wide(gradient, m, v)
+            directions[path], mu[path], nu[path] = found
         return directions, Adam8bitState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
