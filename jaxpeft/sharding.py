@@ -222,6 +222,8 @@ def _dividing(mesh: Any, size: int, axes: Any) -> Any:
 def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
     """The shardings of a `TrainState`, of arrays or shapes: what has a leaf's path and its axes lies as the leaf does.
 
+    So do sums over some of its axes, blocks of them, and several of its kind (`_axes_like`).
+
     Raises:
       InputError: as `spec_of` does.
     """
@@ -231,7 +233,10 @@ def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
     def like(path, x):
         names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
         leaf = next((name for name in reversed(names) if name in leaves), None)
-        return leaves[leaf] if leaf is not None and getattr(x, "shape", None) == shapes[leaf].shape else whole
+        if leaf is None or not isinstance(leaves[leaf], NamedSharding):
+            return whole
+        axes = _axes_like(x.shape, shapes[leaf].shape, leaves[leaf].spec)
+        return NamedSharding(mesh, PartitionSpec(*map(functools.partial(_dividing, mesh), x.shape, axes)))
 
     only = lambda flat: {path: leaves[path] for path in flat}
     return state._replace(
@@ -242,6 +247,23 @@ def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
         moved=only(state.moved),
         opt_state=jax.tree.map_with_path(like, state.opt_state),
     )
+
+
+def _axes_like(shape: Sequence[int], leaf: Sequence[int], spec: Spec) -> list[Any]:
+    """The axes of an array that belongs to a leaf: of one with as many axes, which may be blocks of the leaf's, those.
+
+    Else one of the two has the other's axes, in order, and further ones: an axis lies as the first of its size.
+    """
+    axes = [*spec, *[None] * (len(leaf) - len(spec))]
+    if len(shape) == len(leaf):
+        return [axis if size and n % size == 0 else None for size, n, axis in zip(shape, leaf, axes, strict=True)]
+    found, left = [], list(zip(leaf, axes, strict=True))
+    for size in shape:
+        if len(shape) < len(leaf):
+            while left and left[0][0] != size:
+                left.pop(0)
+        found.append(left.pop(0)[1] if left and left[0][0] == size else None)
+    return found
 
 
 def of_batch(mesh: Mesh, batch: Mapping[str, Any]) -> dict[str, NamedSharding]:

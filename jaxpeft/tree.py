@@ -99,6 +99,12 @@ def stacked(path: str) -> bool:
     return _SEGMENT.fullmatch(head) is not None and not rest.partition("/")[0].isdecimal()
 
 
+def layered(path: str) -> bool:
+    """Whether axis 0 is the layer of a leaf, or of what a method keeps of one beside it: "lisa/layers/..."."""
+    names = path.split("/")
+    return any(stacked("/".join(names[i:])) for i in range(len(names)))
+
+
 def canonical(path: str) -> str:
     """`layers_24_32/mlp/...` -> `layers/mlp/...`: a cut stack answers to the names of the whole one."""
     head, _, rest = path.partition("/")

@@ -45,6 +45,8 @@ class StepArguments:
     """Tokens in one sequence. Default: 512, or 256 with the embedded model."""
     accumulate: int = 1
     """Parts that a step's batch is cut into; divides --batch-size."""
+    optimizer: Literal["adam", "sgd", "adam8bit", "adafactor", "sm3", "lion"] | None = None
+    """What makes steps of gradients, as for `train`. Default: the method's own, else adam."""
     dtype: Literal["bfloat16", "float32"] | None = None
     """Type of the frozen weights and of the computation; what trains is float32. Default: float32 for the target cpu,
     else the checkpoint's, bfloat16 for one in float16."""

@@ -98,7 +98,7 @@ def run(args: Plan) -> dict[str, Any]:
         return models.compute_dtype(config, args.dtype, device.platform)
 
     def make(method, device, plan, mesh=None, batch_size=args.batch_size, seq_len=args.seq_len):
-        layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
+        layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat, args.optimizer)
         return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout)
 
     rows = []

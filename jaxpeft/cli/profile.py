@@ -142,7 +142,7 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
         raise InputError(f"--method {args.method}: one at a time; `jaxpeft plan` compares several")
     name, method = chosen[0]
     dtype = models.compute_dtype(config, args.dtype, device.platform)
-    layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
+    layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat, args.optimizer)
     step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout)
     where = f"{device.name} ({text})" if text else device.name
     print(f"compiling {name} for {where}, {step.plan}", file=sys.stderr, flush=True)

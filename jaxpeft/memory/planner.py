@@ -40,7 +40,7 @@ from jaxpeft.model import Model
 from jaxpeft.models import family
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.train.memory import account, activation_bytes, kept_bytes
-from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
+from jaxpeft.train.optimizer import direction_of, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import in_place, make_train_step, objective_of
 from jaxpeft.train.task import TASKS, Task, check_head, config_for
@@ -91,6 +91,7 @@ def make_step(
     task: str = "lm",
     num_labels: int | None = None,
     form: residuals.Form = "loops",
+    optimizer: str | None = None,
 ) -> Step:
     """The step of `jaxpeft train` for a model's configuration; nothing is allocated.
 
@@ -106,6 +107,7 @@ def make_step(
       task: a name of `jaxpeft.train.task.TASKS`.
       num_labels: that rows are classified as; None: those of the configuration, or 2.
       form: how the plan is carried out (see `residuals.remat`).
+      optimizer: of `jaxpeft.train.optimizer.Direction`; None: the method's own.
 
     Raises:
       InputError: for a configuration, method or plan that cannot be used, or rows that the mesh does not divide.
@@ -120,11 +122,11 @@ def make_step(
     model, trainable, rest = _set_up(method, base, key, of_base)
     plan = residuals.default_plan(model) if save is None else parse(save)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), form, method.changes)
-    optimizer = make_direction(defaults(method.specs).direction or "adam")
-    state = jax.eval_shape(functools.partial(init_state, method, optimizer, model=model), trainable, rest, key)
+    direction = make_direction(direction_of(method.specs, optimizer))
+    state = jax.eval_shape(functools.partial(init_state, method, direction, model=model), trainable, rest, key)
     batch = own.shapes(base.config, batch_size, seq_len, packed)
     schedule = make_schedule("cosine", 2e-4, 1000, 10)
-    function = make_train_step(model, method, optimizer, own.loss, accumulate, rate=schedule)
+    function = make_train_step(model, method, direction, own.loss, accumulate, rate=schedule)
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
     backward = objective_of(model, method, state.leaves, own.loss).backward

@@ -307,27 +307,46 @@ def llm_qfa(
 
 
 def of_chosen(optimizer: optax.GradientTransformation, shapes: Mapping[str, Any]) -> optax.GradientTransformation:
-    """The optimizer for factors of the widths that a step has chosen: the others, and their state, stay as they are."""
+    """The optimizer for factors of the widths that a step has chosen: the others, and their state, stay as they are.
+
+    Raises:
+      InputError: at `init`, for an optimizer whose state is not one for each width.
+    """
     inner = optax.with_extra_args_support(optimizer)
+
+    def owner(path):
+        names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
+        return next((name for name in reversed(names) if "/llm_qfa/" in name), None)
+
+    def init(params):
+        state = inner.init(params)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+            own = owner(path)
+            if own and leaf.shape[:2] != shapes[own][:2] and leaf.size > len(params[own]):
+                shape = "x".join(map(str, leaf.shape))
+                raise InputError(
+                    f"llm_qfa: the optimizer keeps {shape} numbers of {own} for all widths together, of which each "
+                    "step trains one; take adam or lion"
+                )
+        return state
 
     def update(grads, state, params=None, *, aux=None, **extra):
         directions, after = inner.update(grads, state, params, aux=aux, **extra)
         hit = aux["llm_qfa"] > 0.5
 
         def kept(path, new, old):
-            names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
-            own = next((name for name in reversed(names) if "/llm_qfa/" in name), None)
-            if own is None or new.shape != shapes[own]:
+            own = owner(path)
+            if own is None or new.shape[:2] != shapes[own][:2]:
                 return new
             first = _first_layer(own)
             rows = hit[first : first + new.shape[0]]
-            return jnp.where(rows[:, :, None, None], new, old)
+            return jnp.where(rows.reshape(*rows.shape, *[1] * (new.ndim - 2)), new, old)
 
         zero = jax.tree.map(jnp.zeros_like, directions)
         mapped = jax.tree_util.tree_map_with_path
         return mapped(kept, directions, zero), mapped(kept, after, state)
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _first_layer(path: str) -> int:

@@ -125,6 +125,7 @@ class Report(TypedDict):
     sample: _Sample | None
     dtype: NotRequired[documents.Text | None]
     remat: NotRequired[documents.Text]
+    optimizer: NotRequired[documents.Text]
     compile_cache: NotRequired[documents.Text | None]
 
 

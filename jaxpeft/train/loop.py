@@ -435,6 +435,7 @@ class _Run:
             ),
             dtype=str(self.args.dtype),
             remat=self.args.remat,
+            optimizer=job.direction,
             best_step=best,
             best_eval_loss=self.checkpoints.loss(best),
             resumed_from=resumed,

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import optax
 
 from jaxpeft import tree
 from jaxpeft.about import Defaults
+from jaxpeft.errors import InputError
 from jaxpeft.method import Spec, about
+from jaxpeft.train.adam8bit import scale_by_adam8bit
 
 Schedule = Literal["constant", "linear", "cosine"]
-Direction = Literal["adam", "sgd"]
+Direction = Literal["adam", "sgd", "adam8bit", "adafactor", "sm3", "lion"]
+# Of a default rate, which is Adam's: Lion's steps all have its length (Chen et al. 2023: 3 to 10 times smaller).
+RATES = {"lion": 0.2}
 
 
 def make_schedule(kind: Schedule, lr: float, steps: int, warmup: int = 0) -> optax.Schedule:
@@ -44,15 +49,78 @@ def make_schedule(kind: Schedule, lr: float, steps: int, warmup: int = 0) -> opt
 def make_direction(kind: Direction = "adam", clip: float | None = 1.0) -> optax.GradientTransformation:
     """Gradients -> the direction that a step goes against; the step itself knows the rate and the decay.
 
+        kind        direction                                                       state, of a kernel (n, m)
+        adam        m / (sqrt(v) + eps); with decoupled decay AdamW (1)              2 nm float32
+        adam8bit    the same, of moments in 8 bits (2, `jaxpeft.train.adam8bit`)     2 nm bytes + nm / 32
+        adafactor   g / sqrt(row x column means of g^2), of an RMS of at most 1 (3)  n + m, nm below 128 x 128
+        sm3         momentum of g / sqrt(least of a row's and a column's sum) (4)    nm + n + m
+        lion        sign of a momentum (5)                                           nm
+        sgd         g                                                                none
+
+    Adafactor has neither momentum nor the scale of the parameters in its steps: the rate is the run's, as with all
+    others. Leaves of a stack are one parameter for each layer: rows, columns and RMS are a layer's. `sgd` is not
+    clipped: where the gradient is a method's estimate, its norm is that of the method's noise.
+
+    (1) Loshchilov & Hutter 2019, arXiv:1711.05101. (2) Dettmers et al. 2022, arXiv:2110.02861. (3) Shazeer & Stern
+    2018, arXiv:1804.04235. (4) Anil et al. 2019, arXiv:1901.11150. (5) Chen et al. 2023, arXiv:2302.06675.
+
     Args:
-      kind: "adam" (with decoupled decay AdamW: Loshchilov & Hutter 2019, arXiv:1711.05101), or "sgd", the gradient,
-        which is not clipped: where it is a method's estimate, its norm is that of the method's noise.
-      clip: the largest global norm of the gradients that Adam sees; None leaves them as they are.
+      kind: of `Direction`.
+      clip: the largest global norm of the gradients that all but `sgd` see; None leaves them as they are.
+
+    Raises:
+      InputError: for another kind.
     """
+    if kind not in get_args(Direction):
+        raise InputError(f"optimizer {kind!r} is not one of {', '.join(get_args(Direction))}")
     if kind == "sgd":
         return optax.identity()
-    own = optax.scale_by_adam()
+    own = {
+        "adam": optax.scale_by_adam,
+        "adam8bit": scale_by_adam8bit,
+        "adafactor": lambda: by_layer(optax.chain(optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0))),
+        "sm3": lambda: by_layer(optax.scale_by_sm3()),
+        "lion": optax.scale_by_lion,
+    }[kind]()
     return own if clip is None else optax.chain(optax.clip_by_global_norm(clip), own)
+
+
+def by_layer(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A transform of single arrays on flat leaves: each layer of a stack is an array of its own, a number is (1,)."""
+
+    def each(path: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        return jax.vmap(function) if tree.layered(path) else function
+
+    wide = lambda x: x if x is None or jnp.ndim(x) else jnp.reshape(x, (1,))
+
+    def init(params):
+        return {path: each(path, lambda x: inner.init(wide(x)))(leaf) for path, leaf in params.items()}
+
+    def update(grads, state, params=None):
+        def one(gradient, state, param):
+            found, state = inner.update(wide(gradient), state, wide(param))
+            return jnp.reshape(found, jnp.shape(gradient)), state
+
+        like = grads if params is None else params
+        found = {path: each(path, one)(gradient, state[path], like[path]) for path, gradient in grads.items()}
+        return {path: x for path, (x, _) in found.items()}, {path: own for path, (_, own) in found.items()}
+
+    return optax.GradientTransformation(init, update)
+
+
+def direction_of(specs: Sequence[Spec], asked: str | None = None) -> Direction:
+    """The optimizer of a run: the one that is asked for, else the method's own.
+
+    Raises:
+      InputError: for another one than the gradient itself with a method whose gradients are the direction.
+    """
+    own = defaults(specs).direction or "adam"
+    if own == "sgd" and asked not in (None, own):
+        name = "+".join(spec.name for spec in specs)
+        raise InputError(
+            f"--optimizer {asked}: {name} steps along the gradients themselves; leave it out, or give {own}"
+        )
+    return asked or own  # type: ignore[return-value]
 
 
 def defaults(specs: Sequence[Spec]) -> Defaults:
@@ -73,7 +141,4 @@ def defaults(specs: Sequence[Spec]) -> Defaults:
 
 def decays(path: str, leaf: Any) -> bool:
     """Whether weight decay acts on a leaf: on matrices, not on biases, scales of norms and other vectors."""
-    # Of a stack, or of what a method keeps of one: "lisa/layers/...".
-    names = path.split("/")
-    layered = any(tree.stacked("/".join(names[i:])) for i in range(len(names)))
-    return jnp.ndim(leaf) - layered >= 2
+    return jnp.ndim(leaf) - tree.layered(path) >= 2

@@ -30,7 +30,7 @@ from jaxpeft.peft import adapter_labels, import_adapter
 from jaxpeft.special import check_vocabulary
 from jaxpeft.train import config
 from jaxpeft.train.base import load
-from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
+from jaxpeft.train.optimizer import Direction, direction_of, make_direction, make_schedule
 from jaxpeft.train.progress import say
 from jaxpeft.train.run import Run
 from jaxpeft.train.state import TrainState, init_state
@@ -53,6 +53,7 @@ class Job(NamedTuple):
     data: Data
     model: Model
     method: Method
+    direction: Direction
     optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     weight_decay: float
@@ -119,7 +120,8 @@ def prepare(args: Run, continued: bool = False) -> Job:
     plan = plan or residuals.default_plan(model)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), args.remat, method.changes)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
-    optimizer = make_direction(defaults(method.specs).direction or "adam", args.clip)
+    direction = direction_of(method.specs, args.optimizer)
+    optimizer = make_direction(direction, args.clip)
     state = init_state(method, optimizer, trainable, rest, run_key, model)
     objective_of(model, method, state.leaves, task.loss)  # refuses what would train without effect
     if mesh is not None:
@@ -133,6 +135,7 @@ def prepare(args: Run, continued: bool = False) -> Job:
         data=data if rows is None else data.held(rows.here.tolist()),
         model=model,
         method=method,
+        direction=direction,
         optimizer=optimizer,
         schedule=schedule,
         weight_decay=args.weight_decay or 0.0,

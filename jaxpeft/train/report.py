@@ -136,7 +136,8 @@ def print_report(report: Mapping[str, Any]) -> None:
 
 def _computed(report: Mapping[str, Any]) -> str:
     form = " under jax.checkpoint" if report.get("remat") == "policy" else ""
-    return (f" in {report['dtype']}" if report.get("dtype") else "") + form
+    by = f" by {report['optimizer']}" if report.get("optimizer") else ""
+    return (f" in {report['dtype']}" if report.get("dtype") else "") + by + form
 
 
 def _kept(report: Mapping[str, Any]) -> str:

@@ -89,13 +89,17 @@ class Run:
     accumulate: int = 1
     """Parts that a step's batch is cut into, their gradients added up; divides --batch-size."""
     lr: float | None = None
-    """Peak learning rate. Default: the method's own (`jaxpeft methods`), else 2e-4, or 2e-3 with the embedded model."""
+    """Peak learning rate. Default: the method's own (`jaxpeft methods`), else 2e-4, or 2e-3 with the embedded model; a
+    fifth with lion."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or falling to zero linearly or as a cosine."""
     warmup: int = 10
     """Steps over which the learning rate rises from zero."""
     weight_decay: float | None = None
     """Decoupled weight decay of matrices. Default: the method's own, else 0."""
+    optimizer: Literal["adam", "sgd", "adam8bit", "adafactor", "sm3", "lion"] | None = None
+    """What makes steps of gradients: adam, adam8bit (moments in 8 bits), adafactor, sm3, lion, or sgd, the gradients
+    themselves, unclipped. Default: the method's own, else adam."""
     clip: float | None = 1.0
     """Largest global norm of the gradients; None leaves them as they are."""
     dtype: Literal["bfloat16", "float32"] | None = None
@@ -210,13 +214,17 @@ class Run:
 
     def rated(self) -> "Run":
         """The run with the rate and the decay of its method where it names none."""
-        from jaxpeft.train.optimizer import defaults
+        from jaxpeft.train.optimizer import RATES, defaults, direction_of
 
         method = self.make_method()
-        if method is not None and defaults(method.specs).direction == "sgd" and self.clip not in (None, Run.clip):
-            raise InputError(f"--clip {self.clip}: has no effect with {method.name}, whose gradients are not clipped")
         own = defaults(() if method is None else method.specs)
-        lr = own.lr or (2e-3 if self.model is None else 2e-4)
+        direction = direction_of(() if method is None else method.specs, self.optimizer)
+        if direction == "sgd" and self.clip not in (None, Run.clip):
+            of = "--optimizer sgd" if self.optimizer or method is None else method.name
+            raise InputError(f"--clip {self.clip}: has no effect with {of}, whose gradients are not clipped")
+        if direction == "sgd" != own.direction and self.lr is None:
+            raise InputError("--optimizer sgd: needs --lr; a method's default is that of Adam")
+        lr = (own.lr or (2e-3 if self.model is None else 2e-4)) * RATES.get(direction, 1)
         decay = own.weight_decay if self.weight_decay is None else self.weight_decay
         return dataclasses.replace(self, lr=lr if self.lr is None else self.lr, weight_decay=decay)
 
