@@ -1,0 +1,260 @@
+"""Layers that are sampled: of a stack, only those that are drawn have masters, gradients and an optimizer's state.
+
+    every so many steps: draw numbers of layers a_1 ... a_g, M_i <- W[a_i]
+    in layer l:          W_l = M_i in W's dtype where a_i = l, else W[l]
+    after each step:     W[a_i] <- M_i, rounded once
+
+The stack W (L, ...) is moved and keeps its dtype; the masters M (g, ...) are trained leaves `<name>/<path of W>`, so
+that gradients exist for g layers. `<name>/active` (g,) int32 says which layers they are. A layer is put in place inside
+the block: as whole leaves (L, ...) the gradients would be those of all layers. Methods differ in how they draw.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxpeft import tree
+from jaxpeft.errors import InputError
+from jaxpeft.method import MOVED, Leaves, Moment, Role, Roles, View, trained
+from jaxpeft.model import Model, reads_stacks
+from jaxpeft.quant import is_packed
+from pallas_kernels.stacked import taken
+
+
+class SampledState(NamedTuple):
+    """The optimizer's state.
+
+    masters: of the optimizer on the sampled layers' masters.
+    others: of the optimizer on all other leaves.
+    steps: () int32, steps done.
+    """
+
+    masters: Any
+    others: Any
+    steps: jax.Array
+
+
+def nothing_more(flat: tree.Flat, layers: Sequence[int]) -> tree.Flat:
+    """No further leaves."""
+    del flat, layers
+    return {}
+
+
+class Sampler(NamedTuple):
+    """What a method says of its sampling.
+
+    name: the method's, and the scope of its leaves.
+    size: g, layers that are drawn at a time.
+    every: steps from one draw to the next.
+    draw: (key, numbers of all layers that train, g, {path: moved leaf}) -> (g,) int32, numbers of different layers.
+    leaves: (all leaves, numbers of the layers) -> further moved leaves `<name>/...`, which `draw` may read.
+    """
+
+    name: str
+    size: int
+    every: int
+    draw: Callable[[jax.Array, Sequence[int], int, Mapping[str, Any]], jax.Array]
+    leaves: Callable[[tree.Flat, Sequence[int]], tree.Flat] = nothing_more
+
+    @property
+    def scope(self) -> str:
+        return f"{self.name}/"
+
+    @property
+    def active(self) -> str:
+        """The path of the numbers of the layers that are drawn."""
+        return f"{self.name}/active"
+
+    def is_master(self, path: str) -> bool:
+        """Whether a path is that of sampled layers' masters."""
+        return path.startswith(self.scope) and tree.stacked(path.removeprefix(self.scope))
+
+    # The slots of a method.
+
+    def roles(self, others: Roles) -> Roles:
+        """What trains in the layers is moved, and has masters that train."""
+
+        def role(path: str) -> Role:
+            own = others(path.removeprefix(self.scope))
+            if self.is_master(path):
+                return trained(own.dtype or jnp.float32)
+            if path.startswith(self.scope):
+                return MOVED
+            if own.name == "trained" and tree.stacked(path):
+                return Role("moved", own.dtype or jnp.float32)
+            return own
+
+        return role
+
+    def forward(self, model: Model, view: View) -> Model:
+        """The model that computes with the masters of the layers that are drawn, and whose `init` adds them."""
+
+        def init(key, params):
+            flat = tree.flatten(model.init(key, params))
+            return tree.unflatten(flat if self.active in flat else {**flat, **self._first(key, flat, view)})
+
+        def embed(params, batch, key):
+            x, ctx = model.stack.embed(params, batch, key)
+            return x, ctx.add(shared={self.name: params[self.name]})
+
+        def layer(function):
+            def call(layer, x, ctx, cache, segment):
+                own = ctx.shared[self.name]
+                flat = tree.flatten(layer)
+                for path, masters in tree.flatten(own.get(segment, {})).items():
+                    flat[path] = _chosen(taken(flat[path]), masters, own["active"], ctx.layer)
+                return function(tree.unflatten(flat), x, ctx, cache, segment)
+
+            return reads_stacks(call, like=function)
+
+        return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed))
+
+    def update(self, optimizer: optax.GradientTransformation, view: View) -> optax.GradientTransformationExtraArgs:
+        """One optimizer for the masters, which starts anew with each draw, and one for all other leaves."""
+        del view
+        return _fresh(self, optax.with_extra_args_support(optimizer))
+
+    def move(self, leaves: Leaves, moment: Moment) -> Leaves:
+        """Writes the masters into the stack, and draws when it is time."""
+        masters = {path: leaf for path, leaf in leaves.trained.items() if self.is_master(path)}
+        active, moved, own = leaves.moved[self.active], dict(leaves.moved), {}
+        drawn = self._draw(moment.key, self._layers(masters, moved), moved)
+        now = jnp.where((moment.step + 1) % self.every == 0, drawn, active)
+        for path, master in masters.items():
+            stack = moved[path.removeprefix(self.scope)]
+            stack = moved[path.removeprefix(self.scope)] = written(path, stack, master, active, self.scope)
+            # Of a layer that stays, the master stays too: it is not what it was rounded to.
+            stays = jnp.any(now[:, None] == active, axis=1)
+            kept = jnp.take(master, jnp.argmax(now[:, None] == active, axis=1), axis=0)
+            fresh = read(path, stack, now, self.scope).astype(master.dtype)
+            own[path] = jnp.where(stays.reshape(-1, *[1] * (master.ndim - 1)), kept, fresh)
+        return Leaves({**leaves.trained, **own}, {**moved, self.active: now})
+
+    def merge(self, params: Mapping[str, Any]) -> tree.Params:
+        """The stacks with the masters written into them; what is the method's own goes."""
+        flat = tree.flatten(params)
+        whole = {path: leaf for path, leaf in flat.items() if not path.startswith(self.scope)}
+        for path, master in flat.items():
+            if self.is_master(path):
+                own = path.removeprefix(self.scope)
+                whole[own] = written(path, jnp.asarray(whole[own]), master, flat[self.active], self.scope)
+        return tree.unflatten(whole)
+
+    # Its parts.
+
+    def _first(self, key: jax.Array, flat: tree.Flat, view: View) -> tree.Flat:
+        """The leaves of the first draw.
+
+        Raises:
+          InputError: where nothing in the layers trains, or too few layers, or what is quantized.
+        """
+        roles = {path: view.role(path) for path in flat}
+        chosen = [path for path, role in roles.items() if role.name == "moved" and role.dtype is not None]
+        name = self.name
+        if not chosen:
+            raise InputError(
+                f"{name}: nothing in the layers trains; put {name} behind the methods whose layers it samples"
+            )
+        if packed := [path for path in chosen if is_packed(flat[path])]:
+            raise InputError(
+                f"{name}: {packed[0]} is quantized and cannot train; sample adapters: quantize+lora+{name}"
+            )
+        layers = self._layers(chosen, flat)
+        if self.size > len(layers):
+            raise InputError(f"{name}: count {self.size}: {len(layers)} layers train")
+        more = self.leaves(flat, layers)
+        active = self._draw(key, layers, more)
+        masters = {
+            self.scope + path: read(path, flat[path], active).astype(view.role(self.scope + path).dtype)
+            for path in chosen
+        }
+        return {**masters, **more, self.active: active}
+
+    def _draw(self, key: jax.Array, layers: Sequence[int], moved: Mapping[str, Any]) -> jax.Array:
+        return self.draw(jax.random.fold_in(key, zlib.crc32(self.name.encode())), layers, self.size, moved)
+
+    def _layers(self, masters: Sequence[str] | Mapping[str, Any], flat: Mapping[str, Any]) -> list[int]:
+        """The numbers of all layers of which some leaf has masters."""
+        spans = {_span(path, flat[path.removeprefix(self.scope)], self.scope) for path in masters}
+        return sorted({layer for span in spans for layer in range(*span)})
+
+
+def uniform(key: jax.Array, layers: Sequence[int], count: int, moved: Mapping[str, Any]) -> jax.Array:
+    """A draw in which all layers are equally likely."""
+    del moved
+    return jax.random.choice(key, jnp.asarray(layers, jnp.int32), (count,), replace=False)
+
+
+# Where layers lie in their stacks; `path` with or without the masters' scope.
+
+
+def _span(path: str, stack: Any, scope: str = "") -> tuple[int, int]:
+    """(first layer, end) of the segment that a stack is of."""
+    segment = path.removeprefix(scope).split("/", 1)[0]
+    ((_, first, end),) = tree.segments({segment: {"": stack}})
+    return first, end
+
+
+def local(path: str, stack: Any, active: jax.Array, scope: str = "") -> jax.Array:
+    """Where the layers lie in a stack; its length for those of other segments."""
+    first, end = _span(path, stack, scope)
+    return jnp.where((active >= first) & (active < end), active - first, end - first)
+
+
+def written(path: str, stack: jax.Array, master: jax.Array, active: jax.Array, scope: str = "") -> jax.Array:
+    """The stack with the masters in the layers' places."""
+    return stack.at[local(path, stack, active, scope)].set(master.astype(stack.dtype), mode="drop")
+
+
+def read(path: str, stack: jax.Array, active: jax.Array, scope: str = "") -> jax.Array:
+    """The layers (g, ...) of a stack."""
+    return jnp.take(stack, local(path, stack, active, scope), axis=0, mode="clip")
+
+
+def _chosen(leaf: jax.Array, masters: jax.Array, active: jax.Array, layer: jax.Array) -> jax.Array:
+    """A layer's leaf, or the master in its place."""
+    for i in range(len(masters)):
+        leaf = jnp.where(active[i] == layer, masters[i].astype(leaf.dtype), leaf)
+    return leaf
+
+
+# The optimizer. Each part is given the norm of the other's gradients as one more leaf, so that clipping by the global
+# norm sees all of them.
+
+
+def _fresh(sampler: Sampler, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    rest = f"{sampler.name}/norm_of_the_rest"
+
+    def split(leaves, norm=optax.global_norm):
+        masters = {path: leaf for path, leaf in leaves.items() if path.startswith(sampler.scope)}
+        others = {path: leaf for path, leaf in leaves.items() if path not in masters}
+        return {**masters, rest: norm(others)}, {**others, rest: norm(masters)}
+
+    def of_params(params):
+        return split(params, norm=lambda _: jnp.zeros(()))
+
+    def init(params):
+        masters, others = of_params(params)
+        return SampledState(optimizer.init(masters), optimizer.init(others), jnp.zeros((), jnp.int32))
+
+    def update(grads, state, params=None, **extra):
+        parts = (None, None) if params is None else of_params(params)
+        found = [
+            optimizer.update(own, old, of, **extra)
+            for own, old, of in zip(split(grads), (state.masters, state.others), parts, strict=True)
+        ]
+        (directions, masters), (others, own) = found
+        steps = state.steps + 1
+        fresh = optimizer.init(of_params(grads if params is None else params)[0])
+        masters = jax.tree.map(lambda a, b: jnp.where(steps % sampler.every == 0, a, b), fresh, masters)
+        changes = {**directions, **others}
+        del changes[rest]
+        return changes, SampledState(masters, own, steps)
+
+    return optax.GradientTransformationExtraArgs(init, update)
