@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.int21 import int21
+    from jaxpeft.methods.ist import ist
     from jaxpeft.methods.lamda import lamda
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.llm_qfa import llm_qfa
@@ -102,6 +103,7 @@ _MODULE_OF = {
     "init_state": "train.state",
     "int21": "methods.int21",
     "lamda": "methods.lamda",
+    "ist": "methods.ist",
     "lisa": "methods.lisa",
     "llm_qfa": "methods.llm_qfa",
     "ln_tuning": "methods.ln_tuning",

@@ -21,7 +21,7 @@ import optax
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import MOVED, Leaves, Moment, Role, Roles, View, trained
+from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, trained
 from jaxpeft.model import Model, reads_stacks
 from jaxpeft.quant import is_packed
 from pallas_kernels.stacked import taken
@@ -30,7 +30,7 @@ from pallas_kernels.stacked import taken
 class SampledState(NamedTuple):
     """The optimizer's state.
 
-    masters: of the optimizer on the sampled layers' masters.
+    masters: of the optimizer on the sampled layers' masters; where it is kept, (L, ...) of an optimizer per layer.
     others: of the optimizer on all other leaves.
     steps: () int32, steps done.
     """
@@ -50,17 +50,20 @@ class Sampler(NamedTuple):
     """What a method says of its sampling.
 
     name: the method's, and the scope of its leaves.
-    size: g, layers that are drawn at a time.
+    size: number of all layers that train -> g, layers that are drawn at a time.
     every: steps from one draw to the next.
     draw: (key, numbers of all layers that train, g, {path: moved leaf}) -> (g,) int32, numbers of different layers.
     leaves: (all leaves, numbers of the layers) -> further moved leaves `<name>/...`, which `draw` may read.
+    keeps: whether the optimizer's state of a layer, its count of steps too, is kept until the layer is drawn again;
+      otherwise it starts anew with each draw, and exists for g layers.
     """
 
     name: str
-    size: int
+    size: Callable[[int], int]
     every: int
     draw: Callable[[jax.Array, Sequence[int], int, Mapping[str, Any]], jax.Array]
     leaves: Callable[[tree.Flat, Sequence[int]], tree.Flat] = nothing_more
+    keeps: bool = False
 
     @property
     def scope(self) -> str:
@@ -115,10 +118,34 @@ class Sampler(NamedTuple):
 
         return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed))
 
-    def update(self, optimizer: optax.GradientTransformation, view: View) -> optax.GradientTransformationExtraArgs:
-        """One optimizer for the masters, which starts anew with each draw, and one for all other leaves."""
+    def layers(self, view: View) -> list[int]:
+        """The numbers of the layers that train, of a view with all leaves."""
+        return self._layers([path for path in view.trained if self.is_master(path)], view.shapes)
+
+    def gradient(self, objective: Objective, view: View) -> Objective:
+        """Says which layers they are, to an `update` that keeps their state."""
         del view
-        return _fresh(self, optax.with_extra_args_support(optimizer))
+
+        def value_and_grad(trainable, rest, batch, key, opt_state):
+            (value, aux), grads = objective.value_and_grad(trainable, rest, batch, key, opt_state)
+            return (value, {**aux, self.active: rest[self.active]}), grads
+
+        return objective._replace(value_and_grad=value_and_grad)
+
+    def update(self, optimizer: optax.GradientTransformation, view: View) -> optax.GradientTransformationExtraArgs:
+        """One optimizer for the masters, or one for each layer's, and one for all other leaves."""
+        optimizer = optax.with_extra_args_support(optimizer)
+        return _kept(self, optimizer, self.layers(view)) if self.keeps else _fresh(self, optimizer)
+
+    def told(self, aux: Mapping[str, Any], name: str) -> Any:
+        """What `gradient` has said.
+
+        Raises:
+          InputError: where it was not asked, because a member behind it calculates gradients of its own.
+        """
+        if f"{self.name}/{name}" not in aux:
+            raise InputError(f"{self.name}: stands in front of what replaces the gradient; put {self.name} last")
+        return aux[f"{self.name}/{name}"]
 
     def move(self, leaves: Leaves, moment: Moment) -> Leaves:
         """Writes the masters into the stack, and draws when it is time."""
@@ -166,8 +193,8 @@ class Sampler(NamedTuple):
                 f"{name}: {packed[0]} is quantized and cannot train; sample adapters: quantize+lora+{name}"
             )
         layers = self._layers(chosen, flat)
-        if self.size > len(layers):
-            raise InputError(f"{name}: count {self.size}: {len(layers)} layers train")
+        if (size := self.size(len(layers))) > len(layers):
+            raise InputError(f"{name}: count {size}: {len(layers)} layers train")
         more = self.leaves(flat, layers)
         active = self._draw(key, layers, more)
         masters = {
@@ -177,7 +204,7 @@ class Sampler(NamedTuple):
         return {**masters, **more, self.active: active}
 
     def _draw(self, key: jax.Array, layers: Sequence[int], moved: Mapping[str, Any]) -> jax.Array:
-        return self.draw(jax.random.fold_in(key, zlib.crc32(self.name.encode())), layers, self.size, moved)
+        return self.draw(jax.random.fold_in(key, zlib.crc32(self.name.encode())), layers, self.size(len(layers)), moved)
 
     def _layers(self, masters: Sequence[str] | Mapping[str, Any], flat: Mapping[str, Any]) -> list[int]:
         """The numbers of all layers of which some leaf has masters."""
@@ -189,6 +216,12 @@ def uniform(key: jax.Array, layers: Sequence[int], count: int, moved: Mapping[st
     """A draw in which all layers are equally likely."""
     del moved
     return jax.random.choice(key, jnp.asarray(layers, jnp.int32), (count,), replace=False)
+
+
+def weighted(key: jax.Array, layers: Sequence[int], count: int, weights: jax.Array) -> jax.Array:
+    """A draw one after the other, each layer as likely as its weight (L,) is of those left: torch's `multinomial`."""
+    shares = weights / weights.sum()
+    return jax.random.choice(key, jnp.asarray(layers, jnp.int32), (count,), replace=False, p=shares)
 
 
 # Where layers lie in their stacks; `path` with or without the masters' scope.
@@ -229,6 +262,7 @@ def _chosen(leaf: jax.Array, masters: jax.Array, active: jax.Array, layer: jax.A
 
 
 def _fresh(sampler: Sampler, optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
+    """The masters' starts anew with each draw."""
     rest = f"{sampler.name}/norm_of_the_rest"
 
     def split(leaves, norm=optax.global_norm):
@@ -256,5 +290,47 @@ def _fresh(sampler: Sampler, optimizer: optax.GradientTransformationExtraArgs) -
         changes = {**directions, **others}
         del changes[rest]
         return changes, SampledState(masters, own, steps)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _kept(
+    sampler: Sampler, optimizer: optax.GradientTransformationExtraArgs, layers: Sequence[int]
+) -> optax.GradientTransformationExtraArgs:
+    """Each layer has one, which makes a step when the layer does."""
+    rest = f"{sampler.name}/norm_of_the_rest"
+
+    def split(leaves):
+        masters = {path: leaf for path, leaf in leaves.items() if sampler.is_master(path)}
+        return masters, {path: leaf for path, leaf in leaves.items() if path not in masters}
+
+    def init(params):
+        masters, others = split(params)
+        zero = jnp.zeros(())
+        one = optimizer.init({**{path: leaf[0] for path, leaf in masters.items()}, rest: zero})
+        each = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(layers), *x.shape)), one)
+        return SampledState(each, optimizer.init({**others, rest: zero}), jnp.zeros((), jnp.int32))
+
+    def update(grads, state, params=None, *, aux=None, **extra):
+        (own, others), (own_now, others_now) = split(grads), (None, None) if params is None else split(params)
+        zero = {rest: jnp.zeros(())}
+        squares = sum(jnp.sum(jnp.square(x.astype(jnp.float32)).reshape(len(x), -1), axis=1) for x in own.values())
+        apart = (1 - jnp.eye(len(squares))) @ squares + optax.global_norm(others) ** 2
+
+        def of_layer(grads, norm, state, now):
+            now = None if now is None else {**now, **zero}
+            return optimizer.update({**grads, rest: norm}, state, now, aux=aux, **extra)
+
+        at = jnp.searchsorted(jnp.asarray(layers), sampler.told(aux or {}, "active"))
+        rows = jax.tree.map(lambda x: x[at], state.masters)
+        directions, rows = jax.vmap(of_layer)(own, jnp.sqrt(apart), rows, own_now)
+        masters = jax.tree.map(lambda x, row: x.at[at].set(row), state.masters, rows)
+        others_now = None if others_now is None else {**others_now, **zero}
+        changes, beside = optimizer.update(
+            {**others, rest: jnp.sqrt(squares.sum())}, state.others, others_now, aux=aux, **extra
+        )
+        changes = {**directions, **changes}
+        del changes[rest]
+        return changes, SampledState(masters, beside, state.steps + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -50,7 +50,7 @@ def lisa(count: int = 2, every: int = 20, which: str = "all") -> Method:
         if value < 1:
             raise InputError(f"lisa: {name} {value} must be at least 1")
     pattern = patterns.compiled(_full.WHICH.get(which, which), "lisa: which")
-    sampler = sampling.Sampler("lisa", count, every, sampling.uniform)
+    sampler = sampling.Sampler("lisa", lambda layers: count, every, sampling.uniform)
     return Method(
         forward=sampler.forward,
         roles=sampler.roles,
