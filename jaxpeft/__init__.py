@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.mezo import mezo
     from jaxpeft.methods.miss import miss
     from jaxpeft.methods.oft import oft
+    from jaxpeft.methods.owlore import owlore
     from jaxpeft.methods.paca import paca
     from jaxpeft.methods.parallel import parallel
     from jaxpeft.methods.peqa import peqa
@@ -121,6 +122,7 @@ _MODULE_OF = {
     "meft": "methods.meft",
     "miss": "methods.miss",
     "oft": "methods.oft",
+    "owlore": "methods.owlore",
     "paca": "methods.paca",
     "quantize": "methods.quantize",
     "mezo": "methods.mezo",

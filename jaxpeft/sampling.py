@@ -26,6 +26,9 @@ from jaxpeft.model import Model, reads_stacks
 from jaxpeft.quant import is_packed
 from pallas_kernels.stacked import taken
 
+# Of a moved stack whose layers are sampled, and change by `move` alone; known by its identity.
+SAMPLED = Role("moved")
+
 
 class SampledState(NamedTuple):
     """The optimizer's state.
@@ -56,6 +59,8 @@ class Sampler(NamedTuple):
     leaves: (all leaves, numbers of the layers) -> further moved leaves `<name>/...`, which `draw` may read.
     keeps: whether the optimizer's state of a layer, its count of steps too, is kept until the layer is drawn again;
       otherwise it starts anew with each draw, and exists for g layers.
+    own: path in a layer -> whether it is the method's own leaf of the layers that are drawn, `<name>/<segment>/<path>`
+      (g, ...), which no stack has: it is put into those layers, and zeros into all others.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Sampler(NamedTuple):
     draw: Callable[[jax.Array, Sequence[int], int, Mapping[str, Any]], jax.Array]
     leaves: Callable[[tree.Flat, Sequence[int]], tree.Flat] = nothing_more
     keeps: bool = False
+    own: Callable[[str], bool] = lambda path: False
 
     @property
     def scope(self) -> str:
@@ -76,7 +82,8 @@ class Sampler(NamedTuple):
 
     def is_master(self, path: str) -> bool:
         """Whether a path is that of sampled layers' masters."""
-        return path.startswith(self.scope) and tree.stacked(path.removeprefix(self.scope))
+        of_layers = path.startswith(self.scope) and tree.stacked(path.removeprefix(self.scope))
+        return of_layers and not self.own(path)
 
     # The slots of a method.
 
@@ -111,7 +118,8 @@ class Sampler(NamedTuple):
                 own = ctx.shared[self.name]
                 flat = tree.flatten(layer)
                 for path, masters in tree.flatten(own.get(segment, {})).items():
-                    flat[path] = _chosen(taken(flat[path]), masters, own["active"], ctx.layer)
+                    leaf = jnp.zeros_like(masters[0]) if self.own(path) else taken(flat[path])
+                    flat[path] = _chosen(leaf, masters, own["active"], ctx.layer)
                 return function(tree.unflatten(flat), x, ctx, cache, segment)
 
             return reads_stacks(call, like=function)
@@ -120,7 +128,7 @@ class Sampler(NamedTuple):
 
     def layers(self, view: View) -> list[int]:
         """The numbers of the layers that train, of a view with all leaves."""
-        return self._layers([path for path in view.trained if self.is_master(path)], view.shapes)
+        return _layers({path: leaf for path, leaf in view.shapes.items() if _is_sampled(view.role(path))})
 
     def gradient(self, objective: Objective, view: View) -> Objective:
         """Says which layers they are, to an `update` that keeps their state."""
@@ -151,7 +159,7 @@ class Sampler(NamedTuple):
         """Writes the masters into the stack, and draws when it is time."""
         masters = {path: leaf for path, leaf in leaves.trained.items() if self.is_master(path)}
         active, moved, own = leaves.moved[self.active], dict(leaves.moved), {}
-        drawn = self._draw(moment.key, self._layers(masters, moved), moved)
+        drawn = self._draw(moment.key, self.layers(moment.view), moved)
         now = jnp.where((moment.step + 1) % self.every == 0, drawn, active)
         for path, master in masters.items():
             stack = moved[path.removeprefix(self.scope)]
@@ -181,35 +189,41 @@ class Sampler(NamedTuple):
         Raises:
           InputError: where nothing in the layers trains, or too few layers, or what is quantized.
         """
-        roles = {path: view.role(path) for path in flat}
-        chosen = [path for path, role in roles.items() if role.name == "moved" and role.dtype is not None]
+        sampled = {path: leaf for path, leaf in flat.items() if _is_sampled(view.role(path))}
         name = self.name
-        if not chosen:
+        if not sampled:
             raise InputError(
                 f"{name}: nothing in the layers trains; put {name} behind the methods whose layers it samples"
             )
-        if packed := [path for path in chosen if is_packed(flat[path])]:
+        if packed := [path for path, leaf in sampled.items() if is_packed(leaf)]:
             raise InputError(
                 f"{name}: {packed[0]} is quantized and cannot train; sample adapters: quantize+lora+{name}"
             )
-        layers = self._layers(chosen, flat)
+        layers = _layers(sampled)
         if (size := self.size(len(layers))) > len(layers):
             raise InputError(f"{name}: count {size}: {len(layers)} layers train")
         more = self.leaves(flat, layers)
         active = self._draw(key, layers, more)
         masters = {
-            self.scope + path: read(path, flat[path], active).astype(view.role(self.scope + path).dtype)
-            for path in chosen
+            self.scope + path: read(path, leaf, active).astype(view.role(self.scope + path).dtype)
+            for path, leaf in sampled.items()
+            if view.role(path) is not SAMPLED
         }
         return {**masters, **more, self.active: active}
 
     def _draw(self, key: jax.Array, layers: Sequence[int], moved: Mapping[str, Any]) -> jax.Array:
         return self.draw(jax.random.fold_in(key, zlib.crc32(self.name.encode())), layers, self.size(len(layers)), moved)
 
-    def _layers(self, masters: Sequence[str] | Mapping[str, Any], flat: Mapping[str, Any]) -> list[int]:
-        """The numbers of all layers of which some leaf has masters."""
-        spans = {_span(path, flat[path.removeprefix(self.scope)], self.scope) for path in masters}
-        return sorted({layer for span in spans for layer in range(*span)})
+
+def _is_sampled(role: Role) -> bool:
+    """Whether the layers of a leaf are sampled."""
+    return role.name == "moved" and (role.dtype is not None or role is SAMPLED)
+
+
+def _layers(stacks: Mapping[str, Any]) -> list[int]:
+    """The numbers of all layers that stacks have."""
+    spans = {_span(path, stack) for path, stack in stacks.items()}
+    return sorted({layer for span in spans for layer in range(*span)})
 
 
 def uniform(key: jax.Array, layers: Sequence[int], count: int, moved: Mapping[str, Any]) -> jax.Array:
