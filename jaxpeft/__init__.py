@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
     from jaxpeft.methods.galore import galore
+    from jaxpeft.methods.half import half
     from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.int21 import int21
@@ -99,6 +100,7 @@ _MODULE_OF = {
     "full": "methods.full",
     "ia3": "methods.ia3",
     "galore": "methods.galore",
+    "half": "methods.half",
     "houlsby": "methods.houlsby",
     "import_adapter": "peft",
     "init_state": "train.state",

@@ -1,12 +1,13 @@
 """Layers that are sampled: of a stack, only those that are drawn have masters, gradients and an optimizer's state.
 
-    every so many steps: draw numbers of layers a_1 ... a_g, M_i <- W[a_i]
-    in layer l:          W_l = M_i in W's dtype where a_i = l, else W[l]
-    after each step:     W[a_i] <- M_i, rounded once
+    every so many steps    draw numbers of layers a_1 ... a_g, M_i <- W[a_i]
+    in layer l             W_l = M_i in W's dtype where a_i = l, else W[l]
+    after each step        W[a_i] <- M_i, rounded once
 
 The stack W (L, ...) is moved and keeps its dtype; the masters M (g, ...) are trained leaves `<name>/<path of W>`, so
 that gradients exist for g layers. `<name>/active` (g,) int32 says which layers they are. A layer is put in place inside
-the block: as whole leaves (L, ...) the gradients would be those of all layers. Methods differ in how they draw.
+the block: as whole leaves (L, ...) the gradients would be those of all layers. Methods differ in how they draw: for all
+stacks alike, or for each apart (`<name>/active/<...>`). NO_LAYER as a number leaves a master idle.
 """
 
 from __future__ import annotations
@@ -26,6 +27,9 @@ from jaxpeft.model import Model, reads_stacks
 from jaxpeft.quant import is_packed
 from pallas_kernels.stacked import taken
 
+NO_LAYER = 2**31 - 1
+Stacks = Mapping[str, Sequence[int]]  # path of a stack whose layers are sampled -> their numbers
+
 # Of a moved stack whose layers are sampled, and change by `move` alone; known by its identity.
 SAMPLED = Role("moved")
 
@@ -43,9 +47,9 @@ class SampledState(NamedTuple):
     steps: jax.Array
 
 
-def nothing_more(flat: tree.Flat, layers: Sequence[int]) -> tree.Flat:
+def nothing_more(flat: tree.Flat, stacks: Stacks) -> tree.Flat:
     """No further leaves."""
-    del flat, layers
+    del flat, stacks
     return {}
 
 
@@ -53,32 +57,36 @@ class Sampler(NamedTuple):
     """What a method says of its sampling.
 
     name: the method's, and the scope of its leaves.
-    size: number of all layers that train -> g, layers that are drawn at a time.
-    every: steps from one draw to the next.
-    draw: (key, numbers of all layers that train, g, {path: moved leaf}) -> (g,) int32, numbers of different layers.
-    leaves: (all leaves, numbers of the layers) -> further moved leaves `<name>/...`, which `draw` may read.
+    draw: (key, the stacks, {path: moved leaf}) -> {name: (g,) int32, numbers of different layers}; "active" where the
+      layers of all stacks are drawn together.
+    every: steps from one draw to the next; 0: the first stays.
+    leaves: (all leaves, the stacks) -> further moved leaves `<name>/...`, which `draw` may read.
     keeps: whether the optimizer's state of a layer, its count of steps too, is kept until the layer is drawn again;
       otherwise it starts anew with each draw, and exists for g layers.
     own: path in a layer -> whether it is the method's own leaf of the layers that are drawn, `<name>/<segment>/<path>`
       (g, ...), which no stack has: it is put into those layers, and zeros into all others.
+    takes: path -> whether the layers of a stack that trains are sampled; else it trains as it is.
+    drawn_as: path of a stack -> the name in `draw`'s result of its layers' numbers.
+    what: in words, after "nothing in the layers trains", what `takes` takes.
     """
 
     name: str
-    size: Callable[[int], int]
+    draw: Callable[[jax.Array, Stacks, Mapping[str, Any]], Mapping[str, jax.Array]]
     every: int
-    draw: Callable[[jax.Array, Sequence[int], int, Mapping[str, Any]], jax.Array]
-    leaves: Callable[[tree.Flat, Sequence[int]], tree.Flat] = nothing_more
+    leaves: Callable[[tree.Flat, Stacks], tree.Flat] = nothing_more
     keeps: bool = False
     own: Callable[[str], bool] = lambda path: False
+    takes: Callable[[str], bool] = lambda path: True
+    drawn_as: Callable[[str], str] = lambda path: "active"
+    what: str = ""
 
     @property
     def scope(self) -> str:
         return f"{self.name}/"
 
-    @property
-    def active(self) -> str:
-        """The path of the numbers of the layers that are drawn."""
-        return f"{self.name}/active"
+    def active(self, path: str) -> str:
+        """The path of the numbers of the layers that are drawn of a stack, which may have the scope in front."""
+        return self.scope + self.drawn_as(path.removeprefix(self.scope))
 
     def is_master(self, path: str) -> bool:
         """Whether a path is that of sampled layers' masters."""
@@ -96,7 +104,7 @@ class Sampler(NamedTuple):
                 return trained(own.dtype or jnp.float32)
             if path.startswith(self.scope):
                 return MOVED
-            if own.name == "trained" and tree.stacked(path):
+            if own.name == "trained" and tree.stacked(path) and self.takes(path):
                 return Role("moved", own.dtype or jnp.float32)
             return own
 
@@ -107,7 +115,8 @@ class Sampler(NamedTuple):
 
         def init(key, params):
             flat = tree.flatten(model.init(key, params))
-            return tree.unflatten(flat if self.active in flat else {**flat, **self._first(key, flat, view)})
+            there = any(path.startswith(self.scope) for path in flat)
+            return tree.unflatten(flat if there else {**flat, **self._first(key, flat, view)})
 
         def embed(params, batch, key):
             x, ctx = model.stack.embed(params, batch, key)
@@ -115,20 +124,20 @@ class Sampler(NamedTuple):
 
         def layer(function):
             def call(layer, x, ctx, cache, segment):
-                own = ctx.shared[self.name]
-                flat = tree.flatten(layer)
-                for path, masters in tree.flatten(own.get(segment, {})).items():
-                    leaf = jnp.zeros_like(masters[0]) if self.own(path) else taken(flat[path])
-                    flat[path] = _chosen(leaf, masters, own["active"], ctx.layer)
+                own, flat = tree.flatten(ctx.shared[self.name]), tree.flatten(layer)
+                for path in [path for path in own if path.startswith(f"{segment}/")]:
+                    masters, at = own[path], path.removeprefix(f"{segment}/")
+                    leaf = jnp.zeros_like(masters[0]) if self.own(path) else taken(flat[at])
+                    flat[at] = _chosen(leaf, masters, own[self.drawn_as(path)], ctx.layer)
                 return function(tree.unflatten(flat), x, ctx, cache, segment)
 
             return reads_stacks(call, like=function)
 
         return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed))
 
-    def layers(self, view: View) -> list[int]:
-        """The numbers of the layers that train, of a view with all leaves."""
-        return _layers({path: leaf for path, leaf in view.shapes.items() if _is_sampled(view.role(path))})
+    def stacks(self, view: View) -> Stacks:
+        """What is sampled, of a view with all leaves."""
+        return _stacks({path: leaf for path, leaf in view.shapes.items() if _is_sampled(view.role(path))})
 
     def gradient(self, objective: Objective, view: View) -> Objective:
         """Says which layers they are, to an `update` that keeps their state."""
@@ -136,14 +145,14 @@ class Sampler(NamedTuple):
 
         def value_and_grad(trainable, rest, batch, key, opt_state):
             (value, aux), grads = objective.value_and_grad(trainable, rest, batch, key, opt_state)
-            return (value, {**aux, self.active: rest[self.active]}), grads
+            return (value, {**aux, f"{self.scope}active": rest[f"{self.scope}active"]}), grads
 
         return objective._replace(value_and_grad=value_and_grad)
 
     def update(self, optimizer: optax.GradientTransformation, view: View) -> optax.GradientTransformationExtraArgs:
         """One optimizer for the masters, or one for each layer's, and one for all other leaves."""
         optimizer = optax.with_extra_args_support(optimizer)
-        return _kept(self, optimizer, self.layers(view)) if self.keeps else _fresh(self, optimizer)
+        return _kept(self, optimizer, layers_of(self.stacks(view))) if self.keeps else _fresh(self, optimizer)
 
     def told(self, aux: Mapping[str, Any], name: str) -> Any:
         """What `gradient` has said.
@@ -158,18 +167,23 @@ class Sampler(NamedTuple):
     def move(self, leaves: Leaves, moment: Moment) -> Leaves:
         """Writes the masters into the stack, and draws when it is time."""
         masters = {path: leaf for path, leaf in leaves.trained.items() if self.is_master(path)}
-        active, moved, own = leaves.moved[self.active], dict(leaves.moved), {}
-        drawn = self._draw(moment.key, self.layers(moment.view), moved)
-        now = jnp.where((moment.step + 1) % self.every == 0, drawn, active)
+        moved, own = dict(leaves.moved), {}
+        drawn = self._draw(moment.key, self.stacks(moment.view), moved) if self.every else {}
+        due = (moment.step + 1) % self.every == 0 if self.every else False
+        numbers = {path: jnp.where(due, fresh, moved[path]) for path, fresh in drawn.items()}
         for path, master in masters.items():
+            active = moved[self.active(path)]
             stack = moved[path.removeprefix(self.scope)]
             stack = moved[path.removeprefix(self.scope)] = written(path, stack, master, active, self.scope)
+            if not self.every:
+                continue
             # Of a layer that stays, the master stays too: it is not what it was rounded to.
+            now = numbers[self.active(path)]
             stays = jnp.any(now[:, None] == active, axis=1)
             kept = jnp.take(master, jnp.argmax(now[:, None] == active, axis=1), axis=0)
             fresh = read(path, stack, now, self.scope).astype(master.dtype)
             own[path] = jnp.where(stays.reshape(-1, *[1] * (master.ndim - 1)), kept, fresh)
-        return Leaves({**leaves.trained, **own}, {**moved, self.active: now})
+        return Leaves({**leaves.trained, **own}, {**moved, **numbers})
 
     def merge(self, params: Mapping[str, Any]) -> tree.Params:
         """The stacks with the masters written into them; what is the method's own goes."""
@@ -178,7 +192,7 @@ class Sampler(NamedTuple):
         for path, master in flat.items():
             if self.is_master(path):
                 own = path.removeprefix(self.scope)
-                whole[own] = written(path, jnp.asarray(whole[own]), master, flat[self.active], self.scope)
+                whole[own] = written(path, jnp.asarray(whole[own]), master, flat[self.active(path)], self.scope)
         return tree.unflatten(whole)
 
     # Its parts.
@@ -193,26 +207,25 @@ class Sampler(NamedTuple):
         name = self.name
         if not sampled:
             raise InputError(
-                f"{name}: nothing in the layers trains; put {name} behind the methods whose layers it samples"
+                f"{name}: nothing in the layers trains{self.what}; put {name} behind the methods whose layers it samples"
             )
         if packed := [path for path, leaf in sampled.items() if is_packed(leaf)]:
             raise InputError(
                 f"{name}: {packed[0]} is quantized and cannot train; sample adapters: quantize+lora+{name}"
             )
-        layers = _layers(sampled)
-        if (size := self.size(len(layers))) > len(layers):
-            raise InputError(f"{name}: count {size}: {len(layers)} layers train")
-        more = self.leaves(flat, layers)
-        active = self._draw(key, layers, more)
+        stacks = _stacks(sampled)
+        more = self.leaves(flat, stacks)
+        drawn = self._draw(key, stacks, more)
         masters = {
-            self.scope + path: read(path, leaf, active).astype(view.role(self.scope + path).dtype)
+            self.scope + path: read(path, leaf, drawn[self.active(path)]).astype(view.role(self.scope + path).dtype)
             for path, leaf in sampled.items()
             if view.role(path) is not SAMPLED
         }
-        return {**masters, **more, self.active: active}
+        return {**masters, **more, **drawn}
 
-    def _draw(self, key: jax.Array, layers: Sequence[int], moved: Mapping[str, Any]) -> jax.Array:
-        return self.draw(jax.random.fold_in(key, zlib.crc32(self.name.encode())), layers, self.size(len(layers)), moved)
+    def _draw(self, key: jax.Array, stacks: Stacks, moved: Mapping[str, Any]) -> tree.Flat:
+        found = self.draw(jax.random.fold_in(key, zlib.crc32(self.name.encode())), stacks, moved)
+        return {self.scope + name: numbers for name, numbers in found.items()}
 
 
 def _is_sampled(role: Role) -> bool:
@@ -220,22 +233,33 @@ def _is_sampled(role: Role) -> bool:
     return role.name == "moved" and (role.dtype is not None or role is SAMPLED)
 
 
-def _layers(stacks: Mapping[str, Any]) -> list[int]:
+def _stacks(leaves: Mapping[str, Any]) -> Stacks:
+    return {path: range(*_span(path, leaf)) for path, leaf in leaves.items()}
+
+
+def layers_of(stacks: Stacks) -> list[int]:
     """The numbers of all layers that stacks have."""
-    spans = {_span(path, stack) for path, stack in stacks.items()}
-    return sorted({layer for span in spans for layer in range(*span)})
+    return sorted({layer for layers in stacks.values() for layer in layers})
 
 
-def uniform(key: jax.Array, layers: Sequence[int], count: int, moved: Mapping[str, Any]) -> jax.Array:
-    """A draw in which all layers are equally likely."""
-    del moved
+# Draws.
+
+
+def uniform(key: jax.Array, layers: Sequence[int], count: int) -> jax.Array:
+    """(count,) int32, different layers; all are equally likely."""
     return jax.random.choice(key, jnp.asarray(layers, jnp.int32), (count,), replace=False)
 
 
 def weighted(key: jax.Array, layers: Sequence[int], count: int, weights: jax.Array) -> jax.Array:
-    """A draw one after the other, each layer as likely as its weight (L,) is of those left: torch's `multinomial`."""
+    """The same, one after the other, each as likely as its weight (L,) is of those left: torch's `multinomial`."""
     shares = weights / weights.sum()
     return jax.random.choice(key, jnp.asarray(layers, jnp.int32), (count,), replace=False, p=shares)
+
+
+def check_count(name: str, count: int, layers: Sequence[int]) -> None:
+    """Raises InputError for more layers than there are."""
+    if count > len(layers):
+        raise InputError(f"{name}: count {count}: {len(layers)} layers train")
 
 
 # Where layers lie in their stacks; `path` with or without the masters' scope.
@@ -266,9 +290,8 @@ def read(path: str, stack: jax.Array, active: jax.Array, scope: str = "") -> jax
 
 def _chosen(leaf: jax.Array, masters: jax.Array, active: jax.Array, layer: jax.Array) -> jax.Array:
     """A layer's leaf, or the master in its place."""
-    for i in range(len(masters)):
-        leaf = jnp.where(active[i] == layer, masters[i].astype(leaf.dtype), leaf)
-    return leaf
+    here = active == layer
+    return jnp.where(jnp.any(here), masters[jnp.argmax(here)].astype(leaf.dtype), leaf)
 
 
 # The optimizer. Each part is given the norm of the other's gradients as one more leaf, so that clipping by the global

@@ -68,14 +68,16 @@ def ist(
     if not 0 < gain < float("inf"):
         raise InputError(f"ist: gain {gain} must be a finite number above 0")
 
-    def begun(flat, layers):
+    def begun(flat, stacks):
         del flat
-        return {"ist/scores": jnp.zeros(len(layers)), "ist/steps": jnp.zeros((), jnp.int32)}
+        return {"ist/scores": jnp.zeros(len(sampling.layers_of(stacks))), "ist/steps": jnp.zeros((), jnp.int32)}
 
-    def drawn(key, layers, count, moved):
-        return sampling.weighted(key, layers, count, jax.nn.sigmoid(-moved["ist/scores"]))
+    def draw(key, stacks, moved):
+        layers = sampling.layers_of(stacks)
+        count = max(1, round(share * len(layers)))
+        return {"active": sampling.weighted(key, layers, count, jax.nn.sigmoid(-moved["ist/scores"]))}
 
-    sampler = sampling.Sampler("ist", lambda layers: max(1, round(share * layers)), 1, drawn, begun, keeps=True)
+    sampler = sampling.Sampler("ist", draw, 1, begun, keeps=True)
 
     def forward(model: Model, view: View) -> Model:
         for spec in view.specs:
@@ -97,7 +99,7 @@ def ist(
         return own._replace(init=init)
 
     def gradient(objective: Objective, view: View) -> Objective:
-        layers = sampler.layers(view)
+        layers = sampling.layers_of(sampler.stacks(view))
         inner = sampler.gradient(objective, view)
 
         def value_and_grad(trainable, rest, batch, key, opt_state):

@@ -50,7 +50,14 @@ def lisa(count: int = 2, every: int = 20, which: str = "all") -> Method:
         if value < 1:
             raise InputError(f"lisa: {name} {value} must be at least 1")
     pattern = patterns.compiled(_full.WHICH.get(which, which), "lisa: which")
-    sampler = sampling.Sampler("lisa", lambda layers: count, every, sampling.uniform)
+
+    def draw(key, stacks, moved):
+        del moved
+        layers = sampling.layers_of(stacks)
+        sampling.check_count("lisa", count, layers)
+        return {"active": sampling.uniform(key, layers, count)}
+
+    sampler = sampling.Sampler("lisa", draw, every)
     return Method(
         forward=sampler.forward,
         roles=sampler.roles,

@@ -121,12 +121,12 @@ def owlore(
         raise InputError(f"owlore: threshold {threshold} must be a finite number above 0")
     pattern = patterns.compiled(_full.WHICH.get(which, which), "owlore: which")
 
-    def drawn(key, layers, size, moved):
-        own = moved["owlore/scores"]
+    def draw(key, stacks, moved):
+        layers, own = sampling.layers_of(stacks), moved["owlore/scores"]
         least = jnp.maximum(_LEAST * own.max(), jnp.finfo(jnp.float32).tiny)
-        return sampling.weighted(key, layers, size, jnp.maximum(own, least))
+        return {"active": sampling.weighted(key, layers, count, jnp.maximum(own, least))}
 
-    sampler = sampling.Sampler("owlore", lambda layers: count, every, drawn, own=lambda path: "/galore/" in path)
+    sampler = sampling.Sampler("owlore", draw, every, own=lambda path: "/galore/" in path)
 
     def roles(others):
         rest = sampler.roles(others)
@@ -140,7 +140,9 @@ def owlore(
         return role
 
     def forward(model: Model, view: View) -> Model:
-        def begun(flat, layers):
+        def begun(flat, stacks):
+            layers = sampling.layers_of(stacks)
+            sampling.check_count("owlore", count, layers)
             found = _scores(scores, threshold, flat, layers, view)
             return {"owlore/scores": found, "owlore/steps": jnp.zeros((), jnp.int32)}
 
@@ -204,7 +206,7 @@ def owlore(
             r, kernel, fresh = f"owlore/{site}/galore/r", f"{site}/kernel", sampler.told(moment.aux, f"{site}/galore/p")
             key = jax.random.fold_in(moment.key, zlib.crc32(site.encode())) if rounding == "stochastic" else None
             keeps = 1 - moment.decay * rate if moment.decay and decays(kernel, moved[kernel]) else 1.0
-            places = sampling.local(kernel, moved[kernel], moved[sampler.active])
+            places = sampling.local(kernel, moved[kernel], moved["owlore/active"])
             moved[kernel] = _galore.taken_up(moved[kernel], moved[path], trained[r], scale, keeps, key, places)
             moved[path], trained[r] = fresh, jnp.zeros_like(trained[r])
         moved["owlore/steps"] = moved["owlore/steps"] + 1
