@@ -207,7 +207,8 @@ class Sampler(NamedTuple):
         name = self.name
         if not sampled:
             raise InputError(
-                f"{name}: nothing in the layers trains{self.what}; put {name} behind the methods whose layers it samples"
+                f"{name}: nothing in the layers trains{self.what}; put {name} behind the methods whose layers it "
+                "samples"
             )
         if packed := [path for path, leaf in sampled.items() if is_packed(leaf)]:
             raise InputError(
