@@ -56,8 +56,6 @@ def document(rows: Sequence[common.Row]) -> str:
         for row in rows
     ]
     jax = ", ".join(sorted({row["jax"] for row in rows}))
-    head = (
-        f"# Steps in which a part of the layers trains\n\n{GEOMETRY}, bfloat16, {rows[0]['save']}, GiB on an {TARGET}"
-    )
+    what = f"{GEOMETRY}, bfloat16, {rows[0]['save']}, GiB on an {TARGET}"
     table = common.table(["method", "batch", *CATEGORIES, "total", "total, GB"], body)
     return f"# Steps in which a part of the layers trains\n\n{what}; JAX {jax}.\n\n{table}"
