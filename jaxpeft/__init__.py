@@ -24,9 +24,11 @@ if TYPE_CHECKING:
     from jaxpeft.methods.dora import dora
     from jaxpeft.methods.full import full
     from jaxpeft.methods.galore import galore
+    from jaxpeft.methods.half import half
     from jaxpeft.methods.houlsby import houlsby
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.int21 import int21
+    from jaxpeft.methods.ist import ist
     from jaxpeft.methods.lamda import lamda
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.llm_qfa import llm_qfa
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.mezo import mezo
     from jaxpeft.methods.miss import miss
     from jaxpeft.methods.oft import oft
+    from jaxpeft.methods.owlore import owlore
     from jaxpeft.methods.paca import paca
     from jaxpeft.methods.parallel import parallel
     from jaxpeft.methods.peqa import peqa
@@ -97,11 +100,13 @@ _MODULE_OF = {
     "full": "methods.full",
     "ia3": "methods.ia3",
     "galore": "methods.galore",
+    "half": "methods.half",
     "houlsby": "methods.houlsby",
     "import_adapter": "peft",
     "init_state": "train.state",
     "int21": "methods.int21",
     "lamda": "methods.lamda",
+    "ist": "methods.ist",
     "lisa": "methods.lisa",
     "llm_qfa": "methods.llm_qfa",
     "ln_tuning": "methods.ln_tuning",
@@ -119,6 +124,7 @@ _MODULE_OF = {
     "meft": "methods.meft",
     "miss": "methods.miss",
     "oft": "methods.oft",
+    "owlore": "methods.owlore",
     "paca": "methods.paca",
     "quantize": "methods.quantize",
     "mezo": "methods.mezo",

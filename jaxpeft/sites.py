@@ -42,9 +42,13 @@ from jaxpeft.targets import chooses, find, first_match, kernel_path
 from pallas_kernels.dropout import drop
 from pallas_kernels.stacked import taken
 
+# Of the context: (L,) float32, the factor by which a layer's adapters change what their sites give; nothing: 1.
+RESPONSE = "response"
+
 AdapterFor = Callable[[str], nn.Module]
 AdaptedSegments = Callable[[tree.Params], Sequence[str]]
 __all__ = [
+    "RESPONSE",
     "AdaptedSegments",
     "AdapterFor",
     "Bound",
@@ -395,4 +399,8 @@ def around(
 def _adapted(
     adapter: Callable[..., jax.Array], inner: Callable[..., Any], site: Site, ctx: Context, x: jax.Array
 ) -> jax.Array:
-    return adapter(inner, x, site, ctx)
+    y, factors = adapter(inner, x, site, ctx), ctx.shared.get(RESPONSE)
+    if factors is None or ctx.layer is None:
+        return y
+    without = inner(x)
+    return without + factors[ctx.layer].astype(y.dtype) * (y - without)

@@ -201,7 +201,7 @@ def galore(
         return own._replace(init=init)
 
     def gradient(objective: Objective, view: View) -> Objective:
-        renew = _sketched if projection == "sketch" else _decomposed
+        renew = sketched if projection == "sketch" else _decomposed
 
         def value_and_grad(trainable, rest, batch, key, opt_state):
             bases = {path: leaf for path, leaf in rest.items() if path.endswith("/galore/p")}
@@ -312,7 +312,7 @@ def back(basis: jax.Array, r: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return jnp.matmul(basis, r) if shape[-2] <= shape[-1] else jnp.matmul(r, basis.mT)
 
 
-def _sketched(objective: Objective, rank: int, trainable, rest, batch, key, opt_state):
+def sketched(objective: Objective, rank: int, trainable, rest, batch, key, opt_state):
     """(value, aux), gradients, and the projections that the sketches of this pass give."""
     zeros, seeds, bases = {}, {}, [path for path in rest if path.endswith("/galore/p")]
     for path in bases:
@@ -345,7 +345,13 @@ def _decomposed(objective: Objective, rank: int, trainable, rest, batch, key, op
 
 
 def taken_up(
-    kernel: jax.Array, basis: jax.Array, r: jax.Array, scale: float, keeps: Any, key: jax.Array | None
+    kernel: jax.Array,
+    basis: jax.Array,
+    r: jax.Array,
+    scale: float,
+    keeps: Any,
+    key: jax.Array | None,
+    layers: jax.Array | None = None,
 ) -> jax.Array:
     """keeps W + scale back(R), a layer at a time, so that no second stack of kernels is made.
 
@@ -354,6 +360,7 @@ def taken_up(
       basis: P.  r: R.
       scale: s.  keeps: a number, 1 without weight decay.
       key: for stochastic rounding of bf16; None: to the nearest.
+      layers: (g,) int32, of a stack: those that P (g, ...) and R (g, ...) are of; L and above: of none. None: all.
     """
 
     def one(kernel, basis, r, layer):
@@ -365,11 +372,15 @@ def taken_up(
     if kernel.ndim == 2:
         return one(kernel, basis, r, 0)
 
-    def body(layer, kernel):
-        own, p, of = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (kernel, basis, r))
-        return jax.lax.dynamic_update_index_in_dim(kernel, one(own, p, of, layer), layer, 0)
+    def body(i, kernel):
+        layer = i if layers is None else layers[i]
+        p, of = (jax.lax.dynamic_index_in_dim(x, i, keepdims=False) for x in (basis, r))
+        own = jax.lax.dynamic_index_in_dim(kernel, layer, keepdims=False)
+        new = one(own, p, of, layer)
+        new = new if layers is None else jnp.where(layer < len(kernel), new, own)
+        return jax.lax.dynamic_update_index_in_dim(kernel, new, layer, 0)
 
-    return jax.lax.fori_loop(0, len(kernel), body, kernel)
+    return jax.lax.fori_loop(0, len(basis), body, kernel)
 
 
 def stochastic(wide: jax.Array, bits: jax.Array) -> jax.Array:

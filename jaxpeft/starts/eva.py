@@ -112,7 +112,7 @@ def eva(whiten: bool = False) -> Start:
     def pairs(params, sites, view):
         if not sites:
             return {}
-        flat, found = tree.flatten(params), probes.batches("eva", view)
+        flat, found = tree.flatten(params), probes.batches("lora: init 'eva'", view)
         shapes = {site: flat[f"{site.path}/kernel"].shape for site in sites}
         if found:
             through = any(not tree.stacked(site.path) for site in sites)  # the head too

@@ -94,7 +94,7 @@ def lora_ga(direction: str = "ArB2r", scale: str = "stable", gamma: float = 16, 
                     f"lora: init 'lora_ga' takes {2 * site.rank} singular vectors for rank {site.rank}, more than "
                     f"{site.path} has, a kernel of {n} x {m}"
                 )
-        found = probes.batches("lora_ga", view)
+        found = probes.batches("lora: init 'lora_ga'", view)
         vectors = decomposed(view.base, params, sites, found, iterations) if found else _of_none(kernels)
         made = {}
         for site, kernel in kernels.items():

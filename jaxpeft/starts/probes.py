@@ -27,14 +27,14 @@ Leaves = dict[str, dict[str, Any]]  # path of a site -> {leaf: array}
 Loss = Callable[[Model, tree.Params, Batch], jax.Array]
 
 
-def batches(init: str, view: View) -> list[Batch]:
+def batches(what: str, view: View) -> list[Batch]:
     """Those that a start is calculated from; none where a run is planned, or goes on from a checkpoint.
 
     Raises:
       InputError: where there is no data.
     """
     if view.batches is None:
-        raise InputError(f"lora: init {init!r} starts from data: setup(..., batches=...) gives it some batches")
+        raise InputError(f"{what} starts from data: setup(..., batches=...) gives it some batches")
     return list(view.batches())
 
 

@@ -14,7 +14,6 @@ import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.backward.residuals import remat
 from jaxpeft.memory import planner, targets
-from jaxpeft.methods import lisa
 from jaxpeft.models import geometries
 from jaxpeft.train.optimizer import make_direction
 from tests import tiny
@@ -43,7 +42,7 @@ def test_only_the_layers_that_are_drawn_move(run):
     """And embeddings and final norm in every step."""
     _, _, states = run
     for before, after in itertools.pairwise(states):
-        (active,) = np.asarray(before.moved[lisa.ACTIVE])
+        (active,) = np.asarray(before.moved["lisa/active"])
         for path, stack in before.moved.items():
             if path.startswith("layers/"):
                 moves = np.any(np.asarray(after.moved[path] != stack).reshape(3, -1), axis=1)
@@ -55,10 +54,10 @@ def test_only_the_layers_that_are_drawn_move(run):
 def test_draws_anew_after_each_period(run):
     """Masters and stack then hold the new layers, and at no other time do the numbers change."""
     _, _, states = run
-    drawn = [int(state.moved[lisa.ACTIVE][0]) for state in states]
+    drawn = [int(state.moved["lisa/active"][0]) for state in states]
     assert all(len(set(drawn[i : i + EVERY])) == 1 for i in (0, EVERY)) and len(set(drawn)) > 1
     for state in states:
-        np.testing.assert_array_equal(state.trainable[f"lisa/{Q}"], state.moved[Q][state.moved[lisa.ACTIVE]])
+        np.testing.assert_array_equal(state.trainable[f"lisa/{Q}"], state.moved[Q][state.moved["lisa/active"]])
 
 
 def test_moments_and_their_count_start_anew_and_all_others_go_on(run):
@@ -76,7 +75,7 @@ def test_its_step_is_that_of_full_fine_tuning_on_the_same_layer(run):
     _, method, states = run
     full = jp.full()
     plain, trainable, rest = jp.setup(full, *tiny.model(), KEY)
-    (active,) = np.asarray(states[0].moved[lisa.ACTIVE])
+    (active,) = np.asarray(states[0].moved["lisa/active"])
 
     def mask(grads):
         only = lambda g: jnp.where((jnp.arange(3) == active).reshape(-1, *[1] * (g.ndim - 1)), g, 0)
@@ -133,7 +132,7 @@ def test_merge_writes_bf16_rounded_once_into_layers_of_a_cut_stack():
         "layers_2_4": {"w": jnp.zeros((2, 1), jnp.bfloat16)},
         "lisa": {"active": active, "layers_0_2": {"w": small}, "layers_2_4": {"w": 3 * small}},
     }
-    merged = lisa.merge(params)
+    merged = jp.lisa().merge(params)
     chex.assert_trees_all_equal(
         merged,
         {
