@@ -156,21 +156,54 @@ def test_in_a_chain_it_estimates_what_the_others_train(name):
         np.testing.assert_allclose(after.trainable[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+def test_several_seeds_are_the_mean_of_estimates():
+    """Of n directions, the first of which is the only one of n = 1; moved leaves get it as trained ones do."""
+    eps, n = 1e-2, 3
+    words = np.asarray(noise.draw(jax.random.fold_in(RUN, 0), n)).view(np.uint32)
+    np.testing.assert_array_equal(words[0].view(np.int32), noise.draw(jax.random.fold_in(RUN, 0)))
+    of_pair = lambda mezo: jp.chain(mezo, jp.lora(1, targets="q_proj"))
+    of_norms = lambda mezo: mezo
+    for made, which in ((of_pair, "all"), (of_norms, "norms")):
+        method = made(jp.mezo(which, eps=eps, seeds=n))
+        model, state = start(method, num_hidden_layers=1)
+        state = state._replace(trainable=beside.moved(state.trainable))
+        leaves = {**state.trainable, **state.moved}
+        zs = [{path: z_of(word, path, leaf.shape) for path, leaf in leaves.items()} for word in words]
+        means, slopes = zip(*(by_hand(model, state, leaves, z) for z in zs), strict=True)
+        after, metrics = jax.jit(jp.make_train_step(model, method, SGD, rate=RATE))(state, BATCH)
+        np.testing.assert_allclose(metrics["loss"], np.mean(means), rtol=1e-4)
+        np.testing.assert_allclose(metrics["slope"], np.mean(slopes), rtol=5e-3, atol=2e-3)
+        for path, leaf in leaves.items():
+            step = np.mean([slope * z[path] for slope, z in zip(slopes, zs, strict=True)], axis=0)
+            found = {**after.trainable, **after.moved}[path]
+            np.testing.assert_allclose(found, leaf - RATE * step, rtol=1e-5, atol=1e-5, err_msg=path)
+
+
 def test_the_estimate_is_unbiased():
-    """The mean of n estimates of d numbers: g on average, at an angle of cosine 1 / sqrt(1 + (d + 1) / n)."""
-    method, draws = jp.chain(jp.mezo(), jp.lora(1, targets="q_proj")), 500
+    """The mean of n estimates of d numbers: g on average, at an angle of cosine 1 / sqrt(1 + (d + 1) / n), and, as an
+    estimate's variance is (d + 1) |g|^2, at a distance of sqrt((d + 1) / n) |g|.
+    """
+    seeds, draws = 5, 100
+    method, n = jp.chain(jp.mezo(seeds=seeds), jp.lora(1, targets="q_proj")), seeds * draws
     model, state = start(method, num_hidden_layers=1)
     trainable = beside.moved(state.trainable)
     exact = jax.grad(lambda t: jp.completion_loss(model, tree.combine(t, state.frozen), BATCH)[0])(trainable)
     objective = objective_of(model, method, state.leaves)
     one = lambda key: objective.value_and_grad(trainable, state.frozen, BATCH, key, None)[1]
     keys = jax.random.split(jax.random.key(3), draws)
-    mean = jax.jit(lambda: jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys)))()
-    flat = lambda grads: np.concatenate([np.ravel(grads[path]) for path in sorted(grads)])
-    g, found = flat(exact), flat(mean)
-    np.testing.assert_allclose(found @ g / (g @ g), 1, atol=4 * np.sqrt(2 / draws))
-    cosine = found @ g / np.linalg.norm(g) / np.linalg.norm(found)
-    np.testing.assert_allclose(cosine, 1 / np.sqrt(1 + (g.size + 1) / draws), atol=0.05)
+    found = jax.jit(lambda: jax.lax.map(one, keys))()
+    flat = lambda grads, lead: np.concatenate(
+        [np.reshape(grads[path], (*lead, -1)) for path in sorted(grads)], axis=-1, dtype=np.float64
+    )
+    g, estimates = flat(exact, ()), flat(found, (draws,))
+    mean = estimates.mean(0)
+    np.testing.assert_allclose(mean @ g / (g @ g), 1, atol=4 * np.sqrt(2 / n))
+    cosine = mean @ g / np.linalg.norm(g) / np.linalg.norm(mean)
+    np.testing.assert_allclose(cosine, 1 / np.sqrt(1 + (g.size + 1) / n), atol=0.05)
+    for together in (1, 4):  # the squares of distances are means of `n` squared slopes, of variance 2 each
+        groups = estimates.reshape(-1, together, g.size).mean(1)
+        distance = np.square(groups - g).sum(1).mean() / (g @ g)
+        np.testing.assert_allclose(distance, (g.size + 1) / (seeds * together), rtol=4 * np.sqrt(2 * together / n))
 
 
 # Noise, rounding, tables.
@@ -224,8 +257,8 @@ def test_tables_are_those_of_whole_leaves(monkeypatch):
     w, eps = jax.random.normal(jax.random.key(0), (17, 8)), jnp.float32(0.1)
     keys = noise.of_leaf(noise.draw(jax.random.key(5)), "table")
     whole = w + eps * noise.normal(keys, noise.numbers(w.shape))
-    table, x = noise.Noisy(w, keys, eps), jax.random.normal(jax.random.key(1), (2, 3, 8))
-    turned = noise.Noisy(w.T, keys, eps)
+    table, x = noise.Noisy(w, noise.Direction(keys), eps), jax.random.normal(jax.random.key(1), (2, 3, 8))
+    turned = noise.Noisy(w.T, noise.Direction(keys), eps)
     whole_turned = w.T + eps * noise.normal(keys, noise.numbers(w.T.shape))
     np.testing.assert_allclose(table.product(x, 1), x @ whole.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(turned.product(x, 0), x @ whole_turned, rtol=1e-5, atol=1e-5)
@@ -239,7 +272,7 @@ def test_tables_are_those_of_whole_leaves(monkeypatch):
 
 
 def test_refusals():
-    for bad in ({"eps": 0.0}, {"eps": float("nan")}, {"rounding": "up"}, {"which": "last:0"}):
+    for bad in ({"eps": 0.0}, {"eps": float("nan")}, {"rounding": "up"}, {"seeds": 0}, {"which": "last:0"}):
         with pytest.raises(jp.InputError):
             jp.mezo(**bad)
     method = jp.mezo("norms")
@@ -274,7 +307,7 @@ def test_plans_two_forward_passes():
 @pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="no compiler for GPUs is installed")
 def test_figures():
     """Compiled for an H200: all weights of a model of 1.2B in the memory of a forward pass and of one layer's MLP,
-    which is moved where it is read; LoRA in less.
+    which is moved where it is read, in one direction or four; LoRA in less.
     """
     target, config = targets.target("h200"), geometries.load("llama3.2-1b")
     make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024, save="matmuls")
@@ -286,8 +319,9 @@ def test_figures():
     forward = targets.compile(target, evaluate, step.state.moved, step.batch).memory.total
     weights = planner.row(step, target)["bytes"]
     lora = planner.row(make(method=jp.chain(jp.mezo(), jp.lora(8))), target)["bytes"]
+    seeds = planner.row(make(method=jp.mezo(seeds=4)), target)["bytes"]
     mlp = 2 * 3 * config["hidden_size"] * config["intermediate_size"]
-    assert weights["total"] <= forward + mlp
+    assert max(weights["total"], seeds["total"]) <= forward + mlp
     assert lora["total"] <= 2.55 * 2**30
-    for row in (weights, lora):
+    for row in (weights, lora, seeds):
         assert row["gradients"] == row["activations"] == row["optimizer"] == 0
