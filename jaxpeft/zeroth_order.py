@@ -27,6 +27,7 @@ from jaxpeft import noise, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Leaves, Method, Moment, Objective, Role, View
 from jaxpeft.model import Context, Model, reads_stacks, runs_through_blocks
+from jaxpeft.quant import is_packed
 from jaxpeft.train.optimizer import decays
 from jaxpeft.train.step import mean_over
 from pallas_kernels.stacked import taken
@@ -43,6 +44,7 @@ class Settings(NamedTuple):
     kept, relative: of `noise.Direction`.
     scope: where the thresholds of a leaf lie, as `scope + path`, () or (L,) float32; "": there are none.
     clip: of a slope, to [-clip, clip].  floor: of moved leaves, after a step.
+    others: whether it estimates for what other methods of a chain train, too.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Settings(NamedTuple):
     scope: str = ""
     clip: float = math.inf
     floor: float = -math.inf
+    others: bool = True
 
     def check(self) -> None:
         """Raises InputError for a value that cannot be."""
@@ -76,7 +79,7 @@ def estimated(settings: Settings) -> Method:
     name, eps, n = settings.name, settings.eps, settings.seeds
 
     def gradient(objective: Objective, view: View) -> Objective:
-        _check(view, name)
+        _check(objective, view, settings)
         paths = frozenset(view.trained) | frozenset(own_of(view))
 
         def value_and_grad(trainable, rest, batch, key, opt_state):
@@ -133,11 +136,20 @@ def state_numbers(view: View, **_) -> int:
     return 0
 
 
-def _check(view: View, name: str) -> None:
+def check_moves(name: str, path: str, leaf: Any) -> None:
+    """Raises InputError for a leaf that has no steps of its own."""
+    if not (hasattr(leaf, "dtype") and not is_packed(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        raise InputError(f"{name}: {path} is quantized and cannot move; name others by `which`, or add an adapter")
+
+
+def _check(objective: Objective, view: View, settings: Settings) -> None:
+    name, trained = settings.name, sorted(view.trained)
+    if not objective.backward:
+        raise InputError(f"{name}: stands behind a method that estimates the gradient, too; leave one of them out")
+    if trained and not settings.others:
+        raise InputError(f"{name}: does not estimate for what others train, as {trained[0]}; put mezo in its place")
     for path in own_of(view):
-        leaf = view.shapes[path]
-        if not (isinstance(leaf, jax.ShapeDtypeStruct) and jnp.issubdtype(leaf.dtype, jnp.floating)):
-            raise InputError(f"{name}: {path} is quantized and cannot move; name others by `which`, or add an adapter")
+        check_moves(name, path, view.shapes[path])
 
 
 # Directions of whole leaves.
