@@ -11,6 +11,20 @@ used: in the evaluations inside the block, on one layer's part of a stack, and i
 (`jaxpeft.zeroth_order`). Nothing is kept for a backward pass, there are no gradients of weights, and no optimizer
 state: a step needs what a forward pass needs.
 
+Variants, of ZO-Bench (Zhang et al. 2024, arXiv:2402.11592), by `variant` and `sparsity`:
+
+    one_sided      slope = (L(theta + eps z) - L(theta)) / eps; n + 1 evaluations
+    sign           sign(slope) z in place of slope z
+    momentum       slope z through momentum of 0.9, or Adam: the optimizer's state of what trains, one or two numbers
+    adam           each; weights that move have none, but train, with masters, in `mezo+full`
+    conservative   of theta - rate slope z, theta + rate slope z and theta what has the least loss; 5 evaluations
+    blockwise      a slope for each layer, and one for what lies outside, each of two evaluations in which nothing else
+                   is perturbed; the update follows when all are known
+    sparsity       z is 0 at a share of the elements, chosen by the same counter: nothing is stored, nothing rescaled
+
+All have the memory of one evaluation, but for the moments. The forward gradient of the same paper is left out: kernels
+that have their own backward rules cannot be differentiated forwards. So is a first-order half of the model (hybrid).
+
 In a chain, theta is what the other methods train, in float32, and slope z is its gradient. Alone, theta is the weights
 that `which` names: they are moved leaves, in their own dtype.
 
@@ -31,7 +45,14 @@ from jaxpeft.methods.full import full
 from jaxpeft.zeroth_order import OWN, Settings
 
 
-def mezo(which: str = "all", eps: float = 1e-3, rounding: str = "stochastic", seeds: int = 1) -> Method:
+def mezo(
+    which: str = "all",
+    eps: float = 1e-3,
+    rounding: str = "stochastic",
+    seeds: int = 1,
+    variant: str = "sgd",
+    sparsity: float = 0.0,
+) -> Method:
     """MeZO on what the other methods of a chain train, or, alone, on the weights that `which` names.
 
     Args:
@@ -40,17 +61,20 @@ def mezo(which: str = "all", eps: float = 1e-3, rounding: str = "stochastic", se
         prefixes.
       rounding: of moved bfloat16 weights: "stochastic", or "nearest".
       seeds: n, directions per step, each of two evaluations.
+      variant: as above: "sgd", "one_sided", "sign", "momentum", "adam", "conservative" or "blockwise".
+      sparsity: share of the elements, chosen anew at random for each direction, that z is 0 at.
 
     Returns:
       The method, a modifier.
 
     Raises:
-      InputError: for an eps that is not above 0, an unknown rounding, no seeds, or what `full` refuses. When a step is
-        traced: for weights that are quantized, or a step without a learning rate of its own.
+      InputError: for an eps that is not above 0, an unknown rounding or variant, no seeds, several of a conservative
+        step, a sparsity outside [0, 1), or what `full` refuses. When a step is traced: for weights that are quantized,
+        moments of weights that move, or a step without a learning rate of its own.
     """
     config = dict(locals())
     weights = full(which)
-    return zeroth_order.estimated(Settings("mezo", eps, seeds, rounding))._replace(
+    return zeroth_order.estimated(Settings("mezo", eps, seeds, rounding, 1 - sparsity, variant=variant))._replace(
         prepare=weights.prepare,
         merge=weights.merge,
         specs=(Spec("mezo", config),),

@@ -9,8 +9,8 @@ kernels and what a forward pass needs. An estimate's variance grows with what is
 group. The clipped derivative d bounds a step along a direction in which the loss is steep; where it clips, the estimate
 is biased.
 
-With `relative` each scale is perturbed in proportion to itself, s (1 + eps z), and moves by -rate d z s: scales differ by
-kernel and by bits, and of kernels of 8 bits an eps of 1e-3 may be larger than a scale, and turn its sign.
+With `relative` each scale is perturbed in proportion to itself, s (1 + eps z), and moves by -rate d z s: scales differ
+by kernel and by bits, and of kernels of 8 bits an eps of 1e-3 may be larger than a scale, and turn its sign.
 
 The kernels are those of `quantize` in any format (of nf4, whose codes are a codebook's, the scales of the codewords; of
 doubly quantized scales, what they stand for), or those that GPTQ or AWQ has made, zero points fixed. The method has to
@@ -85,9 +85,9 @@ def qzo(
       The method; it moves `<site>/qzo/scales` (L, G, m).
 
     Raises:
-      InputError: for an eps or a clip that is not above 0, no seeds, targets that match nothing, or a kernel that is not
-        packed. When a step is traced: for a chain in which something else trains, or a step without a learning rate of
-        its own.
+      InputError: for an eps or a clip that is not above 0, no seeds, targets that match nothing, or a kernel that is
+        not packed. When a step is traced: for a chain in which something else trains, or a step without a learning rate
+        of its own.
     """
     config = dict(locals())
     if not clip > 0:

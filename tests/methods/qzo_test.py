@@ -130,9 +130,7 @@ def test_plans_a_forward_pass_and_one_number_per_group():
 @pytest.mark.slow
 @pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="no compiler for GPUs is installed")
 def test_figures():
-    """Compiled for an H200: of a model of 8B, whose full fine-tuning with Adam holds 16 bytes per parameter, int4 with a
-    scale per 128 and what a forward pass needs; the paper's ratio of 18 counts activations in the other one alone.
-    """
+    """Compiled for an H200: a model of 8B in int4, one scale per 128, in the memory of its forward pass."""
     target, config = targets.target("h200"), geometries.load("llama3.1-8b")
     make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024, save="matmuls")
     method = jp.chain(jp.quantize("int4", group=128), jp.qzo())
