@@ -52,9 +52,11 @@ if TYPE_CHECKING:
     from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.prompt import prompt
     from jaxpeft.methods.quantize import quantize
+    from jaxpeft.methods.qzo import qzo
     from jaxpeft.methods.randlora import randlora
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.shira import shira
+    from jaxpeft.methods.sparse_mezo import sparse_mezo
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vblora import vblora
@@ -140,6 +142,7 @@ _MODULE_OF = {
     "profile": "memory.functions",
     "save_pretrained": "hf",
     "setup": "method",
+    "qzo": "methods.qzo",
     "randlora": "methods.randlora",
     "several": "adapters",
     "sherl": "methods.sherl",
@@ -147,6 +150,7 @@ _MODULE_OF = {
     "to_nnx": "nnx",
     "trainable_mask": "train.masked",
     "shira": "methods.shira",
+    "sparse_mezo": "methods.sparse_mezo",
     "svfit": "methods.svfit",
     "unipt": "methods.unipt",
     "vblora": "methods.vblora",

@@ -93,7 +93,8 @@ class View(NamedTuple):
     batches: a function that gives some batches of the training data, for starts that are calculated from it; it gives
       none when a run is planned, or goes on from a checkpoint: then the leaves' shapes alone count. None where there is
       no data.
-    rate: whether the step has a learning rate; otherwise the optimizer has its own.
+    rate: () float32, the learning rate of the step that is traced; None where there is none, or the optimizer has its
+      own.
     """
 
     base: Model
@@ -101,7 +102,7 @@ class View(NamedTuple):
     role: Roles
     shapes: Mapping[str, Any]
     batches: Callable[[], Iterable[Batch]] | None = None
-    rate: bool = False
+    rate: Any = None
 
     def of(self, *names: str) -> tree.Flat:
         """The shapes of the leaves with one of these roles."""
@@ -363,7 +364,7 @@ def _in_own_shapes(method: Method, flat: tree.Flat) -> tree.Flat:
     return {path: leaf if path in adapted else unfolded(leaf) for path, leaf in flat.items()}
 
 
-def view_of(model: Model, method: Method, leaves: Mapping[str, Any], rate: bool = False) -> View:
+def view_of(model: Model, method: Method, leaves: Mapping[str, Any], rate: Any = None) -> View:
     """The view of an adapted model's slots; `leaves` are all of its leaves, or their shapes."""
     return View(model.base or model, method.specs, method.role, shapes_of(leaves), rate=rate)
 

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import tree, zeroth_order
 from jaxpeft.backward.flops import count_flops
 from tests import residuals, tiny
 
@@ -21,6 +21,15 @@ def moved(trainable, scale=0.3):
         path: leaf + scale * jax.random.normal(jax.random.key(len(path)), leaf.shape) * (leaf.std() + 0.1)
         for path, leaf in trainable.items()
     }
+
+
+def noisy(leaves, words, eps):
+    """Whole leaves + eps z of MeZO, by the numbers of their elements."""
+    found = {}
+    for path, leaf in leaves.items():
+        along, index = zeroth_order.direction(words, path, leaf, {}, zeroth_order.Settings("mezo", eps))
+        found[path] = leaf + eps * along(leaf, index)
+    return found
 
 
 def states(stack, params, batch):

@@ -72,8 +72,9 @@ def make_train_step(
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rows = jax.tree.leaves(batch)[0].shape[:1]
         chex.assert_tree_shape_prefix(dict(batch), rows)
-        view = view_of(model, method, state.leaves, rate is not None)
-        objective = objective_of(model, method, state.leaves, loss, accumulate, rate is not None)
+        now = None if schedule is None else jnp.asarray(schedule(state.step), jnp.float32)
+        view = view_of(model, method, state.leaves, now)
+        objective = objective_of(model, method, state.leaves, loss, accumulate, now)
         update = optax.with_extra_args_support(method.update(optimizer, view)).update
 
         key = jax.random.fold_in(state.key, state.step)
@@ -85,10 +86,10 @@ def make_train_step(
         metrics = {name: x for name, x in aux.items() if jnp.ndim(x) == 0}
         metrics |= {"loss": value, "grad_norm": optax.global_norm(grads) if grads else jnp.zeros(())}
         updates, opt_state = update(grads, state.opt_state, state.trainable, aux=aux)
-        if schedule is None:
-            now, trainable = None, optax.apply_updates(state.trainable, updates)
+        if now is None:
+            trainable = optax.apply_updates(state.trainable, updates)
         else:
-            now = metrics["lr"] = jnp.asarray(schedule(state.step), jnp.float32)
+            metrics["lr"] = now
             trainable = {
                 path: _stepped(leaf, updates[path], now, weight_decay if decays(path, leaf) else 0.0)
                 for path, leaf in state.trainable.items()
@@ -142,7 +143,7 @@ def objective_of(
     leaves: tree.Flat,
     loss: Callable[..., Any] = completion_loss,
     accumulate: int = 1,
-    rate: bool = False,
+    rate: Any = None,
 ) -> Objective:
     """What a step of a method minimises; `leaves` are all of the model's, or their shapes.
 

@@ -7,9 +7,8 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import noise, tree
+from jaxpeft import noise, tree, zeroth_order
 from jaxpeft.generate import generate
-from jaxpeft.methods import mezo
 from jaxpeft.train.loss import completion_loss
 from tests import beside, by_hand, tiny
 from tests.methods.unipt_test import encoder
@@ -113,8 +112,8 @@ def test_the_factors_have_a_rate_of_their_own():
 def test_noise_of_mezo_is_that_of_whole_leaves(start):
     model, params = start
     words, eps = noise.draw(jax.random.key(3)), jnp.float32(0.1)
-    noisy = mezo.perturbed(model, frozenset(SHAPES), words, eps)
-    whole = {**params, **{path: params[path] + eps * mezo._z(words, path, params[path]) for path in SHAPES}}
+    noisy = zeroth_order.perturbed(model, frozenset(SHAPES), words, eps, zeroth_order.Settings("mezo", eps))
+    whole = {**params, **beside.noisy({path: params[path] for path in SHAPES}, words, eps)}
     found = jax.jit(noisy.apply)(tree.unflatten(params), tiny.batch())
     expected = jax.jit(model.apply)(tree.unflatten(whole), tiny.batch())
     np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)

@@ -8,6 +8,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from scipy.special import erfinv
 
@@ -156,21 +157,192 @@ def test_in_a_chain_it_estimates_what_the_others_train(name):
         np.testing.assert_allclose(after.trainable[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+def test_several_seeds_are_the_mean_of_estimates():
+    """Of n directions, the first of which is the only one of n = 1; moved leaves get it as trained ones do."""
+    eps, n = 1e-2, 3
+    words = np.asarray(noise.draw(jax.random.fold_in(RUN, 0), n)).view(np.uint32)
+    np.testing.assert_array_equal(words[0].view(np.int32), noise.draw(jax.random.fold_in(RUN, 0)))
+    of_pair = lambda mezo: jp.chain(mezo, jp.lora(1, targets="q_proj"))
+    of_norms = lambda mezo: mezo
+    for made, which in ((of_pair, "all"), (of_norms, "norms")):
+        method = made(jp.mezo(which, eps=eps, seeds=n))
+        model, state = start(method, num_hidden_layers=1)
+        state = state._replace(trainable=beside.moved(state.trainable))
+        leaves = {**state.trainable, **state.moved}
+        zs = [{path: z_of(word, path, leaf.shape) for path, leaf in leaves.items()} for word in words]
+        means, slopes = zip(*(by_hand(model, state, leaves, z) for z in zs), strict=True)
+        after, metrics = jax.jit(jp.make_train_step(model, method, SGD, rate=RATE))(state, BATCH)
+        np.testing.assert_allclose(metrics["loss"], np.mean(means), rtol=1e-4)
+        np.testing.assert_allclose(metrics["slope"], np.mean(slopes), rtol=5e-3, atol=2e-3)
+        for path, leaf in leaves.items():
+            step = np.mean([slope * z[path] for slope, z in zip(slopes, zs, strict=True)], axis=0)
+            found = {**after.trainable, **after.moved}[path]
+            np.testing.assert_allclose(found, leaf - RATE * step, rtol=1e-5, atol=1e-5, err_msg=path)
+
+
 def test_the_estimate_is_unbiased():
-    """The mean of n estimates of d numbers: g on average, at an angle of cosine 1 / sqrt(1 + (d + 1) / n)."""
-    method, draws = jp.chain(jp.mezo(), jp.lora(1, targets="q_proj")), 500
+    """The mean of n estimates of d numbers: g on average, at an angle of cosine 1 / sqrt(1 + (d + 1) / n), and, as an
+    estimate's variance is (d + 1) |g|^2, at a distance of sqrt((d + 1) / n) |g|.
+    """
+    seeds, draws = 5, 100
+    method, n = jp.chain(jp.mezo(seeds=seeds), jp.lora(1, targets="q_proj")), seeds * draws
     model, state = start(method, num_hidden_layers=1)
     trainable = beside.moved(state.trainable)
     exact = jax.grad(lambda t: jp.completion_loss(model, tree.combine(t, state.frozen), BATCH)[0])(trainable)
     objective = objective_of(model, method, state.leaves)
     one = lambda key: objective.value_and_grad(trainable, state.frozen, BATCH, key, None)[1]
     keys = jax.random.split(jax.random.key(3), draws)
-    mean = jax.jit(lambda: jax.tree.map(lambda x: x.mean(0), jax.lax.map(one, keys)))()
-    flat = lambda grads: np.concatenate([np.ravel(grads[path]) for path in sorted(grads)])
-    g, found = flat(exact), flat(mean)
-    np.testing.assert_allclose(found @ g / (g @ g), 1, atol=4 * np.sqrt(2 / draws))
-    cosine = found @ g / np.linalg.norm(g) / np.linalg.norm(found)
-    np.testing.assert_allclose(cosine, 1 / np.sqrt(1 + (g.size + 1) / draws), atol=0.05)
+    found = jax.jit(lambda: jax.lax.map(one, keys))()
+    flat = lambda grads, lead: np.concatenate(
+        [np.reshape(grads[path], (*lead, -1)) for path in sorted(grads)], axis=-1, dtype=np.float64
+    )
+    g, estimates = flat(exact, ()), flat(found, (draws,))
+    mean = estimates.mean(0)
+    np.testing.assert_allclose(mean @ g / (g @ g), 1, atol=4 * np.sqrt(2 / n))
+    cosine = mean @ g / np.linalg.norm(g) / np.linalg.norm(mean)
+    np.testing.assert_allclose(cosine, 1 / np.sqrt(1 + (g.size + 1) / n), atol=0.05)
+    for together in (1, 4):  # the squares of distances are means of `n` squared slopes, of variance 2 each
+        groups = estimates.reshape(-1, together, g.size).mean(1)
+        distance = np.square(groups - g).sum(1).mean() / (g @ g)
+        np.testing.assert_allclose(distance, (g.size + 1) / (seeds * together), rtol=4 * np.sqrt(2 * together / n))
+
+
+# Variants.
+
+LAYERS = 2
+ALL = np.ones(1 + LAYERS)
+
+
+def of_kernels(**options):
+    """MeZO for the layers' kernels and all norms, in float32."""
+    return jp.chain(jp.mezo(eps=EPS, **options), jp.full("^layers/.*/kernel|norm/scale$"))
+
+
+@pytest.fixture(scope="module")
+def weights():
+    """(state, loss of theta + amount z with an amount for each block, z of the first step)."""
+    model, state = start(of_kernels(), num_hidden_layers=LAYERS)
+
+    @jax.jit
+    def loss(amounts, z):
+        """Amounts of what lies outside the layers, and of each layer."""
+        of = lambda path, leaf: amounts[1:].reshape(-1, *[1] * (leaf.ndim - 1)) if tree.stacked(path) else amounts[0]
+        leaves = {path: leaf + of(path, leaf) * z[path] for path, leaf in state.trainable.items()}
+        return jp.completion_loss(model, tree.combine(leaves, state.frozen), BATCH)[0]
+
+    z = z_of_step(state.trainable)
+    return state, lambda amounts, z=z: float(loss(jnp.float32(amounts), z)), z
+
+
+def step_of(rate=RATE, **options):
+    """A compiled step: (by how much each leaf moved over the rate, metrics)."""
+    method = of_kernels(**options)
+    step = jax.jit(jp.make_train_step(start(method, num_hidden_layers=LAYERS)[0], method, SGD, rate=rate))
+
+    def call(state):
+        after, metrics = step(state, BATCH)
+        lr = float(metrics["lr"])
+        return {path: (leaf - after.trainable[path]) / lr for path, leaf in state.trainable.items()}, metrics
+
+    return call
+
+
+def assert_steps(found, expected):
+    """Equal but for the rounding of leaves, 6e-8 of 1 over the rate."""
+    for path, step in found.items():
+        np.testing.assert_allclose(step, expected[path], rtol=2e-3, atol=1e-3, err_msg=path)
+
+
+def test_one_sided(weights):
+    state, loss, z = weights
+    found, metrics = step_of(variant="one_sided")(state)
+    slope = (loss(EPS * ALL) - loss(0 * ALL)) / EPS
+    np.testing.assert_allclose(metrics["slope"], slope, rtol=2e-3, atol=1e-3)
+    assert_steps(found, {path: float(metrics["slope"]) * z[path] for path in z})
+
+
+def test_sign(weights):
+    state, loss, z = weights
+    found, _ = step_of(variant="sign")(state)
+    assert_steps(found, {path: np.sign(loss(EPS * ALL) - loss(-EPS * ALL)) * z[path] for path in z})
+
+
+def test_blockwise(weights):
+    """Each layer, and what lies outside, has the slope of its own z."""
+    state, loss, z = weights
+    found, metrics = step_of(variant="blockwise")(state)
+    slopes = np.array([(loss(EPS * block) - loss(-EPS * block)) / (2 * EPS) for block in np.eye(1 + LAYERS)])
+    assert np.abs(np.diff(slopes)).min() > 0.02
+    np.testing.assert_allclose(metrics["slope"], slopes.mean(), rtol=2e-3, atol=1e-3)
+    for path, step in found.items():
+        own = slopes[1:].reshape(-1, *[1] * (step.ndim - 1)) if tree.stacked(path) else slopes[0]
+        np.testing.assert_allclose(np.sum(step * z[path]) / np.sum(own * z[path] ** 2), 1, rtol=0.02, err_msg=path)
+        assert np.std(step - own * z[path]) < 2e-3
+
+
+def test_blocks_of_weights_that_move():
+    """In the order of a cut stack; a block without weights that move is not evaluated."""
+    seen = {}
+    for which in ("last:1", "norms"):
+        method = jp.mezo(which, eps=EPS, variant="blockwise")
+        model, state = start(method, num_hidden_layers=LAYERS)
+        objective = objective_of(model, method, state.leaves)
+        (_, aux), _ = jax.eval_shape(objective.value_and_grad, {}, {**state.frozen, **state.moved}, BATCH, RUN, None)
+        trace = jax.make_jaxpr(lambda o=objective, s=state: o.value_and_grad({}, s.leaves, BATCH, RUN, None))()
+        one = jax.make_jaxpr(lambda m=model, s=state: jp.completion_loss(m, s.params, BATCH)[0])()
+        seen[which] = (aux["slopes"].shape, count_flops(trace) / count_flops(one))
+    assert seen == {"last:1": ((1, 3), 2), "norms": ((1, 3), 6)}
+
+
+def test_conservative_takes_the_best_of_three(weights):
+    """Down the slope where that helps; nowhere when both ways are too far."""
+    state, loss, _ = weights
+    rates = (RATE, 1e3)
+    step = step_of(rate=lambda count: jnp.array(rates)[count], variant="conservative")
+    for number, (rate, best) in enumerate(zip(rates, (1.0, 0.0), strict=True)):
+        z = z_of_step(state.trainable, number)
+        found, metrics = step(state._replace(step=jnp.int32(number)))
+        slope = float(metrics["slope"])
+        tried = {way: loss(-rate * slope * way * ALL, z) for way in (1.0, -1.0, 0.0)}
+        assert min(tried, key=tried.get) == best
+        assert_steps(found, {path: best * slope * z[path] for path in z})
+
+
+@pytest.mark.parametrize(("variant", "numbers"), [("momentum", 1), ("adam", 2)])
+def test_moments_are_the_optimizers(weights, variant, numbers):
+    """The run's direction is that of the estimates themselves; the state is that of what trains, as the file says."""
+    state, _, z = weights
+    method = of_kernels(variant=variant)
+    view = View(None, method.specs, method.role, state.leaves)
+    found, own = method.update(SGD, view), {"momentum": optax.trace(0.9), "adam": optax.scale_by_adam()}[variant]
+    states = [found.init(state.trainable), own.init(state.trainable)]
+    for scale in (1.0, -0.3):
+        estimate = {path: jnp.float32(scale * z[path]) for path in z}
+        ways, states = zip(*(of.update(estimate, s) for of, s in zip((found, own), states, strict=True)), strict=True)
+        chex.assert_trees_all_equal(*ways)
+    counters = sum(leaf.ndim == 0 for leaf in jax.tree.leaves(states[0]))
+    promised = jp.method.about("mezo").promises.state(view, variant=variant)
+    assert tree.size(states[0]) - counters == promised == numbers * tree.size(state.trainable)
+
+
+def test_a_random_part_of_z(weights):
+    """A quarter of the elements, the same in evaluations and update; other ones with each draw, whatever z is."""
+    state, loss, z = weights
+    found, metrics = step_of(sparsity=0.75)(state)
+    kept = {path: np.asarray(step != 0) for path, step in found.items()}
+    share = np.mean(np.concatenate([np.ravel(part) for part in kept.values()]))
+    np.testing.assert_allclose(share, 0.25, atol=4 * np.sqrt(0.25 * 0.75 / tree.size(state.trainable)))
+    part = {path: kept[path] * z[path] for path in z}
+    slope = (loss(EPS * ALL, part) - loss(-EPS * ALL, part)) / (2 * EPS)
+    np.testing.assert_allclose(metrics["slope"], slope, rtol=2e-3, atol=1e-3)
+    assert_steps(found, {path: float(metrics["slope"]) * part[path] for path in z})
+    index, wide = noise.numbers((256, 256)), jnp.zeros((256, 256))
+    draws = [noise.of_leaf(noise.draw(jax.random.key(i)), "a") for i in range(2)]
+    masks = [np.asarray(noise.Direction(keys, kept=0.5)(wide, index)) != 0 for keys in draws]
+    whole = np.asarray(noise.normal(draws[0], index))
+    stats = np.stack([*masks, whole, np.abs(whole)]).reshape(4, -1).astype(np.float64)
+    np.testing.assert_allclose(np.corrcoef(stats)[:2], np.eye(4)[:2], atol=0.02)
+    np.testing.assert_allclose(stats[:2].mean(1), 0.5, atol=0.01)
 
 
 # Noise, rounding, tables.
@@ -224,8 +396,8 @@ def test_tables_are_those_of_whole_leaves(monkeypatch):
     w, eps = jax.random.normal(jax.random.key(0), (17, 8)), jnp.float32(0.1)
     keys = noise.of_leaf(noise.draw(jax.random.key(5)), "table")
     whole = w + eps * noise.normal(keys, noise.numbers(w.shape))
-    table, x = noise.Noisy(w, keys, eps), jax.random.normal(jax.random.key(1), (2, 3, 8))
-    turned = noise.Noisy(w.T, keys, eps)
+    table, x = noise.Noisy(w, noise.Direction(keys), eps), jax.random.normal(jax.random.key(1), (2, 3, 8))
+    turned = noise.Noisy(w.T, noise.Direction(keys), eps)
     whole_turned = w.T + eps * noise.normal(keys, noise.numbers(w.T.shape))
     np.testing.assert_allclose(table.product(x, 1), x @ whole.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(turned.product(x, 0), x @ whole_turned, rtol=1e-5, atol=1e-5)
@@ -239,16 +411,24 @@ def test_tables_are_those_of_whole_leaves(monkeypatch):
 
 
 def test_refusals():
-    for bad in ({"eps": 0.0}, {"eps": float("nan")}, {"rounding": "up"}, {"which": "last:0"}):
+    several = {"variant": "conservative", "seeds": 2}
+    bad_values = ({"eps": 0.0}, {"eps": float("nan")}, {"rounding": "up"}, {"seeds": 0}, {"which": "last:0"}, several)
+    for bad in (*bad_values, {"variant": "best"}, {"sparsity": 1.0}, {"sparsity": -0.5}):
         with pytest.raises(jp.InputError):
             jp.mezo(**bad)
     method = jp.mezo("norms")
     model, state = start(method, num_hidden_layers=1)
     with pytest.raises(jp.InputError, match="give the step a rate"):
         jax.eval_shape(jp.make_train_step(model, method, SGD), state, BATCH)
+    method = jp.chain(jp.mezo(variant="conservative"), jp.lora(1))
+    model, state = start(method, num_hidden_layers=1)
+    with pytest.raises(jp.InputError, match="tries its learning rate: give the step a rate"):
+        jax.eval_shape(jp.make_train_step(model, method, SGD), state, BATCH)
+    with pytest.raises(jp.InputError, match=r"mezo: adam needs moments, and .* moves without any; .* mezo\+full"):
+        start(jp.mezo(variant="adam"), num_hidden_layers=1)
     packed = View(model, method.specs, jp.mezo().role, {"layers/mlp/up_proj/kernel": object()})
     with pytest.raises(jp.InputError, match="is quantized and cannot move"):
-        jp.mezo().gradient(None, packed)
+        jp.mezo().gradient(objective_of(model, jp.lora(1), state.leaves), packed)
 
 
 def test_merge_is_that_of_the_others():
@@ -274,7 +454,7 @@ def test_plans_two_forward_passes():
 @pytest.mark.skipif(not importlib.util.find_spec("jax_plugins"), reason="no compiler for GPUs is installed")
 def test_figures():
     """Compiled for an H200: all weights of a model of 1.2B in the memory of a forward pass and of one layer's MLP,
-    which is moved where it is read; LoRA in less.
+    which is moved where it is read, in one direction or four; LoRA in less.
     """
     target, config = targets.target("h200"), geometries.load("llama3.2-1b")
     make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024, save="matmuls")
@@ -286,8 +466,9 @@ def test_figures():
     forward = targets.compile(target, evaluate, step.state.moved, step.batch).memory.total
     weights = planner.row(step, target)["bytes"]
     lora = planner.row(make(method=jp.chain(jp.mezo(), jp.lora(8))), target)["bytes"]
+    seeds = planner.row(make(method=jp.mezo(seeds=4)), target)["bytes"]
     mlp = 2 * 3 * config["hidden_size"] * config["intermediate_size"]
-    assert weights["total"] <= forward + mlp
+    assert max(weights["total"], seeds["total"]) <= forward + mlp
     assert lora["total"] <= 2.55 * 2**30
-    for row in (weights, lora):
+    for row in (weights, lora, seeds):
         assert row["gradients"] == row["activations"] == row["optimizer"] == 0

@@ -8,11 +8,10 @@ import pytest
 import torch
 
 import jaxpeft as jp
-from jaxpeft import assets, hf, noise, tree
+from jaxpeft import assets, hf, noise, tree, zeroth_order
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.residuals import remat
 from jaxpeft.generate import generate
-from jaxpeft.methods import mezo
 from jaxpeft.models import decoder
 from jaxpeft.peft import attach, export_adapter, import_adapter
 from jaxpeft.quant import dense, is_packed
@@ -184,8 +183,8 @@ def test_a_step_of_mezo_moves_the_prompt_and_what_it_goes_through():
     model, trainable, rest = beside.start(jp.chain(jp.prompt(P), jp.lora(2)))
     trainable = beside.moved(trainable)
     words, eps = noise.draw(jax.random.key(3)), jnp.float32(0.1)
-    noisy = mezo.perturbed(model, frozenset(trainable), words, eps)
-    whole = {path: leaf + eps * mezo._z(words, path, leaf) for path, leaf in trainable.items()}
+    noisy = zeroth_order.perturbed(model, frozenset(trainable), words, eps, zeroth_order.Settings("mezo", eps))
+    whole = beside.noisy(trainable, words, eps)
     found = jax.jit(noisy.apply)(jp.combine(trainable, rest), tiny.batch())
     np.testing.assert_allclose(found, jax.jit(model.apply)(jp.combine(whole, rest), tiny.batch()), rtol=1e-3, atol=1e-3)
 
