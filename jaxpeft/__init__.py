@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
     from jaxpeft.methods.miss import miss
+    from jaxpeft.methods.mixlora import mixlora
     from jaxpeft.methods.oft import oft
     from jaxpeft.methods.owlore import owlore
     from jaxpeft.methods.paca import paca
@@ -125,6 +126,7 @@ _MODULE_OF = {
     "masked": "train.masked",
     "meft": "methods.meft",
     "miss": "methods.miss",
+    "mixlora": "methods.mixlora",
     "oft": "methods.oft",
     "owlore": "methods.owlore",
     "paca": "methods.paca",

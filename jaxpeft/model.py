@@ -15,7 +15,7 @@ whether it has rows: a loop that takes a few rows at a time divides those and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chex
@@ -27,6 +27,7 @@ from jaxpeft import decoding, sharding, tree
 
 Batch = Mapping[str, jax.Array]
 Cache = Mapping[str, jax.Array]
+Sums = Mapping[str, jax.Array]
 
 
 def last_position(x: jax.Array, batch: Batch) -> jax.Array:
@@ -118,9 +119,11 @@ class Stack(NamedTuple):
     """A model as the functions that methods see.
 
     embed: (params, batch, key) -> (x, ctx)                     x (B, S, d) in the compute dtype
-    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters; None or the cache
+    block: (layer, x, ctx, cache, segment) -> (x, cache)        one layer's parameters; None or the cache. Without one
+      what the layer says beside the stream (`sums`) is in its place, or None
     head:  (params, x) -> logits float32 (..., V)               final norm and unembedding, for any leading axes
-    run:   (stack, params, batch, key, cache) -> (x, cache)     embed and all layers
+    run:   (stack, params, batch, key, cache) -> (x, cache)     embed and all layers; without a cache, what these say:
+      {name: (L, B, n) float32}, or None
     pool:  (x, batch) -> (B, d)                                 what stands for a whole row where rows are classified
     parts: functions like `block` that make it up, one after the other, cut at its residual connections: attention, MLP;
       () where a method has changed `block` in a way that has no parts
@@ -130,6 +133,8 @@ class Stack(NamedTuple):
     layered: whether there are layers; otherwise all of the model is in `embed`
     before: (stack, params, ctx, key) -> (params, ctx), once per batch between `embed` and the layers (`entered`): adds
       what the layers read that the layers make, such as a prompt's keys and values; `stack` is the one that runs
+    sums: {name: n}, what each layer says beside the stream, for a loss (`Model.ran`): (B, n) float32, n numbers of each
+      row of the batch, which follow from that row alone
     """
 
     embed: Callable[..., tuple[jax.Array, Context]]
@@ -142,6 +147,7 @@ class Stack(NamedTuple):
     frozen_layers: bool = False
     layered: bool = True
     before: Callable[..., tuple[tree.Params, Context]] = nothing_before
+    sums: Mapping[str, int] = {}
 
     def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
         """The stack with `block` and each of its parts replaced by `wrap` of it."""
@@ -176,6 +182,17 @@ class Model(NamedTuple):
         `key=None` is deterministic; otherwise it seeds dropout.
         """
         return self.stack.run(self.stack, params, batch, key, None)[0]
+
+    def ran(
+        self, params: tree.Params, batch: Batch, key: jax.Array | None = None
+    ) -> tuple[Model, jax.Array, Sums | None]:
+        """(the model with a forward pass behind it, its `hidden`, what its layers have said beside the stream).
+
+        That model's `run` gives this pass's results, so that a loss which reads them, and the loss that it is put
+        around, take one pass.
+        """
+        x, sums = self.stack.run(self.stack, params, batch, key, None)
+        return self._replace(stack=self.stack._replace(run=lambda *_: (x, sums))), x, sums
 
     def head(self, params: tree.Params, x: jax.Array) -> jax.Array:
         """(..., d) -> float32 logits (..., V)."""
@@ -215,17 +232,29 @@ def scan_layers(
       params: nested parameters.
       batch: dict of (B, S) arrays.
       key: PRNG key for dropout, or None; layer i gets `fold_in(key, i)`.
-      cache: None, or what `init_cache` makes (see `jaxpeft.decoding`), which comes back with this pass's tokens.
+      cache: None, or what `init_cache` makes (see `jaxpeft.decoding`), which comes back with this pass's tokens; in its
+        place, without one, what the layers say beside the stream.
     """
     x, ctx, params = entered(stack, params, batch, key, cache)
+    said: list[Sums | None] = []
     for segment, first, end in tree.segments(params):
 
         def step(x, layer, index, past, segment=segment):
             x, past = stack.block(sharding.gathered(layer, segment), x, ctx.at(index, key), past, segment)
             return sharding.rows(x), past
 
-        x, cache = decoding.scan(step, x, params[segment], range(first, end), cache, takes_stacks(stack.block))
-    return x, cache and decoding.advanced(cache, x.shape[1])
+        if cache is None:
+            layers = (params[segment], jnp.arange(first, end, dtype=jnp.int32))
+            x, sums = jax.lax.scan(lambda x, layer, step=step: step(x, *layer, None), x, layers)
+            said.append(sums)
+        else:
+            x, cache = decoding.scan(step, x, params[segment], range(first, end), cache, takes_stacks(stack.block))
+    return x, joined(said) if cache is None else decoding.advanced(cache, x.shape[1])
+
+
+def joined(said: Sequence[Sums | None]) -> Sums | None:
+    """What the layers of all segments have said, one after the other; None if they have said nothing."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *said) if said else None
 
 
 def opaque(apply: Callable[..., Any]) -> Stack:

@@ -146,7 +146,8 @@ def planned(plan: Plan, trained: Callable[[str], bool] | None = None) -> Callabl
       trained: path -> whether it may be differentiated, which tells what the backward pass reads; None: all may.
     """
 
-    def layers(block, segment, numbers, params, x, ctx, key):
+    def layers(stack, segment, numbers, params, x, ctx, key):
+        block = functools.partial(stack.block, cache=None, segment=segment)
         inputs = (params, x, ctx)
         loop, leaves = _loop(block, segment, numbers, inputs, key)
         programs = functools.partial(loop.programs, leaves, [leaves[loop.x]], key)
@@ -154,12 +155,12 @@ def planned(plan: Plan, trained: Callable[[str], bool] | None = None) -> Callabl
 
         def layer(x, per_layer):
             part, index = per_layer
-            return block(part, x, ctx.at(index, key))[0], None
+            return block(part, x, ctx.at(index, key))
 
         x = _told(functools.partial(_tell, loop, plan, names, programs), jax.tree.leaves(inputs), loop.x)
         # In a scan nothing stands beside the layer that a common subexpression could be shared with.
         layer = jax.checkpoint(layer, policy=by_name(*names), prevent_cse=False)
-        return jax.lax.scan(layer, x, (params, jnp.arange(numbers.start, numbers.stop)))[0]
+        return jax.lax.scan(layer, x, (params, jnp.arange(numbers.start, numbers.stop)))
 
     return by_segment(layers)
 

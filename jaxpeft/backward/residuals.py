@@ -48,7 +48,7 @@ from jaxpeft.backward.places import compute, makers
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Context, Model, Stack, entered, scan_layers, takes_stacks, through_blocks
+from jaxpeft.model import Batch, Context, Model, Stack, entered, joined, scan_layers, takes_stacks, through_blocks
 from pallas_kernels.platform import writes_in_place
 
 Form = Literal["loops", "policy"]
@@ -129,30 +129,48 @@ def _scanned(model: Model, plan: Plan, form: Form) -> Model:
 def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]:
     """`run` of a stack (see `jaxpeft.model`) under a plan."""
 
-    def layers(block, segment, numbers, params, x, ctx, key):
-        rest = (params, x, ctx, key is not None, plan.tokens, shards, takes_stacks(block.func))
-        loop, leaves = loop_over(block, segment, numbers, *rest)
-        return join(run_loop(loop, plan, leaves, key)[0])
+    def layers(stack, segment, numbers, params, x, ctx, key):
+        block = functools.partial(stack.block, cache=None, segment=segment)
+        count = len(numbers)
+        # What layers say is a stream too: each writes its own numbers, and none reads what is there.
+        streams = (x, {name: jnp.zeros((len(x), count * n), jnp.float32) for name, n in stack.sums.items()})
+
+        def layer(own, streams, ctx):
+            x, said = block(own, streams[0], ctx)
+            place = ctx.layer - numbers.start
+            whole = {
+                name: jax.lax.dynamic_update_slice_in_dim(sums, said[name], place * stack.sums[name], 1)
+                for name, sums in streams[1].items()
+            }
+            return (x, whole), None
+
+        rest = (params, streams, ctx, key is not None, plan.tokens, shards, takes_stacks(stack.block))
+        loop, leaves = loop_over(layer, segment, numbers, *rest)
+        ends = map(join, run_loop(loop, plan, leaves, key))
+        x, said = jax.tree.unflatten(jax.tree.structure(streams), ends)
+        by_layer = {name: sums.reshape(len(x), count, -1).swapaxes(0, 1) for name, sums in said.items()}
+        return x, by_layer or None
 
     return by_segment(layers)
 
 
-def by_segment(layers: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, Any]]:
+def by_segment(layers: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., tuple[jax.Array, Any]]:
     """`run` of a stack (see `jaxpeft.model`) that differentiates its segments in a way of its own; decoding is as ever.
 
     Args:
-      layers: (block, segment, layers' numbers, their parameters, x, ctx, key) -> x after them; the block is a
-        `functools.partial` of the stack's, (layer, x, ctx) -> (x, None).
+      layers: (stack, segment, layers' numbers, their parameters, x, ctx, key) -> x after them, and what they have said
+        beside it (`Stack.sums`).
     """
 
     def run(stack: Stack, params: tree.Params, batch: Batch, key: jax.Array | None = None, cache: Any = None):
         if cache is not None:  # decoding: there is no backward pass
             return scan_layers(stack, params, batch, key, cache)
         x, ctx, params = entered(stack, params, batch, key)
+        said = []
         for segment, first, end in tree.segments(params):
-            block = functools.partial(stack.block, cache=None, segment=segment)
-            x = layers(block, segment, range(first, end), params[segment], x, ctx, key)
-        return x, None
+            x, sums = layers(stack, segment, range(first, end), params[segment], x, ctx, key)
+            said.append(sums)
+        return x, joined(said)
 
     return through_blocks(run)
 

@@ -114,8 +114,7 @@ def _regularised(inner: Loss, base: Model, factors, k: int, model: Model, params
     """(loss, aux) of a batch; aux has the terms, too."""
     if "labels" not in batch and "loss_weights" not in batch:
         raise InputError(f"ba_lora: needs batches with loss_weights or labels, not of {', '.join(batch)} alone")
-    x = model.hidden(params, batch, key)
-    ran = model._replace(stack=model.stack._replace(run=lambda *_: (x, None)))
+    ran, x, _ = model.ran(params, batch, key)
     value, aux = inner(ran, params, batch, key)
     before, taught = pretrained(base, model, params)
     y = before.hidden(taught, batch)

@@ -5,9 +5,9 @@
 
 p are the probabilities of the base, q those of the adapted model. With w > 0 the unpacked kernels stay beside the
 packed ones, and each step has a forward pass of the base more, of which nothing is kept but its last states, d numbers
-per token; the logits of both exist for a chunk of tokens at a time. With 0 < w < 1 the adapted model runs once for each
-part. So a model is recovered first, on any text, with `recover=1`; its adapter, which `--adapter` trains on, brings all
-but the recovery with it, and memory is that of 2 bits from there on.
+per token; the logits of both exist for a chunk of tokens at a time. So a model is recovered first, on any text, with
+`recover=1`; its adapter, which `--adapter` trains on, brings all but the recovery with it, and memory is that of 2 bits
+from there on.
 
 A and B start at the first r singular values of W - Q, their roots on both sides, over sqrt(s) (`init="error"`), or as
 LoRA's ("kaiming"). No product keeps an unpacked kernel. An adapter goes with the kernels as its base has them, which
@@ -185,7 +185,7 @@ def _recovered(inner: Callable[..., Any], base: Model, share: float, model: Mode
     plain = lambda kernel: kernel.plain if isinstance(kernel, Paired) else kernel
     taught = tree.unflatten({path: plain(leaf) for path, leaf in tree.flatten(params).items() if path in own})
     y = jax.lax.stop_gradient(base.hidden(taught, batch))
-    x = model.hidden(params, batch, key)
+    ran, x, _ = model.ran(params, batch, key)
     weight = jnp.sum(batch["loss_weights"], dtype=jnp.float32)
     vocabulary = jax.eval_shape(model.head, params, x[0]).shape[-1]
     chunks = in_chunks(vocabulary, x, y, batch["loss_weights"] / jnp.maximum(weight, 1e-9))
@@ -193,7 +193,7 @@ def _recovered(inner: Callable[..., Any], base: Model, share: float, model: Mode
     apart = divergence(*heads, *chunks)
     if share == 1:
         return apart, {"weight": weight}
-    mean, aux = inner(model, params, batch, key)
+    mean, aux = inner(ran, params, batch, key)
     return (1 - share) * mean + share * apart, {**aux, "divergence": apart}
 
 

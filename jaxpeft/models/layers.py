@@ -213,8 +213,12 @@ class GatedMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         gate = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="gate_proj")(x)
         up = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="up_proj")(x)
-        product = checkpoint_name(swiglu(gate, up), "mlp_product")
+        product = checkpoint_name(self.activated(gate, up), "mlp_product")
         return Dense(x.shape[-1], self.use_bias, self.param_dtype, name="down_proj")(product)
+
+    def activated(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """What down reads: where experts attach (see `jaxpeft.methods.mixlora`)."""
+        return swiglu(gate, up)
 
 
 # Hugging Face's names of activation functions. "gelu" is exact: x Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415).
@@ -238,8 +242,12 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         up = Dense(self.intermediate_size, self.use_bias, self.param_dtype, name="up_proj")(x)
-        activated = checkpoint_name(ACTIVATIONS[self.activation](up), "mlp_activation")
+        activated = checkpoint_name(self.activated(up), "mlp_activation")
         return Dense(x.shape[-1], self.use_bias, self.param_dtype, name="down_proj")(activated)
+
+    def activated(self, up: jax.Array) -> jax.Array:
+        """What down reads, as `GatedMLP.activated`."""
+        return ACTIVATIONS[self.activation](up)
 
 
 class Embed(nn.Module):
