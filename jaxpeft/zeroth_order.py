@@ -104,7 +104,6 @@ def estimated(settings: Settings) -> Method:
     def gradient(objective: Objective, view: View) -> Objective:
         _check(objective, view, settings)
         paths = frozenset(view.trained) | frozenset(own_of(view))
-
         held = _blocks(view, paths)
 
         def value_and_grad(trainable, rest, batch, key, opt_state):
@@ -126,7 +125,7 @@ def estimated(settings: Settings) -> Method:
                     raise InputError(f"{name}: a conservative step tries its learning rate: give the step a rate")
                 ways = jnp.array([1.0, -1.0, 0.0])
                 tried, _ = losses(jnp.repeat(draws, 3, axis=0), -view.rate * slopes * ways)
-                slopes = slopes * ways[jnp.argmin(tried)]
+                slopes = slopes * ways[jnp.argmin(jnp.where(jnp.isnan(tried), jnp.inf, tried))]
             leaves = {**rest, **trainable}
             grads = {
                 path: _mean(draws, slopes, path, leaf, leaves, settings)[0].astype(leaf.dtype)
