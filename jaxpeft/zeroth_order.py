@@ -10,6 +10,9 @@ part of a stack, and in the update once more. Evaluations are a scan, so that n 
 What other methods of a chain train gets g as its gradient. Leaves with the role `OWN` are moved, theta <- theta -
 rate (g + decay theta) in their own dtype: their gradient is never an array of its own.
 
+A step that only moves leaves is a function of its key, its rate and its slopes. So a run is the base and two float32
+per step, of which `replay` makes the weights again without a model.
+
 How far a leaf is perturbed is one number, or one for each block (1 + L,): of what lies outside the layers, and of each
 layer.
 """
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -28,10 +31,11 @@ import optax
 
 from jaxpeft import noise, tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import Leaves, Method, Moment, Objective, Role, View
+from jaxpeft.method import Leaves, Method, Moment, Objective, Role, View, shapes_of
 from jaxpeft.model import Context, Model, reads_stacks, runs_through_blocks
 from jaxpeft.quant import is_packed
 from jaxpeft.train.optimizer import decays
+from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import mean_over
 from pallas_kernels.stacked import taken
 
@@ -41,6 +45,7 @@ MOMENTS = {  # with their numbers per trained one
     "adam": (optax.scale_by_adam, 2),
 }
 ROUNDINGS = ("stochastic", "nearest")
+SLOPE = "slope_{}"  # metrics of a step in several directions; of one it is "slope"
 OWN = Role("moved")  # known by its identity among the moved leaves of a chain
 
 
@@ -99,7 +104,6 @@ def estimated(settings: Settings) -> Method:
     def gradient(objective: Objective, view: View) -> Objective:
         _check(objective, view, settings)
         paths = frozenset(view.trained) | frozenset(own_of(view))
-
         held = _blocks(view, paths)
 
         def value_and_grad(trainable, rest, batch, key, opt_state):
@@ -116,21 +120,20 @@ def estimated(settings: Settings) -> Method:
                 return jax.lax.scan(evaluate, None, (words, amounts))[1]
 
             values, aux, slopes = _slopes(losses, draws, held, settings)
-            slope = jnp.mean(slopes[..., held] if slopes.ndim > 1 else slopes)
-            if settings.variant == "sign":
-                slopes = jnp.sign(slopes)
             if settings.variant == "conservative":
                 if view.rate is None:
                     raise InputError(f"{name}: a conservative step tries its learning rate: give the step a rate")
                 ways = jnp.array([1.0, -1.0, 0.0])
                 tried, _ = losses(jnp.repeat(draws, 3, axis=0), -view.rate * slopes * ways)
-                slopes = slopes * ways[jnp.argmin(tried)]
+                slopes = slopes * ways[jnp.argmin(jnp.where(jnp.isnan(tried), jnp.inf, tried))]
             leaves = {**rest, **trainable}
             grads = {
                 path: _mean(draws, slopes, path, leaf, leaves, settings)[0].astype(leaf.dtype)
                 for path, leaf in trainable.items()
             }
-            said = {"slopes": slopes, "slope": slope}
+            said = {"slopes": slopes, "slope": jnp.mean(slopes[..., held] if slopes.ndim > 1 else slopes)}
+            if slopes.ndim == 1 and n > 1:
+                said |= {SLOPE.format(i): slopes[i] for i in range(n)}
             return (jnp.mean(values), {**jax.tree.map(lambda x: jnp.mean(x, axis=0), aux), **said}), grads
 
         return objective._replace(value_and_grad=value_and_grad, backward=False)
@@ -140,13 +143,15 @@ def estimated(settings: Settings) -> Method:
         if own and moment.rate is None:
             raise InputError(f"{name}: moves leaves itself and needs the step's learning rate: give the step a rate")
         draws = noise.draw(moment.key, n)
+        # No constant behind a slope or a rate is folded into the update, which `replay` is given numbers for.
+        slopes, rate = jax.lax.optimization_barrier((moment.aux["slopes"], moment.rate))
         others = {**moment.frozen, **leaves.moved}
         for path, leaf in own.items():
             wide = leaf.astype(jnp.float32)
-            step, keys, index = _mean(draws, moment.aux["slopes"], path, leaf, others, settings)
+            step, keys, index = _mean(draws, slopes, path, leaf, others, settings)
             if moment.decay and decays(path, leaf):
                 step = step + moment.decay * wide
-            wide = jnp.maximum(wide - moment.rate * step, settings.floor)
+            wide = jnp.maximum(wide - rate * step, settings.floor)
             nearest = settings.rounding == "nearest"
             own[path] = wide.astype(leaf.dtype) if nearest else noise.rounded(wide, leaf.dtype, keys, index)
         return leaves._replace(moved={**leaves.moved, **own})
@@ -160,6 +165,46 @@ def estimated(settings: Settings) -> Method:
         return optax.chain(MOMENTS[settings.variant][0](), optimizer)
 
     return Method(gradient=gradient, update=update, move=move)
+
+
+def replay(
+    method: Method, state: TrainState, rows: Iterable[Mapping[str, float]], weight_decay: float = 0.0
+) -> TrainState:
+    """The state after the steps that `rows` tell of, without a forward pass.
+
+    Where the same device compiles it, bit for bit that of the run: z is a function of the run's key and the step, and
+    the update is the run's.
+
+    Args:
+      method: of a chain in which nothing trains and these estimates alone move leaves.
+      state: before the steps. It is used up.
+      rows: of each step, in order, what its metrics say: "lr", and "slope" or, of several directions, "slope_0", ...
+      weight_decay: of the run.
+
+    Raises:
+      InputError: for a chain in which something trains or nothing moves, or rows without a step's slopes.
+    """
+    view = View(None, method.specs, method.role, shapes_of(state.leaves))  # type: ignore[arg-type]
+    told = {name: x for spec in method.specs for name, x in spec.config.items()}
+    alone = not view.trained and 0 < len(own_of(view)) == len(view.moved)
+    if not alone or told.get("variant") == "blockwise":
+        raise InputError(f"{method.name}: its steps do not follow from their metrics, and cannot be replayed")
+    n = told.get("seeds", 1)
+    names = ["slope"] if n == 1 else [SLOPE.format(i) for i in range(n)]
+
+    def one(state, frozen, slopes, rate):
+        key = jax.random.fold_in(state.key, state.step)
+        moment = Moment(state.step, key, rate, weight_decay, {"slopes": slopes}, frozen, view, {})
+        return state._replace(step=state.step + 1, moved=method.move(Leaves({}, state.moved), moment).moved)
+
+    compiled = jax.jit(one, donate_argnums=0)
+    changing, frozen = state.parted
+    for number, row in enumerate(rows, start=1):
+        if missing := [name for name in ("lr", *names) if row.get(name) is None]:
+            raise InputError(f"{method.name}: step {number} cannot be replayed: its metrics have no {missing[0]}")
+        slopes = jnp.array([row[name] for name in names], jnp.float32)
+        changing = compiled(changing, frozen, slopes, jnp.float32(row["lr"]))
+    return changing._replace(frozen=frozen)
 
 
 def own_of(view: View) -> list[str]:
@@ -278,6 +323,7 @@ def _mean(
         return _of_leaf(slope, path, leaf) * jnp.broadcast_to(along(wide, index), leaf.shape)
 
     along, index = direction(draws[0], path, leaf, leaves, settings)
+    slopes = jnp.sign(slopes) if settings.variant == "sign" else slopes
     return jnp.mean(jax.vmap(part)(draws, slopes), axis=0), along.keys, index
 
 

@@ -27,6 +27,9 @@ class Export(ProcessArguments):
     """Step of the checkpoint. Default: the newest."""
     best: bool = False
     """Take the checkpoint with the lowest validation loss."""
+    replay: bool = False
+    """Take the steps again, without a checkpoint, from the base and what metrics.jsonl says of each, without a forward
+    pass: of methods that move weights along random directions alone (mezo, sparse_mezo, qzo)."""
     model: str | None = None
     """Directory, GGUF file or hub id of the base, if it has moved since. Default: the run's."""
     json: bool = False
@@ -55,8 +58,9 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
     check_gguf(gguf)
     document = config.read(args.run)
     folder = args.run / "checkpoints"
-    step = chosen_step(folder, args.step, args.best)
-    if why := foreign(folder, step, config.identity(document)):
+    rows = told_steps(args.run, args.step, args.best) if args.replay else []
+    step = len(rows) if args.replay else chosen_step(folder, args.step, args.best)
+    if not args.replay and (why := foreign(folder, step, config.identity(document))):
         raise InputError(f"{folder / str(step)}: {why}")
 
     import jax
@@ -81,8 +85,10 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
     leaves = tree.flatten(params)
     own = {path: leaf for path, leaf in leaves.items() if not path.startswith(SCOPE)}
     place = None if mesh is None else lambda new: sharding.of_leaves(mesh, {**leaves, **new}, own)
-    saved = saved_leaves(folder, step, place)
-    if any(tree.canonical(path) in own and method.changes(path) for path in saved):
+    saved = {} if args.replay else saved_leaves(folder, step, place)
+    if args.replay:
+        leaves = _replayed(method, base, params, arguments, rows)
+    elif any(tree.canonical(path) in own and method.changes(path) for path in saved):
         # A stack may have been cut; no start is calculated.
         _, trainable, rest = setup(method, base, params, jax.random.key(0), batches=lambda: ())
         leaves = {**rest, **trainable}
@@ -101,6 +107,43 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
     else:
         result.write((args.out, args.out), *what)
     return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"]}
+
+
+def _replayed(method: Any, base: Any, params: Any, arguments: Any, rows: list[dict[str, Any]]) -> Any:
+    """All leaves after the steps of a run, taken again from its beginning."""
+    import jax
+
+    from jaxpeft.method import setup
+    from jaxpeft.train.optimizer import make_direction
+    from jaxpeft.train.state import init_state
+    from jaxpeft.zeroth_order import replay
+
+    init_key, run_key = jax.random.split(jax.random.key(arguments["seed"]))
+    model, trainable, rest = setup(method, base, params, init_key, batches=lambda: ())
+    state = init_state(method, make_direction("sgd"), trainable, rest, run_key, model)
+    return replay(method, state, rows, arguments.get("weight_decay") or 0.0).leaves
+
+
+def told_steps(run: Path, step: int | None, best: bool) -> list[dict[str, Any]]:
+    """The rows of a run's first steps in metrics.jsonl, in order: up to the one named, or all.
+
+    Raises:
+      InputError: for `best`, a file that is not there, rows that are missing, or fewer steps than the one named.
+    """
+    from jaxpeft.train.metrics import read
+
+    path = run / "metrics.jsonl"
+    if best:
+        raise InputError("--best: chooses a checkpoint; with --replay name a step with --step")
+    if not path.is_file():
+        raise InputError(f"--replay: {path} is missing, which says what each step was")
+    rows = {row["step"]: row for row in read(path) if row["split"] == "train"}
+    last = max(rows, default=0) if step is None else step
+    if missing := [number for number in range(1, last + 1) if number not in rows]:
+        raise InputError(f"--replay: {path} has no row of step {missing[0]}; it has {len(rows)} steps")
+    if last < 1:
+        raise InputError(f"--replay: {path} tells of no step" if step is None else f"--step {step}: must be at least 1")
+    return [rows[number] for number in range(1, last + 1)]
 
 
 def show(document: dict[str, Any]) -> None:

@@ -25,6 +25,9 @@ Variants, of ZO-Bench (Zhang et al. 2024, arXiv:2402.11592), by `variant` and `s
 All have the memory of one evaluation, but for the moments. The forward gradient of the same paper is left out: kernels
 that have their own backward rules cannot be differentiated forwards. So is a first-order half of the model (hybrid).
 
+Alone, a run is the base and a slope and a rate of each step: `jaxpeft export --replay` makes any step's weights again
+of them, without a checkpoint or a forward pass. (Not of `blockwise`, whose slopes are not among a step's metrics.)
+
 In a chain, theta is what the other methods train, in float32, and slope z is its gradient. Alone, theta is the weights
 that `which` names: they are moved leaves, in their own dtype.
 

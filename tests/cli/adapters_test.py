@@ -285,3 +285,25 @@ def test_export_of_a_run_that_trained_the_base_itself(method, options, capsys, t
     capsys.readouterr()
     name = "model.safetensors"
     assert (tmp_path / "x" / name).read_bytes() == (args.out / "model" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("mezo", ("seeds=2",)), ("sparse_mezo", ()), ("quantize+qzo", ("format=int8", "group=8"))],
+    ids=["mezo", "sparse_mezo", "qzo"],
+)
+def test_export_takes_the_steps_again_without_a_checkpoint(method, options, capsys, tmp_path):
+    """From the base, config.json and metrics.jsonl alone: the run's own result, bit for bit."""
+    made = runs.make_files(tmp_path / "files")
+    settings = {"rank": None, "method_options": options, "steps": 3, "samples": 0, "eval_every": 0, "lr": 1e-3}
+    args = runs.arguments(made, tmp_path / "run", method=method, **settings)
+    loop.train(args)
+    shutil.rmtree(args.out / "checkpoints")
+    assert cli.main(["export", "--run", str(args.out), "--out", str(tmp_path / "x"), "--replay"]) == 0
+    capsys.readouterr()
+    (name,) = {path.name for path in (tmp_path / "x").iterdir() if path.suffix == ".safetensors"}
+    result = args.out / ("adapter" if name.startswith("adapter") else "model") / name
+    assert (tmp_path / "x" / name).read_bytes() == result.read_bytes()
+    replay = ("export", "--run", args.out, "--out", tmp_path / "y", "--replay")
+    assert "has no row of step 4; it has 3 steps" in fails(capsys, *replay, "--step", 4)
+    assert "--best: chooses a checkpoint" in fails(capsys, *replay, "--best")

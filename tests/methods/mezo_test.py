@@ -302,10 +302,11 @@ def test_conservative_takes_the_best_of_three(weights):
     for number, (rate, best) in enumerate(zip(rates, (1.0, 0.0), strict=True)):
         z = z_of_step(state.trainable, number)
         found, metrics = step(state._replace(step=jnp.int32(number)))
-        slope = float(metrics["slope"])
+        slope = (loss(EPS * ALL, z) - loss(-EPS * ALL, z)) / (2 * EPS)
         tried = {way: loss(-rate * slope * way * ALL, z) for way in (1.0, -1.0, 0.0)}
         assert min(tried, key=tried.get) == best
-        assert_steps(found, {path: best * slope * z[path] for path in z})
+        np.testing.assert_allclose(metrics["slope"], best * slope, rtol=2e-3, atol=1e-3)
+        assert_steps(found, {path: float(metrics["slope"]) * z[path] for path in z})
 
 
 @pytest.mark.parametrize(("variant", "numbers"), [("momentum", 1), ("adam", 2)])
