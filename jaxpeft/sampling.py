@@ -372,3 +372,14 @@ def _kept(
         return changes, SampledState(masters, beside, state.steps + 1)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def kept_numbers(name: str, view: View) -> int:
+    """Numbers of Adam's state where it is kept: two for each number of each layer's, its count of steps, and those of
+    the norms.
+    """
+    masters = {path: leaf for path, leaf in view.trained.items() if path.startswith(f"{name}/")}
+    others = {path: leaf for path, leaf in view.trained.items() if path not in masters}
+    own = {path: leaf for path, leaf in view.shapes.items() if _is_sampled(view.role(path))}
+    one = sum(leaf.size // leaf.shape[0] for leaf in masters.values())
+    return len(layers_of(_stacks(own))) * (2 * (one + 1) + 1) + 2 * (tree.size(others) + 1)

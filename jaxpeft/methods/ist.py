@@ -167,15 +167,6 @@ def suppressed(model: Model, factors: jax.Array) -> Model:
     return model._replace(stack=model.stack._replace(embed=embed))
 
 
-def state_numbers(view: View, **_) -> int:
-    """Numbers of Adam's state: two for each number of each layer's, its count of steps, and the moments of norms."""
-    masters = {path: leaf for path, leaf in view.trained.items() if path.startswith("ist/")}
-    others = {path: leaf for path, leaf in view.trained.items() if path not in masters}
-    (layers,) = view.shapes["ist/scores"].shape
-    one = sum(leaf.size // leaf.shape[0] for leaf in masters.values())
-    return layers * (2 * (one + 1) + 1) + 2 * (tree.size(others) + 1)
-
-
 ABOUT = About(
     summary="adapters of a few layers train in each step, by importance that trials with suppressed layers tell",
     level="step",
@@ -183,7 +174,7 @@ ABOUT = About(
     saves="gradients of the other layers' adapters; no activations but those that a plan saves in any layer",
     reference="Yao et al. 2024, arXiv:2410.11772",
     example={"share": 0.5, "every": 2},
-    promises=Promises(block_bytes=lambda *_, **__: 0, state=state_numbers),
+    promises=Promises(block_bytes=lambda *_, **__: 0, state=lambda view, **_: sampling.kept_numbers("ist", view)),
     defaults=Defaults(lr_with={"lora": 2e-4}),
     within="lora+ist",
 )

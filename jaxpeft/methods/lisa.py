@@ -17,7 +17,8 @@ for the same reason dW is computed in each layer. Under plain autodiff (`--save 
 too, a copy of the stack; a plan picks them again.
 
 Paper: Pan et al. 2024, "LISA", arXiv:2403.17919. Deviations: the published code keeps Adam's moments of every layer
-that was ever drawn and goes on from them; here they are gone, as the paper's memory figures say.
+that was ever drawn and goes on from them; here they are gone, as the paper's memory figures say (`moments="kept"` is
+the published code's).
 """
 
 from __future__ import annotations
@@ -25,11 +26,13 @@ from __future__ import annotations
 from jaxpeft import patterns, sampling, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import FROZEN, TRAINED, Method, Spec, View
+from jaxpeft.method import FROZEN, TRAINED, Method, Spec, View, unchanged
 from jaxpeft.methods import full as _full
 
+MOMENTS = ("dropped", "kept")
 
-def lisa(count: int = 2, every: int = 20, which: str = "all") -> Method:
+
+def lisa(count: int = 2, every: int = 20, which: str = "all", moments: str = "dropped") -> Method:
     """LISA: `count` random layers of what the chain trains, or of the model itself.
 
     Args:
@@ -37,18 +40,22 @@ def lisa(count: int = 2, every: int = 20, which: str = "all") -> Method:
       every: K, steps from one draw to the next.
       which: what trains where nothing else in the chain does: "all", "biases", "norms", or a regular expression found
         in the path; what it names outside the layers always trains.
+      moments: "dropped" with each draw; or "kept", as by the published code: each layer's, and its count of steps, go
+        on when it is drawn again, and the state is that of all layers.
 
     Returns:
       The method; it trains `lisa/<path>` (count, ...) and what lies outside the layers.
 
     Raises:
-      InputError: for a count or a period below 1, more layers than the model has, an expression that does not compile,
-        a chain in which no layers train before it, or quantized kernels to sample.
+      InputError: for a count or a period below 1, unknown moments, more layers than the model has, an expression that
+        does not compile, a chain in which no layers train before it, or quantized kernels to sample.
     """
     config = dict(locals())
     for name, value in (("count", count), ("every", every)):
         if value < 1:
             raise InputError(f"lisa: {name} {value} must be at least 1")
+    if moments not in MOMENTS:
+        raise InputError(f"lisa: moments {moments!r} is not one of {', '.join(MOMENTS)}")
     pattern = patterns.compiled(_full.WHICH.get(which, which), "lisa: which")
 
     def draw(key, stacks, moved):
@@ -57,8 +64,9 @@ def lisa(count: int = 2, every: int = 20, which: str = "all") -> Method:
         sampling.check_count("lisa", count, layers)
         return {"active": sampling.uniform(key, layers, count)}
 
-    sampler = sampling.Sampler("lisa", draw, every)
+    sampler = sampling.Sampler("lisa", draw, every, keeps=moments == "kept")
     return Method(
+        gradient=sampler.gradient if sampler.keeps else unchanged,
         forward=sampler.forward,
         roles=sampler.roles,
         update=sampler.update,
@@ -69,9 +77,9 @@ def lisa(count: int = 2, every: int = 20, which: str = "all") -> Method:
     )
 
 
-def state_numbers(view: View, **_) -> int:
+def state_numbers(view: View, moments: str = "dropped", **_) -> int:
     """Numbers of Adam's state: two for each trained one, and the moments of the norm that each part is told of."""
-    return 2 * tree.size(view.trained) + 4
+    return sampling.kept_numbers("lisa", view) if moments == "kept" else 2 * tree.size(view.trained) + 4
 
 
 ABOUT = About(

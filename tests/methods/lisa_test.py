@@ -14,6 +14,8 @@ import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.backward.residuals import remat
 from jaxpeft.memory import planner, targets
+from jaxpeft.method import view_of
+from jaxpeft.methods import lisa
 from jaxpeft.models import geometries
 from jaxpeft.train.optimizer import make_direction
 from tests import tiny
@@ -125,6 +127,25 @@ def test_samples_the_layers_of_loras_leaves():
     np.testing.assert_allclose(merged, model.apply(state.params, BATCH), rtol=1e-4, atol=1e-4)
 
 
+def test_kept_moments_go_on_where_a_layer_is_drawn_again():
+    """Each layer's optimizer has made as many steps as the layer; the norm that clips is that of all gradients."""
+    method = jp.chain(jp.lora(rank=2, targets="qv"), jp.lisa(count=2, every=1, moments="kept"))
+    model, state = start(method)
+    step, drawn = jax.jit(jp.make_train_step(model, method, make_direction(), rate=LR)), []
+    for i in range(4):
+        drawn += list(np.asarray(state.moved["lisa/active"]))
+        before = state.opt_state
+        state, _ = step(state, tiny.batch(seed=i))
+        (still,) = {0, 1, 2} - set(drawn[-2:])
+        for old, new in zip(jax.tree.leaves(before.masters), jax.tree.leaves(state.opt_state.masters), strict=True):
+            np.testing.assert_array_equal(new[still], old[still])
+    count = optax.tree_utils.tree_get(state.opt_state.masters, "count")
+    assert list(count) == [drawn.count(layer) for layer in range(3)] and len(set(drawn[::2])) > 1
+    view = view_of(model, method, state.leaves)
+    counters = sum(x.ndim == 0 and x.dtype == np.int32 for x in jax.tree.leaves(state.opt_state))
+    assert tree.size(state.opt_state) - counters == lisa.state_numbers(view, moments="kept")
+
+
 def test_merge_writes_bf16_rounded_once_into_layers_of_a_cut_stack():
     active, small = jnp.array([3, 0]), 1 + jnp.arange(2.0)[:, None] * 2**-9
     params = {
@@ -147,6 +168,7 @@ def test_merge_writes_bf16_rounded_once_into_layers_of_a_cut_stack():
     [
         (lambda: jp.lisa(count=0), "count 0 must be at least 1"),
         (lambda: jp.lisa(every=0), "every 0 must be at least 1"),
+        (lambda: jp.lisa(moments="host"), "moments 'host' is not one of dropped, kept"),
         (lambda: jp.lisa(which="("), "not a regular expression"),
         (lambda: jp.lisa(count=4), "count 4: 3 layers train"),
         (lambda: jp.lisa(which="embeddings"), "nothing in the layers trains"),
