@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.meft import meft
     from jaxpeft.methods.mezo import mezo
     from jaxpeft.methods.miss import miss
+    from jaxpeft.methods.natural_galore import natural_galore
     from jaxpeft.methods.oft import oft
     from jaxpeft.methods.paca import paca
     from jaxpeft.methods.parallel import parallel
@@ -118,6 +119,7 @@ _MODULE_OF = {
     "masked": "train.masked",
     "meft": "methods.meft",
     "miss": "methods.miss",
+    "natural_galore": "methods.natural_galore",
     "oft": "methods.oft",
     "paca": "methods.paca",
     "quantize": "methods.quantize",

@@ -191,8 +191,8 @@ def projected(
             found = [site for site in sites.find(params, targets, own_name) if view.role(f"{site}/kernel") == MOVED]
             if not found:
                 raise InputError(
-                    f"{own_name}: none of the kernels that targets {targets!r} names trains in {_names(view)}; leaves of "
-                    "adapters are thinner than the rank, and are not projected"
+                    f"{own_name}: none of the kernels that targets {targets!r} names trains in {_names(view)}; leaves "
+                    "of adapters are thinner than the rank, and are not projected"
                 )
             for site in found:
                 if is_packed(flat[f"{site}/kernel"]):
