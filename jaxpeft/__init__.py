@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.velora import velora
     from jaxpeft.methods.vera import vera
     from jaxpeft.methods.vqt import vqt
+    from jaxpeft.methods.welore import welore
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
     from jaxpeft.peft import attach_several, export_adapter, import_adapter, weighted_adapter
@@ -149,6 +150,7 @@ _MODULE_OF = {
     "velora": "methods.velora",
     "vera": "methods.vera",
     "vqt": "methods.vqt",
+    "welore": "methods.welore",
     "weighted_adapter": "peft",
 }
 __all__ = [*_MODULE_OF]
