@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.mezo import mezo
     from jaxpeft.methods.miss import miss
     from jaxpeft.methods.mixlora import mixlora
+    from jaxpeft.methods.natural_galore import natural_galore
     from jaxpeft.methods.oft import oft
     from jaxpeft.methods.owlore import owlore
     from jaxpeft.methods.paca import paca
@@ -64,6 +65,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.velora import velora
     from jaxpeft.methods.vera import vera
     from jaxpeft.methods.vqt import vqt
+    from jaxpeft.methods.welore import welore
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
     from jaxpeft.peft import attach_several, export_adapter, import_adapter, weighted_adapter
@@ -127,6 +129,7 @@ _MODULE_OF = {
     "meft": "methods.meft",
     "miss": "methods.miss",
     "mixlora": "methods.mixlora",
+    "natural_galore": "methods.natural_galore",
     "oft": "methods.oft",
     "owlore": "methods.owlore",
     "paca": "methods.paca",
@@ -159,6 +162,7 @@ _MODULE_OF = {
     "velora": "methods.velora",
     "vera": "methods.vera",
     "vqt": "methods.vqt",
+    "welore": "methods.welore",
     "weighted_adapter": "peft",
 }
 __all__ = [*_MODULE_OF]

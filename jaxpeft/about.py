@@ -81,6 +81,8 @@ class About(NamedTuple):
       exported adapter is for.
     remade: path -> whether it is a frozen leaf of the method's that `setup` makes again of the base, so that no
       adapter's file of ours holds it.
+    shaped: path -> whether the shape of a leaf of the method's follows from the base's values (a rank from a spectrum),
+      so that an adapter's file tells it.
     """
 
     summary: str
@@ -96,6 +98,7 @@ class About(NamedTuple):
     twice: bool = False
     changes_kernels: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
     remade: Callable[[str], bool] = lambda path: False
+    shaped: Callable[[str], bool] = lambda path: False
 
 
 def check(name: str, file: Any) -> About:

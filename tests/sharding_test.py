@@ -20,6 +20,7 @@ from tests import methods_test
 ROOT = Path(__file__).parent.parent
 MESHES = ("data=8", "fsdp=8", "tensor=8", "seq=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,seq=2")
 PLANS = ("compressed", "offload")
+OPTIMIZERS = ("adam8bit", "adafactor", "sm3")
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
 
@@ -35,14 +36,14 @@ from tests import methods_test, sharding_test, tiny
 
 def run(name, meshes):
     name, _, how = name.partition(" ")
-    groups = how == "in groups"
+    groups, kind = how == "in groups", how if how in sharding_test.OPTIMIZERS else None
     config = methods_test.contract.about(name).promises.config
     base, params = tiny.model(**sharding_test.SIZES, **config)
     method = methods_test.made(name)
     model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
-    plan = parse(how) if how and not groups else residuals.default_plan(model)
+    plan = parse(how) if how and not groups and not kind else residuals.default_plan(model)
     model = residuals.remat(model, plan._replace(tokens=16) if groups else plan, 8 if groups else 1)
-    optimizer = methods_test.make_direction(methods_test.defaults(method.specs).direction)
+    optimizer = methods_test.make_direction(kind or methods_test.defaults(method.specs).direction)
     step = jp.make_train_step(model, method, optimizer, rate=1e-3)
     start = jp.init_state(method, optimizer, trainable, rest, jax.random.key(1), model)
     batch = tiny.batch(rows=32 if groups else 8, vocab=96)
@@ -99,10 +100,14 @@ def found(request):
     wanted = {name: [MESHES[-1], *beside.get(name, ())] for name in methods_test.METHODS}
     wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
     wanted |= {f"lora {plan}": [MESHES[-1]] for plan in PLANS}
+    wanted |= {f"full {kind}": [MESHES[-2]] for kind in OPTIMIZERS}
     return on_meshes({name: meshes for name, meshes in wanted.items() if name in chosen})
 
 
-@pytest.mark.parametrize("name", [*methods_test.METHODS, "lora in groups", *(f"lora {plan}" for plan in PLANS)])
+HOW = ["lora in groups", *(f"lora {plan}" for plan in PLANS), *(f"full {kind}" for kind in OPTIMIZERS)]
+
+
+@pytest.mark.parametrize("name", [*methods_test.METHODS, *HOW])
 def test_a_mesh_learns_what_one_device_learns(found, name):
     """Losses of three steps to float32's rounding; leaves as Adam magnifies it where a gradient is nearly zero."""
     assert_learns_the_same(name, found[name])

@@ -155,12 +155,20 @@ def galore(
         match nothing, quantized kernels, or a chain in which none of these kernels trains.
     """
     config = dict(locals())
-    _lora.check_rank("galore", rank)
+    return projected(Spec("galore", config), **config)
+
+
+def projected(
+    spec: Spec, rank: int, every: int, scale: float, projection: str, targets: _lora.Targets, rounding: str, which: str
+) -> Method:
+    """`galore`'s method for a spec of another name; the same arguments."""
+    own_name = spec.name
+    _lora.check_rank(own_name, rank)
     if every < 1:
-        raise InputError(f"galore: every {every} must be at least 1")
+        raise InputError(f"{own_name}: every {every} must be at least 1")
     for name, value, known in (("projection", projection, PROJECTIONS), ("rounding", rounding, ROUNDINGS)):
         if value not in known:
-            raise InputError(f"galore: {name} {value!r} is not one of {', '.join(known)}")
+            raise InputError(f"{own_name}: {name} {value!r} is not one of {', '.join(known)}")
 
     weights = full(which)
 
@@ -180,16 +188,16 @@ def galore(
     def forward(model: Model, view: View) -> Model:
         def choose(params):
             flat = tree.flatten(params)
-            found = [site for site in sites.find(params, targets, "galore") if view.role(f"{site}/kernel") == MOVED]
+            found = [site for site in sites.find(params, targets, own_name) if view.role(f"{site}/kernel") == MOVED]
             if not found:
                 raise InputError(
-                    f"galore: none of the kernels that targets {targets!r} names trains in {_names(view)}; leaves of "
-                    "adapters are thinner than the rank, and are not projected"
+                    f"{own_name}: none of the kernels that targets {targets!r} names trains in {_names(view)}; leaves "
+                    "of adapters are thinner than the rank, and are not projected"
                 )
             for site in found:
                 if is_packed(flat[f"{site}/kernel"]):
-                    raise InputError(f"galore: {site} is quantized, and cannot take up a change in each step")
-                _lora.check_kernel("galore", site, rank, flat[f"{site}/kernel"])
+                    raise InputError(f"{own_name}: {site} is quantized, and cannot take up a change in each step")
+                _lora.check_kernel(own_name, site, rank, flat[f"{site}/kernel"])
             return found
 
         own = sites.attach(model, "galore", lambda site: GaLore(rank), choose)
@@ -240,7 +248,7 @@ def galore(
         gradient=gradient,
         move=move,
         merge=lambda params: weights.merge(merge(params)),
-        specs=(Spec("galore", config),),
+        specs=(spec,),
         alone=lambda path: TRAINED if weights.trainable(path) else FROZEN,
     )
 

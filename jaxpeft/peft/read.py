@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError, first_line
-from jaxpeft.method import Method, Spec, chain, from_specs, setup
+from jaxpeft.method import Method, Spec, about, chain, from_specs, setup
 from jaxpeft.methods.full import full
 from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE
@@ -229,7 +229,12 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
         return {path: leaf for path, leaf in {**trainable, **rest}.items() if is_written(path, method, config)}
 
     base = config.model if isinstance(config, Foreign) else models.model_of(config)
-    params = tree.unflatten(shapes_of(config))
+    told = {
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        for path, leaf in leaves.items()
+        if any(about(spec.name).shaped(path) for spec in method.specs)
+    }
+    params = tree.unflatten({**shapes_of(config), **told})
     expected = jax.eval_shape(added, jax.eval_shape(lambda: jax.random.key(0)), params)
     if lacking := sorted(expected.keys() - leaves.keys()):
         raise InputError(f"{where}: lacks {lacking[0]} of shape {expected[lacking[0]].shape}, which {method.name} has")

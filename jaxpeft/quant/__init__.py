@@ -1,5 +1,6 @@
 """Kernels that are not plain arrays: what every kernel can be asked (`Kernel`), and the products that take them all."""
 
+from jaxpeft.quant.absent import Absent
 from jaxpeft.quant.affine import Affine
 from jaxpeft.quant.dot import dot, low_rank_dot, low_rank_dot_of
 from jaxpeft.quant.folded import (
@@ -23,6 +24,7 @@ __all__ = [
     "CONVOLUTION",
     "EMBEDDING",
     "FORMATS",
+    "Absent",
     "Affine",
     "Folded",
     "Kernel",

@@ -21,13 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.quant import affine
+from jaxpeft.quant.absent import Absent
 from jaxpeft.quant.affine import Affine
 from jaxpeft.quant.nested import Nested
 from jaxpeft.quant.paired import Paired
 from pallas_kernels.packed import FORMATS, Packed, dequantize, quantize
 from pallas_kernels.stacked import Stacked
 
-_PACKED = (Packed, Affine, Paired, Nested)
+_PACKED = (Packed, Affine, Paired, Nested, Absent)
 
 
 class Kernel(Protocol):
@@ -155,6 +156,11 @@ def _(kernel: Nested, dtype: Any) -> jax.Array:
 @_dense.register
 def _(kernel: Stacked, dtype: Any) -> jax.Array:
     return _dense(kernel.take(), dtype)
+
+
+@_dense.register
+def _(kernel: Absent, dtype: Any) -> jax.Array:
+    return jnp.zeros(kernel.shape, dtype)
 
 
 @_like.register
