@@ -133,8 +133,8 @@ class Stack(NamedTuple):
     layered: whether there are layers; otherwise all of the model is in `embed`
     before: (stack, params, ctx, key) -> (params, ctx), once per batch between `embed` and the layers (`entered`): adds
       what the layers read that the layers make, such as a prompt's keys and values; `stack` is the one that runs
-    sums: {name: n}, what each layer says beside the stream, for a loss (`Model.ran`): (B, n) float32, n numbers of each
-      row of the batch, which follow from that row alone
+    sums: ((name, n), ...), what each layer says beside the stream, for a loss (`Model.ran`): {name: (B, n) float32}, n
+      numbers of each row of the batch, which follow from that row alone
     """
 
     embed: Callable[..., tuple[jax.Array, Context]]
@@ -147,7 +147,7 @@ class Stack(NamedTuple):
     frozen_layers: bool = False
     layered: bool = True
     before: Callable[..., tuple[tree.Params, Context]] = nothing_before
-    sums: Mapping[str, int] = {}
+    sums: tuple[tuple[str, int], ...] = ()
 
     def map_layers(self, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Stack:
         """The stack with `block` and each of its parts replaced by `wrap` of it."""

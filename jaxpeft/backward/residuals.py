@@ -131,15 +131,15 @@ def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]
 
     def layers(stack, segment, numbers, params, x, ctx, key):
         block = functools.partial(stack.block, cache=None, segment=segment)
-        count = len(numbers)
+        count, widths = len(numbers), dict(stack.sums)
         # What layers say is a stream too: each writes its own numbers, and none reads what is there.
-        streams = (x, {name: jnp.zeros((len(x), count * n), jnp.float32) for name, n in stack.sums.items()})
+        streams = (x, {name: jnp.zeros((len(x), count * n), jnp.float32) for name, n in widths.items()})
 
         def layer(own, streams, ctx):
             x, said = block(own, streams[0], ctx)
             place = ctx.layer - numbers.start
             whole = {
-                name: jax.lax.dynamic_update_slice_in_dim(sums, said[name], place * stack.sums[name], 1)
+                name: jax.lax.dynamic_update_slice_in_dim(sums, said[name], place * widths[name], 1)
                 for name, sums in streams[1].items()
             }
             return (x, whole), None

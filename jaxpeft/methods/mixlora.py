@@ -299,7 +299,7 @@ def with_experts(model: Model, mixture: Mixture, choose: Callable[[tree.Params],
 
     if not model.stack.layered:
         raise InputError("mixlora: this model shows no layers, and so no MLPs for experts; use lora")
-    sums = {**model.stack.sums, NAME: 2 * mixture.experts}
+    sums = (*model.stack.sums, (NAME, 2 * mixture.experts))
     return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(sums=sums))
 
 
