@@ -312,9 +312,9 @@ def _gradients_and_candidates(objective, picks, trainable, rest, batch, key, opt
 
 
 def _picked(gradient: jax.Array, count: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """(count,) each: the largest |dW| of a matrix, as entries, dW and dW^2."""
+    """(count,) each: the largest |dW| of a matrix, as ascending entries, dW and dW^2."""
     flat = gradient.reshape(-1)
-    index = jax.lax.top_k(jnp.abs(flat), count)[1].astype(jnp.int32)
+    index = jnp.sort(jax.lax.top_k(jnp.abs(flat), count)[1].astype(jnp.int32))
     return index, flat[index], flat[index] ** 2
 
 
@@ -349,7 +349,8 @@ def _swapped(own: Mapping[str, jax.Array], share: jax.Array, shape: tuple[int, i
         means, squares = own["sum"] / accumulate, own["squares"] / accumulate
     else:
         product = jnp.outer(own["rows"], own["columns"]).reshape(-1).at[index].set(-1)
-        scores, candidates = jax.lax.top_k(product, len(index))
+        candidates = jnp.sort(jax.lax.top_k(product, len(index))[1])
+        scores = product[candidates]
         i, j = jnp.divmod(candidates.astype(jnp.int32), shape[1])
         squares = jnp.minimum(own["rows"][i], own["columns"][j]) / (step + 1)
         means = jnp.zeros_like(squares)
@@ -374,7 +375,8 @@ def replaced(
       count: () int32.
 
     Returns:
-      Entries, all different; for each of them its candidate; and whether it is fresh, all (k,).
+      Entries, all different; for each of them its candidate; and whether it is fresh, all (k,). Where a fresh one lies
+      depends on which are chosen alone, and not on the order of their scores, in which rounding may change places.
     """
     k = len(index)
     numbers = jnp.arange(k)
@@ -389,10 +391,8 @@ def replaced(
     grown = taken & ~active
     source = jnp.zeros(k, jnp.int32).at[jnp.where(grown, jnp.cumsum(grown) - 1, k)].set(numbers, mode="drop")
     free = (out & ~stays)[order]  # the smallest first
-    place = jnp.cumsum(free) - 1
-    goes = free & (place < jnp.sum(grown))
-    source = jnp.zeros(k, jnp.int32).at[order].set(source[jnp.maximum(place, 0)])
-    fresh = jnp.zeros(k, bool).at[order].set(goes)
+    fresh = jnp.zeros(k, bool).at[order].set(free & (jnp.cumsum(free) <= jnp.sum(grown)))
+    source = source[jnp.maximum(jnp.cumsum(fresh) - 1, 0)]
     return jnp.where(fresh, candidates[source], index), source, fresh
 
 
