@@ -59,6 +59,8 @@ if TYPE_CHECKING:
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.shira import shira
     from jaxpeft.methods.sparse_mezo import sparse_mezo
+    from jaxpeft.methods.speft import speft
+    from jaxpeft.methods.spiel import spiel
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vblora import vblora
@@ -155,6 +157,8 @@ _MODULE_OF = {
     "to_nnx": "nnx",
     "trainable_mask": "train.masked",
     "shira": "methods.shira",
+    "speft": "methods.speft",
+    "spiel": "methods.spiel",
     "sparse_mezo": "methods.sparse_mezo",
     "svfit": "methods.svfit",
     "unipt": "methods.unipt",
