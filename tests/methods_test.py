@@ -25,6 +25,9 @@ from tests import residuals, tiny
 
 # What is for encoders that classify alone is held to the same in its own test.
 METHODS = [name for name in contract.names() if not contract.about(name).promises.classifies]
+# What takes a compiler longest is asked of one method of each level, and of the others by `make test-slow`.
+OF_LEVEL = sorted({contract.about(name).level: name for name in METHODS}.values())
+OTHERS = [name for name in METHODS if name not in OF_LEVEL]
 LAYERS = tiny.CONFIG["num_hidden_layers"]
 KEY = jax.random.key(0)
 BATCH = tiny.batch()
@@ -210,8 +213,7 @@ def test_any_run_gives_the_same_gradients(case, trained):
 
     (loss, _), scanned = gradients(case.model)
     stack = case.model.stack
-    of_level = {contract.about(name).level: contract.about(name) for name in METHODS}
-    again = [rematerialised(stack)] if of_level[case.about.level] is case.about else []
+    again = [rematerialised(stack)] if case.about in map(contract.about, OF_LEVEL) else []
     for other in (*again, stack._replace(run=planned(parse("matmuls,tokens=16")))):
         (same, _), found = gradients(case.model._replace(stack=other))
         np.testing.assert_allclose(same, loss, rtol=1e-5)
@@ -295,8 +297,20 @@ def test_no_product_reads_a_bfloat16_stream_in_float32(case):
     assert {str(x.dtype) for x in read if x.size >= stream} == {"bfloat16"}
 
 
+@pytest.mark.parametrize("case", OF_LEVEL, indirect=True)
 def test_compiled_temporaries_within_what_it_states(case):
     """One layer's worth beside the stack is in work; without a backward pass none is kept."""
+    assert_temporaries_within_what_it_states(case)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS, indirect=True)
+def test_compiled_temporaries_of_all_others(case):
+    """The same, in three minutes."""
+    assert_temporaries_within_what_it_states(case)
+
+
+def assert_temporaries_within_what_it_states(case):
     method = case.method
     if not case.promises.backward:
         few, many = (temporaries(method, *at_depth(case, n), 16) for n in (LAYERS, 3 * LAYERS))

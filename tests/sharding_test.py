@@ -24,6 +24,10 @@ OPTIMIZERS = ("adam8bit", "adafactor", "sm3")
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
 
+# Whose leaves are numbers or factors at a linear map, which lie as LoRA's do.
+ALIKE = {"dora", "ia3", "int21", "llm_qfa", "loha", "lokr", "lq_lora", "miss", "oft", "paca", "peqa", "svfit", "velora"}
+METHODS = [name for name in methods_test.METHODS if name not in ALIKE]
+
 # Prints {name: {mesh: {"losses", "leaves": largest difference, relative to the largest number, "hlo"}}}.
 WORKER = """
 import json, sys
@@ -96,8 +100,8 @@ def found(request):
     own = [item for item in request.session.items if item.module is request.module and "found" in item.fixturenames]
     chosen = {item.callspec.params["name"] for item in own if hasattr(item, "callspec")}
     chosen |= set() if all(hasattr(item, "callspec") for item in own) else {"lora", "lora in groups", "prompt"}
-    beside = further({methods_test.contract.about(name).level: name for name in methods_test.METHODS}.values())
-    wanted = {name: [MESHES[-1], *beside.get(name, ())] for name in methods_test.METHODS}
+    beside = further({methods_test.contract.about(name).level: name for name in METHODS}.values())
+    wanted = {name: [MESHES[-1], *beside.get(name, ())] for name in METHODS}
     wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
     wanted |= {f"lora {plan}": [MESHES[-1]] for plan in PLANS}
     wanted |= {f"full {kind}": [MESHES[-2]] for kind in OPTIMIZERS}
@@ -107,7 +111,7 @@ def found(request):
 HOW = ["lora in groups", *(f"lora {plan}" for plan in PLANS), *(f"full {kind}" for kind in OPTIMIZERS)]
 
 
-@pytest.mark.parametrize("name", [*methods_test.METHODS, *HOW])
+@pytest.mark.parametrize("name", [*METHODS, *HOW])
 def test_a_mesh_learns_what_one_device_learns(found, name):
     """Losses of three steps to float32's rounding; leaves as Adam magnifies it where a gradient is nearly zero."""
     assert_learns_the_same(name, found[name])
@@ -115,8 +119,10 @@ def test_a_mesh_learns_what_one_device_learns(found, name):
 
 @pytest.mark.slow
 def test_a_further_mesh_learns_what_one_device_learns():
-    """Every method, in five minutes."""
-    for name, runs in on_meshes(further(methods_test.METHODS)).items():
+    """Every method, in six minutes; those that lie as LoRA on the mesh of three axes, too."""
+    wanted = further(methods_test.METHODS)
+    wanted |= {name: [MESHES[-1], *wanted[name]] for name in ALIKE}
+    for name, runs in on_meshes(wanted).items():
         assert_learns_the_same(name, runs)
 
 
