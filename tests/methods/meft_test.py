@@ -135,7 +135,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_rebuilt_and_stored_streams_give_the_same_bits(name, dtype):
     """Dropout masks are drawn again from their keys."""

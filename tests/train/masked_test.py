@@ -12,6 +12,7 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import about, make, names, view_of
 from tests import tiny
+from tests.methods_test import OF_LEVEL
 
 STEPS = 10
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
@@ -84,7 +85,11 @@ def check_with_shared_gradients(name):
     assert same(tree.flatten(params), {**rest, **trainable})
 
 
-@pytest.mark.parametrize("name", ["lora+", "last", *names()])
+# Of each level one method; the others, which take three minutes, are slow tests.
+OTHERS = [pytest.param(name, marks=pytest.mark.slow) for name in names() if name not in ("lora", *OF_LEVEL)]
+
+
+@pytest.mark.parametrize("name", ["lora", "lora+", "last", *OF_LEVEL, *OTHERS])
 def test_ten_steps_are_those_of_structural_freezing(name):
     try:
         step, params, opt_state = whole(name)
