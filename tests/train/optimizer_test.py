@@ -249,7 +249,7 @@ def test_layers_drawn_anew_start_with_a_fresh_state(kind):
     """LISA's own: after a draw the masters' state is that of the beginning, and the others' goes on."""
     shapes = {"lisa/layers/mlp/up_proj/kernel": (1, 64, 64), "embed_tokens/embedding": (64, 64)}
     params = {path: jnp.zeros(shape) for path, shape in shapes.items()}
-    optimizer = lisa._fresh(optax.with_extra_args_support(make_direction(kind)), every=2)
+    optimizer = lisa.lisa(count=1, every=2).update(make_direction(kind), None)
     fresh = state = optimizer.init(params)
     update = jax.jit(optimizer.update)
     differs = lambda a, b: any(np.any(x != y) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True))
