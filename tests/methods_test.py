@@ -113,6 +113,12 @@ def test_made_again_from_its_spec(case):
     chex.assert_trees_all_equal((trainable, rest), (case.trainable, case.rest))
 
 
+def test_models_are_static_arguments(case):
+    """Of compiled functions, as in decoding: they have a hash, and are what they were."""
+    assert hash(case.model) == hash(case.model._replace())
+    assert case.model == case.model._replace()
+
+
 def test_starts_at_the_base(case):
     if not case.promises.starts_at_base:
         pytest.skip("not promised")

@@ -10,7 +10,8 @@ group. The clipped derivative d bounds a step along a direction in which the los
 is biased.
 
 With `relative` each scale is perturbed in proportion to itself, s (1 + eps z), and moves by -rate d z s: scales differ
-by kernel and by bits, and of kernels of 8 bits an eps of 1e-3 may be larger than a scale, and turn its sign.
+by kernel and by bits, and of kernels of 8 bits an eps of 1e-3 may be as large as a scale, and turn its sign. A warning
+says where it is more than a quarter of one: the evaluations are then of models far from s.
 
 The kernels are those of `quantize` in any format (of nf4, whose codes are a codebook's, the scales of the codewords; of
 doubly quantized scales, what they stand for), or those that GPTQ or AWQ has made, zero points fixed. The method has to
@@ -25,6 +26,7 @@ Paper: Shang et al. 2025, "Fine-tuning Quantized Neural Networks with Zeroth-ord
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -34,7 +36,7 @@ import jax.numpy as jnp
 
 from jaxpeft import sites, tree, zeroth_order
 from jaxpeft.about import About, Defaults, Promises
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, Notice
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Context
@@ -42,6 +44,7 @@ from jaxpeft.quant import Affine, dense, dot, matrix, merged
 from jaxpeft.zeroth_order import OWN, Settings
 from pallas_kernels.packed import Packed, decoded
 
+NOISE = 0.25  # of a weight, from which on its evaluations are of another model
 _LEAF = "/qzo/scales"
 
 
@@ -113,13 +116,40 @@ def qzo(
                 plain[at] = merged(flat[at], dense(kernel, kernel.dtype))
         return tree.unflatten(plain)
 
+    def forward(model, view):
+        adapted = sites.attach(model, "qzo", lambda site: QZO(), choose)
+
+        def init(key, params):
+            params = adapted.init(key, params)
+            if not relative:
+                _say_where_noise_is_larger(params, eps)
+            return params
+
+        return adapted._replace(init=init)
+
     settings = Settings("qzo", eps, seeds, relative=relative, clip=clip, floor=0.0, others=False)
     return zeroth_order.estimated(settings)._replace(
-        forward=lambda model, view: sites.attach(model, "qzo", lambda site: QZO(), choose),
+        forward=forward,
         roles=trains(lambda path: path.endswith(_LEAF), OWN),
         merge=merge,
         specs=(Spec("qzo", config),),
     )
+
+
+def _say_where_noise_is_larger(params: tree.Params, eps: float) -> None:
+    """Warns of kernels of which eps is more than `NOISE` of most scales."""
+    scales = {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith(_LEAF)}
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in scales.values()):
+        return
+    if small := [path for path, leaf in scales.items() if NOISE * jnp.median(leaf) < eps]:
+        least = min(float(jnp.median(scales[path])) for path in small)
+        warnings.warn(
+            f"qzo: eps {eps:g} is more than {NOISE:g} of most scales of {len(small)} of {len(scales)} kernels, such as "
+            f"{small[0].removesuffix(_LEAF)} (the least median is {least:.1e}): the evaluations are far from the "
+            "model; give a smaller eps, or relative=true",
+            Notice,
+            stacklevel=2,
+        )
 
 
 ABOUT = About(

@@ -10,6 +10,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
+from jaxpeft.errors import Notice
 from jaxpeft.memory import planner, targets
 from jaxpeft.models import geometries
 from jaxpeft.quant import dense, pack_affine
@@ -99,6 +100,21 @@ def test_every_packed_kernel_starts_at_itself_and_merges(name):
     site = "layers/mlp/up_proj"
     np.testing.assert_allclose(merged[f"{site}/kernel"], 1.5 * dense(plain[f"{site}/kernel"]), rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(apply(model, rest), apply(base, merged), rtol=1e-4, atol=1e-4)
+
+
+def test_noise_that_is_larger_than_the_scales_is_said(recwarn):
+    start = lambda **options: jp.setup(
+        jp.chain(jp.quantize("int8", group=8), jp.qzo(**options)), *tiny.model(), jax.random.key(0)
+    )
+    _, _, rest = start(eps=1e-6)
+    scales = {path: leaf for path, leaf in rest.items() if path.endswith("/qzo/scales")}
+    largest = max(float(jnp.median(leaf)) for leaf in scales.values())
+    start(eps=0.3 * largest, relative=True)
+    start(eps=0.2 * min(float(jnp.median(leaf)) for leaf in scales.values()))
+    jax.eval_shape(lambda: start(eps=0.3 * largest)[1:])
+    assert not recwarn.list
+    with pytest.warns(Notice, match=f"of most scales of {len(scales)} of {len(scales)} kernels.*relative=true"):
+        start(eps=0.3 * largest)
 
 
 def test_refusals():
