@@ -183,6 +183,17 @@ class Moment(NamedTuple):
     before: tree.Flat
 
 
+def told(name: str, aux: Mapping[str, Any] | None, key: str) -> Any:
+    """aux[key], what a method's `gradient` says to its `update` and `move`.
+
+    Raises:
+      InputError: where it was not asked, because a member of the chain behind it calculates gradients of its own.
+    """
+    if aux is None or key not in aux:
+        raise InputError(f"{name}: stands in front of what replaces the gradient; put {name} last")
+    return aux[key]
+
+
 def unchanged(x, *_):
     """A slot that does nothing."""
     return x

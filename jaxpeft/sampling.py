@@ -22,7 +22,7 @@ import optax
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, trained
+from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, told, trained
 from jaxpeft.model import Model, reads_stacks
 from jaxpeft.quant import is_packed
 from pallas_kernels.stacked import taken
@@ -96,10 +96,19 @@ class Sampler(NamedTuple):
     # The slots of a method.
 
     def roles(self, others: Roles) -> Roles:
-        """What trains in the layers is moved, and has masters that train."""
+        """What trains in the layers is moved, and has masters that train.
+
+        Raises:
+          InputError: from a role, where another member of the chain has sampled the layers already.
+        """
 
         def role(path: str) -> Role:
             own = others(path.removeprefix(self.scope))
+            if _is_sampled(own):
+                raise InputError(
+                    f"{self.name}: another member of the chain samples layers already, and each would write its own "
+                    "masters over the other's; leave one of them out"
+                )
             if self.is_master(path):
                 return trained(own.dtype or jnp.float32)
             if path.startswith(self.scope):
@@ -153,16 +162,6 @@ class Sampler(NamedTuple):
         """One optimizer for the masters, or one for each layer's, and one for all other leaves."""
         optimizer = optax.with_extra_args_support(optimizer)
         return _kept(self, optimizer, layers_of(self.stacks(view))) if self.keeps else _fresh(self, optimizer)
-
-    def told(self, aux: Mapping[str, Any], name: str) -> Any:
-        """What `gradient` has said.
-
-        Raises:
-          InputError: where it was not asked, because a member behind it calculates gradients of its own.
-        """
-        if f"{self.name}/{name}" not in aux:
-            raise InputError(f"{self.name}: stands in front of what replaces the gradient; put {self.name} last")
-        return aux[f"{self.name}/{name}"]
 
     def move(self, leaves: Leaves, moment: Moment) -> Leaves:
         """Writes the masters into the stack, and draws when it is time."""
@@ -359,7 +358,7 @@ def _kept(
             now = None if now is None else {**now, **zero}
             return optimizer.update({**grads, rest: norm}, state, now, aux=aux, **extra)
 
-        at = jnp.searchsorted(jnp.asarray(layers), sampler.told(aux or {}, "active"))
+        at = jnp.searchsorted(jnp.asarray(layers), told(sampler.name, aux, f"{sampler.scope}active"))
         rows = jax.tree.map(lambda x: x[at], state.masters)
         directions, rows = jax.vmap(of_layer)(own, jnp.sqrt(apart), rows, own_now)
         masters = jax.tree.map(lambda x, row: x.at[at].set(row), state.masters, rows)

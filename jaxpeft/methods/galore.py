@@ -38,7 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View
+from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, told
 from jaxpeft.methods import lora as _lora
 from jaxpeft.methods.full import full
 from jaxpeft.model import Context, Model
@@ -176,6 +176,10 @@ def projected(
         own = {"r": TRAINED, "p": MOVED}
 
         def role(path):
+            if path.endswith("/galore/p") and others(path) == MOVED:
+                raise InputError(
+                    f"{own_name}: another member of the chain projects kernels, too; leave one of them out"
+                )
             if "/galore/" in path:
                 return own[path.rsplit("/", 1)[1]]
             if path == STEPS:
@@ -198,6 +202,10 @@ def projected(
                 if is_packed(flat[f"{site}/kernel"]):
                     raise InputError(f"{own_name}: {site} is quantized, and cannot take up a change in each step")
                 _lora.check_kernel(own_name, site, rank, flat[f"{site}/kernel"])
+                if (name := view.role(f"{site}/galore/r").name) != "trained":
+                    raise InputError(
+                        f"{_names(view)}: {own_name}'s {site}/galore/r is differentiated whole, and would be {name}"
+                    )
             return found
 
         own = sites.attach(model, "galore", lambda site: GaLore(rank), choose)
@@ -231,7 +239,7 @@ def projected(
         for path in [path for path in moved if path.endswith("/galore/p")]:
             site = path.removesuffix("/galore/p")
             r, kernel = f"{site}/galore/r", f"{site}/kernel"
-            fresh = moment.aux[path]
+            fresh = told(own_name, moment.aux, path)
             key = jax.random.fold_in(moment.key, zlib.crc32(site.encode())) if rounding == "stochastic" else None
             rate = 0.0 if moment.rate is None else moment.rate
             keeps = 1 - moment.decay * rate if moment.decay and decays(kernel, moved[kernel]) else 1.0

@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jaxpeft import sampling, sites, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import FROZEN, Leaves, Method, Moment, Objective, Spec, View, about
+from jaxpeft.method import FROZEN, Leaves, Method, Moment, Objective, Spec, View, about, told
 from jaxpeft.model import Model
 from jaxpeft.train.step import mean_over
 
@@ -122,7 +122,7 @@ def ist(
         return objective._replace(value_and_grad=value_and_grad)
 
     def move(leaves: Leaves, moment: Moment) -> Leaves:
-        own = {"ist/scores": sampler.told(moment.aux, "scores"), "ist/steps": leaves.moved["ist/steps"] + 1}
+        own = {"ist/scores": told("ist", moment.aux, "ist/scores"), "ist/steps": leaves.moved["ist/steps"] + 1}
         return sampler.move(leaves._replace(moved={**leaves.moved, **own}), moment)
 
     return Method(

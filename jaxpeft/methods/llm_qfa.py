@@ -35,7 +35,7 @@ import optax
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Spec, View
+from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Spec, View, told
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Batch, Context, Model
 from jaxpeft.quant import (
@@ -332,7 +332,7 @@ def of_chosen(optimizer: optax.GradientTransformation, shapes: Mapping[str, Any]
 
     def update(grads, state, params=None, *, aux=None, **extra):
         directions, after = inner.update(grads, state, params, aux=aux, **extra)
-        hit = aux["llm_qfa"] > 0.5
+        hit = told("llm_qfa", aux, "llm_qfa") > 0.5
 
         def kept(path, new, old):
             own = owner(path)

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jaxpeft import patterns, sampling, sites, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View
+from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, told
 from jaxpeft.methods import full as _full
 from jaxpeft.methods import galore as _galore
 from jaxpeft.methods import lora as _lora
@@ -203,7 +203,11 @@ def owlore(
         rate = 0.0 if moment.rate is None else moment.rate
         for path in [path for path in moved if path.endswith("/galore/p")]:
             site = path.removeprefix("owlore/").removesuffix("/galore/p")
-            r, kernel, fresh = f"owlore/{site}/galore/r", f"{site}/kernel", sampler.told(moment.aux, f"{site}/galore/p")
+            r, kernel, fresh = (
+                f"owlore/{site}/galore/r",
+                f"{site}/kernel",
+                told("owlore", moment.aux, f"owlore/{site}/galore/p"),
+            )
             key = jax.random.fold_in(moment.key, zlib.crc32(site.encode())) if rounding == "stochastic" else None
             keeps = 1 - moment.decay * rate if moment.decay and decays(kernel, moved[kernel]) else 1.0
             places = sampling.local(kernel, moved[kernel], moved["owlore/active"])

@@ -41,7 +41,7 @@ import optax
 from jaxpeft import sites, sparse, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, about
+from jaxpeft.method import MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, about, told
 from jaxpeft.methods import shira as _shira
 from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Context, Model
@@ -184,10 +184,11 @@ def spiel(
         trained, moved = dict(leaves.trained), dict(leaves.moved)
         for path in [path for path in trained if path.endswith(VALUES)]:
             site = path.removesuffix(VALUES)
-            told = {name: _told(moment.aux, f"{site}/spiel/{name}") for name in ("index", "fresh", *GROWTHS[grow])}
+            names = ("index", "fresh", *GROWTHS[grow])
+            found = {name: told("spiel", moment.aux, f"{site}/spiel/{name}") for name in names}
             begun = turns({path: trained[path]}).begun(site, moved[STEPS] - (accumulate - 1))
-            trained[path] = jnp.where(told.pop("fresh") | ~begun, 0, trained[path])
-            moved |= {f"{site}/spiel/{name}": leaf for name, leaf in told.items()}
+            trained[path] = jnp.where(found.pop("fresh") | ~begun, 0, trained[path])
+            moved |= {f"{site}/spiel/{name}": leaf for name, leaf in found.items()}
         moved[STEPS] = moved[STEPS] + 1
         return Leaves(trained, moved)
 
@@ -200,12 +201,6 @@ def spiel(
         merge=lambda params: sparse.fold(params, "spiel"),
         specs=(Spec("spiel", config),),
     )
-
-
-def _told(aux: Mapping[str, Any], name: str) -> Any:
-    if name not in aux:
-        raise InputError("spiel: stands in front of what replaces the gradient; put spiel last")
-    return aux[name]
 
 
 # Turns.
@@ -401,7 +396,7 @@ def seeded(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTr
 
     def update(grads, state, params=None, *, aux=None, **extra):
         updates, state = optimizer.update(grads, state, params, aux=aux, **extra)
-        fresh = {path: _told(aux or {}, path.replace("values", "fresh")) for path in grads if path.endswith(VALUES)}
+        fresh = {path: told("spiel", aux, path.replace("values", "fresh")) for path in grads if path.endswith(VALUES)}
 
         def adam(path, moments, name, bias):
             return jnp.where(fresh[path], aux[path.replace("values", name)] * bias, moments)

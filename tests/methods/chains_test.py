@@ -1,4 +1,4 @@
-"""Several adapters at one site: in either order the numbers are the equation's, and merging gives the same."""
+"""Several members of a chain: at one site, in either order, the equation's numbers; and what is refused."""
 
 import jax
 import numpy as np
@@ -7,6 +7,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.quant import is_packed
+from jaxpeft.train.optimizer import make_direction
 from tests import tiny
 
 LORA = {"rank": 2, "alpha": 4.0, "targets": ["v_proj", "down_proj"]}
@@ -73,3 +74,40 @@ def test_over_packed_kernels(name, first):
     assert not any(is_packed(tree.flatten(merged)[f"{site}/kernel"]) for site in (V, DOWN))
     adapted = apply(jp.combine(trainable, rest), BATCH)
     np.testing.assert_allclose(base.apply(merged, BATCH), adapted, rtol=1e-4, atol=1e-4)
+
+
+OTHERS = {"lisa": {"count": 1}, "owlore": {"rank": 4, "count": 1, "scores": "uniform"}, "ist": {"share": 0.5}, "lora": {"rank": 2}}
+OTHERS |= {"galore": {"rank": 4}, "natural_galore": {"rank": 4}}
+TWICE = "another member of the chain samples layers already"
+BEFORE = "stands in front of what replaces the gradient; put {} last"
+APART = "{}'s layers/mlp/down_proj/galore/r is differentiated whole, and would be moved"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ("lora+ist+lisa", f"lisa: {TWICE}"),
+        ("half+lisa", f"lisa: {TWICE}"),
+        ("lisa+half", f"half: {TWICE}"),
+        ("half+owlore", f"owlore: {TWICE}"),
+        ("galore+mezo", f"galore: {BEFORE.format('galore')}"),
+        ("natural_galore+mezo", f"natural_galore: {BEFORE.format('natural_galore')}"),
+        ("owlore+mezo", f"owlore: {BEFORE.format('owlore')}"),
+        ("lora+ist+mezo", f"ist: {BEFORE.format('ist')}"),
+        ("galore+lisa", f"galore[+]lisa: {APART.format('galore')}"),
+        ("natural_galore+galore", "galore: another member of the chain projects kernels, too"),
+        ("galore+natural_galore", "natural_galore: another member of the chain projects kernels, too"),
+    ],
+)
+def test_members_that_would_undo_one_another_are_refused(names, message):
+    members = [getattr(jp, name)(**OTHERS.get(name, {})) for name in names.split("+")]
+    with pytest.raises(jp.InputError, match=message):
+        run(jp.chain(*members))
+
+
+def run(method):
+    """One step, traced alone."""
+    model, trainable, rest = jp.setup(method, *tiny.model(), jax.random.key(0))
+    optimizer = make_direction("adam")
+    state = jp.init_state(method, optimizer, trainable, rest, jax.random.key(1), model)
+    return jax.eval_shape(jp.make_train_step(model, method, optimizer, rate=1e-3), state, BATCH)
