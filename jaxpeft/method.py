@@ -29,7 +29,7 @@ trained leaves, so neighbours in a chain need not know one another.
 `view` says what the whole chain does: the base, every leaf's role and shape, batches to calibrate on. State between
 steps is in three places: trained leaves, moved leaves, and the optimizer's state, where `update` may add its own
 (`optax.tree_utils.tree_get(opt_state, "field")` finds it again). What `gradient` has to say to `update` and `move` it
-puts into `aux`.
+puts into `aux`, where they ask for it by `told`.
 
 In a chain, `prepare` acts in order and `merge` in reverse; of several adapters at one site the last of the chain is
 nearest to the kernel. A method that only changes how others train (a *modifier*: MeZO, LISA) says in `alone` what

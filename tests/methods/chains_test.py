@@ -76,7 +76,12 @@ def test_over_packed_kernels(name, first):
     np.testing.assert_allclose(base.apply(merged, BATCH), adapted, rtol=1e-4, atol=1e-4)
 
 
-OTHERS = {"lisa": {"count": 1}, "owlore": {"rank": 4, "count": 1, "scores": "uniform"}, "ist": {"share": 0.5}, "lora": {"rank": 2}}
+OTHERS = {
+    "lisa": {"count": 1},
+    "owlore": {"rank": 4, "count": 1, "scores": "uniform"},
+    "ist": {"share": 0.5},
+    "lora": {"rank": 2},
+}
 OTHERS |= {"galore": {"rank": 4}, "natural_galore": {"rank": 4}}
 TWICE = "another member of the chain samples layers already"
 BEFORE = "stands in front of what replaces the gradient; put {} last"
