@@ -58,7 +58,13 @@ def natural_galore(
     """Natural GaLore on the kernels that `targets` chooses, of those that the chain trains, or of the model's.
 
     Args:
-      rank, every, scale, projection, targets, rounding, which: as of `galore`.
+      rank: as of `galore`, and so are the others not said here.
+      every: steps between projections.
+      scale: alpha, the update's factor.
+      projection: how P is found.
+      targets: the kernels.
+      rounding: how bfloat16 weights are rounded.
+      which: alone: what trains, as of `galore`.
       history: s, gradients that are kept, this step's among them.
       damping: lambda.
 
