@@ -198,6 +198,7 @@ for method in (jp.lora_fa(2, projected=True), jp.full()):  # adapters beside spl
 """
 
 
+@pytest.mark.slow
 def test_a_sharded_run_passes_through_unchanged():
     """The same step on a 2 x 2 mesh of (host) devices gives the same numbers, with the kernels left split."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

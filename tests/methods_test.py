@@ -26,7 +26,7 @@ from tests import residuals, tiny
 # What is for encoders that classify alone is held to the same in its own test.
 METHODS = [name for name in contract.names() if not contract.about(name).promises.classifies]
 # What takes a compiler longest is asked of one method of each level, and of the others by `make test-slow`.
-OF_LEVEL = sorted({contract.about(name).level: name for name in METHODS}.values())
+OF_LEVEL = sorted({contract.about(name).level: name for name in (*METHODS, "lora")}.values())
 OTHERS = [name for name in METHODS if name not in OF_LEVEL]
 LAYERS = tiny.CONFIG["num_hidden_layers"]
 KEY = jax.random.key(0)
@@ -205,8 +205,20 @@ def objective(case, model):
     return objective_of(model, case.method, {**case.rest, **case.trainable})
 
 
+@pytest.mark.parametrize("case", OF_LEVEL, indirect=True)
 def test_any_run_gives_the_same_gradients(case, trained):
-    """Scanned, in groups of 16 tokens under a memory plan, and, of each level one, with layers computed again."""
+    """Scanned, in groups of 16 tokens under a memory plan, with layers computed again."""
+    assert_any_run_gives_the_same_gradients(case, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS, indirect=True)
+def test_any_run_of_all_others(case, trained):
+    """The same, in two minutes."""
+    assert_any_run_gives_the_same_gradients(case, trained)
+
+
+def assert_any_run_gives_the_same_gradients(case, trained):
     _, state, _ = trained
     if case.model.stack.run is not scan_layers:
         pytest.skip("runs the layers in its own way, which its own test compares with plain autodiff")
@@ -219,8 +231,7 @@ def test_any_run_gives_the_same_gradients(case, trained):
 
     (loss, _), scanned = gradients(case.model)
     stack = case.model.stack
-    again = [rematerialised(stack)] if case.about in map(contract.about, OF_LEVEL) else []
-    for other in (*again, stack._replace(run=planned(parse("matmuls,tokens=16")))):
+    for other in (rematerialised(stack), stack._replace(run=planned(parse("matmuls,tokens=16")))):
         (same, _), found = gradients(case.model._replace(stack=other))
         np.testing.assert_allclose(same, loss, rtol=1e-5)
         for path, gradient in found.items():

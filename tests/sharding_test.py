@@ -24,8 +24,10 @@ OPTIMIZERS = ("adam8bit", "adafactor", "sm3")
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
 
-# Whose leaves are numbers or factors at a linear map, which lie as LoRA's do.
-ALIKE = {"dora", "ia3", "int21", "llm_qfa", "loha", "lokr", "lq_lora", "miss", "oft", "paca", "peqa", "svfit", "velora"}
+# Whose leaves lie on a mesh as another's do: numbers and factors at a linear map as LoRA's, and so on.
+ALIKE = {"dora", "ia3", "int21", "lamda", "llm_qfa", "loha", "lokr", "lq_lora", "miss", "oft", "paca", "peqa", "speft"}
+ALIKE |= {"svfit", "velora", "vera", "welore", "ba_lora", "owlore", "sparse_mezo", "dept", "unipt"}
+ALIKE |= {"bitfit", "direft", "ln_tuning", "parallel", "pfeiffer"}
 METHODS = [name for name in methods_test.METHODS if name not in ALIKE]
 
 # Prints {name: {mesh: {"losses", "leaves": largest difference, relative to the largest number, "hlo"}}}.
@@ -119,7 +121,7 @@ def test_a_mesh_learns_what_one_device_learns(found, name):
 
 @pytest.mark.slow
 def test_a_further_mesh_learns_what_one_device_learns():
-    """Every method, in six minutes; those that lie as LoRA on the mesh of three axes, too."""
+    """Every method, in six minutes; those that lie as others do on the mesh of three axes, too."""
     wanted = further(methods_test.METHODS)
     wanted |= {name: [MESHES[-1], *wanted[name]] for name in ALIKE}
     for name, runs in on_meshes(wanted).items():

@@ -251,6 +251,7 @@ assert frozen["layers/mlp/up_proj/kernel"].addressable_shards[0].data.shape[-1] 
 """
 
 
+@pytest.mark.slow
 def test_sharded():
     """Parameters split over a 2 x 2 mesh of host devices, rows over all four."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

@@ -78,6 +78,7 @@ def test_local_processes(files, tmp_path):
     finished(out, done.stdout)
 
 
+@pytest.mark.slow
 def test_slurm(files, tmp_path):
     """JAX's own detection of SLURM, by the variables that `srun` sets; submitted again, the run goes on."""
     out = tmp_path / "run"

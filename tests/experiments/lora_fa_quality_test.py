@@ -94,6 +94,7 @@ def test_gaps_are_taken_seed_by_seed() -> None:
     assert (twice["test_mean"], twice["test_std"]) == (pytest.approx(-0.1), pytest.approx(0.0))
 
 
+@pytest.mark.slow
 def test_quick_run_on_real_data(shared_data: Path, tmp_path: Path) -> None:
     args = quality.Quality(data_root=shared_data, out=tmp_path, methods=("lora", "lora_fa"), quick=True)
     quality.main(args)

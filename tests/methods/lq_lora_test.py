@@ -121,7 +121,7 @@ def kernels(params):
     return {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith("_proj/kernel")}
 
 
-@pytest.mark.parametrize("bits", [2.5, 3.5])
+@pytest.mark.parametrize("bits", [pytest.param(2.5, marks=pytest.mark.slow), 3.5])
 def test_a_budget_is_met(bits):
     """By what is stored; sites differ; a plan has as many bytes as the budget allows, too."""
     base, params = model()

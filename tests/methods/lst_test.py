@@ -282,6 +282,7 @@ def test_has_no_merged_form():
         jp.lst().merge({})
 
 
+@pytest.mark.slow
 def test_a_gpus_compiler_takes_it():
     """The loop over layers counts them: of numbers read from an array XLA could not tell the loop's slices."""
     target = targets.target("h200")

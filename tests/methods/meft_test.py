@@ -133,10 +133,13 @@ CASES = {
     "norm": {"norm": True},
     "the first layers": {"layers": 4},
 }
+FIRST = ("alone", "variant 3", "dropout")  # the others are slow tests
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", [*FIRST, *(pytest.param(name, marks=pytest.mark.slow) for name in CASES if name not in FIRST)]
+)
 def test_rebuilt_and_stored_streams_give_the_same_bits(name, dtype):
     """Dropout masks are drawn again from their keys."""
     base, params = tiny.model(dtype, num_hidden_layers=LAYERS)
@@ -209,6 +212,7 @@ def test_decoding_with_a_cache(settings):
     assert len(new) == 8 and np.argmax(logits, -1)[len(prompt) - 1 : -1].tolist() == new
 
 
+@pytest.mark.slow
 def test_a_small_factor_starts_near_the_base():
     """Read from the stream that carries the pretrained model's, the distance falls with the factor."""
     base, params = tiny.model(num_hidden_layers=LAYERS)
@@ -246,6 +250,7 @@ for variant in (1, 3):
 """
 
 
+@pytest.mark.slow
 def test_sharded():
     """Parameters split over a 2 x 2 mesh of host devices, rows over all four."""
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}

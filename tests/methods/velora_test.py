@@ -156,6 +156,7 @@ class Approximate(nn.Module):
         return inner(x) + (x @ fixed(a) + other - fixed(other)) @ b
 
 
+@pytest.mark.slow
 def test_of_equal_bytes_codes_are_closer():
     """dA of a pretrained model, of all its kernels: of 8-bit codes, and of z in bfloat16 in as many bytes and fewer."""
     base, params = jp.load_pretrained(assets.MODEL, jnp.float32)

@@ -322,6 +322,7 @@ print("same")
 """
 
 
+@pytest.mark.slow
 def test_on_a_mesh(files, tmp_path):
     folder = quantized_folder(files, tmp_path, SAID["gptq"])
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(runs.ROOT)}

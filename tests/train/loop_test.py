@@ -1,7 +1,6 @@
 """Whole runs: what they leave, and that one which was killed or stopped ends as if it had not been."""
 
 import json
-import random
 import shutil
 import signal
 import subprocess
@@ -123,10 +122,8 @@ def test_a_run_killed_at_many_moments_ends_with_the_same_bits(uninterrupted, fil
     def writing():
         return any(checkpoints.glob("*.orbax-checkpoint-tmp"))
 
-    chance = random.Random(1)
     moments = [
         lambda: rows(args.out) >= 1,  # before the first checkpoint
-        lambda: rows(args.out) >= chance.randint(4, 8),
         lambda: rows(args.out) >= 12 and writing(),  # while a checkpoint is written
         lambda: rows(args.out) >= 30,
     ]
@@ -179,7 +176,9 @@ def test_a_damaged_checkpoint_is_not_trained_on(uninterrupted, files, tmp_path, 
     assert (out / adapter).read_bytes() == (finished.out / adapter).read_bytes()
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
+)
 def test_a_signal_saves_and_the_run_goes_on(uninterrupted, files, cache, tmp_path, number, status):
     settings = {**LONG, "checkpoint_every": 0}
     args = runs.arguments(files, tmp_path / "run", **settings)
