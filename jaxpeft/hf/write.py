@@ -67,6 +67,7 @@ def save_pretrained(
     unchanged: Collection[str] = (),
     rope_scaling: str | None = None,
     beside: Mapping[str, str] = types.MappingProxyType({}),
+    changes: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Path:
     """Writes a checkpoint that transformers and `load_pretrained` read. It appears whole or not at all.
 
@@ -83,6 +84,7 @@ def save_pretrained(
       unchanged: paths of leaves that are as in that checkpoint: their tensors are copied from there. With `as_stored`.
       rope_scaling: KIND=FACTOR, with which the parameters were loaded; it becomes part of config.json.
       beside: further files of the folder, {name: text}, in place of the checkpoint's own of these names.
+      changes: fields of config.json that differ from the checkpoint's, as a pruned model's sizes.
 
     Returns:
       `directory`.
@@ -96,7 +98,7 @@ def save_pretrained(
         files.check_target(target)
     source = None if isinstance(config, Mapping) else resolve(config)
     raw = dict(config) if isinstance(config, Mapping) else load_config(config)
-    raw = dict(models.for_longer(raw, rope_scaling))
+    raw = dict(models.for_longer(raw, rope_scaling)) | dict(changes)
     raw = models.for_classification(raw, labels) if labels else raw
     raw = {key: value for key, value in raw.items() if key != _CODE}
     tensors = tensors_of(raw, params)
