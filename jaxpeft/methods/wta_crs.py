@@ -3,7 +3,7 @@
     dW = X^T dY = sum_t x_t^T dy_t              x_t (n,) a row's tokens, dy_t (m,), W (n, m)
     dW ~ sum_j w_j x_{i_j}^T dy_{i_j}           of k = ceil(ratio S) of the row's S tokens, at least `least`
 
-    p_t ~ |x_t|, 0 for padding; sorted, P_c the sum of the c largest
+    p_t ~ |x_t|, 0 for padding; sorted (by 5 bits of them), P_c the sum of the c largest
     c = argmin_{c < k} (1 - P_c) / (k - c)      the winners: the c largest are taken as they are, w = 1
     the k - c others are drawn from the rest, with replacement, by p_t / (1 - P_c);  w = (1 - P_c) / ((k - c) p_t)
 
@@ -139,11 +139,13 @@ def drawn(x: jax.Array, seeds: jax.Array, layer: jax.Array, size: int, live: jax
 
 def _draw(norms: jax.Array, key: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """(i (k,) int32, w (k,) float32) of a row whose tokens have these norms (S,)."""
-    order = jnp.argsort(-norms)
+    # What decides is rounded to a few bits: norms' outputs are nearly of one length, and which of them is larger by the
+    # last bit differs from device to device. Tokens of one rounded length stand as in the row.
+    order = jnp.argsort(-jax.lax.reduce_precision(norms, 8, 4))
     p = norms[order]
     p = p / jnp.maximum(jnp.sum(p), _NEAR)
     rest = jnp.flip(jnp.cumsum(jnp.flip(p)))  # 1 - P_c, summed from its end
-    winners = jnp.argmin(rest[:size] / (size - jnp.arange(size)))
+    winners = jnp.argmin(jax.lax.reduce_precision(rest[:size] / (size - jnp.arange(size)), 8, 6))
     mass, others = rest[winners], size - winners
     places = jnp.arange(len(p))
     # Numbers on [0, 1 - P_c) find the token in whose part of the sum from the end they lie.

@@ -33,12 +33,18 @@ def draw(x, seed=5, layer=0, size=12, live=None):
     return wta_crs.drawn(x, seeds, jnp.uint32(layer), size, live)
 
 
+def rounded(x, bits):
+    """To so many bits behind the first, the nearest, ties to even."""
+    part, power = np.frexp(np.asarray(x, np.float64))
+    return np.ldexp(np.round(part * 2 ** (bits + 1)), power - bits - 1)
+
+
 def winners_of(norms, size):
-    """(c, the winners' tokens, mass 1 - P_c, p) of a row, by the paper's formula."""
+    """(c, the winners' tokens, mass 1 - P_c, p) of a row, by the paper's formula; what decides is rounded."""
     p = np.asarray(norms, np.float64) / np.sum(norms, dtype=np.float64)
-    order = np.argsort(-p)
+    order = np.argsort(-rounded(norms, 4), kind="stable")
     rest = [1 - p[order[:c]].sum() for c in range(size)]
-    count = min(range(size), key=lambda c: rest[c] / (size - c))
+    count = min(range(size), key=lambda c: rounded(rest[c] / (size - c), 6))
     return count, set(order[:count]), rest[count], p
 
 
