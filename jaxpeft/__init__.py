@@ -68,6 +68,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.vera import vera
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.methods.welore import welore
+    from jaxpeft.methods.wta_crs import wta_crs
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
     from jaxpeft.peft import attach_several, export_adapter, import_adapter, weighted_adapter
@@ -167,6 +168,7 @@ _MODULE_OF = {
     "vera": "methods.vera",
     "vqt": "methods.vqt",
     "welore": "methods.welore",
+    "wta_crs": "methods.wta_crs",
     "weighted_adapter": "peft",
 }
 __all__ = [*_MODULE_OF]

@@ -25,7 +25,7 @@ import contextlib
 import contextvars
 import functools
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -45,6 +45,10 @@ from pallas_kernels.stacked import taken
 # Of the context: (L,) float32, the factor by which a layer's adapters change what their sites give; nothing: 1.
 RESPONSE = "response"
 
+# What makes the gradient of factors A, and whose it is; see `factor_gradient`.
+_factor_gradient: contextvars.ContextVar[tuple[str, Callable[..., jax.Array]] | None]
+_factor_gradient = contextvars.ContextVar("factor_gradient", default=None)
+
 AdapterFor = Callable[[str], nn.Module]
 AdaptedSegments = Callable[[tree.Params], Sequence[str]]
 __all__ = [
@@ -56,6 +60,7 @@ __all__ = [
     "around",
     "attach",
     "chooses",
+    "factor_gradient",
     "find",
     "first_match",
     "in_force",
@@ -85,7 +90,18 @@ class Site(NamedTuple):
     def low_rank(
         self, inner: Callable[[jax.Array], jax.Array], x: jax.Array, a: jax.Array, b: jax.Array, **options: Any
     ) -> jax.Array:
-        """inner(x) + scale (drop(x) A) B, fused with the product where nothing lies between; see `low_rank_dot`."""
+        """inner(x) + scale (drop(x) A) B, fused with the product where nothing lies between; see `low_rank_dot`.
+
+        Inside `factor_gradient` A gets its gradient from what is in force there.
+        """
+        if (other := _factor_gradient.get()) is not None:
+            name, change = other
+            if options.get("rate") or options.get("make_a") is not None or self.through is not None:
+                why = "has dropout in front of A" if options.get("rate") else "has no A whose gradient could be sampled"
+                raise InputError(f"{name}: the adapter at {self.path} {why}; leave one of them out")
+            with factor_gradient():
+                y = self.low_rank(inner, x, jax.lax.stop_gradient(a), b, **options)
+            return change(y, x, a, (options["scale"] * b).astype(x.dtype))
         if self.through is not None:
             return inner(x) + _low_rank(self.through, x, a, b, **options)
         return low_rank_dot(x, self.kernel if self.plain else inner, a, b, **options)
@@ -108,6 +124,21 @@ def _low_rank(
     if make_a is None:
         return scale * through(x, a, b)
     return scale * jax.checkpoint(lambda x, a, b: through(x, make_a(a), b))(x, a, b)
+
+
+@contextlib.contextmanager
+def factor_gradient(name: str = "", change: Callable[..., jax.Array] | None = None) -> Iterator[None]:
+    """Within, low-rank adapters differentiate their A by `change(y, x, a, scale b) -> y`, y's gradient by all else.
+
+    Args:
+      name: of the method that does so, for what it refuses.
+      change: None: A is differentiated as ever.
+    """
+    token = _factor_gradient.set(None if change is None else (name, change))
+    try:
+        yield
+    finally:
+        _factor_gradient.reset(token)
 
 
 class Bound(NamedTuple):

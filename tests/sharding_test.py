@@ -19,7 +19,7 @@ from tests import methods_test
 
 ROOT = Path(__file__).parent.parent
 MESHES = ("data=8", "fsdp=8", "tensor=8", "seq=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,seq=2")
-PLANS = ("compressed", "offload")
+PLANS = ("compressed", "offload", "compressed12")
 OPTIMIZERS = ("adam8bit", "adafactor", "sm3")
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
@@ -110,7 +110,10 @@ def found(request):
     return on_meshes({name: meshes for name, meshes in wanted.items() if name in chosen})
 
 
-HOW = ["lora in groups", *(f"lora {plan}" for plan in PLANS), *(f"full {kind}" for kind in OPTIMIZERS)]
+HOW = ["lora in groups", *(f"lora {plan}" for plan in PLANS[:-1]), *(f"full {kind}" for kind in OPTIMIZERS)]
+
+
+HOW.append(pytest.param(f"lora {PLANS[-1]}", marks=pytest.mark.slow))
 
 
 @pytest.mark.parametrize("name", [*METHODS, *HOW])
@@ -132,7 +135,8 @@ def assert_learns_the_same(name, runs):
     one, *others = runs.values()
     for other in others:
         assert other["losses"] == pytest.approx(one["losses"], rel=1e-5)
-        assert other["leaves"] < (1e-2 if name != "lora compressed" else 5e-2)  # whose codes a rounding may change
+        coded = name.startswith("lora compressed")  # a rounding may change codes
+        assert other["leaves"] < (5e-2 if coded else 1e-2)
 
 
 def collectives(hlo, kind):

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 
 from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.backward.places import empty
+from jaxpeft.backward.plan import CODES
 from jaxpeft.backward.programs import Kept
+from jaxpeft.backward.twelve_bits import lengthen, shorten
 
 
 def seed_of(step, key):
@@ -24,6 +26,8 @@ def store(x, action: str, name: Kept, seed):
     """An activation as it is kept; `seed` is that of its rounding."""
     if action == "compress":
         return compress(x, seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode())))
+    if action == "compress12":
+        return shorten(x)
     return jax.device_put(x, jax.memory.Space.Host) if action == "offload" else x
 
 
@@ -42,8 +46,10 @@ def room(shape, action: str, steps: int):
 @functools.cache
 def stored(shape, action: str):
     """Shapes of an activation as it is kept."""
-    if action != "compress" or not has_codes(shape):
+    if action not in CODES or not has_codes(shape):
         return shape
+    if action == "compress12":
+        return jax.eval_shape(shorten, shape)
     return jax.eval_shape(compress, shape, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
@@ -53,4 +59,6 @@ def fetch(kept, step, action: str, name: Kept, shape):
         own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), kept)
         if action == "compress":
             return decompress(own, shape.dtype)
+        if action == "compress12":
+            return lengthen(own, shape.dtype)
         return jax.device_put(own, jax.memory.Space.Device) if action == "offload" else own

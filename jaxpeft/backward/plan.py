@@ -14,6 +14,8 @@ The presets:
     offload       as matmuls, the large ones in the host's memory
     compressed    as matmuls, the projections that attention and the MLP read in 8 bits; attention is computed again
                   from them, as its weights must be those of the rounded queries and keys
+    compressed12  as matmuls, layers' inputs, projections and attention's output in 12 bits, a quarter fewer bytes than
+                  bfloat16; nothing but elementwise work is computed again
 """
 
 from __future__ import annotations
@@ -24,12 +26,17 @@ from typing import NamedTuple
 
 from jaxpeft.errors import InputError
 
-ACTIONS = ("save", "recompute", "compress", "offload")
-PRESETS = ("everything", "matmuls", "blocks", "offload", "compressed")
+ACTIONS = ("save", "recompute", "compress", "compress12", "offload")
+CODES = ("compress", "compress12")  # of these, those that change what is stored
+PRESETS = ("everything", "matmuls", "blocks", "offload", "compressed", "compressed12")
 INPUT = "block_input"
 
 _COMPRESSED = ("gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
 _AGAIN = ("attention", "attention_lse")
+_CODED = {
+    "compressed": ("compress", _COMPRESSED),
+    "compressed12": ("compress12", (INPUT, *_COMPRESSED, "attention", "o_proj", "down_proj")),
+}
 _ON_DEVICE = (INPUT, "lora_low", "attention_lse")  # small beside what they would save
 
 
@@ -89,12 +96,19 @@ def parse(text: str | Plan) -> Plan:
 
 
 def without_codes(plan: Plan, names: Iterable[str]) -> bool:
-    """Whether a plan is `compressed`, and none of these is a name of which that preset makes codes."""
-    return plan.preset == "compressed" and not {*names, *dict(plan.actions)}.intersection(_COMPRESSED)
+    """Whether a plan's preset makes codes, and none of these is a name of which it does."""
+    return plan.preset in _CODED and not {*names, *dict(plan.actions)}.intersection(_CODED[plan.preset][1])
+
+
+def codes_of(preset: str) -> str | None:
+    """The action of a preset that makes codes."""
+    return _CODED[preset][0] if preset in _CODED else None
 
 
 def action_of(preset: str, name: str) -> str:
     """What a preset does with an activation, if the backward pass would read it."""
-    if preset == "compressed" and name in (*_COMPRESSED, *_AGAIN):
-        return "compress" if name in _COMPRESSED else "recompute"
+    if preset in _CODED and name in _CODED[preset][1]:
+        return _CODED[preset][0]
+    if preset == "compressed" and name in _AGAIN:
+        return "recompute"
     return "offload" if preset == "offload" and name not in _ON_DEVICE else "save"

@@ -3,7 +3,7 @@
 Saved, recomputed and offloaded is by name (`jax.ad_checkpoint.checkpoint_name`), with JAX's own policies
 (`jax.checkpoint_policies`). What a policy cannot do that our own loops (`residuals.py`) can:
 
-    compress          a policy says where a value lies, not what is made of it
+    compress, -12     a policy says where a value lies, not what is made of it
     tokens            it acts inside one call of a block, and cannot divide the rows of its input
     block_input       what goes into a checkpointed function is always kept, on the device
     one of several    values of one name all have one fate; a loop may keep the first and not the second
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.backward.loop import Loop, loop_over
-from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
+from jaxpeft.backward.plan import CODES, INPUT, Plan, action_of, codes_of, parse
 from jaxpeft.backward.programs import Programs, decide, trace
 from jaxpeft.backward.residuals import Segment, by_segment, record
 from jaxpeft.errors import InputError
@@ -53,9 +53,9 @@ def checkpoint_policy(plan: str | Plan, block: Callable[..., Any] | None = None,
       The policy.
 
     Raises:
-      InputError: for a plan that cannot be read, or asks for what a policy cannot do: compress, tokens=, another action
-        for `block_input`; a name that a preset is to recompute where no block says which products it is of; with a
-        block, for a name that none of its activations has, or results that are not one array.
+      InputError: for a plan that cannot be read, or asks for what a policy cannot do: compress and compress12, tokens=,
+        another action for `block_input`; a name that a preset is to recompute where no block says which products it is
+        of; with a block, for a name that none of its activations has, or results that are not one array.
     """
     plan = checked(parse(plan))
     if block is not None and not args:
@@ -87,8 +87,8 @@ def checked(plan: Plan) -> Plan:
       InputError: where it cannot.
     """
     said = f"--save {plan}: as a policy of jax.checkpoint"
-    asked = [name for name, action in plan.actions if action == "compress"]
-    if plan.preset == "compressed" or asked:
+    asked = [name for name, action in plan.actions if action in CODES]
+    if codes_of(plan.preset) or asked:
         raise InputError(
             f"{said}, {asked[0] if asked else plan.preset} cannot be: a policy says where a value lies, and changes "
             f"none; save, recompute or offload it, or use --remat loops"

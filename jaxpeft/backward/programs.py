@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.backward.flops import equation_bytes, equation_flops
-from jaxpeft.backward.plan import INPUT, Plan, action_of, without_codes
+from jaxpeft.backward.plan import INPUT, Plan, action_of, codes_of, without_codes
 from jaxpeft.errors import InputError
 from pallas_kernels.platform import part_of
 
@@ -199,8 +199,9 @@ def check_names(plan: Plan, names: Iterable[str]) -> None:
     known = list(dict.fromkeys(names))
     if without_codes(plan, known):
         raise InputError(
-            f"--save {plan}: compressed makes codes of projections by the names of this library's models (q_proj, "
-            f"...), and nothing is called so here; write NAME=compress; known: {', '.join(known)}"
+            f"--save {plan}: {plan.preset} makes codes of projections by the names of this library's models (q_proj, "
+            f"...), and nothing is called so here; write NAME={codes_of(plan.preset)}; "
+            f"known: {', '.join(known)}"
         )
     for name, _ in plan.actions:
         if name not in (*known, INPUT):

@@ -15,6 +15,8 @@ read is not kept. The names are those that the model gives (`jax.ad_checkpoint.c
     compress    8-bit codes and one float32 scale per token, rounded so that the mean is exact (compressed.py; what has
                 fewer than two axes, or is no float, is saved); the forward pass goes on with the exact value, the
                 backward pass reads the rounded one (as in ActNN, Chen et al. 2021, arXiv:2104.14129)
+    compress12  bfloat16 in 12 bits, the exponent as its distance from a block's largest (twelve_bits.py), of the same
+                activations
     offload     the array in the host's pinned memory
 
 A block gets its frozen kernels as layers of the stacks that they lie in (`pallas_kernels.stacked`): the fused products
@@ -45,7 +47,7 @@ from jaxpeft.backward.kept import fetch, has_codes, room, seed_of, store, stored
 from jaxpeft.backward.loop import Static, join, loop_over, replaced
 from jaxpeft.backward.options import options
 from jaxpeft.backward.places import compute, makers
-from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
+from jaxpeft.backward.plan import CODES, INPUT, Plan, action_of, codes_of, parse
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, Stack, entered, joined, scan_layers, takes_stacks, through_blocks
@@ -246,8 +248,7 @@ def _decide(loop, plan, leaves, streams, key, perturbed):
     action = dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)
     actions |= {(INPUT, n): action for n, i in enumerate(loop.streams) if used[i]}
     actions = {
-        name: "save" if action == "compress" and not has_codes(shapes[name]) else action
-        for name, action in actions.items()
+        name: "save" if action in CODES and not has_codes(shapes[name]) else action for name, action in actions.items()
     }
     return traced, actions, closed, used, read
 
@@ -255,7 +256,8 @@ def _decide(loop, plan, leaves, streams, key, perturbed):
 def _under_budget(plan, loop, traced, streams):
     """The plan with the least recomputation under the budget."""
     segment = Segment(traced, len(loop.steps), {}, _shapes(traced, streams))
-    more = {"offload": ("offload",), "compressed": ("compress",)}.get(plan.preset, ())
+    code = codes_of(plan.preset)
+    more = ("offload",) if plan.preset == "offload" else (code,) if code else ()
     found = options({loop.name: segment}, ("save", *more), plan.tokens)
     chosen = next((option.plan for option in found if option.kept <= plan.budget), None)
     if chosen is None:
@@ -299,7 +301,7 @@ def _forward(loop, plan, leaves, key):
     placed = makers(traced.forward, list(numbers.values())) if writes_in_place() else {}
     numbers = {name: n for name, n in numbers.items() if n in placed}
     # What comes into a layer is kept for all groups at once, where they are a loop of their own.
-    entering = {name for name, action in actions.items() if loop.nested and name[0] == INPUT and action != "compress"}
+    entering = {name for name, action in actions.items() if loop.nested and name[0] == INPUT and action not in CODES}
     record(loop.name, Segment(traced, len(loop.steps), actions, shapes))
 
     def enter(carry, layer):

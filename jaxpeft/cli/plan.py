@@ -28,7 +28,7 @@ class Plan(StepArguments):
     by: Literal["flops", "time"] = "flops"
     """What --budget finds the least of: products computed again, or the step's least time on the target."""
     actions: str | None = None
-    """What --budget may do besides recomputing, with commas: save, compress, offload. Default: save."""
+    """What --budget may do besides recomputing, with commas: save, compress, compress12, offload. Default: save."""
     traffic: bool = False
     """Say what each step moves and its least time on the target, too; see `profile --traffic`."""
     largest: bool = False
@@ -61,8 +61,9 @@ def run(args: Plan) -> dict[str, Any]:
         raise InputError(f"--by {args.by}: says what --budget finds the least of; add --budget")
     budget = None if args.budget is None else parse_bytes("--budget", args.budget)
     allowed = [action.strip() for action in (args.actions or "save").split(",")]
-    if unknown := [action for action in allowed if action not in ("save", "compress", "offload")]:
-        raise InputError(f"--actions {args.actions!r}: unknown action {unknown[0]!r}; known: save, compress, offload")
+    known = ("save", "compress", "compress12", "offload")
+    if unknown := [action for action in allowed if action not in known]:
+        raise InputError(f"--actions {args.actions!r}: unknown action {unknown[0]!r}; known: {', '.join(known)}")
     if args.mesh == "auto" and (args.budget is not None or args.largest):
         flag = "--budget" if args.budget is not None else "--largest"
         raise InputError(f"--mesh auto: not together with {flag}, which compiles several times itself; name a mesh")

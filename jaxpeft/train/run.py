@@ -109,8 +109,9 @@ class Run:
     """Scales rotary positions, for longer texts: linear|dynamic|yarn=FACTOR. Default: as the model, or --adapter, has
     them."""
     save: str | None = None
-    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, and NAME=ACTION, as
-    `jaxpeft plan` prints it. Default: matmuls, or everything where the method runs the layers in its own way."""
+    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, compressed12, and
+    NAME=ACTION, as `jaxpeft plan` prints it. Default: matmuls, or everything where the method runs the layers in its
+    own way."""
     remat: Literal["loops", "policy"] = "loops"
     """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
     takes all rows at once and cannot compress."""

@@ -15,6 +15,7 @@ from jaxpeft.errors import InputError
         Plan("blocks", (("gate_proj", "save"), ("up_proj", "compress"))),
         Plan("offload", ((INPUT, "offload"),), 4096),
         Plan("everything"),
+        Plan("compressed12", (("attention", "compress"), (INPUT, "compress12"))),
     ],
 )
 def test_a_plan_is_read_as_it_is_written(plan):
@@ -28,9 +29,15 @@ def test_a_table_without_a_preset_recomputes_the_rest():
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("matmul", "unknown preset 'matmul'; known: everything, matmuls, blocks, offload, compressed, or NAME=ACTION"),
+        (
+            "matmul",
+            "unknown preset 'matmul'; known: everything, matmuls, blocks, offload, compressed, compressed12, or NAME=",
+        ),
         ("", "unknown preset ''"),
-        ("matmuls,gate_proj=keep", "'gate_proj=keep' should be NAME=ACTION with one of save, recompute, compress"),
+        (
+            "matmuls,gate_proj=keep",
+            "'gate_proj=keep' should be NAME=ACTION with one of save, recompute, compress, compress12",
+        ),
         ("matmuls,gate_proj", "'gate_proj' should be NAME=ACTION"),
         ("matmuls,tokens=0", "tokens='0' should be a whole number above 0"),
         ("tokens=-5", "tokens='-5' should be"),

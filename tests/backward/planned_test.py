@@ -224,6 +224,7 @@ REFUSED = {
     "budget": ({"budget": INPUT - 1}, f"budget={INPUT - 1}: the inputs of 4 layers alone take {INPUT} bytes"),
     "no_choice": ({"budget": 10, "save": "blocks"}, "leaves a budget no choice"),
     "text": ({"budget": "1GiB"}, "budget='1GiB' should be bytes"),
+    "compressed12": ({"save": "compressed12"}, "nothing is called so here; write NAME=compress12; known: hidden, "),
     "compressed": ({"save": "compressed"}, "nothing is called so here; write NAME=compress; known: hidden, "),
     "rows": ({"save": "matmuls,tokens=4"}, "tokens=4 needs a Context as ctx"),
     "key": ({"key": KEYS[0]}, "a key needs a Context"),

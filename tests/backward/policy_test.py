@@ -95,6 +95,8 @@ def test_what_is_offloaded_lies_in_the_hosts_memory():
     ("plan", "args", "words"),
     [
         ("compressed", (), "compressed cannot be: a policy says where a value lies, and changes none"),
+        ("compressed12", (), "compressed12 cannot be: a policy says where a value lies, and changes none"),
+        ("up=compress12", (), "up cannot be: a policy says where a value lies"),
         ("up=compress", (), "up cannot be: a policy says where a value lies"),
         ("matmuls,tokens=4096", (), "tokens=4096 means nothing: it cannot divide rows"),
         ("block_input=offload", (), "block_input is always saved"),

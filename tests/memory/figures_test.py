@@ -42,6 +42,7 @@ ON_DEVICE = {
     "blocks": INPUT,
     "offload": INPUT + LOW + LSE,
     "compressed": INPUT + STREAM + CODES + LOW,
+    "compressed12": (INPUT + STREAM + ATTENTION + READ) * (12 + 8 / 128) / 16 + LOW + LSE,
 }
 # While one group passes one layer: all that it computes (12 arrays of d, 3 of f), with cotangents, in float32.
 WORK = GROUP * 2 * 4 * (12 * D + 3 * F)
@@ -123,4 +124,12 @@ def test_the_7b_reference_step(name):
     assert 45.8 < kept / GiB < 46
     found = memory(name, geometries.load("llama2-7b"), "matmuls")
     assert kept / GiB < found.temporaries / GiB <= 46.8
+    assert found.host == 0
+
+
+@pytest.mark.slow
+def test_the_7b_reference_step_in_12_bits():
+    """Three quarters of what is kept there, and a byte for 128 numbers; nothing is computed again but elementwise."""
+    found = memory("h200", geometries.load("llama2-7b"), "compressed12")
+    assert found.temporaries / GiB <= 35.5
     assert found.host == 0
