@@ -83,6 +83,8 @@ class About(NamedTuple):
       adapter's file of ours holds it.
     shaped: path -> whether the shape of a leaf of the method's follows from the base's values (a rank from a spectrum),
       so that an adapter's file tells it.
+    places: (path, the (n, m) of the kernel beside it) -> the number below which the integers of a leaf of the method's
+      are, as they count places in the kernel; None of another leaf.
     """
 
     summary: str
@@ -99,6 +101,7 @@ class About(NamedTuple):
     changes_kernels: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
     remade: Callable[[str], bool] = lambda path: False
     shaped: Callable[[str], bool] = lambda path: False
+    places: Callable[[str, int, int], int | None] = lambda path, n, m: None
 
 
 def check(name: str, file: Any) -> About:

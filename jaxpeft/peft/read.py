@@ -119,7 +119,9 @@ def import_adapter(
             raise InputError(f"does not say what {method.name} needs besides the tensors: {error}") from None
     if classifier and own is None:
         method = chain(method, full(f"^{SCOPE}"))
-    return method, {**leaves, **classifier}
+    leaves = {**leaves, **classifier}
+    _check_leaves(file, leaves, method, base_config)
+    return method, leaves
 
 
 def attach(
@@ -230,7 +232,7 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
 
     base = config.model if isinstance(config, Foreign) else models.model_of(config)
     told = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
         for path, leaf in leaves.items()
         if any(about(spec.name).shaped(path) for spec in method.specs)
     }
@@ -248,6 +250,19 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
         floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, expected[path])]
         if floats[0] != floats[1] or not (floats[0] or leaf.dtype == expected[path].dtype):
             raise InputError(f"{where}: {path} is {leaf.dtype}, where {method.name} has {expected[path].dtype}")
+        most = _places(path, method, shapes_of(config))
+        if most is not None and leaf.size and not (leaf.min() >= 0 and leaf.max() < most):
+            strange = leaf.min() if leaf.min() < 0 else leaf.max()
+            raise InputError(f"{where}: {path} holds {strange}, where {method.name} has 0 to {most - 1} on such a base")
+
+
+def _places(path: str, method: Method, base: Mapping[str, Any]) -> int | None:
+    """The number below which a leaf's integers are; None where they count no places in a kernel."""
+    for spec in method.specs:
+        kernel = base.get(f"{path.partition(f'/{spec.name}/')[0]}/kernel")
+        if kernel is not None and (most := about(spec.name).places(path, *kernel.shape[-2:])) is not None:
+            return most
+    return None
 
 
 # PEFT's form.
