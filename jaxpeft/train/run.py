@@ -73,7 +73,7 @@ class Run:
     alpha: float | None = None
     """Scale of the adapters: their output is multiplied by alpha / rank. Default: the method's own."""
     targets: str | None = None
-    """Sites: all-linear, attention, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's own."""
+    """Sites: all-linear, attention, qv, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's."""
     method_options: tuple[str, ...] = ()
     """Further arguments of the method's factory, as NAME=VALUE with a YAML value; in a chain METHOD.NAME=VALUE, where
     more than one method takes the name."""
