@@ -27,7 +27,6 @@ LEVELS = {
     "stack": "how the layers are run",
     "step": "how a step trains what another method, or itself, names",
 }
-# Levels whose methods train the weights themselves where they stand alone.
 # The most rows of one table of results on a page.
 _MOST = 12
 
