@@ -144,6 +144,23 @@ def attach(
     return model, tree.combine(trainable, frozen), method
 
 
+def specs_of(directory: str | os.PathLike[str]) -> tuple[Spec, ...]:
+    """The members of an adapter's method, without a classifier's; of one of PEFT's own, their names alone.
+
+    Raises:
+      InputError: for no such adapter, or one of which no method is known.
+    """
+    folder = files.expanded(directory)
+    config, _ = adapter_config(folder), _weights(folder)
+    own = _own(folder)
+    if own is None and config.get("peft_type") != NATIVE:
+        return _method(folder, config, None)[0]
+    said = _ours(folder, own)
+    _require(folder, said, ("method",))
+    specs = tuple(Spec(name, arguments) for name, arguments in said["method"])
+    return tuple(spec for spec in specs if (spec.name, spec.config) != ("full", full(f"^{SCOPE}").specs[0].config))
+
+
 # Files.
 
 
@@ -180,6 +197,13 @@ def _own(folder: Path) -> Own | None:
             return None
     if own.get("format") != FORMAT:
         raise InputError(f"{folder / OWN}: has format {own.get('format')}; this version of jaxpeft reads {FORMAT}")
+    return own
+
+
+def _ours(folder: Path, own: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The jaxpeft.json of an adapter in our form."""
+    if own is None:
+        raise InputError(f"{folder}: is an adapter in jaxpeft's own form without a {OWN} that speaks of its {WEIGHTS}")
     return own
 
 
@@ -357,8 +381,7 @@ def _as_it_is(
     folder: Path, own: Mapping[str, Any] | None, config: Any, params: Mapping[str, Any] | None
 ) -> tuple[Method, tree.Flat]:
     """An adapter in our form: tensors by our paths, in their own types."""
-    if own is None:
-        raise InputError(f"{folder}: is an adapter in jaxpeft's own form without a {OWN} that speaks of its {WEIGHTS}")
+    own = _ours(folder, own)
     _require(folder, own, ("method", "base"))
     check_base(os.fspath(folder), own["base"], config, params)
     with _of(folder / OWN):
