@@ -76,6 +76,9 @@ class About(NamedTuple):
     defaults: of a run.
     within: for a method that trains nothing by itself, the members it is tried with, as in "quantize+lora"; "" alone.
     peft: its form in Hugging Face PEFT (a `jaxpeft.peft.form.Form`); None where PEFT has none.
+    stored: where PEFT has none, what a run of it leaves: an adapter in our own form; the "base", a whole model, as
+      parameters of the base itself train; or what the "host" leaves, the other member of `within`, to which it adds
+      nothing.
     twice: whether it may stand in a chain more than once.
     changes_kernels: arguments -> whether the kernels beside its leaves are others than those of the base that an
       exported adapter is for.
@@ -83,6 +86,8 @@ class About(NamedTuple):
       adapter's file of ours holds it.
     shaped: path -> whether the shape of a leaf of the method's follows from the base's values (a rank from a spectrum),
       so that an adapter's file tells it.
+    places: (path, the (n, m) of the kernel beside it) -> the number below which the integers of a leaf of the method's
+      are, as they count places in the kernel; None of another leaf.
     """
 
     summary: str
@@ -95,10 +100,12 @@ class About(NamedTuple):
     defaults: Defaults = Defaults()
     within: str = ""
     peft: Any = None
+    stored: Literal["own", "base", "host"] = "own"
     twice: bool = False
     changes_kernels: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
     remade: Callable[[str], bool] = lambda path: False
     shaped: Callable[[str], bool] = lambda path: False
+    places: Callable[[str, int, int], int | None] = lambda path, n, m: None
 
 
 def check(name: str, file: Any) -> About:

@@ -30,7 +30,7 @@ import numpy as np
 
 from jaxpeft import shares, tree
 from jaxpeft.adapters import check_rows
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Model
 
 _MOMENT = 0.1  # seconds: about what passes between two looks at what `stream` has made
@@ -71,6 +71,7 @@ def generate(
     Raises:
       InputError: for an empty prompt, an id outside the vocabulary, a prompt that leaves no room below
         `max_position_embeddings`, or settings out of range.
+      RunError: for a model whose logits are no numbers.
     """
     _check(model, prompts, max_new_tokens, temperature, top_k, top_p, key, batch_size, adapters)
     if adapters is not None:
@@ -83,6 +84,7 @@ def generate(
         own = None if adapters is None else [adapters[i] for i in chosen]
         state = _first(model, params, how, [prompts[i] for i in chosen], max_new_tokens, chosen, own)
         state = _steps(model, how.kind, params, how.settings, state, np.int32(max_new_tokens))
+        _check_numbers(state, chosen)
         new, counts = shares.on_host(state["new"]), shares.on_host(state["count"])
         for i, ids, length in zip(chosen, new, counts, strict=False):
             results[i] = ids[:length].tolist()
@@ -119,6 +121,7 @@ def stream(
             until += steps
             started = time.monotonic()
             state = _steps(model, how.kind, params, how.settings, state, np.int32(until))
+            _check_numbers(state, [0])
             count, finished = int(state["count"][0]), bool(state["done"].all())
             if until > 1:  # the first call may compile
                 steps = max(1, min(4 * steps, int(steps * _MOMENT / (time.monotonic() - started))))
@@ -176,6 +179,16 @@ def _check(model: Model, prompts, max_new_tokens, temperature, top_k, top_p, key
             raise InputError(f"generate: prompt {i} has an id outside the vocabulary of {config.vocab_size}")
 
 
+def _check_numbers(state: dict[str, Any], prompts: Sequence[int]) -> None:
+    """Raises RunError for a text of which a token would have been chosen from what are no numbers."""
+    for i, at in zip(prompts, shares.on_host(state["lost"]), strict=False):
+        if at >= 0:
+            raise RunError(
+                f"generate: prompt {i}: the logits of new token {at + 1} are no numbers (NaN); are the weights whole, "
+                "and the adapter's scale right?"
+            )
+
+
 def _round_up(length: int) -> int:
     """The size that stands for `length`: a multiple of 32, from 128 on four between a power of two and the next.
 
@@ -211,6 +224,7 @@ def _first(
 
     t (): tokens chosen.  token (B,): the last, which the model has not read yet.  new (B, slots): all of them, of
     which count (B,) are the text's.  limit (B,): the most it gets.  done (B,).  lengths (B,): of the prompts.
+    lost (B,): the first token whose logits were no numbers, which ends the text; -1: none.
     keys (B,).  cache.  beside: {"adapter": (B,)}, or nothing: what each pass is told of the rows.
     """
     batch, slots = _padded(prompts, max_new_tokens, model.config.max_position_embeddings)
@@ -234,6 +248,7 @@ def _read(model, slots, kind, params, batch, settings, key, rows):
         "done": limit == 0,
         "count": jnp.zeros_like(limit),
         "limit": limit,
+        "lost": jnp.full_like(limit, -1),
         "lengths": batch["segment_ids"].sum(1),
         "keys": jax.vmap(lambda row: jax.random.fold_in(key, row))(rows),
         "new": jnp.zeros((b, slots), jnp.int32),
@@ -268,17 +283,18 @@ def _steps(model, kind, params, settings, state, until):
 def _with_token(model, kind, params, settings, state, x):
     """The state with one more token, chosen from the last hidden state (B, S, d)."""
     t = state["t"]
-    token = _choose(model, kind, params, settings, state["keys"], x, t)
-    ended = state["done"] | jnp.isin(token, settings["ends"])
+    logits = model.head(params, x[:, -1])
+    token = _choose(kind, settings, state["keys"], logits, t)
+    lost = jnp.where(~state["done"] & jnp.isnan(jnp.max(logits, axis=-1)), t, state["lost"])
+    ended = state["done"] | jnp.isin(token, settings["ends"]) | (lost >= 0)
     count = state["count"] + ~ended
     done, new = ended | (count >= state["limit"]), state["new"].at[:, t].set(token)
-    return {**state, "t": t + 1, "token": token, "done": done, "count": count, "new": new}
+    return {**state, "t": t + 1, "token": token, "done": done, "count": count, "new": new, "lost": lost}
 
 
-def _choose(model, kind, params, settings, keys, x, t):
-    """The next token of each row, from the last hidden state (B, S, d); the t-th of its text."""
+def _choose(kind, settings, keys, logits, t):
+    """The next token of each row, from its logits (B, V); the t-th of its text."""
     greedy, filtered = kind
-    logits = model.head(params, x[:, -1])
     if greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / settings["temperature"]

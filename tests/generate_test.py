@@ -8,7 +8,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import generate as decoding
 from jaxpeft import hf, tree
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, RunError
 from jaxpeft.generate import generate, keep_likeliest
 from tests import tiny
 
@@ -210,3 +210,18 @@ def test_what_cannot_be_decoded_is_refused(prompts, settings, reason):
 def test_no_prompts_no_answers():
     model, params = tiny.model()
     assert generate(model, params, [], 4) == []
+
+
+def test_what_comes_of_no_numbers_is_no_text():
+    """A weight that is NaN, and the embedding of a token that is chosen second, which the third is chosen from."""
+    model, params = tiny.model()
+    broken = {**params, "norm": {"scale": params["norm"]["scale"].at[3].set(jnp.nan)}}
+    with pytest.raises(RunError, match=r"prompt 0: the logits of new token 1 are no numbers \(NaN\)"):
+        generate(model, broken, PROMPTS[:2], 4, eos=())
+    with pytest.raises(RunError, match="logits of new token 1"):
+        list(decoding.stream(model, broken, PROMPTS[0], 4, eos=()))
+    table = params["embed_tokens"]["embedding"]
+    third = generate(model, params, PROMPTS[1:2], 3, eos=())[0][1]
+    broken = {**params, "embed_tokens": {"embedding": table.at[third].set(jnp.nan)}}
+    with pytest.raises(RunError, match="prompt 0: the logits of new token 3 are"):
+        generate(model, broken, PROMPTS[1:2], 4, eos=())

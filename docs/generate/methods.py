@@ -27,8 +27,6 @@ LEVELS = {
     "stack": "how the layers are run",
     "step": "how a step trains what another method, or itself, names",
 }
-# Levels whose methods train the weights themselves where they stand alone.
-WHOLE = ("parameters", "step")
 # The most rows of one table of results on a page.
 _MOST = 12
 
@@ -187,19 +185,19 @@ def short_form(about: About) -> str:
     """What a run leaves, in a few words."""
     if about.peft:
         return f"`{about.peft.type}`"
-    if about.within:
+    if about.stored == "host":
         return "that of the method beside it"
-    return "none: a whole checkpoint" if about.level in WHOLE else "none: a format of our own"
+    return "none: a whole checkpoint" if about.stored == "base" else "none: a format of our own"
 
 
 def forms(about: About) -> str:
     """What becomes of what was trained."""
-    if about.within:
+    if about.stored == "host":
         return (
             f"`adapter/` is that of the method beside it (`{about.within}`), for the base as it was. `jaxpeft merge` "
             "gives plain kernels in the base's type."
         )
-    if about.level in WHOLE:
+    if about.stored == "base":
         return (
             "Where it trains the weights themselves the run leaves `model/`, a whole checkpoint that every tool reads; "
             "there is nothing to merge. In a chain whose other members train adapters, `adapter/` is theirs."
@@ -242,7 +240,7 @@ def caveats(about: About, deviations: str) -> str:
         found.append(
             "Its gradients are the direction of a step: the optimizer is plain SGD, and `--clip` has no effect."
         )
-    if about.peft is None and promises.merges and about.level not in WHOLE:
+    if about.peft is None and promises.merges and about.stored == "own":
         found.append("PEFT has no format for it; `jaxpeft merge` makes a checkpoint that every tool reads.")
     lines = "\n".join(f"- {line}" for line in found)
     if deviations:
@@ -264,7 +262,7 @@ def measured(name: str) -> str:
 
 
 def _merges(about: About) -> str:
-    if about.level in WHOLE and not about.within:
+    if about.stored == "base":
         return "nothing to merge"
     return "yes" if about.promises.merges else "no"
 

@@ -30,7 +30,10 @@ def describe(name: str) -> dict[str, Any]:
     from jaxpeft import method
 
     about = method.about(name)
-    promises, defaults = about.promises, about.defaults
+    promises, defaults, host = about.promises, about.defaults, about
+    if about.stored == "host":
+        (other,) = [member for member in about.within.split("+") if member != name]
+        host = method.about(other)
     return {
         "name": name,
         "level": about.level,
@@ -42,7 +45,8 @@ def describe(name: str) -> dict[str, Any]:
         "merges": promises.merges,
         "lr": defaults.lr,
         "weight_decay": defaults.weight_decay,
-        "peft": about.peft.type if about.peft else None,
+        "peft": host.peft.type if host.peft else None,
+        "stored": about.stored,
         "reference": about.reference,
     }
 
@@ -54,7 +58,8 @@ def show(document: dict[str, Any]) -> None:
         within = f" ({row['within']})" if row["within"] else ""
         merged = "" if row["merges"] else "; has no merged form"
         rate = "" if row["lr"] is None else f"; rate {row['lr']:g}"
-        form = f"PEFT's {row['peft']}" if row["peft"] else "a form of our own"
+        own = "a form of our own" if row["stored"] == "own" else "a whole model"
+        form = f"PEFT's {row['peft']}" if row["peft"] else own
         print(textwrap.fill(f"{row['name']}{within}: {row['level']}; {row['summary']}{merged}", width))
         detail = f"trains {row['trains']}; saves {row['saves']}; stored in {form}{rate}; {row['reference']}"
         print(textwrap.fill(detail, width, initial_indent="    ", subsequent_indent="    "))

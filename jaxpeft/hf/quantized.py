@@ -153,8 +153,11 @@ def _kernel(where: str, parts: Mapping[str, Stored], scheme: Scheme) -> Affine:
     zeros = (zeros + scheme.offset) & (2**scheme.bits - 1)
     n, group = len(codes), scheme.group or len(codes)
     index = parts["g_idx"].read() if "g_idx" in parts else np.arange(n) // group
-    if index.min() < 0 or index.max() >= n // group:
-        raise InputError(f"{where}.g_idx has group {index.max()}, and there are {n // group}")
+    if (strange := index[(index < 0) | (index >= n // group)]).size:
+        raise InputError(f"{where}.g_idx has group {strange[0]}, expected 0 to {n // group - 1}")
+    for part, values in (("scales", scales), ("qzeros", zeros)):
+        if not np.isfinite(values.astype(np.float32)).all():
+            raise InputError(f"{where}.{part} holds a number that is not finite")
     fields = _fields(codes, scheme.bits)
     return Affine(fields, scales, zeros.astype(np.uint8), scheme.bits, scales.dtype, index.astype(np.int32))
 

@@ -339,7 +339,8 @@ def _check(
             wrong.append(f"{tensor.name} is {tensor.kind}, expected one of {', '.join(kinds)}")
         elif tensor.shape != places[name].shape:
             wrong.append(f"{tensor.name} has shape {tensor.shape}, expected {places[name].shape}")
-        sources[name] = tensor
+        if (other := sources.setdefault(name, tensor)) is not tensor:
+            wrong.append(f"{tensor.name}{_as(tensor)} and {other.name}{_as(other)} are the same parameter twice")
     missing = [name for name in places if name not in sources]
     if may_lack is not None and all(re.fullmatch(may_lack, places[name].path) for name in missing):
         missing = []
@@ -349,7 +350,9 @@ def _check(
         if names
     ]
     if problems:
-        raise InputError(f"{path}: tensors do not fit {says}: {'; '.join(problems)}")
+        packed = any(name.endswith(".qweight") for name in unexpected)
+        why = ", which does not say how they are quantized (quantization_config)" if packed else ""
+        raise InputError(f"{path}: tensors do not fit {says}{why}: {'; '.join(problems)}")
     for of, copy in copies:
         if of in sources and not np.array_equal(copy.read(), sources[of].read()):
             raise InputError(
@@ -357,6 +360,11 @@ def _check(
                 f"{sources[of].name}; set tie_word_embeddings to false there"
             )
     return sources
+
+
+def _as(tensor: gguf.Stored) -> str:
+    """What is said of a tensor that has been put together."""
+    return " (quantized)" if tensor.packed is not None else ""
 
 
 def _names(stored: str, prefix: str) -> list[str]:

@@ -194,4 +194,5 @@ ABOUT = About(
     example={},
     promises=Promises(block_bytes=kept_bytes),
     within="lora+ba_lora",
+    stored="host",
 )

@@ -81,4 +81,5 @@ ABOUT = About(
     example={},
     twice=True,  # each names leaves of the base, and what either names trains
     promises=Promises(site_bytes=saved_bytes),
+    stored="base",
 )

@@ -417,4 +417,5 @@ ABOUT = About(
         state=state_numbers,
         returns=lambda leaves: [path for path in leaves if path.endswith("/galore/r")],
     ),
+    stored="base",
 )

@@ -117,4 +117,5 @@ ABOUT = About(
     example={"every": 4},
     promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),
     defaults=Defaults(lr=2e-5),
+    stored="base",
 )

@@ -91,4 +91,5 @@ ABOUT = About(
     example={"count": 2, "every": 4},
     promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),
     defaults=Defaults(lr=2e-5, lr_with={"lora": 2e-4, "lora_fa": 2e-4}),
+    stored="base",
 )

@@ -94,4 +94,5 @@ ABOUT = About(
     example={},
     promises=Promises(backward=False, state=zeroth_order.state_numbers, falls=0.05, lr=1e-3),
     defaults=Defaults(lr=1e-6, lr_with={"lora": 5e-5, "prefix": 1e-2}, direction="sgd"),
+    stored="base",
 )

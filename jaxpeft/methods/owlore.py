@@ -306,4 +306,5 @@ ABOUT = About(
         returns=lambda leaves: [path for path in leaves if path.endswith("/galore/r")],
     ),
     defaults=Defaults(lr=3e-4),
+    stored="base",
 )

@@ -145,4 +145,5 @@ ABOUT = About(
     example={"rank": 4, "alpha": 8.0},
     promises=Promises(site_bytes=saved_bytes),
     defaults=Defaults(lr=1e-4),
+    places=lambda path, n, m: n if path.endswith("/paca/index") else None,
 )

@@ -117,4 +117,5 @@ ABOUT = About(
     promises=Promises(site_bytes=saved_bytes, starts_at_base=False),
     within="quantize+lora",
     twice=True,  # it adds no leaves: other targets, another format
+    stored="host",
 )

@@ -117,4 +117,5 @@ ABOUT = About(
     example={"sparsity": 0.75},
     promises=Promises(backward=False, state=zeroth_order.state_numbers, falls=0.05, lr=1e-2),
     defaults=Defaults(lr=4e-6, direction="sgd"),
+    stored="base",
 )

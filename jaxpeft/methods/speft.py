@@ -158,4 +158,5 @@ ABOUT = About(
     reference="Liu et al. 2024, arXiv:2412.13488",
     example={"density": 0.05, "metric": "magnitude"},
     promises=Promises(site_bytes=_shira.saved_bytes),
+    places=lambda path, n, m: n * m if path.endswith("/speft/index") else None,
 )

@@ -427,4 +427,5 @@ ABOUT = About(
     reference="Ansell et al. 2024, arXiv:2401.16405",
     example={"density": 0.05, "every": 4, "accumulate": 2},
     promises=Promises(site_bytes=_shira.saved_bytes),
+    places=lambda path, n, m: n * m if path.endswith(("/spiel/index", "/spiel/candidates")) else None,
 )

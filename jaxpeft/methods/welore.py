@@ -124,14 +124,16 @@ def welore(threshold: float = 0.175, min_ratio: float = 0.5, targets: _lora.Targ
     def prepare(params, view):
         flat, low = tree.flatten(params), 0
         found = sites.find(params, targets, "welore")
-        read = any(f"{site}/welore/u" in flat for site in found)  # an adapter's leaves say what is low-rank
+        read = any(
+            f"{site}/welore/{x}" in flat for site in found for x in "uv"
+        )  # an adapter's leaves say what is low-rank
         for site in found:
             path, u, v = sites.kernel_path(flat, site), f"{site}/welore/u", f"{site}/welore/v"
             kernel = matrix(flat[path])
             if read:
-                if u not in flat:
+                if u not in flat and v not in flat:
                     continue
-                _check_factors(site, kernel.shape, flat[u].shape, flat[v].shape if v in flat else ())
+                _check_factors(site, kernel.shape, *(flat[x].shape if x in flat else () for x in (u, v)))
             else:
                 if is_packed(kernel):
                     raise InputError(f"welore: {site} is packed; its factors are those of a plain kernel")

@@ -55,7 +55,7 @@ def scheme_of(config: Mapping[str, Any]) -> Scheme | None:
             f"{' and '.join(METHODS)} are read; {_PLAIN}"
         )
     _check(where, own, method)
-    size = _read(own, "group_size", int, 128)
+    size = _read(own, "group_size", documents.Whole, 128)
     if size == 0 or size < -1:
         raise InputError(f"config.json: group_size {size} should be at least 1, or -1 ({_in(where, method)})")
     blocks = _read(own, "modules_in_block_to_quantize", list[list[documents.Text]], [])

@@ -119,7 +119,9 @@ def import_adapter(
             raise InputError(f"does not say what {method.name} needs besides the tensors: {error}") from None
     if classifier and own is None:
         method = chain(method, full(f"^{SCOPE}"))
-    return method, {**leaves, **classifier}
+    leaves = {**leaves, **classifier}
+    _check_leaves(file, leaves, method, base_config)
+    return method, leaves
 
 
 def attach(
@@ -140,6 +142,23 @@ def attach(
     flat = {**tree.flatten(params), **leaves}
     model, trainable, frozen = setup(method, base, tree.unflatten(flat), jax.random.key(0), batches=lambda: ())
     return model, tree.combine(trainable, frozen), method
+
+
+def specs_of(directory: str | os.PathLike[str]) -> tuple[Spec, ...]:
+    """The members of an adapter's method, without a classifier's; of one of PEFT's own, their names alone.
+
+    Raises:
+      InputError: for no such adapter, or one of which no method is known.
+    """
+    folder = files.expanded(directory)
+    config, _ = adapter_config(folder), _weights(folder)
+    own = _own(folder)
+    if own is None and config.get("peft_type") != NATIVE:
+        return _method(folder, config, None)[0]
+    said = _ours(folder, own)
+    _require(folder, said, ("method",))
+    specs = tuple(Spec(name, arguments) for name, arguments in said["method"])
+    return tuple(spec for spec in specs if (spec.name, spec.config) != ("full", full(f"^{SCOPE}").specs[0].config))
 
 
 # Files.
@@ -178,6 +197,13 @@ def _own(folder: Path) -> Own | None:
             return None
     if own.get("format") != FORMAT:
         raise InputError(f"{folder / OWN}: has format {own.get('format')}; this version of jaxpeft reads {FORMAT}")
+    return own
+
+
+def _ours(folder: Path, own: Mapping[str, Any] | None) -> Mapping[str, Any]:
+    """The jaxpeft.json of an adapter in our form."""
+    if own is None:
+        raise InputError(f"{folder}: is an adapter in jaxpeft's own form without a {OWN} that speaks of its {WEIGHTS}")
     return own
 
 
@@ -230,7 +256,7 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
 
     base = config.model if isinstance(config, Foreign) else models.model_of(config)
     told = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
         for path, leaf in leaves.items()
         if any(about(spec.name).shaped(path) for spec in method.specs)
     }
@@ -248,6 +274,19 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
         floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, expected[path])]
         if floats[0] != floats[1] or not (floats[0] or leaf.dtype == expected[path].dtype):
             raise InputError(f"{where}: {path} is {leaf.dtype}, where {method.name} has {expected[path].dtype}")
+        most = _places(path, method, shapes_of(config))
+        if most is not None and leaf.size and not (leaf.min() >= 0 and leaf.max() < most):
+            strange = leaf.min() if leaf.min() < 0 else leaf.max()
+            raise InputError(f"{where}: {path} holds {strange}, where {method.name} has 0 to {most - 1} on such a base")
+
+
+def _places(path: str, method: Method, base: Mapping[str, Any]) -> int | None:
+    """The number below which a leaf's integers are; None where they count no places in a kernel."""
+    for spec in method.specs:
+        kernel = base.get(f"{path.partition(f'/{spec.name}/')[0]}/kernel")
+        if kernel is not None and (most := about(spec.name).places(path, *kernel.shape[-2:])) is not None:
+            return most
+    return None
 
 
 # PEFT's form.
@@ -342,8 +381,7 @@ def _as_it_is(
     folder: Path, own: Mapping[str, Any] | None, config: Any, params: Mapping[str, Any] | None
 ) -> tuple[Method, tree.Flat]:
     """An adapter in our form: tensors by our paths, in their own types."""
-    if own is None:
-        raise InputError(f"{folder}: is an adapter in jaxpeft's own form without a {OWN} that speaks of its {WEIGHTS}")
+    own = _ours(folder, own)
     _require(folder, own, ("method", "base"))
     check_base(os.fspath(folder), own["base"], config, params)
     with _of(folder / OWN):

@@ -78,16 +78,16 @@ def read_pair(
     Raises:
       InputError: as `import_adapter` does, and for an adapter of another kind.
     """
+    called = str(folder) if name == os.fspath(folder) else f"adapter {name!r}: {folder}"
     if adapter_labels(folder) and not getattr(base.config, "num_labels", 0):
-        raise InputError(f"adapter {name!r}: {folder}: classifies rows, and the others continue texts")
+        raise InputError(f"{called}: classifies rows, and the others continue texts")
     method, leaves = import_adapter(folder, base, params)
     forms = [(spec, form) for spec in method.specs if (form := form_of(spec.name)) and form.scale is not None]
     rest = tuple(spec for spec in method.specs if spec not in [spec for spec, _ in forms] and not _only_trains(spec))
     pairs_alone = len(forms) == 1 and all(forms[0][1].owns(path) for path in leaves)
     if not pairs_alone or any(spec.name != "quantize" for spec in rest):
         raise InputError(
-            f"adapter {name!r}: {folder}: is of {method.name}; several at once are LoRA's kind: lora (rsLoRA, PiSSA, "
-            f"OLoRA) and lora_fa"
+            f"{called}: is of {method.name}; several at once are LoRA's kind: lora (rsLoRA, PiSSA, OLoRA) and lora_fa"
         )
     ((spec, form),) = forms
     own = from_specs([spec])

@@ -73,12 +73,12 @@ class Run:
     alpha: float | None = None
     """Scale of the adapters: their output is multiplied by alpha / rank. Default: the method's own."""
     targets: str | None = None
-    """Sites: all-linear, attention, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's own."""
+    """Sites: all-linear, attention, qv, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's."""
     method_options: tuple[str, ...] = ()
     """Further arguments of the method's factory, as NAME=VALUE with a YAML value; in a chain METHOD.NAME=VALUE, where
     more than one method takes the name."""
     adapter: Path | None = None
-    """PEFT adapter to train on; it brings its method, rank and targets with it."""
+    """PEFT adapter to train on; it brings its method with it: rank, targets, default rate."""
 
     steps: int = 120
     """Optimizer steps to take. With --resume it may grow if --schedule is constant."""
@@ -218,10 +218,10 @@ class Run:
         from jaxpeft.train.optimizer import RATES, defaults, direction_of
 
         method = self.make_method()
-        own = defaults(() if method is None else method.specs)
-        direction = direction_of(() if method is None else method.specs, self.optimizer)
+        specs = self._specs_of_adapter() if method is None else method.specs
+        own, direction = defaults(specs), direction_of(specs, self.optimizer)
         if direction == "sgd" and self.clip not in (None, Run.clip):
-            of = "--optimizer sgd" if self.optimizer or method is None else method.name
+            of = "--optimizer sgd" if self.optimizer else "+".join(spec.name for spec in specs)
             raise InputError(f"--clip {self.clip}: has no effect with {of}, whose gradients are not clipped")
         if direction == "sgd" != own.direction and self.lr is None:
             raise InputError("--optimizer sgd: needs --lr; a method's default is that of Adam")
@@ -233,7 +233,7 @@ class Run:
         """The `Method` that is named, with its arguments; None where an adapter brings its own.
 
         Raises:
-          InputError: for what makes no method, or names one besides the adapter's.
+          InputError: for what makes no method, or names another one than the adapter's.
         """
         from jaxpeft import recipe
 
@@ -245,7 +245,16 @@ class Run:
             raise InputError(f"--adapter {self.adapter}: brings its own {', '.join(given)}; leave these out")
         if not self.adapter.is_dir():
             raise InputError(f"--adapter {self.adapter}: no such directory")
+        if self.method != Run.method and self.method != (own := recipe.spell(self._specs_of_adapter())):
+            raise InputError(f"--adapter {self.adapter}: is of {own}, not of --method {self.method}; leave that out")
         return None
+
+    def _specs_of_adapter(self) -> Any:
+        """The members of the method that an adapter brings."""
+        from jaxpeft.peft.read import specs_of
+
+        assert self.adapter is not None
+        return specs_of(self.adapter)
 
 
 def run(run: Run | None = None, /, **fields: Any) -> dict[str, Any]:

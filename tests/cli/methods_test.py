@@ -1,13 +1,19 @@
 """`jaxpeft methods`: what each method file says of itself, as JSON and as a table; and what a file must say."""
 
+import functools
 import json
 from types import SimpleNamespace
 
+import jax
 import pytest
 
-from jaxpeft import cli
+import jaxpeft as jp
+from jaxpeft import cli, method, tree
 from jaxpeft.about import About, Promises, check
 from jaxpeft.cli import methods
+from jaxpeft.errors import InputError
+from jaxpeft.peft.export import adapter_of
+from tests import tiny
 
 ABOUT = About(
     summary="does [x]",
@@ -55,3 +61,30 @@ def test_the_real_methods_say_what_they_are(capsys, monkeypatch):
         for name in ("summary", "trains", "saves", "reference", "level"):
             assert row[name] and "\n" not in row[name]
         assert row["name"] in shown and row["reference"].split(",")[-1].strip() in shown
+
+
+def test_what_a_run_leaves_is_what_the_exporter_makes():
+    """Of methods that change how others train, or train the base; all others have leaves of their own."""
+    base = tiny.model()[0]
+    params = jax.eval_shape(lambda key: base.init(key, {}), jax.random.key(0))
+    seen = set()
+    for row in methods.run(methods.Methods())["methods"]:
+        if row["level"] not in ("step", "parameters"):
+            assert row["stored"] == "own"
+            continue
+        chained = [
+            method.make(name, dict(method.about(name).example)) for name in (row["within"] or row["name"]).split("+")
+        ]
+        chosen = method.chain(*chained)
+        leaves = functools.partial(jp.setup, chosen, base, batches=lambda: ())
+        _, trainable, rest = jax.eval_shape(
+            lambda params, key, leaves=leaves: (0, *leaves(params, key)[1:]), params, jax.random.key(0)
+        )
+        try:
+            found = adapter_of(chosen, tree.combine(trainable, rest), base.config)
+            left = found[1].type if found else "own"
+        except InputError:
+            left = "base"
+        assert left == (row["peft"] or row["stored"]), row["name"]
+        seen.add(left)
+    assert seen == {"LORA", "own", "base"}

@@ -101,6 +101,12 @@ def test_each_field_is_read_or_refused_in_one_line(name):
         (
             "llama",
             ("quantization_config",),
+            {"quant_method": "gptq", "group_size": "4"},
+            'quantization_config.group_size "4" should be a whole number',
+        ),
+        (
+            "llama",
+            ("quantization_config",),
             {"quant_method": "gptq", "checkpoint_format": "marlin"},
             "checkpoint_format 'marlin' should be one of gptq, gptq_v2",
         ),

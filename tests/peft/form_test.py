@@ -108,8 +108,17 @@ IA3 = form.vectors(
 
 def trial_prefix(tokens=2):
     config = dict(locals())
+
+    def forward(model, view):
+        c = model.config
+        own = jnp.zeros((c.num_hidden_layers, tokens, c.num_key_value_heads * c.head_dim))
+        init = lambda key, params: tree.unflatten({KEYS: own, VALUES: own, **tree.flatten(model.init(key, params))})
+        return model._replace(init=init)
+
     return methods.Method(
-        roles=methods.trains(lambda path: "/trial_prefix/" in path), specs=(methods.Spec("trial_prefix", config),)
+        forward=forward,
+        roles=methods.trains(lambda path: "/trial_prefix/" in path),
+        specs=(methods.Spec("trial_prefix", config),),
     )
 
 

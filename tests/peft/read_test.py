@@ -1,5 +1,6 @@
 """Adapters in: PEFT's own, with equal logits and gradients, training on; and what is refused."""
 
+import hashlib
 import json
 import shutil
 
@@ -394,3 +395,68 @@ def test_an_alpha_of_zero_adds_nothing(copy, base):
     adapted, both, _ = attach(copy, model, params)
     batch = {"tokens": reference.TOKENS}
     np.testing.assert_array_equal(adapted.apply(both, batch), model.apply(params, batch))
+
+
+def _narrower(array):
+    """A matrix of a column less."""
+    return np.ascontiguousarray(array[..., :-1])
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "change", "reason"),
+    [
+        (
+            jp.prompt(3),
+            "prompt_embeddings",
+            _narrower,
+            r"prompt/embedding has shape \(3, 31\), where prompt .* has \(3, 32\)",
+        ),
+        (
+            jp.speft(0.1),
+            "layers/mlp/up_proj/speft/index",
+            lambda x: x + 10**6,
+            "index holds 10.*, where speft has 0 to",
+        ),
+        (
+            jp.spiel(0.1),
+            "layers/mlp/up_proj/spiel/candidates",
+            lambda x: x - 1,
+            "holds -1, where spiel has 0 to 1791 on",
+        ),
+        (
+            jp.paca(2),
+            "layers/mlp/up_proj/paca/index",
+            lambda x: x * 0 + 32,
+            "holds 32, where paca has 0 to 31 on such a",
+        ),
+        (
+            jp.welore(0.5, 0.3),
+            "layers/self_attn/q_proj/welore/u",
+            None,
+            r"q_proj has factors \(\) and \(\d, \d+, 32\), ",
+        ),
+        (
+            jp.welore(0.5, 0.3),
+            "layers/self_attn/q_proj/welore/u",
+            lambda x: x.astype(np.int32),
+            "u is int32, where welore",
+        ),
+    ],
+    ids=["prompt", "speft", "spiel", "paca", "a factor less", "a factor of integers"],
+)
+def test_what_our_own_file_vouches_for_must_fit_too(method, name, change, reason, base, tmp_path):
+    """Tensors of another shape, type or range, or fewer, whose hash jaxpeft.json has."""
+    from safetensors.numpy import load_file, save_file
+
+    model, params = reference.load(base)
+    _, trainable, rest = jp.setup(method, model, params, jax.random.key(0), batches=lambda: ())
+    export_adapter(tmp_path / "adapter", tree.combine(trainable, rest), method, model.config, base)
+    tensors = load_file(tmp_path / "adapter" / TENSORS)
+    changed = {key: array for key, array in tensors.items() if key != name}
+    assert len(changed) < len(tensors)
+    save_file(changed if change is None else {**changed, name: change(tensors[name])}, tmp_path / "adapter" / TENSORS)
+    own = json.loads((tmp_path / "adapter" / "jaxpeft.json").read_text())
+    own["sha256"] = hashlib.sha256((tmp_path / "adapter" / TENSORS).read_bytes()).hexdigest()
+    (tmp_path / "adapter" / "jaxpeft.json").write_text(json.dumps(own))
+    with pytest.raises(InputError, match=reason):
+        import_adapter(tmp_path / "adapter", model.config)

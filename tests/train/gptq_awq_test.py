@@ -128,7 +128,9 @@ def test_what_is_stored_as_less_one_wraps():
     [
         (lambda parts: parts.pop("scales"), "a has a qweight and lacks scales"),
         (lambda parts: parts.update(scales=parts["scales"][:1]), r"a.scales has shape \(1, 32\), expected \(4, 32\)"),
-        (lambda parts: parts.update(g_idx=parts["g_idx"] + 1), "a.g_idx has group 4, and there are 4"),
+        (lambda parts: parts.update(g_idx=parts["g_idx"] + 1), "a.g_idx has group 4, expected 0 to 3"),
+        (lambda parts: parts.update(g_idx=parts["g_idx"] - 1), "a.g_idx has group -1, expected 0 to 3"),
+        (lambda parts: parts["scales"].fill(np.inf), "a.scales holds a number that is not finite"),
         (lambda parts: parts.update(qzeros=parts["scales"]), "a.qzeros is F16, expected I32"),
         (lambda parts: parts.update(qweight=parts["qweight"][0]), r"a.qweight has shape \(32,\), expected 2 axes"),
         (lambda parts: parts.update(qweight=parts["qweight"][:7]), "a has 56 inputs, of which group_size 16 is no"),
@@ -276,6 +278,20 @@ def test_a_bias_that_is_something_is_not_dropped(files, tmp_path):
     save_file(tensors, file)
     with pytest.raises(jp.InputError, match="1 unexpected: model.layers.0.mlp.up_proj.bias"):
         hf.load_pretrained(made / "model")
+
+
+def test_what_says_nothing_of_its_codes_or_says_a_weight_twice(files, tmp_path):
+    made = quantized_folder(files, tmp_path, SAID["gptq"]) / "model"
+    config = json.loads((made / "config.json").read_text())
+    (made / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "quantization_config"}))
+    with pytest.raises(jp.InputError, match=r"does not say how they are quantized \(quantization_config\): "):
+        hf.load_pretrained(made)
+    (made / "config.json").write_text(json.dumps(config))
+    tensors, name = load_file(made / "model.safetensors"), "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = load_file(tmp_path / "plain" / "model.safetensors")[name]
+    save_file(tensors, made / "model.safetensors")
+    with pytest.raises(jp.InputError, match=rf"{name} \(quantized\) and {name} are the same parameter twice"):
+        hf.load_pretrained(made)
 
 
 # Trains on a mesh of eight devices as on one, over GPTQ's kernels and over packed ones of three bits.

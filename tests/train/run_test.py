@@ -5,6 +5,7 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -13,6 +14,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Spec
 from jaxpeft.train import run
 from jaxpeft.train.run import Run
+from tests import tiny
 
 
 def test_no_arguments_are_a_whole_run():
@@ -154,3 +156,28 @@ def test_a_clip_that_nothing_would_obey_is_refused():
     with pytest.raises(InputError, match="--clip 0.5: has no effect with mezo\\+lora"):
         Run(method="mezo+lora", clip=0.5).settled().rated()
     assert Run(method="mezo+lora").settled().rated().lr == 5e-5
+
+
+def test_an_adapter_brings_its_methods_rate_and_direction(tmp_path):
+    """Of one of ours by jaxpeft.json, of one of PEFT's by its peft_type; another --method is refused."""
+    base, params = tiny.model()
+    mezo = jp.chain(jp.lora(2), jp.mezo())
+    for name, method in (("prompt", jp.prompt(2)), ("mezo", mezo)):
+        _, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
+        jp.export_adapter(tmp_path / name, jp.combine(trainable, rest), method, base.config)
+    assert Run(adapter=tmp_path / "prompt").rated().lr == 1e-2
+    assert Run(adapter=tmp_path / "prompt", lr=0.5, method="prompt").rated().lr == 0.5
+    assert Run(adapter=tmp_path / "mezo").rated().lr == 5e-5
+    with pytest.raises(InputError, match=r"--clip 0.5: has no effect with lora\+mezo"):
+        Run(adapter=tmp_path / "mezo", clip=0.5).rated()
+    with pytest.raises(InputError, match="--optimizer lion: lora.mezo steps along the gradients themselves"):
+        Run(adapter=tmp_path / "mezo", optimizer="lion").rated()
+    with pytest.raises(InputError, match=r"mezo: is of lora\+mezo, not of --method vera; leave that out"):
+        Run(adapter=tmp_path / "mezo", method="vera").check()
+    for name in ("prompt", "mezo"):
+        (tmp_path / name / "jaxpeft.json").unlink()
+    assert Run(adapter=tmp_path / "prompt").rated().lr == 1e-2
+    assert Run(adapter=tmp_path / "mezo", model="other").rated().lr == 2e-4  # LoRA's, as PEFT knows it
+    (tmp_path / "mezo" / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match="mezo: has no adapter_model.safetensors"):
+        Run(adapter=tmp_path / "mezo").rated()
