@@ -450,8 +450,10 @@ class Updated(NamedTuple):
         by_path = lambda parts: {loop.paths[i]: part for i, part in parts.items()}
         squares = sum(jnp.sum(jnp.square(part.astype(jnp.float32))) for part in found.values())
         with jax.named_scope("update"):
-            parts = by_path({i: part[None] for i, part in found.items()}), by_path(jax.tree.map(own, self.leaves))
-            leaves, state = update.change(*parts, jax.tree.map(own, self.state))
+            grads = by_path({i: part[None] for i, part in found.items()})
+            leaves, state = _at_once(update.change, layer)(
+                grads, by_path(jax.tree.map(own, self.leaves)), jax.tree.map(own, self.state)
+            )
             return Updated(
                 {i: put(whole, leaves[loop.paths[i]]) for i, whole in self.leaves.items()},
                 jax.tree.map(put, self.state, state),
@@ -459,8 +461,23 @@ class Updated(NamedTuple):
             )
 
 
+def _at_once(change: Callable[..., Any], layer: jax.Array) -> Callable[..., Any]:
+    """The function, all of whose arguments are read before anything of its results is written.
+
+    XLA would fuse, on a CPU, the reading of one stack with the writing of another, and then copy both for each layer;
+    it heeds no barrier there, but a branch that it cannot foresee.
+    """
+
+    def apart(*args):
+        shapes = jax.eval_shape(change, *args)
+        nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.cond(layer >= 0, change, nothing, *args)
+
+    return lambda *args: jax.lax.platform_dependent(*args, cpu=apart, default=change)
+
+
 def _backward(loop, plan, saved, d_end):
-    (_, *perturbed), leaves, *_ = saved
+    leaves = saved[1]
     if all(isinstance(d, SymbolicZero) for d in d_end):
         return [None] * len(leaves), None
     return _gradients(loop, plan, saved, d_end)[0], None
