@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.pfeiffer import pfeiffer
     from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.prompt import prompt
+    from jaxpeft.methods.pst import pst
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.qzo import qzo
     from jaxpeft.methods.randlora import randlora
@@ -149,6 +150,7 @@ _MODULE_OF = {
     "profile": "memory.functions",
     "save_pretrained": "hf",
     "setup": "method",
+    "pst": "methods.pst",
     "qzo": "methods.qzo",
     "randlora": "methods.randlora",
     "several": "adapters",

@@ -98,7 +98,7 @@ def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "a
     sparse.check_density("speft", density)
     if metric not in METRICS:
         raise InputError(f"speft: metric {metric!r} is not one of {', '.join(METRICS)}")
-    choose = sparse.chosen_sites("speft", targets)
+    choose = sparse.chosen_sites("speft", targets, density)
 
     def prepare(params: tree.Params, view: View) -> tree.Params:
         """The parameters with `<site>/speft/index`, where it is not there and there are batches to choose it by."""
