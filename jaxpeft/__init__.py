@@ -57,8 +57,10 @@ if TYPE_CHECKING:
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.qzo import qzo
     from jaxpeft.methods.randlora import randlora
+    from jaxpeft.methods.sara import sara
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.shira import shira
+    from jaxpeft.methods.snell import snell
     from jaxpeft.methods.sparse_mezo import sparse_mezo
     from jaxpeft.methods.speft import speft
     from jaxpeft.methods.spiel import spiel
@@ -154,11 +156,13 @@ _MODULE_OF = {
     "qzo": "methods.qzo",
     "randlora": "methods.randlora",
     "several": "adapters",
+    "sara": "methods.sara",
     "sherl": "methods.sherl",
     "split": "tree",
     "to_nnx": "nnx",
     "trainable_mask": "train.masked",
     "shira": "methods.shira",
+    "snell": "methods.snell",
     "speft": "methods.speft",
     "spiel": "methods.spiel",
     "sparse_mezo": "methods.sparse_mezo",

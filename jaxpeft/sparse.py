@@ -51,6 +51,12 @@ def entries(density: float, n: int, m: int) -> int:
     return int(density * n * m)
 
 
+def most(salience: jax.Array, count: int) -> jax.Array:
+    """(..., count) int32: the entries of matrices (..., n, m) with the largest salience, ascending."""
+    flat = salience.reshape(*salience.shape[:-2], -1)
+    return jnp.sort(jax.lax.top_k(flat, count)[1].astype(jnp.int32), axis=-1)
+
+
 def largest(scores: jax.Array, count: jax.Array) -> jax.Array:
     """Where a matrix (n, m) has its `count` () largest numbers; of equal ones the first, row after row.
 
