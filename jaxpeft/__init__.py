@@ -53,11 +53,14 @@ if TYPE_CHECKING:
     from jaxpeft.methods.pfeiffer import pfeiffer
     from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.prompt import prompt
+    from jaxpeft.methods.pst import pst
     from jaxpeft.methods.quantize import quantize
     from jaxpeft.methods.qzo import qzo
     from jaxpeft.methods.randlora import randlora
+    from jaxpeft.methods.sara import sara
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.shira import shira
+    from jaxpeft.methods.snell import snell
     from jaxpeft.methods.sparse_mezo import sparse_mezo
     from jaxpeft.methods.speft import speft
     from jaxpeft.methods.spiel import spiel
@@ -150,14 +153,17 @@ _MODULE_OF = {
     "profile": "memory.functions",
     "save_pretrained": "hf",
     "setup": "method",
+    "pst": "methods.pst",
     "qzo": "methods.qzo",
     "randlora": "methods.randlora",
     "several": "adapters",
+    "sara": "methods.sara",
     "sherl": "methods.sherl",
     "split": "tree",
     "to_nnx": "nnx",
     "trainable_mask": "train.masked",
     "shira": "methods.shira",
+    "snell": "methods.snell",
     "speft": "methods.speft",
     "spiel": "methods.spiel",
     "sparse_mezo": "methods.sparse_mezo",

@@ -48,7 +48,36 @@ def flat_draw(key: jax.Array, n: int, m: int, count: int) -> jax.Array:
 
 def entries(density: float, n: int, m: int) -> int:
     """k of a kernel."""
-    return max(int(density * n * m), 1)
+    return int(density * n * m)
+
+
+def most(salience: jax.Array, count: int) -> jax.Array:
+    """(..., count) int32: the entries of matrices (..., n, m) with the largest salience, ascending."""
+    flat = salience.reshape(*salience.shape[:-2], -1)
+    return jnp.sort(jax.lax.top_k(flat, count)[1].astype(jnp.int32), axis=-1)
+
+
+def largest(scores: jax.Array, count: jax.Array) -> jax.Array:
+    """Where a matrix (n, m) has its `count` () largest numbers; of equal ones the first, row after row.
+
+    By bisection on the bits of the least of them: 32 counts, in place of the sorting of n m numbers.
+    """
+    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores.astype(jnp.float32)), jnp.uint32)
+    keys = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))  # ordered as the numbers are
+
+    def digit(place, least):
+        higher = least | (jnp.uint32(1 << 31) >> place.astype(jnp.uint32))
+        return jnp.where(jnp.sum(keys >= higher, dtype=jnp.int32) >= count, higher, least)
+
+    least = jax.lax.fori_loop(0, 32, digit, jnp.uint32(0))
+    ties = keys == least
+    wanted = count - jnp.sum(keys > least, dtype=jnp.int32)
+    of_row = jnp.sum(ties, axis=1, dtype=jnp.int32)
+    before = jnp.cumsum(of_row) - of_row
+    row = jnp.sum(before < wanted) - 1  # in which the last of them lies
+    there = jnp.cumsum(jnp.take(ties, row, axis=0, mode="clip").astype(jnp.int32)) <= wanted - before[row]
+    rows = jnp.arange(len(before))[:, None]
+    return (keys > least) | ties & ((rows < row) | (rows == row) & there)
 
 
 def check_density(name: str, density: float) -> None:
@@ -57,11 +86,12 @@ def check_density(name: str, density: float) -> None:
         raise InputError(f"{name}: density {density} must be above 0 and at most 0.5")
 
 
-def chosen_sites(name: str, targets: Targets) -> Callable[[tree.Params], list[str]]:
-    """params -> the sites that `targets` names.
+def chosen_sites(name: str, targets: Targets, density: float, said: str = "") -> Callable[[tree.Params], list[str]]:
+    """params -> the sites that `targets` names; `said` is how a user has asked for this density.
 
     Raises:
-      InputError: when called, for targets that match nothing, or a kernel of more entries than int32 tells apart.
+      InputError: when called, for targets that match nothing, a kernel of more entries than int32 tells apart, or one
+        of which so small a share is none.
     """
 
     def choose(params):
@@ -71,6 +101,11 @@ def chosen_sites(name: str, targets: Targets) -> Callable[[tree.Params], list[st
             if n * m > LARGEST:
                 raise InputError(
                     f"{name}: {site}, a kernel of {n} x {m}, has more than {LARGEST} entries; leave it out"
+                )
+            if entries(density, n, m) < 1:
+                raise InputError(
+                    f"{name}: {said or f'density {density}'} leaves {site} empty, a kernel of {n} x {m}: less than "
+                    "one entry; leave it out"
                 )
         return found
 

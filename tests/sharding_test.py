@@ -59,7 +59,8 @@ def run(name, meshes):
         for _ in range(3):
             state, metrics = step(state, batch)
             losses.append(float(metrics["loss"]))
-        return losses, {path: np.asarray(leaf) for path, leaf in {**state.trainable, **state.moved}.items()}
+        numbers = lambda leaf: np.asarray(leaf).astype(np.float64)
+        return losses, {path: numbers(leaf) for path, leaf in {**state.trainable, **state.moved}.items()}
 
     losses, leaves = steps(start, batch, jax.jit(step))
     found = {"one": {"losses": losses}}

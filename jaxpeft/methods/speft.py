@@ -98,7 +98,7 @@ def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "a
     sparse.check_density("speft", density)
     if metric not in METRICS:
         raise InputError(f"speft: metric {metric!r} is not one of {', '.join(METRICS)}")
-    choose = sparse.chosen_sites("speft", targets)
+    choose = sparse.chosen_sites("speft", targets, density)
 
     def prepare(params: tree.Params, view: View) -> tree.Params:
         """The parameters with `<site>/speft/index`, where it is not there and there are batches to choose it by."""
@@ -110,7 +110,7 @@ def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "a
                 continue
             count = sparse.entries(density, *kernel.shape[-2:])
             found = jnp.abs(dense(kernel)) if metric == "magnitude" else _salience(view, params, site, metric, batches)
-            flat[path] = most(found, count)
+            flat[path] = sparse.most(found, count)
         return tree.unflatten(flat)
 
     return Method(
@@ -120,12 +120,6 @@ def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "a
         merge=lambda params: sparse.fold(params, "speft"),
         specs=(Spec("speft", config),),
     )
-
-
-def most(salience: jax.Array, count: int) -> jax.Array:
-    """(..., count) int32: the entries of matrices (..., n, m) with the largest salience, ascending."""
-    flat = salience.reshape(*salience.shape[:-2], -1)
-    return jnp.sort(jax.lax.top_k(flat, count)[1].astype(jnp.int32), axis=-1)
 
 
 def _salience(view: View, params: tree.Params, site: str, metric: str, batches: list[Batch]) -> jax.Array:

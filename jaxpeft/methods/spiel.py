@@ -140,7 +140,7 @@ def spiel(
         if blind := [spec.name for spec in view.specs if not about(spec.name).promises.backward]:
             raise InputError(f"{chained}: spiel chooses by gradients, and {blind[0]} has no backward pass")
         adapter = lambda site: SpIEL(density, grow)
-        adapted = sites.attach(model, "spiel", adapter, sparse.chosen_sites("spiel", targets), shared=True)
+        adapted = sites.attach(model, "spiel", adapter, sparse.chosen_sites("spiel", targets, density), shared=True)
 
         def init(key, params):
             params = adapted.init(key, params)

@@ -103,15 +103,15 @@ def pack(array: jax.Array, format: str, group: int | None = None, double: bool |
     return by_layer(functools.partial(_pack, format=format, group=group, double=double), array)
 
 
-def by_layer(function: Callable[..., Any], array: jax.Array, *others: Any) -> Any:
-    """`function` of each matrix of an array (..., n, m), the results stacked; of others, it is given the same layer.
+def by_layer(function: Callable[..., Any], array: Any, *others: Any) -> Any:
+    """`function` of each matrix of a kernel (..., n, m), the results stacked; of others, it is given the same layer.
 
     One after the other, so that what it works on is one matrix's; the bits are the same as of one matrix alone.
     """
     if array.ndim == 2:
         return function(array, *others)
-    layer = lambda i: jax.tree.map(lambda x: x[i], others)
-    parts = [by_layer(function, array[i], *layer(i)) for i in range(array.shape[0])]
+    layer = lambda i: jax.tree.map(lambda x: x[i], (array, *others))
+    parts = [by_layer(function, *layer(i)) for i in range(array.shape[0])]
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
 
 
