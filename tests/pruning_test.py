@@ -231,7 +231,13 @@ def test_a_pruned_checkpoint_is_pruned_no_other_way(road):
 
 
 @pytest.mark.parametrize(
-    ("geometry", "heads", "neurons", "times"), [("llama2-70b", 2, 5760, 16.3), ("llama3.1-70b", 1, 4352, 15.0)]
+    ("geometry", "heads", "neurons", "times"),
+    [
+        ("llama2-70b", 2, 5760, 16.3),
+        ("llama3.1-70b", 1, 4352, 15.0),
+        ("llama2-70b", 4, 14336, 7.4),
+        ("llama3.1-70b", 4, 14336, 6.5),
+    ],
 )
 def test_bytes_of_a_pruned_base_in_nf4(geometry, heads, neurons, times):
     """LoRAM's 15.81 and 16.95 times less for 70B models ask for so small a part of them; embeddings stay whole."""
