@@ -199,6 +199,21 @@ def unchanged(x, *_):
     return x
 
 
+def layer_by_layer(slot: Callable[..., Any]) -> Callable[..., Any]:
+    """A `gradient` or `update` slot, marked as one of a step whose layers are updated inside the backward pass, too.
+
+    An `update` so marked does to a layer what it does to the stack; its masks go by path. A `gradient` hands on what
+    its objective gives: it reads no gradient of a trained leaf of the layers, for none may be there.
+    """
+    slot.layer_by_layer = True  # type: ignore[attr-defined]
+    return slot
+
+
+def is_layer_by_layer(slot: Callable[..., Any]) -> bool:
+    """Whether a slot does nothing, or `layer_by_layer` has marked it."""
+    return slot is unchanged or getattr(slot, "layer_by_layer", False)
+
+
 def _no_conversions(params: tree.Params) -> dict[str, Callable[[jax.Array], Any]]:
     del params
     return {}
@@ -274,7 +289,7 @@ def chain(*methods: Method) -> Method:
                 x = function(x, *rest)
             return x
 
-        return apply
+        return layer_by_layer(apply) if all(map(is_layer_by_layer, active)) else apply
 
     def merge(params):
         before = tree.flatten(params)

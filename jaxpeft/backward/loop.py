@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import chex
 import jax
@@ -130,14 +130,16 @@ class Loop(NamedTuple):
     kernels: tuple[tuple[int, ...], ...] = ()
     nested: bool = False
 
-    def stacked(self, leaves: Sequence[Any], perturbed: Sequence[bool], nested: bool = True) -> Loop:
+    def stacked(
+        self, leaves: Sequence[Any], perturbed: Sequence[bool], nested: bool | Literal["always"] = True
+    ) -> Loop:
         """The loop with the kernels of which nothing is differentiated as stacks, held where groups are a loop within.
 
-        nested: whether they may be (see `nests`). What is in another type than the stream is taken by each group even
-          so: a block converts it, which XLA does as it takes it.
+        nested: whether they may be (see `nests`), or are always where there are several. What is in another type than
+          the stream is taken by each group even so: a block converts it, which XLA does as it takes it.
         """
         gathers = sharding.gathers()
-        nested = nested and self.groups > 1 and (gathers or nests())
+        nested = bool(nested) and self.groups > 1 and (gathers or nests() or nested == "always")
         frozen = {i for leaves in self.kernels if not any(perturbed[i] for i in leaves) for i in leaves}
         kind = "stack" if not nested else "whole" if gathers else "held"
         kinds = [kind if i in frozen else own for i, own in enumerate(self.kinds)]
@@ -190,22 +192,23 @@ class Loop(NamedTuple):
 
         Args:
           body: `parts` are those of `inputs`.
-          leaves: of all layers and groups.
+          leaves: of all layers and groups; or a function of the carry that gives them.
           reverse: whether the last step is the first.
           enter: (carry, layer) -> (carry, out) before each layer, where groups are a loop within; that `out` is then
             the result, and the body's is left out.
           leave: (carry, layer) -> carry after it, there.
         """
+        now = leaves if callable(leaves) else lambda carry: leaves
         if not self.nested:
 
             def one(carry, number):
                 step = self.step(number)
-                return body(carry, self.parts(leaves, step.layer), step)
+                return body(carry, self.parts(now(carry), step.layer), step)
 
             return jax.lax.scan(one, carry, self.steps, reverse=reverse)
 
         def of_layer(carry, layer):
-            parts = self.parts(leaves, layer)
+            parts = self.parts(now(carry), layer)
             carry, out = enter(carry, layer)
 
             def of_group(carry, group):

@@ -42,7 +42,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxpeft import sharding, tree, updates
 from jaxpeft.backward.kept import fetch, has_codes, room, seed_of, store, stored
-from jaxpeft.backward.loop import Static, join, loop_over, replaced
+from jaxpeft.backward.loop import Loop, Static, join, loop_over, replaced
 from jaxpeft.backward.options import options
 from jaxpeft.backward.places import compute, makers
 from jaxpeft.backward.plan import INPUT, Plan, action_of, parse
@@ -130,28 +130,64 @@ def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]
     """`run` of a stack (see `jaxpeft.model`) under a plan."""
 
     def layers(stack, segment, numbers, params, x, ctx, key):
-        block = functools.partial(stack.block, cache=None, segment=segment)
-        count, widths = len(numbers), dict(stack.sums)
-        # What layers say is a stream too: each writes its own numbers, and none reads what is there.
-        streams = (x, {name: jnp.zeros((len(x), count * n), jnp.float32) for name, n in widths.items()})
+        laid = laid_out(plan, shards, stack, segment, numbers, params, x, ctx, key is not None)
+        return laid.opened(run_loop(laid.loop, plan, laid.leaves, key))
 
-        def layer(own, streams, ctx):
-            x, said = block(own, streams[0], ctx)
-            place = ctx.layer - numbers.start
-            whole = {
-                name: jax.lax.dynamic_update_slice_in_dim(sums, said[name], place * widths[name], 1)
-                for name, sums in streams[1].items()
-            }
-            return (x, whole), None
+    run = by_segment(layers)
+    run.plan = (plan, shards)  # type: ignore[attr-defined]
+    return run
 
-        rest = (params, streams, ctx, key is not None, plan.tokens, shards, takes_stacks(stack.block))
-        loop, leaves = loop_over(layer, segment, numbers, *rest)
-        ends = map(join, run_loop(loop, plan, leaves, key))
-        x, said = jax.tree.unflatten(jax.tree.structure(streams), ends)
+
+def plan_of(run: Callable[..., Any]) -> tuple[Plan, int] | None:
+    """(plan, shards) of a `run` that `planned` has made; None of another."""
+    return getattr(run, "plan", None)
+
+
+class Laid(NamedTuple):
+    """A segment as a loop.
+
+    loop: of its layers and groups of rows.  leaves: the loop's.
+    opened: streams as `run_loop` gives them -> (x, what the layers have said beside it, or None).
+    """
+
+    loop: Loop
+    leaves: list[Any]
+    opened: Callable[[list[jax.Array]], tuple[jax.Array, Any]]
+
+
+def laid_out(
+    plan: Plan,
+    shards: int,
+    stack: Stack,
+    segment: str,
+    numbers: range,
+    params: tree.Params,
+    x: jax.Array,
+    ctx: Context,
+    keyed: bool,
+) -> Laid:
+    """A stack's segment as a loop under a plan; the arguments are those of `by_segment`'s `layers`."""
+    block: Callable[..., Any] = functools.partial(stack.block, cache=None, segment=segment)
+    count, widths = len(numbers), dict(stack.sums)
+    # What layers say is a stream too: each writes its own numbers, and none reads what is there.
+    streams = (x, {name: jnp.zeros((len(x), count * n), jnp.float32) for name, n in widths.items()})
+
+    def layer(own, streams, ctx):
+        x, said = block(own, streams[0], ctx)
+        place = ctx.layer - numbers.start
+        whole = {
+            name: jax.lax.dynamic_update_slice_in_dim(sums, said[name], place * widths[name], 1)
+            for name, sums in streams[1].items()
+        }
+        return (x, whole), None
+
+    def opened(ends):
+        x, said = jax.tree.unflatten(jax.tree.structure(streams), [join(end) for end in ends])
         by_layer = {name: sums.reshape(len(x), count, -1).swapaxes(0, 1) for name, sums in said.items()}
         return x, by_layer or None
 
-    return by_segment(layers)
+    rest = (params, streams, ctx, keyed, plan.tokens, shards, takes_stacks(stack.block))
+    return Laid(*loop_over(layer, segment, numbers, *rest), opened)
 
 
 def by_segment(layers: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., tuple[jax.Array, Any]]:
@@ -289,11 +325,11 @@ def run_loop(loop, plan, leaves, key):
     return loop.scan(body, [leaves[i] for i in loop.streams], leaves)[0]
 
 
-def _forward(loop, plan, leaves, key):
+def _forward(loop, plan, leaves, key, nests=False):
     perturbed = [leaf.perturbed for leaf in leaves]
     leaves, key = [leaf.value for leaf in leaves], None if key is None else key.value
     streams = [leaves[i] for i in loop.streams]
-    loop, (traced, actions, closed, used, _) = _nested(loop, plan, leaves, streams, key, perturbed)
+    loop, (traced, actions, closed, used, _) = _nested(loop, plan, leaves, streams, key, perturbed, nests)
     shapes = _shapes(traced, streams)
     numbers = {name: n for n, name in enumerate(traced.names, len(streams)) if actions.get(name) == "save"}
     placed = makers(traced.forward, list(numbers.values())) if writes_in_place() else {}
@@ -352,16 +388,24 @@ def _forward(loop, plan, leaves, key):
     return end, (Static([back, *perturbed]), leaves, key, kept, [jnp.zeros((0,), x.dtype) for x in streams])
 
 
-def _nested(loop, plan, leaves, streams, key, perturbed):
+def _nested(loop, plan, leaves, streams, key, perturbed, nests=False):
     """(the loop with the frozen kernels as stacks, what `_decide` says of it).
 
     Groups are no loop of their own where they would put what they have made into the host's memory.
+
+    nests: whether they have to be one, where there are several.
     """
-    for nested in (True, False):
+    for nested in ("always" if nests else True, False):
         own = loop.stacked(leaves, perturbed, nested)
         decided = _decide(own, plan, leaves, streams, key, perturbed)
-        if not own.nested or all(name == INPUT or action != "offload" for (name, _), action in decided[1].items()):
+        away = [name for (name, _), action in decided[1].items() if name != INPUT and action == "offload"]
+        if not own.nested or not away:
             break
+        if nests:
+            raise InputError(
+                f"--save {plan} --update-in-backward: {away[0]} would be offloaded by groups of rows, of which a "
+                f"layer's gradient is the sum; offload {INPUT} alone, or let tokens= take all rows at once"
+            )
     return own, decided
 
 
@@ -374,22 +418,89 @@ def _read_again(loop, closed, used) -> set[int]:
     return {i for i, v in held if sum(v is other for other in reads) > 1}
 
 
+class Update(NamedTuple):
+    """The update of a layer inside the backward loop, as soon as its gradients are there.
+
+    paths: of the leaves that it changes.
+    state: a pytree of arrays with a leading axis of layers, the optimizer's state of these leaves.
+    change: (gradients, leaves, state) -> (leaves, state) of one layer, its axis of layers 1 long; the first two are
+      {path: array}.
+    """
+
+    paths: frozenset[str]
+    state: Any
+    change: Callable[[tree.Flat, tree.Flat, Any], tuple[tree.Flat, Any]]
+
+
+class Updated(NamedTuple):
+    """What an `Update` of all layers leaves behind.
+
+    leaves: {number of the leaf: its stack}.  state: as in `Update`.
+    squares: () float32, the sum of all squares of the gradients.
+    """
+
+    leaves: dict[int, jax.Array]
+    state: Any
+    squares: jax.Array
+
+    def layer(self, loop: Loop, update: Update, found: dict[int, jax.Array], layer: jax.Array) -> Updated:
+        """After the update of a layer; `found` are the gradients of its leaves (...)."""
+        own = lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1)
+        put = lambda whole, part: replaced(whole, part[0], layer)
+        by_path = lambda parts: {loop.paths[i]: part for i, part in parts.items()}
+        squares = sum(jnp.sum(jnp.square(part.astype(jnp.float32))) for part in found.values())
+        with jax.named_scope("update"):
+            grads = by_path({i: part[None] for i, part in found.items()})
+            leaves, state = _at_once(update.change, layer)(
+                grads, by_path(jax.tree.map(own, self.leaves)), jax.tree.map(own, self.state)
+            )
+            return Updated(
+                {i: put(whole, leaves[loop.paths[i]]) for i, whole in self.leaves.items()},
+                jax.tree.map(put, self.state, state),
+                self.squares + squares,
+            )
+
+
+def _at_once(change: Callable[..., Any], layer: jax.Array) -> Callable[..., Any]:
+    """The function, all of whose arguments are read before anything of its results is written.
+
+    XLA would fuse, on a CPU, the reading of one stack with the writing of another, and then copy both for each layer;
+    it heeds no barrier there, but a branch that it cannot foresee.
+    """
+
+    def apart(*args):
+        shapes = jax.eval_shape(change, *args)
+        nothing = lambda *_: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        return jax.lax.cond(layer >= 0, change, nothing, *args)
+
+    return lambda *args: jax.lax.platform_dependent(*args, cpu=apart, default=change)
+
+
 def _backward(loop, plan, saved, d_end):
-    (loop, *perturbed), leaves, key, kept, like = saved
+    leaves = saved[1]
     if all(isinstance(d, SymbolicZero) for d in d_end):
         return [None] * len(leaves), None
+    return _gradients(loop, plan, saved, d_end)[0], None
+
+
+def _gradients(loop, plan, saved, d_end, update=None):
+    """(the gradient of each leaf, None where there is none or `update` has used it; what the update leaves behind)."""
+    (loop, *perturbed), leaves, key, kept, like = saved
     streams = [jax.ShapeDtypeStruct(d.shape, x.dtype) for d, x in zip(d_end, like, strict=True)]
     d_end = [jnp.zeros(d.shape, d.dtype) if isinstance(d, SymbolicZero) else d for d in d_end]
     traced, actions, closed, used, read = _decide(loop, plan, leaves, streams, key, perturbed)
     pull = jaxpr_as_fun(closed)
     shapes = _shapes(traced, streams)
     moved = [i for i, use in enumerate(perturbed) if use or i in loop.streams]
+    changed = [i for i in moved if update is not None and i not in loop.streams and loop.paths[i] in update.paths]
+    summed = [i for i in moved if i not in loop.streams and i not in changed]
 
     # On a mesh sums over devices are taken as each layer's are complete: else XLA takes those of the whole stack there.
     apart = [i for i in moved if i not in loop.streams and loop.nested and sharding.gathers() and loop.by_layer(i)]
+    apart += [i for i in changed if loop.nested and i not in apart]
 
     def body(carry, parts, step):
-        d_streams, totals, own = carry
+        d_streams, totals, own, after = carry
         values = {
             name: fetch(x, step.number, action, name, shapes[name])
             for (name, action), x in zip(actions.items(), kept, strict=True)
@@ -405,26 +516,38 @@ def _backward(loop, plan, saved, d_end):
         with jax.named_scope("stream"):
             d_streams = [loop.put(d, found.pop(i), "rows", step) for d, i in zip(d_streams, loop.streams, strict=True)]
         totals, own = dict(totals), dict(own)
+        if changed and not loop.nested:
+            after = after.layer(loop, update, {i: found.pop(i) for i in changed}, step.layer)
         for i, part in found.items():
             with jax.named_scope(f"grad:{loop.paths[i]}"):
                 if i in own:
                     own[i] += part
                 else:
                     totals[i] = loop.put(totals[i], part, loop.kinds[i], step, add=not loop.once(loop.kinds[i]))
-        return (d_streams, totals, own), None
+        return (d_streams, totals, own, after), None
 
     def enter(carry, layer):
-        return (*carry[:2], jax.tree.map(jnp.zeros_like, carry[2])), None
+        d_streams, totals, own, after = carry
+        return (d_streams, totals, jax.tree.map(jnp.zeros_like, own), after), None
 
     def leave(carry, layer):
-        d_streams, totals, own = carry
-        return d_streams, {**totals, **{i: replaced(totals[i], x, layer) for i, x in own.items()}}, own
+        d_streams, totals, own, after = carry
+        if changed:
+            after = after.layer(loop, update, {i: own[i] for i in changed}, layer)
+        whole = {i: replaced(totals[i], x, layer) for i, x in own.items() if i not in changed}
+        return d_streams, {**totals, **whole}, own, after
 
-    totals = {i: loop.total(leaves[i], loop.kinds[i]) for i in moved if i not in loop.streams}
+    def now(carry):
+        """The leaves, those that change as the loop goes as they are."""
+        return leaves if update is None else [carry[3].leaves.get(i, leaf) for i, leaf in enumerate(leaves)]
+
+    totals = {i: loop.total(leaves[i], loop.kinds[i]) for i in summed}
     own = {i: jnp.zeros(leaves[i].shape[1:], leaves[i].dtype) for i in apart}
-    (d_streams, totals, _), _ = loop.scan(body, (d_end, totals, own), leaves, reverse=True, enter=enter, leave=leave)
+    after = None if update is None else Updated({i: leaves[i] for i in changed}, update.state, jnp.zeros(()))
+    carry = (d_end, totals, own, after)
+    (d_streams, totals, _, after), _ = loop.scan(body, carry, now, reverse=True, enter=enter, leave=leave)
     totals |= {i: d for i, d in zip(loop.streams, d_streams, strict=True) if perturbed[i]}
-    return [totals.get(i) for i in range(len(leaves))], None
+    return [totals.get(i) for i in range(len(leaves))], after
 
 
 run_loop.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -58,6 +58,8 @@ class StepArguments:
     remat: Literal["loops", "policy"] = "loops"
     """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
     takes all rows at once and cannot compress."""
+    update_in_backward: bool = False
+    """Update each layer inside the backward pass, as for `train`: the gradients of all layers never exist."""
     target: str = "cpu"
     """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu; a slice of TPUs such as v5p:4x4x4; a host of
     GPUs such as h200x8, or several: h200x8x2."""

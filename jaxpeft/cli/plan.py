@@ -98,8 +98,9 @@ def run(args: Plan) -> dict[str, Any]:
         return models.compute_dtype(config, args.dtype, device.platform)
 
     def make(method, device, plan, mesh=None, batch_size=args.batch_size, seq_len=args.seq_len):
-        layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat, args.optimizer)
-        return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout)
+        layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
+        of_step = (args.optimizer, args.update_in_backward)
+        return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout, *of_step)
 
     rows = []
     for name, method in chosen:
@@ -272,6 +273,8 @@ def show(document: dict[str, Any]) -> None:
         console.print(_on_several([row for row in rows if row.get("bound")], size), "")
     for row in rows:
         notes = [f"--save {row['save']}" + (" --remat policy" if row["remat"] == "policy" else "")]
+        if row.get("update_in_backward"):
+            notes[0] += " --update-in-backward"
         if row["host_bytes"]:
             notes.append(f"{digits(row['host_bytes'])} {unit} in the host's memory")
         if "largest_batch" in row:

@@ -142,8 +142,9 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
         raise InputError(f"--method {args.method}: one at a time; `jaxpeft plan` compares several")
     name, method = chosen[0]
     dtype = models.compute_dtype(config, args.dtype, device.platform)
-    layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat, args.optimizer)
-    step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout)
+    layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
+    of_step = (args.optimizer, args.update_in_backward)
+    step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout, *of_step)
     where = f"{device.name} ({text})" if text else device.name
     print(f"compiling {name} for {where}, {step.plan}", file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory(prefix="jaxpeft-profile-") as scratch:
@@ -190,6 +191,7 @@ def _heading(document: dict[str, Any]) -> str:
     return (
         f"{document['model']}, {document['method']}, batch {document['batch_size']} x {document['seq_len']} tokens, "
         f"{document['dtype']}, {document['target']}{mesh}, --save {document['save']}"
-        f"{' --remat policy' if document['remat'] == 'policy' else ''}, JAX {document['jax']}\n"
+        f"{' --remat policy' if document['remat'] == 'policy' else ''}"
+        f"{' --update-in-backward' if document['update_in_backward'] else ''}, JAX {document['jax']}\n"
         f"peak {total} of {human_bytes(document['device_bytes'])}{', of each device' if mesh else ''}"
     )

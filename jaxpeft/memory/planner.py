@@ -39,7 +39,8 @@ from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
 from jaxpeft.models import family
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.train.memory import account, activation_bytes, kept_bytes
+from jaxpeft.train import in_backward
+from jaxpeft.train.memory import account, activation_bytes, gradient_bytes, kept_bytes
 from jaxpeft.train.optimizer import direction_of, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import in_place, make_train_step, objective_of
@@ -56,6 +57,7 @@ class Step(NamedTuple):
     accumulate: micro-batches.  task: what it is for.  rows, length: of a batch; the length in tokens.
     backward: whether there is a backward pass.  form: how the plan is carried out.
     mesh: of the devices that it runs on; None: one device.
+    update_in_backward: whether layers are updated inside the backward pass.
     """
 
     function: Callable[..., Any]
@@ -71,6 +73,7 @@ class Step(NamedTuple):
     backward: bool
     form: residuals.Form = "loops"
     mesh: Mesh | None = None
+    update_in_backward: bool = False
 
     @property
     def shards(self) -> int:
@@ -92,6 +95,7 @@ def make_step(
     num_labels: int | None = None,
     form: residuals.Form = "loops",
     optimizer: str | None = None,
+    update_in_backward: bool = False,
 ) -> Step:
     """The step of `jaxpeft train` for a model's configuration; nothing is allocated.
 
@@ -108,6 +112,7 @@ def make_step(
       num_labels: that rows are classified as; None: those of the configuration, or 2.
       form: how the plan is carried out (see `residuals.remat`).
       optimizer: of `jaxpeft.train.optimizer.Direction`; None: the method's own.
+      update_in_backward: whether layers are updated inside the backward pass.
 
     Raises:
       InputError: for a configuration, method or plan that cannot be used, or rows that the mesh does not divide.
@@ -122,15 +127,20 @@ def make_step(
     model, trainable, rest = _set_up(method, base, key, of_base)
     plan = residuals.default_plan(model) if save is None else parse(save)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), form, method.changes)
-    direction = make_direction(direction_of(method.specs, optimizer))
+    if update_in_backward:
+        in_backward.check(model, method, accumulate, trainable)
+    clip = {"clip": None} if update_in_backward else {}
+    direction = make_direction(direction_of(method.specs, optimizer), **clip)
     state = jax.eval_shape(functools.partial(init_state, method, direction, model=model), trainable, rest, key)
     batch = own.shapes(base.config, batch_size, seq_len, packed)
     schedule = make_schedule("cosine", 2e-4, 1000, 10)
-    function = make_train_step(model, method, direction, own.loss, accumulate, rate=schedule)
+    options: dict[str, Any] = {"rate": schedule, "update_in_backward": update_in_backward}
+    function = make_train_step(model, method, direction, own.loss, accumulate, **options)
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
     backward = objective_of(model, method, state.leaves, own.loss).backward
-    return Step(function, state, batch, paths, model, plan, accumulate, own, batch_size, length, backward, form, mesh)
+    sizes = (batch_size, length, backward)
+    return Step(function, state, batch, paths, model, plan, accumulate, own, *sizes, form, mesh, update_in_backward)
 
 
 def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, tree.Flat, tree.Flat]:
@@ -221,9 +231,9 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
       dump: a folder for XLA's files.
 
     Returns:
-      {"target", "save", "remat", "batch_size", "seq_len", "bytes": {...}, "host_bytes", "device_bytes", "fits",
-      "flops", "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all; device_bytes is what a
-      run may take of the device's memory.
+      {"target", "save", "remat", "update_in_backward", "batch_size", "seq_len", "bytes": {...}, "host_bytes",
+      "device_bytes", "fits", "flops", "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all;
+      device_bytes is what a run may take of the device's memory.
 
     Raises:
       ValueError: for a target of several devices and a step without a mesh of them.
@@ -235,13 +245,15 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     traced = cost(step) if traced is None else traced
     compiled = targets.compile_lowered(target, lowered(step, target), dump, compilation.options(target.platform))
     state, _ = local(step)
+    gradients = gradient_bytes(state.trainable, step.update_in_backward) if step.backward else 0
     return {
         "target": target.name,
         "save": str(step.plan),
         "remat": step.form,
+        "update_in_backward": step.update_in_backward,
         "batch_size": step.rows,
         "seq_len": step.length,
-        "bytes": account(compiled.memory, state, step.base, traced.activations // step.shards, step.backward),
+        "bytes": account(compiled.memory, state, step.base, traced.activations // step.shards, gradients),
         "host_bytes": compiled.memory.host,
         "device_bytes": target.usable_bytes,
         "fits": compiled.fits,

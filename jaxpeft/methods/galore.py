@@ -38,7 +38,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, told
+from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, layer_by_layer, told
 from jaxpeft.methods import lora as _lora
 from jaxpeft.methods.full import full
 from jaxpeft.model import Context, Model
@@ -253,7 +253,7 @@ def projected(
         prepare=weights.prepare,
         forward=forward,
         roles=roles,
-        gradient=gradient,
+        gradient=layer_by_layer(gradient) if projection == "sketch" else gradient,
         move=move,
         merge=lambda params: weights.merge(merge(params)),
         specs=(spec,),

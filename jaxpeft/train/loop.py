@@ -169,8 +169,9 @@ class _Run:
         self.args, self.job, self.checkpoints, self.signals = args, job, checkpoints, signals
         assert args.out is not None
         self.out = args.out
-        rate = {"rate": job.schedule, "weight_decay": job.weight_decay}
-        step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **rate)
+        options: dict[str, Any] = {"rate": job.schedule, "weight_decay": job.weight_decay}
+        options["update_in_backward"] = args.update_in_backward
+        step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **options)
         self.step = Compiled(step, steps=True, mesh=job.mesh, rows=job.rows)
         self.eval_step = Compiled(job.task.eval_step(job.model), mesh=job.mesh, rows=job.rows)
         # Of several processes, one may be asked to stop: all have to hear of it at the same step.
@@ -431,7 +432,15 @@ class _Run:
             sample=ending.sample(job, self.before["texts"], answers.texts),
             **ending.counts(job, state),
             memory=memory.step_memory(
-                program, job.model, job.method, state, batch, job.base, self.args.accumulate, job.task.loss
+                program,
+                job.model,
+                job.method,
+                state,
+                batch,
+                job.base,
+                self.args.accumulate,
+                job.task.loss,
+                self.args.update_in_backward,
             ),
             dtype=str(self.args.dtype),
             remat=self.args.remat,

@@ -29,6 +29,7 @@ def step_memory(
     base: Iterable[str],
     accumulate: int = 1,
     loss: Callable[..., Any] = completion_loss,
+    update_in_backward: bool = False,
 ) -> dict[str, int]:
     """Bytes of one step by owner, and their total (see `jaxpeft.memory.account`).
 
@@ -41,11 +42,13 @@ def step_memory(
       base: the base model's paths.
       accumulate: micro-batches of the step.
       loss: that it minimises.
+      update_in_backward: whether layers are updated inside the backward pass.
     """
     backward = objective_of(model, method, state.leaves, loss, accumulate).backward
     activations = activation_bytes(program.segments, model, state, batch, accumulate, loss) if backward else 0
     memory = analysed(jax.default_backend(), program.executable.memory_analysis())
-    owners = account(memory, state, base, activations, backward)
+    gradients = gradient_bytes(state.trainable, update_in_backward) if backward else 0
+    owners = account(memory, state, base, activations, gradients)
     return {name: owners[name] for name in (*CATEGORIES, "total")}
 
 
@@ -96,9 +99,19 @@ def _autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any], l
     return total
 
 
-def account(
-    memory: Memory, state: TrainState, base: Iterable[str], activations: int, backward: bool = True
-) -> dict[str, int]:
+def gradient_bytes(trainable: Mapping[str, Any], update_in_backward: bool = False) -> int:
+    """Bytes of the gradients of trained leaves that exist at once: of layers that are updated in turn those of one."""
+    if not update_in_backward:
+        return tree.num_bytes(trainable)
+    beside = {path: leaf for path, leaf in trainable.items() if not tree.stacked(path)}
+    layers: dict[str, int] = {}
+    for path in trainable.keys() - beside.keys():
+        segment = path.split("/", 1)[0]
+        layers[segment] = layers.get(segment, 0) + tree.num_bytes(trainable[path]) // trainable[path].shape[0]
+    return tree.num_bytes(beside) + max(layers.values(), default=0)
+
+
+def account(memory: Memory, state: TrainState, base: Iterable[str], activations: int, gradients: int) -> dict[str, int]:
     """Bytes of one step by owner: CATEGORIES, then arguments, temporaries and total.
 
     Args:
@@ -106,12 +119,12 @@ def account(
       state: of the shapes that it was compiled for.
       base: the base model's paths.
       activations: bytes kept for the backward pass.
-      backward: whether there is one; otherwise there are no gradients.
+      gradients: bytes of those that exist at once (`gradient_bytes`); 0 without a backward pass.
     """
     known = set(base)
     leaves = state.leaves
     weights = tree.num_bytes({path: leaf for path, leaf in leaves.items() if tree.canonical(path) in known})
-    gradients = min(tree.num_bytes(state.trainable), memory.temporaries) if backward else 0
+    gradients = min(gradients, memory.temporaries)
     # A compiler may keep less than autodiff asks for, where fusing lets it compute an array twice.
     activations = min(activations, memory.temporaries - gradients)
     return {

@@ -28,7 +28,7 @@ from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.peft import adapter_labels, import_adapter
 from jaxpeft.special import check_vocabulary
-from jaxpeft.train import config
+from jaxpeft.train import config, in_backward
 from jaxpeft.train.base import load
 from jaxpeft.train.optimizer import Direction, direction_of, make_direction, make_schedule
 from jaxpeft.train.progress import say
@@ -119,6 +119,8 @@ def prepare(args: Run, continued: bool = False) -> Job:
         model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, batches)
     plan = plan or residuals.default_plan(model)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), args.remat, method.changes)
+    if args.update_in_backward:
+        in_backward.check(model, method, args.accumulate, trainable)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
     direction = direction_of(method.specs, args.optimizer)
     optimizer = make_direction(direction, args.clip)

@@ -114,6 +114,9 @@ class Run:
     remat: Literal["loops", "policy"] = "loops"
     """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
     takes all rows at once and cannot compress."""
+    update_in_backward: bool = False
+    """Update each layer inside the backward pass: the gradients of all layers never exist. It needs --clip None, as the
+    norm of all gradients is known too late, and --accumulate 1."""
     mesh: str | None = None
     """Devices to divide the run over, AXIS=DEVICES,...: data (rows of the batch), fsdp (rows, and every matrix), tensor
     (heads and features), seq (tokens of a row); auto: fsdp, and tensor and seq of what the batch does not divide. A run
@@ -224,6 +227,11 @@ class Run:
             raise InputError(f"--clip {self.clip}: has no effect with {of}, whose gradients are not clipped")
         if direction == "sgd" != own.direction and self.lr is None:
             raise InputError("--optimizer sgd: needs --lr; a method's default is that of Adam")
+        if self.update_in_backward and direction != "sgd" and self.clip is not None:
+            raise InputError(
+                f"--clip {self.clip}: with --update-in-backward the norm of all gradients is not known when the first "
+                "layer is updated; give --clip None"
+            )
         lr = (own.lr or (2e-3 if self.model is None else 2e-4)) * RATES.get(direction, 1)
         decay = own.weight_decay if self.weight_decay is None else self.weight_decay
         return dataclasses.replace(self, lr=lr if self.lr is None else self.lr, weight_decay=decay)

@@ -7,6 +7,8 @@
     leaf                  <- leaf - rate(step) (direction + decay leaf)
     trained, moved         = move(trained, moved)                  its `move` slot
 
+With `update_in_backward` the second and the third line are done for each layer inside the backward pass.
+
 It assumes nothing about devices: batch and state may be sharded in any way. `jit_step` compiles it such that what
 changes takes the place of what it was, and frozen leaves are only read.
 """
@@ -25,6 +27,7 @@ from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Leaves, Method, Moment, Objective, view_of
 from jaxpeft.model import Batch, Model
+from jaxpeft.train import in_backward
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import decays
 from jaxpeft.train.reach import check_reached
@@ -41,6 +44,7 @@ def make_train_step(
     accumulate: int = 1,
     rate: optax.Schedule | float | None = None,
     weight_decay: float = 0.0,
+    update_in_backward: bool = False,
 ) -> Step:
     """The step of a method.
 
@@ -54,13 +58,17 @@ def make_train_step(
         batch: losses and gradients are averaged by weight.
       rate: learning rate, a number or a function of the steps done.
       weight_decay: decoupled, times the rate, on the leaves that `decays` names; needs a rate.
+      update_in_backward: update each layer inside the backward pass (`jaxpeft.backward.in_backward`), so that the
+        gradients of all layers never exist; the model is under a plan (`remat`). The optimizer treats each leaf, and
+        each layer of a stack, by itself: `make_direction(kind, clip=None)`.
 
     Returns:
       A pure step(state, batch) -> (state, metrics). Metrics are float32 scalars: loss, grad_norm (of the trainable
       leaves, after the method's gradient slot, before clipping), lr where there is a rate, and the scalars of aux.
 
     Raises:
-      InputError: when traced, for adapters of a model without visible layers that the loss does not depend on.
+      InputError: when traced, for adapters of a model without visible layers that the loss does not depend on; for
+        updates in the backward pass that a method, a model or an optimizer cannot have.
       ValueError: for a weight decay without a rate. When traced: for a batch that `accumulate` does not divide.
       AssertionError: when traced, for a batch whose arrays differ in their rows, or gradients of other shapes than the
         trained leaves.
@@ -74,26 +82,42 @@ def make_train_step(
         chex.assert_tree_shape_prefix(dict(batch), rows)
         now = None if schedule is None else jnp.asarray(schedule(state.step), jnp.float32)
         view = view_of(model, method, state.leaves, now)
-        objective = objective_of(model, method, state.leaves, loss, accumulate, now)
         update = optax.with_extra_args_support(method.update(optimizer, view)).update
+
+        def change(grads, leaves, opt_state, aux):
+            updates, opt_state = update(grads, opt_state, leaves, aux=aux)
+            if now is None:
+                return optax.apply_updates(leaves, updates), opt_state
+            stepped = {
+                path: _stepped(leaf, updates[path], now, weight_decay if decays(path, leaf) else 0.0)
+                for path, leaf in leaves.items()
+            }
+            return stepped, opt_state
+
+        if update_in_backward:
+            in_backward.check(model, method, accumulate, state.trainable)
+            own = in_backward.updating(model, method, method.loss(loss, view), view, change, state.opt_state)
+            objective = method.gradient(own, view)
+        else:
+            objective = objective_of(model, method, state.leaves, loss, accumulate, now)
 
         key = jax.random.fold_in(state.key, state.step)
         rest = {**state.frozen, **state.moved}
         if not model.stack.layered:  # our own layers call every adapter
             check_reached(method, objective, state.trainable, rest, batch, key)
         (value, aux), grads = objective.value_and_grad(state.trainable, rest, batch, key, state.opt_state)
-        chex.assert_trees_all_equal_shapes(grads, state.trainable)
+        done = in_backward.taken(aux) if update_in_backward else None
+        beside = {path: leaf for path, leaf in state.trainable.items() if done is None or path not in done.leaves}
+        chex.assert_trees_all_equal_shapes(grads, beside)
         metrics = {name: x for name, x in aux.items() if jnp.ndim(x) == 0}
-        metrics |= {"loss": value, "grad_norm": optax.global_norm(grads) if grads else jnp.zeros(())}
-        updates, opt_state = update(grads, state.opt_state, state.trainable, aux=aux)
-        if now is None:
-            trainable = optax.apply_updates(state.trainable, updates)
-        else:
+        norm = optax.global_norm(grads) if grads else jnp.zeros(())
+        metrics |= {"loss": value, "grad_norm": norm if done is None else jnp.sqrt(norm**2 + done.squares)}
+        if now is not None:
             metrics["lr"] = now
-            trainable = {
-                path: _stepped(leaf, updates[path], now, weight_decay if decays(path, leaf) else 0.0)
-                for path, leaf in state.trainable.items()
-            }
+        if done is None:
+            trainable, opt_state = change(grads, state.trainable, state.opt_state, aux)
+        else:
+            trainable, opt_state = done.with_others(change, grads, beside, state, aux)
         moment = Moment(state.step, key, now, weight_decay, aux, state.frozen, view, state.trainable)
         leaves = method.move(Leaves(trainable, state.moved), moment)
         new = state._replace(step=state.step + 1, trainable=leaves.trained, moved=leaves.moved, opt_state=opt_state)
