@@ -72,6 +72,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.vqt import vqt
     from jaxpeft.methods.welore import welore
     from jaxpeft.methods.wta_crs import wta_crs
+    from jaxpeft.methods.zo2 import zo2
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
     from jaxpeft.peft import attach_several, export_adapter, import_adapter, weighted_adapter
@@ -175,6 +176,7 @@ _MODULE_OF = {
     "vqt": "methods.vqt",
     "welore": "methods.welore",
     "wta_crs": "methods.wta_crs",
+    "zo2": "methods.zo2",
     "weighted_adapter": "peft",
 }
 __all__ = [*_MODULE_OF]

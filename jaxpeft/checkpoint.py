@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from typing_extensions import TypedDict
 
-from jaxpeft import checksums, distributed, documents, tree
+from jaxpeft import checksums, distributed, documents, host, tree
 from jaxpeft.errors import RunError
 from jaxpeft.train.state import TrainState
 
@@ -178,7 +178,7 @@ class Checkpoints:
             raise RunError(f"{self.folder / str(step)}: damaged ({reason})")
         args = ocp.args.Composite(state=ocp.args.StandardRestore(_abstract(_changing(like))))
         try:
-            changing = self._manager.restore(step, args=args)["state"]
+            changing = host.typed(self._manager.restore(step, args=args)["state"])
             frozen = {**like.frozen, **self._restore_frozen(like.frozen)}
         except (ValueError, KeyError, OSError) as error:
             raise RunError(f"{self.folder / str(step)}: cannot be restored: {_reason(error)}", 2) from error

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from jaxpeft import host
 from jaxpeft.quant import is_packed
 from pallas_kernels import attention
 from pallas_kernels.attention import Where
@@ -79,7 +80,7 @@ def scan(
         plain = lambda carry, per_layer: (step(carry, *per_layer, None)[0], None)
         return jax.lax.scan(plain, carry, (params, numbers))[0], None
     leaves, treedef = jax.tree_util.tree_flatten_with_path(params, is_leaf=is_packed)
-    whole = [stacked and _is_kernel(path, leaf) for path, leaf in leaves]
+    whole = [stacked and _is_kernel(path, leaf) and not host.holds(leaf) for path, leaf in leaves]
     sliced = [None if stays else leaf for stays, (_, leaf) in zip(whole, leaves, strict=True)]
     fixed, held = {"index": cache["index"]}, {name: leaf for name, leaf in cache.items() if name != "index"}
 

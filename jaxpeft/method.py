@@ -63,10 +63,13 @@ class Role(NamedTuple):
     name: "frozen", "trained" or "moved".
     dtype: of a trained leaf's master; None leaves it as it is. Of a moved leaf: of the masters that train in its place,
       part by part (LISA); None where none do.
+    host: whether it lies in the host's pinned memory, of a moved leaf of the layers: the model and `move` bring a layer
+      to the device and back.
     """
 
     name: str
     dtype: Any = None
+    host: bool = False
 
 
 def trained(dtype: Any = jnp.float32) -> Role:

@@ -38,7 +38,7 @@ import numpy as np
 from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxpeft import tree
+from jaxpeft import host, tree
 from jaxpeft.errors import InputError
 from pallas_kernels.divided import Divided
 from pallas_kernels.stacked import taken
@@ -244,7 +244,7 @@ def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
         key=whole,
         trainable=only(state.trainable),
         frozen=only(state.frozen),
-        moved=only(state.moved),
+        moved={path: host.of(leaves[path]) if host.holds(leaf) else leaves[path] for path, leaf in state.moved.items()},
         opt_state=jax.tree.map_with_path(like, state.opt_state),
     )
 
@@ -428,9 +428,10 @@ def gathers() -> bool:
 def gathered(params: tree.Params, segment: str = "", wanted: Callable[[str], Any] = lambda path: True) -> tree.Params:
     """Nested parameters, whole over `fsdp`: those of one layer of a segment, or those beside the layers.
 
-    wanted: of a path, whether its leaf is to be gathered; the others are as they are.
+    wanted: of a path, whether its leaf is to be gathered; the others are as they are. What lies in the host's memory
+      comes to the device.
     """
-    mesh = _mesh()
+    mesh, params = _mesh(), host.fetched(params)
     axes = ("fsdp",) if segment else ("fsdp", "tensor")  # a table moves to where it is a head
     if mesh is None or not isinstance(params, Mapping) or all(mesh.shape[axis] == 1 for axis in axes):
         return params

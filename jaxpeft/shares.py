@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
-from jaxpeft import distributed, sharding
+from jaxpeft import distributed, host, sharding
 
 Index = tuple[slice, ...]
 
@@ -29,11 +29,21 @@ def make_mesh(asked: str | None) -> Mesh | None:
     return None if asked is None else sharding.make_mesh(asked)
 
 
-def placement(mesh: Mesh | None) -> Callable[[str, Any], Any] | None:
-    """Where a base's leaves lie, for `hf.load_pretrained`."""
-    if mesh is None:
-        return None
-    return lambda path, leaf: sharding.of_leaves(mesh, {path: leaf}, {path})[path]
+def placement(mesh: Mesh | None, away: Callable[[str], bool] = lambda path: False) -> Callable[[str, Any], Any]:
+    """Where a base's leaves lie, for `hf.load_pretrained`.
+
+    Args:
+      mesh: that they are divided over; None: one device.
+      away: path -> whether the leaf lies in the host's memory.
+    """
+
+    def where(path: str, leaf: Any) -> Any:
+        if mesh is None:
+            return host.beside(jax.devices()[0]) if away(path) else None
+        there = sharding.of_leaves(mesh, {path: leaf}, {path})[path]
+        return jax.tree.map(host.of, there) if away(path) else there
+
+    return where
 
 
 class Rows(NamedTuple):
@@ -106,8 +116,8 @@ def _placed(x: Any, where: Sharding) -> Any:
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _placed(jax.random.key_data(x), where)
         return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
-    host = np.asarray(x)
-    return made(host.shape, where, lambda index: host[index])
+    whole = np.asarray(x)
+    return made(whole.shape, where, lambda index: whole[index])
 
 
 def made(shape: tuple[int, ...], where: Sharding, part: Callable[[Index], npt.NDArray[Any]]) -> jax.Array:
@@ -126,7 +136,7 @@ def made(shape: tuple[int, ...], where: Sharding, part: Callable[[Index], npt.ND
             found[key] = part(tuple(slice(first, stop) for first, stop, _ in key))
         return found[key]
 
-    return jax.make_array_from_callback(shape, where, one)
+    return host.typed(jax.make_array_from_callback(shape, where, one))
 
 
 def on_host(x: Any) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Gradients from forward passes alone: what `mezo`, `sparse_mezo` and `qzo` share.
+"""Gradients from forward passes alone: what `mezo`, `sparse_mezo`, `qzo` and `zo2` share.
 
     slope_i = (L(theta + eps d_i) - L(theta - eps d_i)) / (2 eps),   i = 1 ... n
     g       = 1/n sum_i slope_i d_i
@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft import noise, tree
+from jaxpeft import host, noise, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Leaves, Method, Moment, Objective, Role, View, shapes_of
 from jaxpeft.model import Context, Model, reads_stacks, runs_through_blocks
@@ -44,9 +44,10 @@ MOMENTS = {  # with their numbers per trained one
     "momentum": (functools.partial(optax.trace, decay=0.9), 1),
     "adam": (optax.scale_by_adam, 2),
 }
+Losses = Callable[[jax.Array, jax.Array], Any]  # (draws (E, 3), how far each (E,) or (E, 1 + L)) -> ((E,), aux)
 ROUNDINGS = ("stochastic", "nearest")
 SLOPE = "slope_{}"  # metrics of a step in several directions; of one it is "slope"
-OWN = Role("moved")  # known by its identity among the moved leaves of a chain
+OWN, AWAY = Role("moved"), Role("moved", host=True)  # known by their identity among the moved leaves of a chain
 
 
 class Settings(NamedTuple):
@@ -91,8 +92,26 @@ class Settings(NamedTuple):
             )
 
 
-def estimated(settings: Settings) -> Method:
+def one_by_one(
+    objective: Objective, paths: frozenset[str], settings: Settings, trainable: Any, rest: Any, batch: Any, key: Any
+) -> Losses:
+    """The losses of evaluations, one after the other, each of a model of its own."""
+
+    def evaluate(_, point):
+        words, amount = point
+        noisy = objective.on(lambda model: perturbed(model, paths, words, amount, settings))
+        part = lambda batch, key: noisy.value(trainable, rest, batch, None)
+        return None, mean_over(part, batch, key, objective.parts)
+
+    return lambda words, amounts: jax.lax.scan(evaluate, None, (words, amounts))[1]
+
+
+def estimated(settings: Settings, evaluations: Callable[..., Losses] = one_by_one) -> Method:
     """The slots `gradient`, `update` and `move` of a method that estimates; it gives `OWN` to what it moves itself.
+
+    Args:
+      settings: of the method.
+      evaluations: how the losses come about; as `one_by_one`.
 
     Raises:
       InputError: for a value that cannot be. When a step is traced: for leaves of its own that are quantized, or a step
@@ -109,16 +128,7 @@ def estimated(settings: Settings) -> Method:
         def value_and_grad(trainable, rest, batch, key, opt_state):
             del opt_state
             draws = noise.draw(key, n)
-
-            def evaluate(_, point):
-                words, amount = point
-                noisy = objective.on(lambda model: perturbed(model, paths, words, amount, settings))
-                part = lambda batch, key: noisy.value(trainable, rest, batch, None)
-                return None, mean_over(part, batch, key, objective.parts)
-
-            def losses(words, amounts):
-                return jax.lax.scan(evaluate, None, (words, amounts))[1]
-
+            losses = evaluations(objective, paths, settings, trainable, rest, batch, key)
             values, aux, slopes = _slopes(losses, draws, held, settings)
             if settings.variant == "conservative":
                 if view.rate is None:
@@ -147,13 +157,12 @@ def estimated(settings: Settings) -> Method:
         slopes, rate = jax.lax.optimization_barrier((moment.aux["slopes"], moment.rate))
         others = {**moment.frozen, **leaves.moved}
         for path, leaf in own.items():
-            wide = leaf.astype(jnp.float32)
-            step, keys, index = _mean(draws, slopes, path, leaf, others, settings)
-            if moment.decay and decays(path, leaf):
-                step = step + moment.decay * wide
-            wide = jnp.maximum(wide - rate * step, settings.floor)
-            nearest = settings.rounding == "nearest"
-            own[path] = wide.astype(leaf.dtype) if nearest else noise.rounded(wide, leaf.dtype, keys, index)
+            decay = moment.decay if decays(path, leaf) else 0.0
+            if moment.view.role(path) is AWAY:
+                own[path] = _by_layers(path, leaf, draws, slopes, rate, decay, settings)
+            else:
+                step, keys, index = _mean(draws, slopes, path, leaf, others, settings)
+                own[path] = _stepped(leaf, step, keys, index, rate, decay, settings)
         return leaves._replace(moved={**leaves.moved, **own})
 
     def update(optimizer, view):
@@ -209,7 +218,7 @@ def replay(
 
 def own_of(view: View) -> list[str]:
     """The paths of the leaves that the estimate moves itself."""
-    return [path for path in view.shapes if view.role(path) is OWN]
+    return [path for path in view.shapes if any(view.role(path) is role for role in (OWN, AWAY))]
 
 
 def state_numbers(view: View, variant: str = "sgd", **_) -> int:
@@ -218,12 +227,12 @@ def state_numbers(view: View, variant: str = "sgd", **_) -> int:
 
 
 def _slopes(
-    losses: Callable[[jax.Array, jax.Array], Any], draws: jax.Array, held: np.ndarray, settings: Settings
+    losses: Losses, draws: jax.Array, held: np.ndarray, settings: Settings
 ) -> tuple[jax.Array, dict[str, Any], jax.Array]:
     """(losses, what is said of each, slopes) along each draw: (n,), or of each block (n, 1 + L).
 
     Args:
-      losses: (draws (E, 3), how far each (E,) or (E, 1 + L)) -> (losses (E,), aux).
+      losses: of evaluations.
       draws: (n, 3) int32.
       held: (1 + L,), of `_blocks`.
       settings: of the method.
@@ -257,7 +266,7 @@ def _blocks(view: View, paths: frozenset[str]) -> np.ndarray:
 def check_moves(name: str, path: str, leaf: Any) -> None:
     """Raises InputError for a leaf that has no steps of its own."""
     if not (hasattr(leaf, "dtype") and not is_packed(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)):
-        raise InputError(f"{name}: {path} is quantized and cannot move; name others by `which`, or add an adapter")
+        raise InputError(f"{name}: {path} is quantized and cannot move; leave it as it was, or train an adapter")
 
 
 def _check(objective: Objective, view: View, settings: Settings) -> None:
@@ -325,6 +334,43 @@ def _mean(
     along, index = direction(draws[0], path, leaf, leaves, settings)
     slopes = jnp.sign(slopes) if settings.variant == "sign" else slopes
     return jnp.mean(jax.vmap(part)(draws, slopes), axis=0), along.keys, index
+
+
+def _stepped(
+    leaf: jax.Array,
+    step: jax.Array,
+    keys: jax.Array,
+    index: jax.Array,
+    rate: jax.Array,
+    decay: float,
+    settings: Settings,
+) -> jax.Array:
+    """leaf - rate (step + decay leaf) in the leaf's dtype."""
+    wide = leaf.astype(jnp.float32)
+    step = step + decay * wide if decay else step
+    wide = jnp.maximum(wide - rate * step, settings.floor)
+    return wide.astype(leaf.dtype) if settings.rounding == "nearest" else noise.rounded(wide, leaf.dtype, keys, index)
+
+
+def _by_layers(
+    path: str, leaf: jax.Array, draws: jax.Array, slopes: jax.Array, rate: jax.Array, decay: float, settings: Settings
+) -> jax.Array:
+    """A stack in the host's memory after a step: each layer comes to the device and goes back to its place."""
+    first, end = _first(path, leaf)
+
+    def one(i, stack):
+        layer = host.fetched(jax.lax.dynamic_index_in_dim(stack, i, keepdims=False))
+        wide, index = layer.astype(jnp.float32), noise.numbers(layer.shape)
+
+        def along(words):
+            return noise.Direction(noise.of_leaf(words, path, first + i), None, settings.kept, settings.relative)
+
+        part = lambda words, slope: slope * along(words)(wide, index)
+        step = jnp.mean(jax.vmap(part)(draws, slopes), axis=0)
+        layer = _stepped(layer, step, along(draws[0]).keys, index, rate, decay, settings)
+        return jax.lax.dynamic_update_index_in_dim(stack, host.put(layer), i, 0)
+
+    return jax.lax.fori_loop(0, end - first, one, host.put(leaf))
 
 
 # The model at theta + eps d.

@@ -14,7 +14,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import sharding
+from jaxpeft import host, sharding
 from jaxpeft.backward.places import empty
 from jaxpeft.backward.programs import Programs, trace
 from jaxpeft.model import Context
@@ -140,7 +140,8 @@ class Loop(NamedTuple):
         """
         gathers = sharding.gathers()
         nested = bool(nested) and self.groups > 1 and (gathers or nests() or nested == "always")
-        frozen = {i for leaves in self.kernels if not any(perturbed[i] for i in leaves) for i in leaves}
+        away = [perturbed[i] or host.holds(leaf) for i, leaf in enumerate(leaves)]
+        frozen = {i for kernel in self.kernels if not any(away[i] for i in kernel) for i in kernel}
         kind = "stack" if not nested else "whole" if gathers else "held"
         kinds = [kind if i in frozen else own for i, own in enumerate(self.kinds)]
         if nested and not gathers:
@@ -245,7 +246,7 @@ class Loop(NamedTuple):
         """A step's part of a leaf."""
         if kind in ("shared", "stack", "held"):
             return leaf
-        return jax.lax.dynamic_index_in_dim(leaf, self.place(kind, step), keepdims=False)
+        return host.fetched(jax.lax.dynamic_index_in_dim(leaf, self.place(kind, step), keepdims=False))
 
     def place(self, kind, step):
         """Where a step's part lies: by layer, by group of rows, or one after the other."""

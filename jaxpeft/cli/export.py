@@ -29,7 +29,7 @@ class Export(ProcessArguments):
     """Take the checkpoint with the lowest validation loss."""
     replay: bool = False
     """Take the steps again, without a checkpoint, from the base and what metrics.jsonl says of each, without a forward
-    pass: of methods that move weights along random directions alone (mezo, sparse_mezo, qzo)."""
+    pass: of methods that move weights along random directions alone (mezo, sparse_mezo, qzo, zo2)."""
     model: str | None = None
     """Directory, GGUF file or hub id of the base, if it has moved since. Default: the run's."""
     json: bool = False
@@ -78,7 +78,8 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
     method = from_specs(document["method"])
     labels = document.get("labels", [])
     scaling = arguments.get("rope_scaling")
-    how: dict[str, Any] = {"rope_scaling": scaling, "placement": shares.placement(mesh)}
+    placement = shares.placement(mesh, lambda path: method.role(path).host)
+    how: dict[str, Any] = {"rope_scaling": scaling, "placement": placement}
     base, params, digest = load(name, arguments.get("dtype"), method, labels, **how)
     if digest != document["content"]["model"]:
         raise InputError(f"{name}: is not the base of the run {args.run}; name that one with --model")

@@ -50,7 +50,7 @@ class _Index(TypedDict):
 
 
 Conversion = Callable[[jax.Array], Any]  # an array -> what it is stored as: a packed kernel
-Placement = Callable[[str, Any], Any]  # (path, leaf or its shape) -> the sharding of each of its arrays
+Placement = Callable[[str, Any], Any]  # (path, leaf or its shape) -> the sharding of each of its arrays, or None
 
 
 # Names.
@@ -107,7 +107,7 @@ def load_pretrained(
         given the leaf in `dtype`, or a stacked leaf's layers one by one in their order, and what it returns is what is
         kept.
       rope_scaling: KIND=FACTOR, for texts longer than the checkpoint has positions for (see `models.for_longer`).
-      placement: where leaves lie, as `sharding.of_leaves` says; None: on the default device.
+      placement: where leaves lie, as `sharding.of_leaves` says; None, or of a leaf: on the default device.
 
     Returns:
       (Model, nested dict of parameters in `dtype`, or as they were converted). The EOS in the model's configuration are
@@ -141,8 +141,9 @@ def load_pretrained(
     lacking = [path for path, names in by_path.items() if names[0] not in sources]
     fresh = _fresh(model, lacking, jax.random.key(0) if key is None else key) if lacking else {}
     for path, names in by_path.items():
+        where = lambda leaf, path=path: None if placement is None else placement(path, leaf)
         if path in fresh:
-            flat[path] = fresh[path] if placement is None else shares.placed(fresh[path], placement(path, fresh[path]))
+            flat[path] = _laid(fresh[path], where)
             continue
         like = shapes[path]
         if as_stored:
@@ -151,18 +152,23 @@ def load_pretrained(
         tensors = [(places[name], sources[name]) for name in names]
         if path in packed:
             leaf = quantized.stacked(folder, path, like, [source for _, source in tensors])
-            flat[path] = jax.device_put(leaf) if placement is None else shares.placed(leaf, placement(path, leaf))
+            flat[path] = _laid(leaf, where)
         elif path in conversions:
-            leaf = _converted(like, tensors, conversions[path])
-            flat[path] = jax.device_put(leaf) if placement is None else shares.placed(leaf, placement(path, leaf))
-        elif placement is not None:
-            flat[path] = shares.made(like.shape, placement(path, like), functools.partial(_part, like, tensors))
+            flat[path] = _laid(_converted(like, tensors, conversions[path]), where)
+        elif (there := where(like)) is not None and len(there.device_set) > 1:
+            flat[path] = shares.made(like.shape, there, functools.partial(_part, like, tensors))
         else:
             leaf = _aligned(like.shape, np.dtype(like.dtype))
             for place, source in tensors:
                 _fill(leaf if place.layer is None else leaf[place.layer], place, source)
-            flat[path] = jax.device_put(leaf)
+            flat[path] = _laid(leaf, where)
     return model, tree.unflatten(flat)
+
+
+def _laid(leaf: Any, where: Callable[[Any], Any]) -> Any:
+    """A leaf that is whole here, where it is to lie."""
+    there = where(leaf)
+    return jax.device_put(leaf) if there is None else shares.placed(leaf, there)
 
 
 def sources_of(

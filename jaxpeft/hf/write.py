@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxpeft import distributed, documents, files, models, shares, tree
+from jaxpeft import distributed, documents, files, host, models, shares, tree
 from jaxpeft.errors import InputError
 from jaxpeft.gguf import Stored
 from jaxpeft.hf.folder import COPIED, WEIGHTS, load_config, load_tokenizer, resolve
@@ -47,13 +47,13 @@ class Tensor(NamedTuple):
     def give(self) -> None:
         """Gives the first process its part of the tensor, when that one asks for the `array`."""
         if self.source is None:
-            shares.on_host(self.leaf if self.row is None else self.leaf[self.row])
+            shares.on_host(self.leaf if self.row is None else host.row(self.leaf, self.row))
 
     def array(self) -> np.ndarray:
         """As it is written."""
         if self.source is not None:
             return self.source.read().astype(self.dtype, copy=False)
-        array = shares.on_host(self.leaf if self.row is None else self.leaf[self.row])
+        array = shares.on_host(self.leaf if self.row is None else host.row(self.leaf, self.row))
         return (array.T if self.transposed else array).astype(self.dtype)
 
 

@@ -30,6 +30,7 @@ from jaxpeft.backward import residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.plan import Plan, parse
 from jaxpeft.backward.residuals import Segment
+from jaxpeft.errors import InputError
 from jaxpeft.hf import quantized
 from jaxpeft.memory import hlo, targets
 from jaxpeft.memory.owners import Owners, step_owners
@@ -58,6 +59,7 @@ class Step(NamedTuple):
     backward: whether there is a backward pass.  form: how the plan is carried out.
     mesh: of the devices that it runs on; None: one device.
     update_in_backward: whether layers are updated inside the backward pass.
+    host: paths of the moved leaves that lie in the host's memory (`jaxpeft.host`).
     """
 
     function: Callable[..., Any]
@@ -74,6 +76,7 @@ class Step(NamedTuple):
     form: residuals.Form = "loops"
     mesh: Mesh | None = None
     update_in_backward: bool = False
+    host: frozenset[str] = frozenset()
 
     @property
     def shards(self) -> int:
@@ -139,8 +142,13 @@ def make_step(
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
     backward = objective_of(model, method, state.leaves, own.loss).backward
-    sizes = (batch_size, length, backward)
-    return Step(function, state, batch, paths, model, plan, accumulate, own, *sizes, form, mesh, update_in_backward)
+    host = frozenset(path for path in state.moved if method.role(path).host)
+    if host and mesh is not None:
+        raise InputError(
+            f"{method.name}: what it keeps in the host's memory is planned for one device; leave --mesh out"
+        )
+    rows = (accumulate, own, batch_size, length)
+    return Step(function, state, batch, paths, model, plan, *rows, backward, form, mesh, update_in_backward, host)
 
 
 def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, tree.Flat, tree.Flat]:
@@ -246,6 +254,7 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     compiled = targets.compile_lowered(target, lowered(step, target), dump, compilation.options(target.platform))
     state, _ = local(step)
     gradients = gradient_bytes(state.trainable, step.update_in_backward) if step.backward else 0
+    state = state._replace(moved={path: leaf for path, leaf in state.moved.items() if path not in step.host})
     return {
         "target": target.name,
         "save": str(step.plan),
@@ -267,13 +276,22 @@ def lowered(step: Step, target: Target) -> Any:
     """The step as a run lowers it, for a target's devices: what changes takes the place, and lies, as what it was."""
     with tracing_for(target.platform):
         if step.mesh is None:
-            args = targets.abstract((*step.state.parted, step.batch), SingleDeviceSharding(targets.devices(target)[0]))
-            return jax.jit(in_place(step.function), donate_argnums=0).lower(*args)
+            device = SingleDeviceSharding(targets.devices(target)[0])
+            changing, *rest = targets.abstract((*step.state.parted, step.batch), device)
+            away = device.with_memory_kind("pinned_host") if step.host and target.platform == "tpu" else device
+            moved = {path: _lying(leaf, away) for path, leaf in changing.moved.items() if path in step.host}
+            changing = changing._replace(moved={**changing.moved, **moved})
+            lowered = jax.jit(in_place(step.function), donate_argnums=0).lower(changing, *rest)
+            return targets.in_host_memory(lowered) if step.host else lowered
         state, batch = placed(step)
         there = jax.tree.map(lambda x: x.sharding, state.parted[0])
         with on_mesh(step):
             function = jax.jit(in_place(step.function), donate_argnums=0, out_shardings=(there, None))
             return function.lower(*state.parted, batch)
+
+
+def _lying(x: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
 
 def placed(step: Step) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:

@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
+from jaxlib.mlir import ir
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError, first_line
@@ -276,6 +277,26 @@ def compile(
     with tracing_for(target.platform):
         lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*abstract(args, default))
     return compile_lowered(target, lowered, dump, options)
+
+
+def in_host_memory(lowered: Any) -> Any:
+    """The lowered function, whose donated arguments lie in the host's memory where the results in their place do.
+
+    JAX says so itself where devices show the memories that they have, which a described GPU does not.
+    """
+    module = lowered.compiler_ir()
+    (main,) = (each for each in module.body.operations if str(each.attributes["sym_name"]).strip('"') == "main")
+    results = list(main.attributes["res_attrs"])
+    with module.context:
+        changed = []
+        for argument in main.attributes["arg_attrs"]:
+            place = argument["tf.aliasing_output"].value if "tf.aliasing_output" in argument else None
+            if place is not None and "mhlo.memory_kind" in results[place]:
+                own = {each.name: each.attr for each in argument}
+                argument = ir.DictAttr.get({**own, "mhlo.memory_kind": results[place]["mhlo.memory_kind"]})
+            changed.append(argument)
+        main.attributes["arg_attrs"] = ir.ArrayAttr.get(changed)
+    return lowered
 
 
 def compile_lowered(

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from typing_extensions import TypedDict
 
-from jaxpeft import documents, files, launched, recipe, tree
+from jaxpeft import documents, files, host, launched, recipe, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Spec
 from jaxpeft.models import rotary
@@ -304,9 +304,17 @@ def digest(leaves: Mapping[str, Any], sums: Mapping[str, jax.Array] | None = Non
     result = hashlib.blake2b(digest_size=8)
     for path, leaf in sorted(leaves.items()):
         value = (sums or {}).get(path)
-        total = sum(int(checksum(x)) for x in jax.tree.leaves(leaf)) if value is None else int(value)
+        total = sum(map(_checksum, jax.tree.leaves(leaf))) if value is None else int(value)
         result.update(f"{path}:{leaf.shape}:{leaf.dtype}:{total};".encode())
     return result.hexdigest()
+
+
+def _checksum(leaf: jax.Array) -> int:
+    """The `checksum` of an array; of one in the host's memory layer by layer."""
+    if not host.holds(leaf):
+        return int(checksum(leaf))
+    parts = (checksum(host.row(leaf, i)[None], i) for i in range(len(leaf)))
+    return sum(map(int, parts)) % 2**32
 
 
 @jax.jit

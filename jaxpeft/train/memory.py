@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from jaxpeft import tree
+from jaxpeft import host, tree
 from jaxpeft.backward.residuals import Segment
 from jaxpeft.executable import Memory, analysed
 from jaxpeft.method import Method
@@ -47,6 +47,8 @@ def step_memory(
     backward = objective_of(model, method, state.leaves, loss, accumulate).backward
     activations = activation_bytes(program.segments, model, state, batch, accumulate, loss) if backward else 0
     memory = analysed(jax.default_backend(), program.executable.memory_analysis())
+    if jax.default_backend() != "cpu":  # whose memory is the host's
+        state = state._replace(moved={path: leaf for path, leaf in state.moved.items() if not host.holds(leaf)})
     gradients = gradient_bytes(state.trainable, update_in_backward) if backward else 0
     owners = account(memory, state, base, activations, gradients)
     return {name: owners[name] for name in (*CATEGORIES, "total")}

@@ -96,7 +96,8 @@ def prepare(args: Run, continued: bool = False) -> Job:
         _check_labels(args.adapter, order, source.train, data.labels)
     init_key, run_key = jax.random.split(jax.random.key(args.seed))
     classifier_key = jax.random.fold_in(init_key, 0)
-    how = (data.labels, classifier_key, args.rope_scaling, shares.placement(mesh))
+    away = lambda path: method is not None and method.role(path).host
+    how = (data.labels, classifier_key, args.rope_scaling, shares.placement(mesh, away))
     base, params, model_digest = load(source.model, jnp.dtype(args.dtype), method, *how)
     check_head(args.task, source.model, base, args.seq_len)
     check_vocabulary(source.model, tokenizer, base.config.vocab_size)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import tree
+from jaxpeft import host, tree
 from jaxpeft.method import Method, view_of
 from jaxpeft.model import Model
 
@@ -68,7 +68,7 @@ def init_state(
       key: PRNG key of the run.
       model: the adapted model, for a method whose `update` slot asks the view for the base.
     """
-    moved = {path: leaf for path, leaf in rest.items() if method.role(path).name == "moved"}
+    moved = lying(method, {path: leaf for path, leaf in rest.items() if method.role(path).name == "moved"})
     frozen = {path: leaf for path, leaf in rest.items() if path not in moved}
     view = view_of(model or Model(None, None), method, {**rest, **trainable})  # type: ignore[arg-type]
     opt_state = method.update(optimizer, view).init(trainable)
@@ -83,3 +83,8 @@ def init_state(
         return leaf
 
     return jax.tree.map(own, TrainState(jnp.zeros((), jnp.int32), trainable, frozen, opt_state, key, moved))
+
+
+def lying(method: Method, moved: tree.Flat) -> tree.Flat:
+    """The moved leaves, those that the method keeps in the host's memory there."""
+    return {path: host.put(leaf) if method.role(path).host else leaf for path, leaf in moved.items()}

@@ -31,7 +31,7 @@ from jaxpeft.train import in_backward
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import decays
 from jaxpeft.train.reach import check_reached
-from jaxpeft.train.state import TrainState
+from jaxpeft.train.state import TrainState, lying
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -82,6 +82,7 @@ def make_train_step(
         chex.assert_tree_shape_prefix(dict(batch), rows)
         now = None if schedule is None else jnp.asarray(schedule(state.step), jnp.float32)
         view = view_of(model, method, state.leaves, now)
+        state = state._replace(moved=lying(method, state.moved))  # a program for a device that is described is told
         update = optax.with_extra_args_support(method.update(optimizer, view)).update
 
         def change(grads, leaves, opt_state, aux):
