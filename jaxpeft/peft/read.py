@@ -120,7 +120,7 @@ def import_adapter(
     if classifier and own is None:
         method = chain(method, full(f"^{SCOPE}"))
     leaves = {**leaves, **classifier}
-    _check_leaves(file, leaves, method, base_config)
+    _check_leaves(file, leaves, method, base_config, whole=False)
     return method, leaves
 
 
@@ -243,8 +243,11 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config: Any) -> None:
-    """Refuses leaves that are not exactly those that the method adds to such a base: names, shapes and types."""
+def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config: Any, whole: bool = True) -> None:
+    """Refuses leaves that are not exactly those that the method adds to such a base: names, shapes and types.
+
+    Those of PEFT's form need not be the `whole` of them: a prefix has lost the network that made it.
+    """
     found = [] if isinstance(config, Foreign) else [_CUT.match(path) for path in leaves]
     cuts = {int(layer) for cut in found if cut for layer in cut.groups()}
 
@@ -262,9 +265,11 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
     }
     params = tree.unflatten({**shapes_of(config), **told})
     expected = jax.eval_shape(added, jax.eval_shape(lambda: jax.random.key(0)), params)
-    if lacking := sorted(expected.keys() - leaves.keys()):
+    if whole and (lacking := sorted(expected.keys() - leaves.keys())):
         raise InputError(f"{where}: lacks {lacking[0]} of shape {expected[lacking[0]].shape}, which {method.name} has")
     for path, leaf in leaves.items():
+        if path not in expected and not whole:
+            continue
         if path not in expected:
             raise InputError(f"{where}: holds {path}, which is no part of {method.name} on such a base")
         if leaf.shape != expected[path].shape:
