@@ -323,4 +323,5 @@ ABOUT = About(
     reference="Liu et al. 2023, arXiv:2305.15265",
     example={"ratio": 0.5, "least": 4},
     promises=Promises(site_bytes=saved_bytes, row_bytes=row_bytes),
+    stored="base",
 )

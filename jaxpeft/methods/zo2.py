@@ -167,4 +167,5 @@ ABOUT = About(
     example={},
     promises=Promises(backward=False, state=zeroth_order.state_numbers, falls=0.05, lr=1e-3),
     defaults=Defaults(lr=1e-6, direction="sgd"),
+    stored="base",
 )

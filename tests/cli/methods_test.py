@@ -69,8 +69,7 @@ def test_what_a_run_leaves_is_what_the_exporter_makes():
     params = jax.eval_shape(lambda key: base.init(key, {}), jax.random.key(0))
     seen = set()
     for row in methods.run(methods.Methods())["methods"]:
-        if row["level"] not in ("step", "parameters"):
-            assert row["stored"] == "own"
+        if row["level"] not in ("step", "parameters") and row["stored"] == "own":
             continue
         chained = [
             method.make(name, dict(method.about(name).example)) for name in (row["within"] or row["name"]).split("+")
