@@ -23,7 +23,9 @@ NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/
     test_counters_constants_and_collections_pass test_scanned_stacks_of_flax_run_under_a_plan) \
   $(wildcard tests/pallas_kernels)
 # Of the methods one of each kind: a site's, one without a backward pass, one whose leaves move, one that feeds attention.
-NEXT_ONLY = not methods_test or [lora] or [mezo] or lisa or prefix
+# Not twice what takes long and says the same of any JAX: kernels on a mesh, micro-batches, other people's optimizers.
+NEXT_ONLY = (not methods_test or [lora] or [mezo] or lisa or prefix) \
+  and not (divided or accumulation or packed_rows or optimizer_of_your_own)
 # Once more under the flag with which JAX will make another thing of `checkpoint_name`: what finds names on the trace,
 # plans over the names of one family of models, and reversible layers, which have them in branches. Other families and
 # methods, types, dropout and sharding meet names in the same place. Not before JAX 0.12: under
@@ -32,7 +34,8 @@ REMAT3_TESTS = tests/backward/programs_test.py tests/backward/residuals_test.py 
   tests/backward/reversible_test.py::test_the_backward_pass_computes_each_layer_again_once \
   tests/backward/reversible_test.py::test_evaluating_once_or_twice_is_the_same \
   tests/backward/planned_test.py::test_gradients_are_those_of_a_scan
-REMAT3_ONLY = llama or not (gradients_are or methods or dropout or bfloat16 or accumulation or sharded)
+REMAT3_ONLY = llama or not (gradients_are or methods or dropout or bfloat16 or accumulation or sharded \
+  or groups_within or reads_frozen)
 
 .PHONY: demo demo-chat test test-slow docs lint format test-next clean
 
