@@ -283,7 +283,9 @@ BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}|true_computation=(%[\w.\
 
 
 @pytest.mark.usefixtures("optimised")
-@pytest.mark.parametrize(("target", "twice"), [("h200", False), ("h200", True), ("v5p", True)])
+@pytest.mark.parametrize(
+    ("target", "twice"), [("h200", False), ("h200", True), pytest.param("v5p", True, marks=pytest.mark.slow)]
+)
 def test_both_loops_call_the_same_programs(target, twice):
     """F and G as they are compiled: the forward loop's branches and the backward one's, instruction by instruction."""
     wide = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)

@@ -37,17 +37,17 @@ def test_a_kernel_that_does_not_serve_is_one_line(config):
 
 def test_rows_for_methods_and_plans(config, capsys, tmp_path):
     picture = tmp_path / "bars.png"
-    flags = ["--model", config, "--method", "full,lora,lora_fa", "--rank", "2", "--save", "matmuls;blocks"]
+    flags = ["--model", config, "--method", "full,lora", "--rank", "2", "--save", "matmuls;blocks"]
     found = document(capsys, *flags, "--picture", str(picture))
     rows = found["rows"]
     assert [(row["method"], row["save"]) for row in rows] == [
-        (method, save) for method in ("full", "lora", "lora_fa") for save in ("matmuls", "blocks")
+        (method, save) for method in ("full", "lora") for save in ("matmuls", "blocks")
     ]
     named = "weights adapters optimizer gradients activations workspace arguments temporaries total".split()
     assert all(set(row["bytes"]) == set(named) for row in rows)
-    full, lora, lora_fa = rows[0]["bytes"], rows[2]["bytes"], rows[4]["bytes"]
+    full, lora = rows[0]["bytes"], rows[2]["bytes"]
     assert full["adapters"] == 0 and full["optimizer"] > 2 * full["weights"] - 1
-    assert lora["adapters"] == lora_fa["adapters"] and 0 < lora_fa["gradients"] < lora["gradients"]
+    assert 0 < lora["gradients"] == lora["adapters"] < full["gradients"]
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 

@@ -184,6 +184,7 @@ def test_dropout_masks_depend_on_the_key():
     assert losses[1] == losses[2] and len({float(x) for x in losses}) == 3
 
 
+@pytest.mark.slow
 def test_lora_in_all_layers_and_in_those_that_are_not_reversible():
     everywhere = jp.chain(jp.meft(), jp.lora(rank=2))
     later = jp.chain(jp.meft(layers=4), jp.lora(rank=2, targets="^layers_4_6/"))
