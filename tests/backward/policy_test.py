@@ -236,6 +236,7 @@ def test_a_planned_step():
     assert (policy["flops"], policy["recompute_flops"]) == (loops["flops"], loops["recompute_flops"])
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path):
     """Its losses are those of the loops, its report names the form, and it is resumed under no other."""
     fields = {"rank": 2, "steps": 2, "batch_size": 2, "seq_len": 32, "samples": 0, "eval_every": 0, "save": "blocks"}

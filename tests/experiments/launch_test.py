@@ -70,6 +70,7 @@ def test_syntax(script):
         assert done.returncode == 0, done.stdout
 
 
+@pytest.mark.slow
 def test_local_processes(files, tmp_path):
     out = tmp_path / "run"
     command = [LAUNCH / "local.sh", "2", "train", *flags(files, out, mesh="fsdp=2")]

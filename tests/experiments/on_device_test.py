@@ -27,6 +27,7 @@ def figures(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_every_step_writes_its_rows(figures):
     assert {file.name for file in figures.iterdir()} == {f"{step}.json" for step in command.STEPS}
     for step in command.STEPS:
@@ -37,12 +38,14 @@ def test_every_step_writes_its_rows(figures):
         assert not [row for row in found.rows if "failed" in row]
 
 
+@pytest.mark.slow
 def test_the_kernels_rows_are_errors_against_float64(figures):
     for row in Record(figures, "kernels").rows:
         assert row["right"] and 1e-4 < row["worst"] < 2 * right.BOUND
     assert {"y", "dx", "da", "db"} == set(Record(figures, "kernels").rows[0]["cases"]["dropout 0.25"]["errors"])
 
 
+@pytest.mark.slow
 def test_a_layer_is_timed_beside_its_frozen_product_and_peft(figures):
     (row,) = [row for row in Record(figures, "layers").rows if row["key"]["kind"] == "layer"]
     for of in ("forward", "both"):
@@ -50,17 +53,20 @@ def test_a_layer_is_timed_beside_its_frozen_product_and_peft(figures):
         assert all(second > 0 for second in row["seconds"][of]["peft"])
 
 
+@pytest.mark.slow
 def test_the_plan_is_the_program_that_ran(figures):
     (row,) = Record(figures, "plans").rows
     assert row["target"] == "cpu" and row["predicted"] == row["compiled_here"]
 
 
+@pytest.mark.slow
 def test_steps_of_both_sides(figures):
     rows = {row["key"]["side"]: row for row in Record(figures, "steps").rows}
     assert set(rows) == {"trace", "peft"} and all(len(row["seconds"]) == 2 for row in rows.values())
     assert rows["trace"]["flops"] > 0
 
 
+@pytest.mark.slow
 def test_a_second_run_measures_nothing_again(figures, capfd):
     before = {file.name: file.read_text() for file in figures.iterdir()}
     assert command.main(["--out", str(figures), "--commit", "later"]) == 0
@@ -68,6 +74,7 @@ def test_a_second_run_measures_nothing_again(figures, capfd):
     assert capfd.readouterr().err.count(", 0 to go") == len(command.STEPS)
 
 
+@pytest.mark.slow
 def test_the_report_is_drawn(figures):
     assert command.main(["--draw", "--out", str(figures)]) == 0
     text = (figures / "report.md").read_text()

@@ -88,8 +88,9 @@ def small(name, save, layers=LAYERS):
     return memory(name, {**SMALL, "num_hidden_layers": layers}, save)
 
 
-PRESETS = [("h200", save) for save in ON_DEVICE] + [("v5p", "matmuls")]
-PRESETS += [pytest.param("v5p", save, marks=pytest.mark.slow) for save in ON_DEVICE if save != "matmuls"]
+QUICK = [("h200", "blocks"), ("h200", "matmuls"), ("h200", "compressed12")]
+OTHERS = [(name, save) for name in ("h200", "v5p") for save in ON_DEVICE if (name, save) not in QUICK]
+PRESETS = [*QUICK, *(pytest.param(*preset, marks=pytest.mark.slow) for preset in OTHERS)]
 
 
 @pytest.mark.parametrize(("name", "save"), PRESETS)

@@ -146,6 +146,7 @@ def test_compression_and_offloading_are_options_only_if_asked_for(segments):
     assert wider[0].altered == 0  # what needs no compression uses none
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept_and_used(monkeypatch):
     compiled = {}  # the three searches meet the same plans
 
