@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import SingleDeviceSharding
 from typing_extensions import TypedDict
 
 from jaxpeft import documents, gguf, models, shares, tree
@@ -155,7 +156,7 @@ def load_pretrained(
             flat[path] = _laid(leaf, where)
         elif path in conversions:
             flat[path] = _laid(_converted(like, tensors, conversions[path]), where)
-        elif (there := where(like)) is not None and len(there.device_set) > 1:
+        elif (there := where(like)) is not None and not isinstance(there, SingleDeviceSharding):
             flat[path] = shares.made(like.shape, there, functools.partial(_part, like, tensors))
         else:
             leaf = _aligned(like.shape, np.dtype(like.dtype))
