@@ -75,14 +75,21 @@ class Kept(NamedTuple):
     neurons: np.ndarray
 
 
+class Scores(NamedTuple):
+    """How much all of them matter: float32, (L, key/value heads) and (L, neurons)."""
+
+    heads: np.ndarray
+    neurons: np.ndarray
+
+
 def importance(
     model: Model,
     params: Mapping[str, Any],
     by: str = "magnitude",
     batches: Iterable[Batch] = (),
     seed: int = 0,
-) -> Kept:
-    """How much each head and neuron matters: a `Kept` of float32 numbers, (L, key/value heads) and (L, neurons).
+) -> Scores:
+    """How much each head and neuron matters.
 
     Args:
       model: a decoder of `jaxpeft.load_pretrained`.
@@ -92,22 +99,29 @@ def importance(
       seed: of "random".
 
     Raises:
-      InputError: for a model that is no such decoder, packed kernels, an unknown `by`, or "taylor" without a batch.
+      InputError: for a model that is no such decoder, packed kernels, an unknown `by`, "taylor" without a batch, or
+        scores that are no numbers.
     """
     flat = _checked(model, params)
-    if by == "magnitude":
-        return _magnitude(model.config, flat)
-    if by == "taylor":
-        return _taylor(model, params, batches)
-    if by != "random":
+    if by not in BY:
         raise InputError(f"by {by!r}: expected one of {', '.join(BY)}")
-    c = model.config
-    shapes = ((c.num_hidden_layers, n) for n in (c.num_key_value_heads, c.intermediate_size))
+    if by == "random":
+        return _random(model.config, seed)
+    scores = _magnitude(model.config, flat) if by == "magnitude" else _taylor(model, params, batches)
+    for what, own in scores._asdict().items():
+        if not np.isfinite(own).all():
+            layer = int(np.argmin(np.isfinite(own).all(1)))
+            raise InputError(f"by {by!r}: scores of {what} of layer {layer} are no numbers; are the weights whole?")
+    return scores
+
+
+def _random(config: Any, seed: int) -> Scores:
     draw = np.random.default_rng(seed)
-    return Kept(*(draw.random(shape, np.float32) for shape in shapes))
+    sizes = (config.num_key_value_heads, config.intermediate_size)
+    return Scores(*(draw.random((config.num_hidden_layers, n), np.float32) for n in sizes))
 
 
-def choose(scores: Kept, heads: float, neurons: float) -> Kept:
+def choose(scores: Scores, heads: float, neurons: float) -> Kept:
     """The shares `heads` and `neurons` of each layer that matter most; of neurons multiples of what 128 and all share.
 
     Raises:
@@ -290,7 +304,7 @@ def _check_family(config: Any) -> None:
         raise InputError(f"a model of type {kind} cannot be pruned; {', '.join(MODEL_TYPES)} can")
 
 
-def _magnitude(config: Any, flat: tree.Flat) -> Kept:
+def _magnitude(config: Any, flat: tree.Flat) -> Scores:
     sums: dict[str, Any] = {"heads": 0.0, "neurons": 0.0}
     everything = Kept(*(np.arange(n)[None] for n in (config.num_key_value_heads, config.intermediate_size)))
     for path, leaf in flat.items():
@@ -301,22 +315,22 @@ def _magnitude(config: Any, flat: tree.Flat) -> Kept:
         groups = config.num_key_value_heads if what == "heads" else config.intermediate_size
         squares = np.square(np.asarray(leaf).astype(np.float32)).sum(-2 if place.axis == -1 else -1)
         sums[what] = sums[what] + squares.reshape(len(squares), groups, -1).sum(-1)
-    return Kept(np.sqrt(sums["heads"]), np.sqrt(sums["neurons"]))
+    return Scores(np.sqrt(sums["heads"]), np.sqrt(sums["neurons"]))
 
 
 class _Gate(nn.Module):
-    """A product whose inputs come in `groups`, each scaled by a number of its own: m (groups,), ones."""
+    """A product whose inputs come in `groups`, each scaled by a number of its own: m (groups,), ones, in float32."""
 
     groups: int
 
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
         m = self.param("m", nn.initializers.ones, (self.groups,))
-        scaled = x.reshape(*x.shape[:-1], self.groups, -1) * m[:, None].astype(x.dtype)
-        return inner(scaled.reshape(x.shape))
+        scaled = x.reshape(*x.shape[:-1], self.groups, -1).astype(jnp.float32) * m[:, None]
+        return inner(scaled.reshape(x.shape).astype(x.dtype))
 
 
-def _taylor(model: Model, params: Mapping[str, Any], batches: Iterable[Batch]) -> Kept:
+def _taylor(model: Model, params: Mapping[str, Any], batches: Iterable[Batch]) -> Scores:
     c = model.config
     groups = {"o_proj": c.num_attention_heads, "down_proj": c.intermediate_size}
     gated = sites.attach(
@@ -341,4 +355,4 @@ def _taylor(model: Model, params: Mapping[str, Any], batches: Iterable[Batch]) -
         raise InputError("by 'taylor': needs batches of data; there is none")
     means = {path.split("/")[-3]: np.asarray(total, np.float32) / count for path, total in sums.items()}
     heads = means["o_proj"].reshape(c.num_hidden_layers, c.num_key_value_heads, -1).sum(-1)
-    return Kept(heads, means["down_proj"])
+    return Scores(heads, means["down_proj"])

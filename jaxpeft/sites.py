@@ -97,7 +97,7 @@ class Site(NamedTuple):
         if (other := _factor_gradient.get()) is not None:
             name, change = other
             if options.get("rate") or options.get("make_a") is not None or self.through is not None:
-                why = "has dropout in front of A" if options.get("rate") else "has no A whose gradient could be sampled"
+                why = "has dropout in front of A" if options.get("rate") else "has no A of its own that reads x"
                 raise InputError(f"{name}: the adapter at {self.path} {why}; leave one of them out")
             with factor_gradient():
                 y = self.low_rank(inner, x, jax.lax.stop_gradient(a), b, **options)
@@ -133,7 +133,12 @@ def factor_gradient(name: str = "", change: Callable[..., jax.Array] | None = No
     Args:
       name: of the method that does so, for what it refuses.
       change: None: A is differentiated as ever.
+
+    Raises:
+      InputError: inside another method's.
     """
+    if change is not None and (outer := _factor_gradient.get()) is not None:
+        raise InputError(f"{outer[0]}+{name}: each makes A's gradient in a way of its own; leave one of them out")
     token = _factor_gradient.set(None if change is None else (name, change))
     try:
         yield

@@ -176,7 +176,9 @@ def test_peft_round_trip(case, trained, tmp_path):
     method, model = case.method, case.model
     _, original = case.base()
     base = tree.flatten(original)
-    if any(tree.canonical(path) in base for path in (*state.trainable, *state.moved)):
+    trains_base = any(tree.canonical(path) in base for path in (*state.trainable, *state.moved))
+    assert trains_base == (case.about.stored == "base")
+    if trains_base:
         with pytest.raises(jp.InputError, match="is no adapter; merge it|has no place in an adapter"):
             jp.export_adapter(tmp_path / "adapter", state.params, method, model.config)
         return

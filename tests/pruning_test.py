@@ -1,5 +1,6 @@
 """Bases with heads and neurons cut out, and adapters that come back from them."""
 
+import dataclasses
 import json
 
 import jax
@@ -123,10 +124,12 @@ def test_what_cannot_be_pruned():
         pruning.importance(model, packed)
     with pytest.raises(jp.InputError, match="by 'taylor': needs batches"):
         pruning.importance(model, params, "taylor")
+    damaged = jax.tree.map(lambda x: x.at[1].set(jnp.nan) if x.ndim == 3 else x, params)
+    with pytest.raises(jp.InputError, match="by 'magnitude': scores of heads of layer 1 are no numbers"):
+        pruning.importance(model, damaged)
     with pytest.raises(jp.InputError, match="by 'best': expected one of magnitude, taylor, random"):
         pruning.importance(model, params, "best")
-    other = model._replace(config=model.config.__class__.from_hf({**tiny.CONFIG}))
-    object.__setattr__(other.config, "model_type", "bert")
+    other = model._replace(config=dataclasses.replace(model.config, model_type="bert"))
     with pytest.raises(jp.InputError, match="a model of type bert cannot be pruned; llama, mistral"):
         pruning.importance(other, params)
 

@@ -42,7 +42,7 @@ from experiments.memory import common, residuals_7b
 from experiments.memory.common import GIB
 from experiments.traffic.floor import Work, floor
 from jaxpeft import tree
-from jaxpeft.backward import residuals
+from jaxpeft.backward import passes
 from jaxpeft.backward.flops import flops_by_name
 from jaxpeft.memory import hlo, planner, targets
 from jaxpeft.memory.owners import Owners, step_owners
@@ -93,7 +93,7 @@ def program(key: common.Row) -> Program:
     )
 
 
-def least(key: common.Row, segment: residuals.Segment) -> dict[str, float]:
+def least(key: common.Row, segment: passes.Segment) -> dict[str, float]:
     """The floor of a key, whose layers were traced as `segment`."""
     config = geometries.load(key["geometry"])
     work = Work(
@@ -112,7 +112,7 @@ def least(key: common.Row, segment: residuals.Segment) -> dict[str, float]:
 def measure(key: common.Row) -> common.Row:
     """What the compiled step moves, its floor and its peak; of one that cannot fit, only that."""
     made, device = program(key), targets.target(key["target"])
-    with residuals.recorded() as segments:
+    with passes.recorded() as segments:
         # A function of its own, which JAX has not traced before.
         jaxpr = jax.make_jaxpr(lambda *args: made.function(*args))(*made.args)
     found = {"floor": least(key, segments["layers"])}

@@ -15,18 +15,18 @@ Groups of rows add up inside a layer, so a plan's `tokens=` is gradient accumula
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
 
 from jaxpeft import tree
+from jaxpeft.backward import passes
 from jaxpeft.backward.loop import join
-from jaxpeft.backward.residuals import Update, _forward, _gradients, laid_out, plan_of, run_loop
+from jaxpeft.backward.passes import Update
+from jaxpeft.backward.residuals import laid_out, plan_of
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, entered, joined, nothing_before
 
@@ -97,7 +97,7 @@ def value_and_update(
         x, ctx, _ = entered(stack, tree.combine(beside, {**rest, **inside}), batch, key)
         leaves, treedef = jax.tree.flatten((x, Context(ctx.rows, ctx.shared)))
         treedefs.append(treedef)
-        return _told(reached.extend, leaves)
+        return passes.told(reached.extend, leaves)
 
     entering, pull_enter = jax.vjp(enter, beside)
     reached = reached or [False] * len(entering)
@@ -113,11 +113,11 @@ def value_and_update(
         perturbed = [path in inside for path in loop.paths[: streams.start]] + [True] * len(streams) + reached[1:]
         moves = moves or any(perturbed[: streams.start]) or any(reached[1:])
         if not moves:  # nothing below, and nothing here
-            ends = run_loop(loop, plan, laid.leaves, key)
+            ends = passes.run_loop(loop, plan, laid.leaves, key)
             passed.append(None)
         else:
             primals = [_Primal(leaf, use) for leaf, use in zip(laid.leaves, perturbed, strict=True)]
-            ends, saved = _forward(loop, plan, primals, None if key is None else _Primal(key, False), nests=True)
+            ends, saved = passes.forward(loop, plan, primals, None if key is None else _Primal(key, False), nests=True)
             passed.append(_Passed(segment, loop, saved))
         (x, sums), pull = jax.vjp(laid.opened, ends)
         if passed[-1] is not None:
@@ -158,7 +158,7 @@ def value_and_update(
         loop = part.loop
         update = updates[part.segment](aux) if part.segment in updates else None
         (d_ends,) = part.pull((d_x, d_sums))
-        found, after = _gradients(loop, plan, part.saved, d_ends, update)
+        found, after = passes.gradients(loop, plan, part.saved, d_ends, update)
         d_x = join(found[loop.streams[0]])
         of_layers, of_ctx = found[: loop.streams[0]], found[loop.streams[-1] + 1 :]
         others |= {path: d for path, d in zip(loop.paths, of_layers, strict=False) if d is not None}
@@ -198,21 +198,3 @@ def _cotangent(x: jax.Array, d: jax.Array | None) -> Any:
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         return np.zeros(x.shape, jax.dtypes.float0)
     return jnp.zeros_like(x) if d is None else d
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _told(tell: Callable[[list[bool]], None], leaves: list[Any]) -> list[Any]:
-    """The leaves; tells, where they are differentiated, which of them."""
-    return leaves
-
-
-def _told_forward(tell, leaves):
-    tell([leaf.perturbed for leaf in leaves])
-    return [leaf.value for leaf in leaves], None
-
-
-def _told_backward(tell, _, d_leaves):
-    return ([None if isinstance(d, SymbolicZero) else d for d in d_leaves],)
-
-
-_told.defvjp(_told_forward, _told_backward, symbolic_zeros=True)

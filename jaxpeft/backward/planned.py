@@ -16,8 +16,8 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxpeft.backward.inline import name_products
 from jaxpeft.backward.loop import Loop, join, loop_over
+from jaxpeft.backward.passes import run_loop
 from jaxpeft.backward.plan import Plan, parse
-from jaxpeft.backward.residuals import run_loop
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context
 

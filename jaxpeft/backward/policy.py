@@ -1,7 +1,7 @@
 """A memory plan as a policy of `jax.checkpoint`, and the layers run under one.
 
 Saved, recomputed and offloaded is by name (`jax.ad_checkpoint.checkpoint_name`), with JAX's own policies
-(`jax.checkpoint_policies`). What a policy cannot do that our own loops (`residuals.py`) can:
+(`jax.checkpoint_policies`). What a policy cannot do that our own loops (`passes.py`) can:
 
     compress, -12     a policy says where a value lies, not what is made of it
     tokens            it acts inside one call of a block, and cannot divide the rows of its input
@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.backward.loop import Loop, loop_over
+from jaxpeft.backward.passes import Segment, record, told
 from jaxpeft.backward.plan import CODES, INPUT, Plan, action_of, codes_of, parse
 from jaxpeft.backward.programs import Programs, decide, trace
-from jaxpeft.backward.residuals import Segment, by_segment, record
+from jaxpeft.backward.residuals import by_segment
 from jaxpeft.errors import InputError
 from jaxpeft.quant import is_packed
 
@@ -157,7 +158,7 @@ def planned(plan: Plan, trained: Callable[[str], bool] | None = None) -> Callabl
             part, index = per_layer
             return block(part, x, ctx.at(index, key))
 
-        x = _told(functools.partial(_tell, loop, plan, names, programs), jax.tree.leaves(inputs), loop.x)
+        x = told(functools.partial(_tell, loop, plan, names, programs), jax.tree.leaves(inputs))[loop.x]
         # In a scan nothing stands beside the layer that a common subexpression could be shared with.
         layer = jax.checkpoint(layer, policy=by_name(*names), prevent_cse=False)
         return jax.lax.scan(layer, x, (params, jnp.arange(numbers.start, numbers.stop)))
@@ -204,21 +205,3 @@ def _tell(loop, plan, names, programs, perturbed) -> None:
     x = traced.forward.in_avals[loop.x]
     shapes = dict(zip(traced.names, traced.shapes, strict=True))
     record(loop.name, Segment(traced, len(loop.layers), actions, {**shapes, (INPUT, 0): x}))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 2))
-def _told(tell, leaves, x):
-    """leaves[x]; tells, where it is differentiated, of which leaves."""
-    return leaves[x]
-
-
-def _told_forward(tell, leaves, x):
-    tell([leaf.perturbed for leaf in leaves])
-    return leaves[x].value, len(leaves)
-
-
-def _told_backward(tell, x, count, d_x):
-    return ([d_x if i == x else None for i in range(count)],)
-
-
-_told.defvjp(_told_forward, _told_backward, symbolic_zeros=True)

@@ -3,7 +3,7 @@
 They are found on the trace. Of what a scan's body carries and collects,
 
     streams    what layers change: made of floats that differ from layer to layer. They go through the loop that the
-               plan governs (residuals.py)
+               plan governs (passes.py)
     others     what changes without them (counters, keys): a scan of its own; the loop gets their values as it gets the
                layers' parameters
     fixed      what comes out as it goes in: all layers share it
@@ -23,11 +23,11 @@ from jax.interpreters import partial_eval
 
 from jaxpeft.backward.inline import evaluate, line_of, names_in, opened
 from jaxpeft.backward.loop import join, loop_over
+from jaxpeft.backward.passes import run_loop
 from jaxpeft.backward.places import empty
 from jaxpeft.backward.plan import INPUT, Plan, without_codes
 from jaxpeft.backward.planned import named
 from jaxpeft.backward.programs import check_names
-from jaxpeft.backward.residuals import run_loop
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context
 

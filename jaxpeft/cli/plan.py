@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+from jaxpeft.backward.plan import ACTIONS
 from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, mesh_text, methods, parse_bytes, settled
 from jaxpeft.errors import InputError
 from jaxpeft.files import check_creatable
@@ -61,7 +62,7 @@ def run(args: Plan) -> dict[str, Any]:
         raise InputError(f"--by {args.by}: says what --budget finds the least of; add --budget")
     budget = None if args.budget is None else parse_bytes("--budget", args.budget)
     allowed = [action.strip() for action in (args.actions or "save").split(",")]
-    known = ("save", "compress", "compress12", "offload")
+    known = [action for action in ACTIONS if action != "recompute"]
     if unknown := [action for action in allowed if action not in known]:
         raise InputError(f"--actions {args.actions!r}: unknown action {unknown[0]!r}; known: {', '.join(known)}")
     if args.mesh == "auto" and (args.budget is not None or args.largest):

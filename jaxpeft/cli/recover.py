@@ -37,7 +37,7 @@ def run(args: Recover) -> dict[str, Any]:
     from jaxpeft.files import check_target
     from jaxpeft.method import from_specs
     from jaxpeft.peft.base import check_base
-    from jaxpeft.peft.export import changes_kernels
+    from jaxpeft.peft.export import adapter_of, changes_kernels
     from jaxpeft.template import beside
 
     check_target(args.out)
@@ -45,12 +45,13 @@ def run(args: Recover) -> dict[str, Any]:
     scaling = scaling_of(args.adapter)
     small, small_params, _ = load(str(args.pruned), rope_scaling=scaling)
     method, leaves = peft.import_adapter(args.adapter, small, small_params)
-    specs = [spec for spec in method.specs if spec.name != "quantize"]
-    if [spec.name for spec in specs] != ["lora"]:
+    found = adapter_of(method, {**tree.flatten(small_params), **leaves}, small.config)
+    spec = method.specs[found[0]] if found else None  # of whoever adds all leaves
+    if spec is None or spec.name != "lora":
         raise InputError(f"--adapter {args.adapter}: is of {method.name}; only one of lora can be recovered")
-    if changes_kernels(specs[0]):
+    if changes_kernels(spec):
         raise InputError(
-            f"--adapter {args.adapter}: its start, {specs[0].config['init']}, changes the base's kernels, which the "
+            f"--adapter {args.adapter}: its start, {spec.config['init']}, changes the base's kernels, which the "
             "whole base's cannot follow; train with another --init"
         )
     name = args.model or document["base"]
@@ -61,7 +62,7 @@ def run(args: Recover) -> dict[str, Any]:
     peft.export_adapter(
         args.out,
         tree.unflatten({**tree.flatten(params), **whole}),
-        from_specs(specs),
+        from_specs([spec]),
         model.config,
         name,
         rope_scaling=scaling,

@@ -53,11 +53,14 @@ class VeLoRA(nn.Module):
         n, m = site.kernel.shape
         a = self.param("a", _lora.INITS["kaiming"], (n, self.rank))
         b = self.param("b", nn.initializers.zeros, (self.rank, m))
-        fixed = jax.lax.stop_gradient
-        y = site.low_rank(inner, x, fixed(a), b, scale=self.scale)
-        z, v = project(fixed(x), self.groups)
-        z, v = (checkpoint_name(kept, "velora_low") for kept in (z, v))
-        return _with_gradient(y, a, z, v, fixed(self.scale * b).astype(x.dtype))
+
+        def change(y, x, a, b):
+            z, v = project(jax.lax.stop_gradient(x), self.groups)
+            z, v = (checkpoint_name(kept, "velora_low") for kept in (z, v))
+            return _with_gradient(y, a, z, v, jax.lax.stop_gradient(b))
+
+        with sites.factor_gradient("velora", change):
+            return site.low_rank(inner, x, a, b, scale=self.scale)
 
 
 def project(x: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:

@@ -124,9 +124,8 @@ def welore(threshold: float = 0.175, min_ratio: float = 0.5, targets: _lora.Targ
     def prepare(params, view):
         flat, low = tree.flatten(params), 0
         found = sites.find(params, targets, "welore")
-        read = any(
-            f"{site}/welore/{x}" in flat for site in found for x in "uv"
-        )  # an adapter's leaves say what is low-rank
+        # The leaves of an adapter say what is low-rank.
+        read = any(f"{site}/welore/{x}" in flat for site in found for x in "uv")
         for site in found:
             path, u, v = sites.kernel_path(flat, site), f"{site}/welore/u", f"{site}/welore/v"
             kernel = matrix(flat[path])

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import shares
-from jaxpeft.backward import residuals
+from jaxpeft.backward import passes
 from jaxpeft.compilation import compiled
 from jaxpeft.model import Batch
 from jaxpeft.train.state import TrainState
@@ -24,7 +24,7 @@ class Program(NamedTuple):
     """
 
     executable: Any
-    segments: dict[str, residuals.Segment]
+    segments: dict[str, passes.Segment]
 
 
 class Compiled:
@@ -61,7 +61,7 @@ class Compiled:
         """What runs for such a batch."""
         width = jnp.shape(batch["tokens"])[1]
         if width not in self._programs:
-            with residuals.recorded() as segments:
+            with passes.recorded() as segments:
                 lowered = self._lowered(*self._arguments(state, batch))
             self._programs[width] = Program(compiled(lowered), segments)
         return self._programs[width]

@@ -18,7 +18,7 @@ from jax.interpreters import partial_eval
 
 from jaxpeft import tree
 from jaxpeft.backward import in_backward
-from jaxpeft.backward.residuals import Update
+from jaxpeft.backward.passes import Update
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Objective, View, is_layer_by_layer
 from jaxpeft.model import Model
@@ -85,23 +85,24 @@ def check(model: Model, method: Method, accumulate: int, trained: Iterable[str])
 
 
 def updating(
-    model: Model, method: Method, loss: Callable[..., Any], view: View, change: Change, state: Any
+    model: Model, method: Method, loss: Callable[..., Any], accumulate: int, view: View, change: Change, state: Any
 ) -> Objective:
     """The objective of a step, which hands updated layers on in aux[FOUND] = (leaves, state, squares).
 
     Args:
-      model: that `check` has passed.
-      method: likewise.
+      model: adapted, under a plan.
+      method: of the step.
       loss: with the method's `loss` slot.
+      accumulate: micro-batches.
       view: of the chain.
       change: (gradients, leaves, state, aux) -> (leaves, state), of any leaves.
       state: the optimizer's.
 
     Raises:
-      InputError: where nothing trains in the layers, or the optimizer's state has no part for each layer.
+      InputError: as `check` does, and for an optimizer whose state has no part for each layer.
     """
     trained = list(view.trained)
-    inside = check(model, method, 1, trained)
+    inside = check(model, method, accumulate, trained)
     _check_apart(change, view.trained, state, inside[0])
 
     def value(trainable, rest, batch, key):

@@ -96,8 +96,8 @@ def make_train_step(
             return stepped, opt_state
 
         if update_in_backward:
-            in_backward.check(model, method, accumulate, state.trainable)
-            own = in_backward.updating(model, method, method.loss(loss, view), view, change, state.opt_state)
+            whole = method.loss(loss, view)
+            own = in_backward.updating(model, method, whole, accumulate, view, change, state.opt_state)
             objective = method.gradient(own, view)
         else:
             objective = objective_of(model, method, state.leaves, loss, accumulate, now)

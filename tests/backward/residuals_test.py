@@ -15,7 +15,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
-from jaxpeft.backward import loop, residuals
+from jaxpeft.backward import loop, passes, residuals
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.plan import INPUT
 from jaxpeft.errors import InputError
@@ -237,7 +237,7 @@ def test_a_train_step_with_accumulation():
 
 SHARDED = """
 import jax, numpy as np
-from jaxpeft.backward import residuals
+from jaxpeft.backward import passes, residuals
 from tests import contract_test
 from tests.backward import residuals_test as here
 page = contract_test.page.__wrapped__()
@@ -275,7 +275,7 @@ def test_a_compressed_input_moves_only_the_backward_pass():
 
 def segments(method, save, batch=None, dtype=jnp.float32, **changes):
     model, trainable, frozen = start(METHODS[method] if isinstance(method, str) else method, dtype, **changes)
-    with residuals.recorded() as found:
+    with passes.recorded() as found:
         function = jax.grad(loss(residuals.remat(model, save), frozen, tiny.batch() if batch is None else batch))
         jax.eval_shape(function, trainable)
     return list(found.values())

@@ -9,7 +9,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.backward import residuals
+from jaxpeft.backward import passes
 from jaxpeft.backward.options import options
 from jaxpeft.backward.plan import INPUT, Plan
 from jaxpeft.errors import InputError
@@ -191,7 +191,7 @@ def test_largest(slope, quantum, most, wanted):
 
 
 def test_a_recorded_segment_is_gone_after_its_context():
-    with residuals.recorded() as found:
+    with passes.recorded() as found:
         planner.cost(make("matmuls"))
     before = dict(found)
     planner.cost(make("matmuls"))

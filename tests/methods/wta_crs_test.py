@@ -229,6 +229,10 @@ def test_the_claimed_memory(save):
         ),
         (lambda: jp.chain(jp.wta_crs(0.3, 4), jp.loha(4)), "what is behind it at .* has no A that reads x"),
         (lambda: jp.chain(jp.wta_crs(0.3, 4), jp.lora(4, dropout=0.1)), "has dropout in front of A; leave one"),
+        (
+            lambda: jp.chain(jp.wta_crs(0.3, 4), jp.velora(4, groups=4)),
+            "wta_crs.velora: each makes A's gradient in a way of its own; leave one",
+        ),
         (lambda: jp.chain(jp.wta_crs(0.3, 4), jp.lora_fa(4)), "wta_crs.lora_fa nothing trains that reads"),
         (lambda: jp.chain(jp.wta_crs(0.3, 4), jp.full(), jp.lora(4)), "trains beside an adapter; let one of them"),
     ],
