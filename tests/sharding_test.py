@@ -28,7 +28,8 @@ SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
 ALIKE = {"dora", "ia3", "int21", "lamda", "llm_qfa", "loha", "lokr", "lq_lora", "miss", "oft", "paca", "peqa", "speft"}
 ALIKE |= {"svfit", "velora", "vera", "welore", "ba_lora", "owlore", "sparse_mezo", "dept", "unipt"}
 ALIKE |= {"bitfit", "direft", "ln_tuning", "parallel", "pfeiffer", "natural_galore", "half", "ist", "randlora", "sherl"}
-ALIKE |= {"pst", "qzo", "sara", "shira", "snell", "vblora", "loreft"}
+ALIKE |= {"pst", "qzo", "sara", "shira", "snell", "vblora", "loreft", "houlsby", "lora_fa", "mixlora"}
+ALIKE |= {"wta_crs", "meft", "zo2"}
 METHODS = [name for name in methods_test.METHODS if name not in ALIKE]
 
 # Prints {name: {mesh: {"losses", "leaves": largest difference, relative to the largest number, "hlo"}}}.
@@ -100,12 +101,11 @@ def further(names):
 
 @pytest.fixture(scope="module")
 def found(request):
-    """Each method on a mesh of three axes, and of each level one on a further one; of those that are chosen (-k)."""
+    """Each method on a mesh of three axes, LoRA on all; of those that are chosen (-k)."""
     own = [item for item in request.session.items if item.module is request.module and "found" in item.fixturenames]
     chosen = {item.callspec.params["name"] for item in own if hasattr(item, "callspec")}
     chosen |= set() if all(hasattr(item, "callspec") for item in own) else {"lora", "lora in groups", "prompt"}
-    beside = further({methods_test.contract.about(name).level: name for name in METHODS}.values())
-    wanted = {name: [MESHES[-1], *beside.get(name, ())] for name in METHODS}
+    wanted = {name: [MESHES[-1]] for name in METHODS}
     wanted |= {"lora": [*MESHES, f"{MESHES[-1]} backwards"], "lora in groups": ["fsdp=8"]}
     wanted |= {f"lora {plan}": [MESHES[-1]] for plan in PLANS}
     wanted |= {f"full {kind}": [MESHES[-2]] for kind in OPTIMIZERS}

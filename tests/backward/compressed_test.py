@@ -172,6 +172,7 @@ def in_bfloat16(stories, save, patch):
     return drawn(*stories, save)(0)
 
 
+@pytest.mark.slow
 def test_gradients_of_a_pretrained_model(stories, exact, monkeypatch):
     """As exact as keeping the same arrays in bf16 would be, within a quarter; and about 1 % of the gradient's norm.
 

@@ -160,10 +160,10 @@ METHODS = {"lora": jp.lora(4), "full": jp.full(), "last:1": jp.full("last:1"), "
 @pytest.mark.parametrize(
     ("method", "save"),
     [
-        ("lora", "matmuls"),
+        pytest.param("lora", "matmuls", marks=pytest.mark.slow),
         ("lora", "gate_proj=save,up_proj=offload"),
         ("full", "matmuls,attention=recompute"),
-        ("last:1", "blocks"),
+        pytest.param("last:1", "blocks", marks=pytest.mark.slow),
         ("int8", "matmuls"),
     ],
 )

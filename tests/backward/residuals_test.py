@@ -97,12 +97,12 @@ def same(found, wanted, tolerance=1e-5):
     [
         ("lora", "llama", "matmuls"),
         ("lora", "llama", "matmuls,attention=recompute,tokens=16"),
-        ("lora", "llama", "offload,block_input=offload,tokens=32"),
-        ("lora_fa", "llama", "matmuls"),
+        pytest.param("lora", "llama", "offload,block_input=offload,tokens=32", marks=pytest.mark.slow),
+        pytest.param("lora_fa", "llama", "matmuls", marks=pytest.mark.slow),
         ("lora_fa seed", "llama", "blocks"),
         ("full", "llama", "gate_proj=save,q_rotary=offload,after_attention=save,tokens=40"),
-        ("full", "tied", "matmuls"),
-        ("last:1", "llama", "matmuls,tokens=1"),
+        pytest.param("full", "tied", "matmuls", marks=pytest.mark.slow),
+        pytest.param("last:1", "llama", "matmuls,tokens=1", marks=pytest.mark.slow),
         ("lora", "qwen3", "matmuls"),
         ("lora", "windows by layer", "matmuls"),
         ("lora", "mistral", "blocks,tokens=16"),
@@ -151,15 +151,15 @@ def test_a_block_reads_frozen_kernels_in_their_stacks(monkeypatch, name):
     ("method", "save"),
     [
         ("lora", "matmuls,tokens=32"),
-        ("lora", "blocks,tokens=16"),  # the backward pass holds kernels
-        ("lora", "compressed,block_input=compress,tokens=16"),
+        pytest.param("lora", "blocks,tokens=16", marks=pytest.mark.slow),  # the backward pass holds kernels
+        pytest.param("lora", "compressed,block_input=compress,tokens=16", marks=pytest.mark.slow),
         ("lora", "compressed12,tokens=16"),  # whose codes are made without a seed
         ("lora", "blocks,block_input=offload,tokens=16"),
-        ("lora", "offload,tokens=32"),  # one loop: what is made goes to the host
+        pytest.param("lora", "offload,tokens=32", marks=pytest.mark.slow),  # one loop: what is made goes to the host
         ("dropout", "matmuls,tokens=16"),
         ("qlora", "blocks,tokens=16"),
-        ("last:1", "blocks,tokens=16"),
-        ("full", "matmuls,tokens=16"),
+        pytest.param("last:1", "blocks,tokens=16", marks=pytest.mark.slow),
+        pytest.param("full", "matmuls,tokens=16", marks=pytest.mark.slow),
     ],
 )
 def test_groups_within_layers(method, save):

@@ -22,7 +22,7 @@ CONFIGS = {
 SMALL = ["--batch-size", "4", "--seq-len", "32", "--dtype", "float32"]
 
 
-@pytest.fixture(scope="module", params=CONFIGS)
+@pytest.fixture(scope="module", params=["decoder", "encoder", pytest.param("images", marks=pytest.mark.slow)])
 def config(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / f"{request.param}.json"
     path.write_text(json.dumps(CONFIGS[request.param]))

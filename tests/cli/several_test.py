@@ -54,6 +54,7 @@ def test_rows_of_adapters_that_peft_made(base, of_peft):
     assert shapes["layers/mlp/down_proj/several/rs/a"] == (2, 56, 2)
 
 
+@pytest.mark.slow
 def test_adapters_of_our_own_kinds(base, tmp_path):
     """PiSSA and a LoRA-FA that keeps a seed are pairs for the original base; LoRA stays what it was, in any company."""
     model, params = reference.load(base)

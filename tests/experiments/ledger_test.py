@@ -69,7 +69,7 @@ def test_the_heads_kernel_is_read_once_for_as_many_logits_as_there_may_be():
     ("target", "dtype", "save", "optimizer"),
     [
         ("cpu", "float32", "blocks", 1),
-        ("cpu", "float32", "matmuls", 0),
+        pytest.param("cpu", "float32", "matmuls", 0, marks=pytest.mark.slow),
         pytest.param("h200", "bfloat16", "matmuls", 1, marks=pytest.mark.slow),
     ],
 )

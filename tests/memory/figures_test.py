@@ -88,7 +88,7 @@ def small(name, save, layers=LAYERS):
     return memory(name, {**SMALL, "num_hidden_layers": layers}, save)
 
 
-QUICK = [("h200", "blocks"), ("h200", "matmuls"), ("h200", "compressed12")]
+QUICK = [("h200", "blocks"), ("h200", "compressed12")]
 OTHERS = [(name, save) for name in ("h200", "v5p") for save in ON_DEVICE if (name, save) not in QUICK]
 PRESETS = [*QUICK, *(pytest.param(*preset, marks=pytest.mark.slow) for preset in OTHERS)]
 

@@ -343,6 +343,7 @@ def test_no_mesh_is_one_line(monkeypatch):
         meshes.best(make, target, ROWS)
 
 
+@pytest.mark.slow
 def test_a_budget_is_one_devices(monkeypatch):
     """The plan that the search returns keeps what fits beside a device's part of the arguments."""
     target, rest = described("h200x4"), 10 << 20

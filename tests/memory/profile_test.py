@@ -175,7 +175,7 @@ def odd_step(target, dump, save="everything"):
     return Step(executable.memory_analysis(), state, batch, profile.read(dump, owners))
 
 
-@pytest.fixture(scope="module", params=TARGETS)
+@pytest.fixture(scope="module", params=[pytest.param("cpu", marks=pytest.mark.slow), *TARGETS[1:]])
 def lora(request, tmp_path_factory):
     """(name of the target, Step): compiled once for both tests of it."""
     return request.param, odd_step(request.param, tmp_path_factory.mktemp(request.param))
@@ -226,7 +226,7 @@ def test_points_at_an_activation_that_has_no_name(lora):
     assert any(owner.startswith("layers/mlp: unnamed tanh ") for owner in owners)
 
 
-@pytest.mark.parametrize("name", ["cpu", "h200"])
+@pytest.mark.parametrize("name", [pytest.param("cpu", marks=pytest.mark.slow), "h200"])
 def test_nothing_without_a_name_is_kept_under_a_plan(name, tmp_path):
     """The tanh, and the product under it, are computed again; what is left is all layers': the rotary tables."""
     found = odd_step(name, tmp_path, "matmuls").found

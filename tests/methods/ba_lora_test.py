@@ -58,7 +58,7 @@ def made(init):
     return base, params, method, model, {path: noise(i, x) for i, (path, x) in enumerate(trainable.items())}, rest
 
 
-@pytest.mark.parametrize("init", ["kaiming", "pissa"])
+@pytest.mark.parametrize("init", [pytest.param("kaiming", marks=pytest.mark.slow), "pissa"])
 def test_loss_and_gradient_are_those_of_whole_logits(init):
     """The base is had of the same leaves, PiSSA's too; the task's loss is untouched."""
     base, params, method, model, trainable, rest = made(init)

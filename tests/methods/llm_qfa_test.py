@@ -36,7 +36,10 @@ def kernels(params):
     return {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith("_proj/kernel")}
 
 
-@pytest.mark.parametrize("bits", [(2, 2, 2), (4, 2, 3), (3, 4, 4)])
+@pytest.mark.parametrize(
+    "bits",
+    [pytest.param((2, 2, 2), marks=pytest.mark.slow), (4, 2, 3), pytest.param((3, 4, 4), marks=pytest.mark.slow)],
+)
 def test_a_subnet_is_the_model_of_its_widths(bits):
     """Each layer's kernels in its bits, and the factors of these; merging gives the same."""
     method, base, params, model, trainable, frozen = made()

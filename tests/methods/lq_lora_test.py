@@ -161,7 +161,9 @@ def test_the_weights_are_the_fisher_informations():
         jp.setup(method, base, params, KEY)
 
 
-@pytest.mark.parametrize("options", [{"format": "nf2", "alpha": 16.0}, {"bits": 3.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({"format": "nf2", "alpha": 16.0}, marks=pytest.mark.slow), {"bits": 3.0}], ids=str
+)
 def test_an_adapter_comes_back_with_the_same_packed_kernels(options, tmp_path):
     """Of the start that is kept, bit by bit, although what trains has moved; closer to the base than packing alone."""
     base, params = model()

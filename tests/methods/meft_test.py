@@ -133,7 +133,7 @@ CASES = {
     "norm": {"norm": True},
     "the first layers": {"layers": 4},
 }
-FIRST = ("alone", "variant 3", "dropout")  # the others are slow tests
+FIRST = ("dropout",)  # the others are slow tests
 
 
 @pytest.mark.parametrize("dtype", [pytest.param(jnp.float32, marks=pytest.mark.slow), jnp.bfloat16])

@@ -55,7 +55,9 @@ def test_lines_that_are_not_trained_on_are_accounted_for(files, tmp_path, capsys
         assert (counts["truncated"], counts["dropped_too_long"]) == ((1, 0) if too_long == "truncate" else (0, 1))
 
 
-@pytest.mark.parametrize(("name", "words"), [("loss", "loss"), ("grad_norm", "gradient norm")])
+@pytest.mark.parametrize(
+    ("name", "words"), [("loss", "loss"), pytest.param("grad_norm", "gradient norm", marks=pytest.mark.slow)]
+)
 def test_a_loss_that_is_not_finite_names_step_lines_and_checkpoint(files, tmp_path, monkeypatch, name, words):
     broken_at(monkeypatch, 4, name)
     args = runs.arguments(files, tmp_path, pack=False, samples=0)
@@ -117,7 +119,8 @@ def test_accumulated_parts_train_as_the_whole_batch(files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "option", "own"), [("lora", "init=pissa", "a0"), ("lora_fa", "store_a=true", "lora_fa/a")]
+    ("method", "option", "own"),
+    [("lora", "init=pissa", "a0"), pytest.param("lora_fa", "store_a=true", "lora_fa/a", marks=pytest.mark.slow)],
 )
 def test_frozen_leaves_of_the_run_survive_a_resume_elsewhere(files, tmp_path, method, option, own):
     changes = {"method": method, "method_options": (option,), "samples": 0, "buckets": (8,), "pack": False}

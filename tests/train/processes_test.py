@@ -169,7 +169,9 @@ def test_refusals_are_one_line_of_one_process(files, tmp_path, mesh, differ, mes
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("name", "message"), [("file", "is a file"), ("ran", "already holds a run")])
+@pytest.mark.parametrize(
+    ("name", "message"), [pytest.param("file", "is a file", marks=pytest.mark.slow), ("ran", "already holds a run")]
+)
 def test_a_folder_that_cannot_be_used_is_one_line_of_the_first(files, tmp_path, name, message):
     """The others do not look at it, and end."""
     (tmp_path / "file").write_text("kept")
@@ -181,7 +183,7 @@ def test_a_folder_that_cannot_be_used_is_one_line_of_the_first(files, tmp_path, 
     assert (tmp_path / "file").read_text() == "kept"
 
 
-@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize("index", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_process_that_waits_in_vain_says_so(files, tmp_path, index):
     """After what JAX prints itself."""
     args = runs.arguments(files, tmp_path / "run", processes=2, process_id=index, coordinator="127.0.0.1:1")
