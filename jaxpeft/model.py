@@ -67,6 +67,25 @@ def takes_stacks(block: Callable[..., Any]) -> bool:
     return getattr(block, "reads_stacks", False)
 
 
+def by_token(part: Callable[..., Any], like: Callable[..., Any] | None = None) -> Callable[..., Any]:
+    """A stack's part, marked as one that takes tokens one by one: what it gives of a token follows from that token.
+
+    A function around a part is not marked unless it marks itself.
+
+    Args:
+      part: to be marked.
+      like: marks `part` only if this one is marked.
+    """
+    if like is None or takes_by_token(like):
+        part.by_token = True  # type: ignore[attr-defined]
+    return part
+
+
+def takes_by_token(part: Callable[..., Any]) -> bool:
+    """Whether `by_token` has marked a part."""
+    return getattr(part, "by_token", False)
+
+
 def through_blocks(run: Callable[..., Any]) -> Callable[..., Any]:
     """The `run` of a stack, marked as one that reads layers' parameters in no other way than through `block`."""
     run.through_blocks = True  # type: ignore[attr-defined]

@@ -6,6 +6,7 @@ work on shrinks with the group. A step is one block on one group; layers are the
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -116,6 +117,7 @@ class Loop(NamedTuple):
     keyed: whether there is a PRNG key.
     kernels: the leaves of each layer's matrices, which may be "stack" or "held" where they are frozen.
     nested: whether groups are a loop within that over layers.
+    plain: the block without tiles (tiles.py), from which follows what they compute again; None: it has none.
     """
 
     name: str
@@ -129,6 +131,7 @@ class Loop(NamedTuple):
     keyed: bool
     kernels: tuple[tuple[int, ...], ...] = ()
     nested: bool = False
+    plain: Callable[..., jax.Array] | None = None
 
     def stacked(
         self, leaves: Sequence[Any], perturbed: Sequence[bool], nested: bool | Literal["always"] = True
@@ -322,7 +325,12 @@ class Loop(NamedTuple):
         shapes = self.shapes(leaves, streams, key)
         # What trains in one layer moves the stream of the next, whether or not it moves that of the first.
         perturbed = [use or i in self.streams for i, use in enumerate(perturbed)]
-        return trace(self.function, shapes, [*perturbed, *[False] * (len(shapes) - len(perturbed))])
+        perturbed += [False] * (len(shapes) - len(perturbed))
+        found = trace(self.function, shapes, perturbed)
+        if self.plain is None:
+            return found
+        whole = trace(self._replace(block=self.plain).function, shapes, perturbed)
+        return dataclasses.replace(found, whole=whole)
 
 
 def loop_over(

@@ -5,6 +5,7 @@ As text, which `--save` takes and `jaxpeft plan --budget` prints:
     matmuls                                    a preset
     matmuls,attention=recompute                a preset and what differs from it
     gate_proj=save,up_proj=compress            without a preset: all others are recomputed, as with `blocks`
+    blocks,tile=8192                           the MLP by tiles of a long row (tiles.py)
 
 The presets:
 
@@ -46,6 +47,7 @@ class Plan(NamedTuple):
     preset: one of PRESETS; what is done with the names that `actions` leaves out.
     actions: name -> action.
     tokens: tokens that a layer works on at a time; whole rows, at least one.
+    tile: tokens of a row that a layer's MLP works on at a time (tiles.py), which keeps nothing of it; None: all.
     budget: bytes that the layers may keep on the device; then the preset says what else may be done with activations,
       and the names are chosen when the layers are traced. None: no choice is left.
     """
@@ -54,11 +56,13 @@ class Plan(NamedTuple):
     actions: tuple[tuple[str, str], ...] = ()
     tokens: int = 2048
     budget: int | None = None
+    tile: int | None = None
 
     def __str__(self) -> str:
         """The text that `parse` reads."""
         words = [self.preset, *(f"{name}={action}" for name, action in self.actions)]
-        return ",".join(words + ([f"tokens={self.tokens}"] if self.tokens != Plan().tokens else []))
+        words += [f"tokens={self.tokens}"] if self.tokens != Plan().tokens else []
+        return ",".join(words + ([f"tile={self.tile}"] if self.tile is not None else []))
 
 
 def parse(text: str | Plan) -> Plan:
@@ -80,10 +84,10 @@ def parse(text: str | Plan) -> Plan:
     actions: dict[str, str] = {}
     for word in rest:
         name, _, action = word.partition("=")
-        if name == "tokens":
+        if name in ("tokens", "tile"):
             if not re.fullmatch(r"[1-9]\d*", action):
-                raise InputError(f"--save {text!r}: tokens={action!r} should be a whole number above 0")
-            plan = plan._replace(tokens=int(action))
+                raise InputError(f"--save {text!r}: {name}={action!r} should be a whole number above 0")
+            plan = plan._replace(tokens=int(action)) if name == "tokens" else plan._replace(tile=int(action))
             continue
         if action not in ACTIONS:
             raise InputError(f"--save {text!r}: {word!r} should be NAME=ACTION with one of {', '.join(ACTIONS)}")

@@ -74,6 +74,11 @@ def planned_scan(
         raise InputError(
             f"planned_scan: tokens={plan.tokens} needs a Context as ctx, which says what belongs to rows; leave it out"
         )
+    if plan.tile is not None:
+        raise InputError(
+            f"planned_scan: tile={plan.tile} is of this library's models, whose layers say which part takes tokens one "
+            "by one; leave it out"
+        )
     told = Context(ctx.rows, ctx.shared) if own else Context(shared=ctx)
     layers = range(_length(params))
     if not layers:

@@ -96,6 +96,8 @@ def checked(plan: Plan) -> Plan:
         )
     if plan.tokens != Plan().tokens:
         raise InputError(f"{said}, tokens={plan.tokens} means nothing: it cannot divide rows; leave it out")
+    if plan.tile is not None:
+        raise InputError(f"{said}, tile={plan.tile} means nothing: it cannot divide tokens; use --remat loops")
     if dict(plan.actions).get(INPUT, "save") != "save":
         raise InputError(f"{said}, {INPUT} is always saved: it is what goes in; leave it out, or use --remat loops")
     return plan._replace(actions=tuple((name, action) for name, action in plan.actions if name != INPUT))

@@ -33,12 +33,14 @@ class Programs:
     vjp: (*inputs, *d y) -> cotangents of the perturbed inputs, computing the block again.
     names: the named activations, in order.
     shapes: of these.
+    whole: the same block without tiles (tiles.py), whose activations all have names; None: it has none.
     """
 
     forward: ClosedJaxpr
     vjp: ClosedJaxpr
     names: tuple[Kept, ...]
     shapes: tuple[Any, ...]
+    whole: Programs | None = None
 
     def backward(self, given: Iterable[Kept]) -> tuple[ClosedJaxpr, list[bool], list[Kept]]:
         """(jaxpr, which inputs it reads, which of `given` it reads).
@@ -111,7 +113,8 @@ class Programs:
 
     def recompute_flops(self, given: Iterable[Kept], price: Price = _flops) -> float:
         """FLOPs (or their price) of matrix products of `backward(given)` that `backward` of all names does without."""
-        return self.work(given, price)[0] - self.work(self.names, price)[0]
+        least = self.whole or self
+        return self.work(given, price)[0] - least.work(least.names, price)[0]
 
 
 def name_of(eqn: Any) -> str | None:

@@ -17,6 +17,7 @@ from jaxpeft import tree, updates
 from jaxpeft.backward.loop import Loop, join, loop_over
 from jaxpeft.backward.passes import run_loop
 from jaxpeft.backward.plan import Plan, parse
+from jaxpeft.backward.tiles import tiled
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, Stack, entered, joined, scan_layers, takes_stacks, through_blocks
 
@@ -136,13 +137,16 @@ def laid_out(
     keyed: bool,
 ) -> Laid:
     """A stack's segment as a loop under a plan; the arguments are those of `by_segment`'s `layers`."""
-    block: Callable[..., Any] = functools.partial(stack.block, cache=None, segment=segment)
+    if plan.tile is None:
+        block, plain = stack.block, None
+    else:
+        block, plain = tiled(stack, plan.tile, str(plan)), stack.block
     count, widths = len(numbers), dict(stack.sums)
     # What layers say is a stream too: each writes its own numbers, and none reads what is there.
     streams = (x, {name: jnp.zeros((len(x), count * n), jnp.float32) for name, n in widths.items()})
 
-    def layer(own, streams, ctx):
-        x, said = block(own, streams[0], ctx)
+    def layer(block, own, streams, ctx):
+        x, said = block(own, streams[0], ctx, None, segment)
         place = ctx.layer - numbers.start
         whole = {
             name: jax.lax.dynamic_update_slice_in_dim(sums, said[name], place * widths[name], 1)
@@ -156,7 +160,8 @@ def laid_out(
         return x, by_layer or None
 
     rest = (params, streams, ctx, keyed, plan.tokens, shards, takes_stacks(stack.block))
-    return Laid(*loop_over(layer, segment, numbers, *rest), opened)
+    loop, leaves = loop_over(functools.partial(layer, block), segment, numbers, *rest)
+    return Laid(loop._replace(plain=plain and functools.partial(layer, plain)), leaves, opened)
 
 
 def by_segment(layers: Callable[..., tuple[jax.Array, Any]]) -> Callable[..., tuple[jax.Array, Any]]:

@@ -39,12 +39,18 @@ def in_scans(function: Callable[..., Any], plan: Plan) -> Callable[..., Any]:
     `jax.checkpoint` of the whole does nothing more.
 
     Raises:
-      InputError: for `tokens=`. When it is called: if there is no such scan, or one that cannot be run so.
+      InputError: for `tokens=` and `tile=`. When it is called: if there is no such scan, or one that cannot be run so.
     """
     if plan.tokens != Plan().tokens:
         raise InputError(
             f"--save {plan}: tokens={plan.tokens} means nothing: the scans of a module do not say which arrays have "
             "rows; leave it out"
+        )
+
+    if plan.tile is not None:
+        raise InputError(
+            f"--save {plan}: tile={plan.tile} means nothing: the scans of a module do not say which part of a layer "
+            "takes tokens one by one; leave it out"
         )
 
     def run(params, *more):

@@ -22,7 +22,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import decoding, sharding, tree
 from jaxpeft.errors import InputError
-from jaxpeft.model import Batch, Context, Model, Stack, reads_stacks, scan_layers
+from jaxpeft.model import Batch, Context, Model, Stack, by_token, reads_stacks, scan_layers
 from jaxpeft.models import fields, rotary
 from jaxpeft.models.labels import num_labels
 from jaxpeft.models.layers import Attention, Dense, GatedMLP, RMSNorm, lookup, rotary_tables, unembed
@@ -287,7 +287,7 @@ def decoder(config: DecoderConfig) -> Model:
         }
 
     cache = functools.partial(init_cache, config)
-    parts = (attend, feed_forward)
+    parts = (attend, by_token(feed_forward))
     stack = Stack(embed, reads_stacks(block), head, scan_layers, parts=parts, init_cache=cache)
     return Model(init, stack, config)
 

@@ -99,6 +99,7 @@ def test_what_is_offloaded_lies_in_the_hosts_memory():
         ("up=compress12", (), "up cannot be: a policy says where a value lies"),
         ("up=compress", (), "up cannot be: a policy says where a value lies"),
         ("matmuls,tokens=4096", (), "tokens=4096 means nothing: it cannot divide rows"),
+        ("blocks,tile=4096", (), "tile=4096 means nothing: it cannot divide tokens"),
         ("block_input=offload", (), "block_input is always saved"),
         ("matmuls,up=recompute", (), "up may be one; give the block and its arguments too"),
         ("offload,up=save", (), "give the block and its arguments too"),
