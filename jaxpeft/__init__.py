@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.int21 import int21
     from jaxpeft.methods.ist import ist
     from jaxpeft.methods.lamda import lamda
+    from jaxpeft.methods.lemo import lemo
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.llm_qfa import llm_qfa
     from jaxpeft.methods.ln_tuning import ln_tuning
@@ -119,6 +120,7 @@ _MODULE_OF = {
     "int21": "methods.int21",
     "lamda": "methods.lamda",
     "ist": "methods.ist",
+    "lemo": "methods.lemo",
     "lisa": "methods.lisa",
     "llm_qfa": "methods.llm_qfa",
     "ln_tuning": "methods.ln_tuning",

@@ -131,6 +131,20 @@ def segments_of(x: jax.Array, batch: Batch) -> jax.Array:
     return jnp.ones(x.shape[:2], jnp.int32) if ids is None else jnp.asarray(ids)
 
 
+def segments_in(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:
+    """Segment ids (B, S) of the tokens x (B, S, d) of a layer, as its context has them; None where it has none.
+
+    Raises:
+      InputError: where a member of the chain in front of `name` lets the layer take a part of the tokens only.
+    """
+    ids = ctx.rows.get("segment_ids")
+    if ids is not None and ids.shape != x.shape[:2]:
+        raise InputError(
+            f"{name}: a member before it takes {x.shape[1]} of {ids.shape[1]} tokens into a layer; put {name} before it"
+        )
+    return ids
+
+
 def decodes(model: Model) -> bool:
     """Whether a model is causal: whether it has a cache for decoding."""
     return model.stack.init_cache is not None

@@ -212,7 +212,8 @@ class Routed:
         logits = jnp.matmul(x, router, preferred_element_type=jnp.float32)
         logits = checkpoint_name(logits, "router_logits")
         self.weights, self.which = _again(functools.partial(chosen, k=k))(logits)
-        counts = self.ctx.rows["segment_ids"] > 0 if "segment_ids" in self.ctx.rows else None
+        segments = features.segments_in(NAME, self.ctx, x)
+        counts = None if segments is None else segments > 0
         self.said = _again(said)(logits, self.which, counts)
         self.factors = {
             name: tuple(own[NAME][factor].astype(x.dtype) for factor in "ab")

@@ -36,6 +36,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft import sites
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
+from jaxpeft.features import segments_in
 from jaxpeft.method import FROZEN, TRAINED, Method, Objective, Spec, View
 from jaxpeft.methods import lora as _lora
 from jaxpeft.methods.full import full
@@ -103,7 +104,7 @@ class WTACRS(nn.Module):
         known = _samples.get()
         if known is not None and id(x) in known:
             return known[id(x)][1]
-        live = ctx.rows.get("segment_ids")
+        live = segments_in("wta_crs", ctx, x)
         layer = jnp.zeros((), jnp.uint32) if ctx.layer is None else ctx.layer.astype(jnp.uint32)
         found = drawn(jax.lax.stop_gradient(x), seeds, layer, size, None if live is None else live != 0)
         found = Sample(checkpoint_name(found.rows, "wta_rows"), found.index)
