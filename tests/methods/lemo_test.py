@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import assets, hf, tree
 from jaxpeft.backward.residuals import remat
 from jaxpeft.memory import planner, targets
 from jaxpeft.methods import lemo
@@ -134,7 +135,9 @@ def test_an_encoder_sees_both_ways():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 32)), jnp.float32)
     ctx = base.stack.embed(params, {"tokens": np.zeros((2, 16), np.int32)}, None)[1]
     live = jnp.ones((2, 16), bool)
-    found = jax.jit(lambda layer, x: lemo.scores(base.stack.parts[0], layer, x, ctx.at(0), "layers", live, 4))(layer, x)
+    found = jax.jit(lambda layer, x: lemo.scores(base.stack.parts[0], layer, x, ctx.at(0), "layers", live, 4, "sum"))(
+        layer, x
+    )
     means = np.asarray(x, np.float64).reshape(2, 4, 4, 32).mean(2)
     w = by_hand.layer_of(tree.flatten(params), 0)
     for row in range(2):
@@ -149,7 +152,7 @@ def test_an_encoder_sees_both_ways():
         (lambda: jp.lemo(0.0), "keep 0.0 must be above 0 and at most 1"),
         (lambda: jp.lemo(1.5), "keep 1.5 must be above 0 and at most 1"),
         (lambda: jp.lemo(block=0), "block 0 must be at least 1"),
-        (lambda: jp.lemo(score="max"), "score 'max' is not one of sum, mean"),
+        (lambda: jp.lemo(score="max"), "score 'max' is not one of mean, sum"),
         (lambda: jp.lemo(which="("), "not a regular expression"),
         (lambda: jp.chain(jp.lemo(), jp.lst(2)), "lst runs the layers in a way of its own"),
         (lambda: jp.chain(jp.meft(), jp.lemo()), "meft runs the layers in a way of its own"),
@@ -200,6 +203,26 @@ def traced(method, batch=None, **config):
 def test_chains_make_steps(behind):
     """Traced; what runs them is the conformance test's."""
     traced(behind(jp.lemo(0.5, 4)))
+
+
+@pytest.mark.slow
+def test_a_pretrained_model_misses_what_is_dropped():
+    """The loss at the start: of fewer tokens more, and of a sum over what sees a block more than of a mean."""
+    base, params = jp.load_pretrained(assets.MODEL, jnp.float32)
+    text = Path(lemo.__file__).read_text(encoding="utf-8")
+    ids = np.asarray(hf.load_tokenizer(assets.MODEL).encode(text)[: 8 * 129], np.int32).reshape(8, 129)
+    batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:], "loss_weights": np.ones((8, 128), np.float32)}
+
+    def loss(*arguments):
+        model, trainable, rest = jp.setup(jp.lemo(*arguments), base, params, KEY)
+        return jax.jit(lambda trainable: jp.completion_loss(model, jp.combine(trainable, rest), batch, KEY)[0])(
+            trainable
+        )
+
+    whole = jp.completion_loss(base, params, batch)[0]
+    half, most = loss(0.5, 8), loss(0.9, 8)
+    assert whole < most < half < loss(0.5, 8, "sum")
+    assert most < whole + 2 and half > whole + 4
 
 
 # Llama-2-7B with LoRA, one row of 8192 tokens in bfloat16: what its layers keep of each token under a plan, in numbers.

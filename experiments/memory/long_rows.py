@@ -1,0 +1,214 @@
+"""How long may a row be, under which plan?
+
+    python -m experiments.memory.long_rows           # compiles what the data lacks: an hour of one core
+    python -m experiments.memory.long_rows --draw    # tables from the data
+
+The train step of LoRA on all linear maps, Llama-3.1-8B, one row, compiled for three cards over a base in NF4 (QLoRA)
+and in bfloat16, rank 16: the longest row that fits, to 4 % or 2,048 tokens. Each of them has been compiled; a step's
+bytes are nearly linear in the row's length, so the next length that is tried lies on the line through the last two.
+Then rank 32, as in the figures that Unsloth publishes for this model. Nothing was run: a row of half a million tokens
+takes a step of many minutes. The model has 131,072 positions; for longer rows its configuration is given more. Data in
+results/memory/long_rows.json, tables in long_rows.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from experiments.memory import common
+from experiments.memory.common import GIB
+from jaxpeft import recipe
+from jaxpeft.memory import planner, targets
+from jaxpeft.models import geometries
+
+NAME = "long_rows"
+TITLE = "llama3.1-8b, train step of LoRA on all linear maps, one row, bfloat16"
+SIZES = {"geometry": "llama3.1-8b", "batch_size": 1, "dtype": "bfloat16"}
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nf4": ("quantize+lora", {"format": "nf4"}),
+    "bfloat16": ("lora", {}),
+}
+TARGETS = ("rtx4090", "h100", "h200")
+TILE, AWAY = "blocks,tile=4096", "blocks,block_input=offload,tile=4096"
+CODES = "blocks,block_input=compress,tile=4096"
+# In this order they are compiled, those beside Unsloth's after the first.
+PLANS = (
+    ("nf4", ("everything", "matmuls", "blocks", TILE, AWAY)),
+    ("bfloat16", (TILE, AWAY, "blocks", "matmuls")),
+    ("nf4", (CODES,)),
+)
+STEP = 2048  # tokens
+FIRST = 16384  # of the first row that is compiled; a plan's like where another card has been compiled for
+NEAR = 0.04  # of a row's length: a longer one is not looked for
+MOST = 5  # compiles for one figure
+
+# Tokens with Unsloth, and with Hugging Face and FlashAttention 2, by the GB of a card: https://unsloth.ai/blog/llama3-3
+# (December 2024), "Llama 3.1 (8B) max. context length": QLoRA on all linear layers, rank 32, batch size 1, rows padded
+# to the full length.
+UNSLOTH = {24: (78_475, 5_789), 48: (191_728, 15_502), 80: (342_733, 28_454)}
+# What such a card's step is compiled for, and how many of its memories that of the card is.
+CARDS = {24: ("rtx4090", 1), 48: ("rtx4090", 2), 80: ("h100", 1)}
+
+Line = tuple[float, float]  # bytes of no row, bytes of a token
+
+
+def measure(key: common.Row) -> common.Row:
+    """A step's bytes by owner."""
+    _, options = METHODS[key["base"]]
+    method = recipe.parse(key["method"], options, rank=key["rank"])
+    sizes = (key["batch_size"], key["seq_len"], key["save"], key["dtype"])
+    config = dict(geometries.load(key["geometry"]))
+    config["max_position_embeddings"] = max(config["max_position_embeddings"], key["seq_len"])
+    made = planner.row(planner.make_step(config, method, *sizes, packed=False), targets.target(key["target"]))
+    return {name: made[name] for name in ("bytes", "host_bytes", "flops", "recompute_flops")}
+
+
+def longest(
+    rows: list[common.Row], figure: Callable[[int], common.Row] | None, room: int, like: Line | None = None
+) -> tuple[common.Row | None, Line | None]:
+    """(the longest row that fits into `room` bytes, or None; the line through the two nearest to it).
+
+    Args:
+      rows: figures of some lengths.
+      figure: a row's length -> its figure; None: there are no more.
+      room: bytes.
+      like: a line that is near.
+    """
+    rows, compiles = list(rows), 0
+    while True:
+        line = _through(sorted(rows, key=lambda row: abs(row["bytes"]["total"] - room)), like)
+        best = max((row for row in rows if row["bytes"]["total"] <= room), key=lambda row: row["seq_len"], default=None)
+        length = FIRST if line is None else _on(line, room if rows else int(0.98 * room))
+        # What does not fit makes way for the next smaller one at least.
+        length = min([length, *(row["seq_len"] - STEP for row in rows if row["bytes"]["total"] > room)])
+        near = best is not None and length <= max(best["seq_len"] + STEP - 1, (1 + NEAR) * best["seq_len"])
+        if near or length < STEP or figure is None or compiles == MOST:
+            return best, line
+        rows.append(figure(length))
+        compiles += 1
+
+
+def _on(line: Line, room: int) -> int:
+    return int((room - line[0]) / line[1]) // STEP * STEP
+
+
+def _through(rows: list[common.Row], like: Line | None) -> Line | None:
+    if not rows:
+        return like
+    first = rows[0]
+    length, size = first["seq_len"], first["bytes"]["total"]
+    if len(rows) > 1:
+        slope = (size - rows[1]["bytes"]["total"]) / (length - rows[1]["seq_len"])
+    else:
+        slope = (size - sum(first["bytes"][name] for name in ("weights", "adapters", "optimizer"))) / length
+    return size - slope * length, slope
+
+
+def collect(figures: common.Figures, names: list[str]) -> list[common.Row]:
+    """One row of the tables for each target, base and plan, and for each card of Unsloth's.
+
+    Where nothing is compiled, what the data lacks is left out.
+    """
+    lines: dict[tuple[str, str], Line] = {}
+
+    rows: list[common.Row] = []
+
+    def find(target: str, base: str, save: str, rank: int, room: int, **more: Any) -> None:
+        key = {**SIZES, "method": METHODS[base][0], "base": base, "rank": rank, "save": save, "target": target}
+        known = [row for row in figures.rows if all(row[name] == value for name, value in key.items())]
+        figure = None if figures.measure is None else lambda length: figures(**key, seq_len=length)
+        best, line = longest(known, figure, room, lines.get((base, save)))
+        if line is None or (not known and figure is None):
+            return
+        lines[base, save] = line
+        rows.append({**key, "room": room, "best": best, "slope": line[1], **more})
+
+    for base, plans in PLANS:
+        for save in plans:
+            for name in names:
+                find(name, base, save, 16, targets.target(name).usable_bytes)
+        for save in (AWAY, TILE) if (base, plans) == PLANS[0] else ():
+            for card, (name, times) in CARDS.items():
+                if name in names:
+                    find(name, "nf4", save, 32, times * targets.target(name).usable_bytes, card=card)
+    return rows
+
+
+def _tokens(row: common.Row) -> str:
+    return f"{row['best']['seq_len']:,}" if row["best"] else "none"
+
+
+def table(rows: list[common.Row]) -> str:
+    """Tokens, what they take, and what a further one would."""
+    body = []
+    for row in rows:
+        best = row["best"]
+        line: list[str | None] = [f"{row['target']}, {row['base']}, `{row['save']}`", _tokens(row)]
+        if best:
+            size = best["bytes"]
+            host = f"{best['host_bytes'] / GIB:.1f}" if best["host_bytes"] else None
+            again = f"{best['recompute_flops'] / best['flops']:.1%}"
+            line += [*(f"{size[name] / GIB:.2f}" for name in ("weights", "activations", "workspace", "total")), host]
+            line += [f"{row['slope'] / 1024:.1f}", again]
+        else:
+            line += [None] * 7
+        body.append(line)
+    header = ["target, base, plan", "tokens", "weights", "activations", "workspace", "total", "in the host's memory"]
+    return common.table([*header, "KiB a token", "recomputed"], body)
+
+
+def beside(rows: list[common.Row]) -> str:
+    """Tokens beside those that Unsloth publishes."""
+    body = []
+    for card, (name, _) in CARDS.items():
+        own = {row["save"]: _tokens(row) for row in rows if row.get("card") == card}
+        if own:
+            cells = [own.get(save) for save in (TILE, AWAY)]
+            body.append([f"{card} GB, compiled for {name}", *cells, *(f"{n:,}" for n in UNSLOTH[card])])
+    plans = [f"`{save}`" for save in (TILE, AWAY)]
+    return common.table(["card", *plans, "Unsloth", "Hugging Face + FA2"], body)
+
+
+def verdicts(rows: list[common.Row]) -> list[str]:
+    """What tiles are worth, and where that leaves this library beside Unsloth."""
+    own = [row for row in rows if "card" not in row]
+    tokens = {(row["target"], row["base"], row["save"]): row["best"]["seq_len"] for row in own if row["best"]}
+    said = []
+    for name in dict.fromkeys(row["target"] for row in own):
+        at = lambda save, name=name: f"{tokens[name, 'nf4', save]:,}"
+        said.append(
+            f"{name}, NF4: {at('everything')} tokens under everything, {at('matmuls')} under matmuls, {at('blocks')} "
+            f"under blocks, {at(TILE)} with the MLP by tiles, {at(AWAY)} with the layers' inputs in the host's memory, "
+            "too."
+        )
+    most = [max(row["slope"] for row in own if row["save"] == save) / 1024 for save in ("blocks", TILE, AWAY)]
+    said.append("A token takes at most {:.0f}, {:.0f} and {:.0f} KiB under the last three.".format(*most))
+    cards = {row["card"]: row for row in rows if "card" in row and row["save"] == AWAY and row["best"]}
+    if cards:
+        ratio = ", ".join(f"{row['best']['seq_len'] / UNSLOTH[card][0]:.1f} ({card} GB)" for card, row in cards.items())
+        said.append(f"Beside Unsloth's published rows, at rank 32 with inputs in the host's memory: {ratio} times.")
+    return said
+
+
+def document(rows: list[common.Row]) -> str:
+    """The verdicts and the tables."""
+    jax = ", ".join(sorted({row["best"]["jax"] for row in rows if row["best"]}))
+    rate = (UNSLOTH[80][0] - UNSLOTH[24][0]) / (80 - 24)
+    lines = [
+        f"# The longest row\n\n{TITLE}; GiB; JAX {jax}. Compiled, not run.\n",
+        common.bullets(verdicts(rows)),
+        table([row for row in rows if "card" not in row]),
+        "## Beside published figures\n",
+        "NF4, rank 32. Ours are of 95 % of the card's memory. Unsloth's are those of https://unsloth.ai/blog/llama3-3, "
+        f"measured\nby them; they lie on one line of {rate:,.0f} tokens per GB. 48 GB are two memories of the 24 GB "
+        "card, with the same compiler.\n",
+        beside(rows),
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    args = common.arguments(__doc__, ",".join(TARGETS))
+    rows = collect(common.Figures(NAME, None if args.draw else measure), args.targets)
+    common.write(f"{NAME}.md", document(rows))
