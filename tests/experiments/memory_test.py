@@ -5,11 +5,19 @@ import re
 
 import pytest
 
-from experiments.memory import budgets_7b, common, does_lora_reduce_memory, lora_fa_tables, remat_forms, residuals_7b
+from experiments.memory import (
+    budgets_7b,
+    common,
+    does_lora_reduce_memory,
+    long_rows,
+    lora_fa_tables,
+    remat_forms,
+    residuals_7b,
+)
 from experiments.memory.common import GIB
 from jaxpeft.memory import targets
 
-SCRIPTS = (lora_fa_tables, does_lora_reduce_memory, residuals_7b, budgets_7b, remat_forms)
+SCRIPTS = (lora_fa_tables, does_lora_reduce_memory, residuals_7b, budgets_7b, remat_forms, long_rows)
 NAMES = [script.NAME for script in SCRIPTS]
 # Llama-2-7B's parameters: embedding and head 2 V d, per layer 4 d d + 3 d f + 2 d, a norm d.
 PARAMETERS_7B = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
