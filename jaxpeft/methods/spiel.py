@@ -31,14 +31,14 @@ codes of adam8bit stay those of the entry before; other optimizers' numbers of a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import sites, sparse, tree
+from jaxpeft import entries, sites, sparse, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, about, told
@@ -49,7 +49,6 @@ from jaxpeft.model import Context, Model
 GROWTHS = {"gradient": ("candidates", "sum", "squares"), "moments": ("rows", "columns")}
 STEPS = "spiel/steps"
 VALUES = "/spiel/values"
-BETAS = (0.9, 0.999)  # Adam's
 
 
 class SpIEL(nn.Module):
@@ -76,13 +75,10 @@ class SpIEL(nn.Module):
         else:
             self.param("rows", zeros, (n,))
             self.param("columns", zeros, (m,))
-        whole = None
         if self.has_variable("params", "probe"):
             index = jnp.concatenate([index, candidates])
             values = jnp.concatenate([values, self.get_variable("params", "probe")])
-        if self.has_variable("params", "due"):
-            own = tree.flatten(ctx.shared["spiel"])[f"dense/{site.path}"]
-            whole = jnp.where(self.get_variable("params", "due"), own, 0).astype(x.dtype)
+        whole = entries.own_dense(self, "spiel", site, ctx, x.dtype)
         return inner(x) + sparse.product(x, index, values, (n, m), whole)
 
 
@@ -149,7 +145,7 @@ def spiel(
             for path in values:
                 if (name := view.role(path).name) != "trained":
                     raise InputError(f"{chained}: spiel's values are differentiated whole, and {path} would be {name}")
-            if (layers := turns(values).layers) > every:
+            if (layers := entries.turns(values, VALUES).layers) > every:
                 raise InputError(f"spiel: every {every} must be at least {layers}: that many layers take turns")
             return {**params, "spiel": {"steps": jnp.zeros((), jnp.int32), **params.get("spiel", {})}}
 
@@ -157,7 +153,7 @@ def spiel(
 
     def gradient(objective: Objective, view: View) -> Objective:
         def value_and_grad(trainable, rest, batch, key, opt_state):
-            turn = turns({path: leaf for path, leaf in trainable.items() if path.endswith(VALUES)})
+            turn = entries.turns({path: leaf for path, leaf in trainable.items() if path.endswith(VALUES)}, VALUES)
             step = rest[STEPS]
             picks, swaps = turn.now(step, every), turn.now(step - (accumulate - 1), every)
             read = _gradients_and_candidates if grow == "gradient" else _gradients_and_sums
@@ -170,7 +166,7 @@ def spiel(
                 leaves = {name: scored[f"{site}/spiel/{name}"] for name in GROWTHS[grow]}
                 leaves |= {name: {**rest, **trainable}[f"{site}/spiel/{name}"] for name in ("index", "values")}
                 swap = lambda leaves, shape=(n, m): _swapped(leaves, share, shape, step, accumulate)
-                found = _at_layer(swap, swaps[site], leaves)
+                found = entries.at_layer(swap, swaps[site], leaves)
                 said |= {f"{site}/spiel/{name}": leaf for name, leaf in {**leaves, **found}.items()}
             loss, aux = value
             return (loss, {**aux, **said}), grads
@@ -178,7 +174,7 @@ def spiel(
         return objective._replace(value_and_grad=value_and_grad)
 
     def update(optimizer, view):
-        return seeded(optax.with_extra_args_support(optimizer))
+        return entries.seeded("spiel", optax.with_extra_args_support(optimizer))
 
     def move(leaves: Leaves, moment: Moment) -> Leaves:
         trained, moved = dict(leaves.trained), dict(leaves.moved)
@@ -186,7 +182,7 @@ def spiel(
             site = path.removesuffix(VALUES)
             names = ("index", "fresh", *GROWTHS[grow])
             found = {name: told("spiel", moment.aux, f"{site}/spiel/{name}") for name in names}
-            begun = turns({path: trained[path]}).begun(site, moved[STEPS] - (accumulate - 1))
+            begun = entries.turns({path: trained[path]}, VALUES).begun(site, moved[STEPS] - (accumulate - 1))
             trained[path] = jnp.where(found.pop("fresh") | ~begun, 0, trained[path])
             moved |= {f"{site}/spiel/{name}": leaf for name, leaf in found.items()}
         moved[STEPS] = moved[STEPS] + 1
@@ -201,66 +197,6 @@ def spiel(
         merge=lambda params: sparse.fold(params, "spiel"),
         specs=(Spec("spiel", config),),
     )
-
-
-# Turns.
-
-
-class Turns(NamedTuple):
-    """sites: {site: numbers of its layers; None outside of the layers, whose turn is that of layer 0}."""
-
-    sites: dict[str, range | None]
-
-    @property
-    def layers(self) -> int:
-        return max([1, *(numbers.stop for numbers in self.sites.values() if numbers is not None)])
-
-    def now(self, step: jax.Array, every: int) -> dict[str, jax.Array]:
-        """{site: () int32, whose turn it is, as a place in its stack; -1: nobody's}."""
-        layers, phase = self.layers, step % every
-        later = -(-phase * layers // every)
-        later = jnp.where((later < layers) & (later * every // layers == phase), later, -1)
-        layer = jnp.where(step < every, jnp.where((step >= 0) & (step < layers), step, -1), later)
-
-        def place(numbers):
-            first, end = (0, 1) if numbers is None else (numbers.start, numbers.stop)
-            return jnp.where((layer >= first) & (layer < end), layer - first, -1)
-
-        return {site: place(numbers) for site, numbers in self.sites.items()}
-
-    def begun(self, site: str, step: jax.Array) -> jax.Array:
-        """(L, 1), or (): whether a layer has had a turn by this step."""
-        numbers = self.sites[site]
-        return step >= 0 if numbers is None else (jnp.arange(numbers.start, numbers.stop) <= step)[:, None]
-
-
-def turns(values: Mapping[str, Any]) -> Turns:
-    """Of {path: values} (L, k), or (k,) outside of the layers."""
-    found: dict[str, range | None] = {}
-    for path, leaf in values.items():
-        site, numbers = path.removesuffix(VALUES), None
-        if leaf.ndim > 1:
-            ((_, first, end),) = tree.segments({path.split("/", 1)[0]: {"": leaf}})
-            numbers = range(first, end)
-        found[site] = numbers
-    return Turns(found)
-
-
-def _at_layer(function: Callable[[dict], dict], place: jax.Array, leaves: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """What a function makes of one layer's leaves, written to its place; of -1 the leaves are what they were."""
-    stacked = leaves["values"].ndim > 1
-    own = {name: leaf[jnp.maximum(place, 0)] if stacked else leaf for name, leaf in leaves.items()}
-    as_it_is = lambda own: {"index": own["index"], **_none(own["values"])}
-    found = jax.lax.cond(place >= 0, function, as_it_is, own)
-    if not stacked:
-        return found
-    blank = {"index": leaves["index"], **_none(leaves["values"])}
-    return {name: blank[name].at[jnp.maximum(place, 0)].set(leaf) for name, leaf in found.items()}
-
-
-def _none(values: jax.Array) -> dict[str, jax.Array]:
-    zeros = jnp.zeros(values.shape)
-    return {"fresh": jnp.zeros(values.shape, bool), "mean": zeros, "square": zeros}
 
 
 # Scores.
@@ -286,12 +222,7 @@ def _gradients_and_candidates(objective, picks, trainable, rest, batch, key, opt
         return parted(objective.value_and_grad({**trainable, **probes}, rest, batch, key, opt_state))
 
     def pick():
-        whole, due = {}, {}
-        for site, place in picks.items():
-            leaf = values[f"{site}{VALUES}"]
-            shape = rest[sites.kernel_path(rest, site)].shape[-2:]
-            whole[f"spiel/dense/{site}"] = jnp.zeros(shape, jnp.float32)
-            due[f"{site}/spiel/due"] = jnp.arange(len(leaf)) == place if leaf.ndim > 1 else place == 0
+        whole, due = entries.dense_leaves("spiel", picks, values, rest)
         found = {**trainable, **probes, **whole}
         value, grads, sums = parted(objective.value_and_grad(found, {**rest, **due}, batch, key, opt_state))
         for site in picks:
@@ -349,74 +280,9 @@ def _swapped(own: Mapping[str, jax.Array], share: jax.Array, shape: tuple[int, i
         i, j = jnp.divmod(candidates.astype(jnp.int32), shape[1])
         squares = jnp.minimum(own["rows"][i], own["columns"][j]) / (step + 1)
         means = jnp.zeros_like(squares)
-    index, source, fresh = replaced(index, values, candidates.astype(jnp.int32), scores, count, shape)
+    index, source, fresh = entries.replaced(index, values, candidates.astype(jnp.int32), scores, count, shape)
     at = lambda x: jnp.where(fresh, x[source], 0)
     return {"index": index, "fresh": fresh, "mean": at(means), "square": at(squares)}
-
-
-def replaced(
-    index: jax.Array,
-    values: jax.Array,
-    candidates: jax.Array,
-    scores: jax.Array,
-    count: jax.Array,
-    shape: tuple[int, int],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Drops `count` entries with the least |v| for candidates with the largest scores.
-
-    Args:
-      index, values: (k,) of different entries of a matrix of this shape, and what is there.
-      candidates, scores: (k,), different entries, which may be active; those of score 0 and below are none.
-      count: () int32.
-
-    Returns:
-      Entries, all different; for each of them its candidate; and whether it is fresh, all (k,). Where a fresh one lies
-      depends on which are chosen alone, and not on the order of their scores, in which rounding may change places.
-    """
-    k = len(index)
-    numbers = jnp.arange(k)
-    order = jnp.argsort(jnp.abs(values))
-    out = jnp.zeros(k, bool).at[order].set(numbers < count)
-    slot = jnp.full(shape[0] * shape[1], -1, jnp.int32).at[index].set(numbers.astype(jnp.int32))[candidates]
-    active = slot >= 0
-    scores = jnp.where(active & ~out[slot], -1, scores)
-    best = jnp.argsort(-scores)
-    taken = jnp.zeros(k, bool).at[best].set(numbers < count) & (scores > 0)
-    stays = jnp.zeros(k, bool).at[jnp.where(taken & active, slot, k)].set(True, mode="drop")
-    grown = taken & ~active
-    source = jnp.zeros(k, jnp.int32).at[jnp.where(grown, jnp.cumsum(grown) - 1, k)].set(numbers, mode="drop")
-    free = (out & ~stays)[order]  # the smallest first
-    fresh = jnp.zeros(k, bool).at[order].set(free & (jnp.cumsum(free) <= jnp.sum(grown)))
-    source = source[jnp.maximum(jnp.cumsum(fresh) - 1, 0)]
-    return jnp.where(fresh, candidates[source], index), source, fresh
-
-
-def seeded(optimizer: optax.GradientTransformationExtraArgs) -> optax.GradientTransformationExtraArgs:
-    """The optimizer, with moments of grown entries from what has scored them."""
-
-    def update(grads, state, params=None, *, aux=None, **extra):
-        updates, state = optimizer.update(grads, state, params, aux=aux, **extra)
-        fresh = {path: told("spiel", aux, path.replace("values", "fresh")) for path in grads if path.endswith(VALUES)}
-
-        def adam(path, moments, name, bias):
-            return jnp.where(fresh[path], aux[path.replace("values", name)] * bias, moments)
-
-        def part(keys, leaf):
-            if isinstance(leaf, optax.ScaleByAdamState):
-                bias = [1 - beta ** leaf.count.astype(jnp.float32) for beta in BETAS]
-                mu, nu = dict(leaf.mu), dict(leaf.nu)
-                for path in fresh:
-                    mu[path] = adam(path, mu[path], "mean", bias[0])
-                    nu[path] = adam(path, nu[path], "square", bias[1])
-                return leaf._replace(mu=mu, nu=nu)
-            path = next((key.key for key in keys if getattr(key, "key", None) in fresh), None)
-            like = path is not None and getattr(leaf, "shape", None) == fresh[path].shape
-            return jnp.where(fresh[path], jnp.zeros_like(leaf), leaf) if like else leaf
-
-        whole = lambda x: isinstance(x, optax.ScaleByAdamState)
-        return updates, jax.tree.map_with_path(part, state, is_leaf=whole)
-
-    return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
 
 ABOUT = About(

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import jaxpeft as jp
 from jaxpeft import tree
@@ -103,9 +105,120 @@ def test_entries_that_are_there_stay():
     assert planned[f"{SITE}/speft/index"].shape == own.shape
 
 
+RATE, REFRESHED = 0.01, {"metric": "saliency", "refresh": 4}
+
+
+def refreshed(dtype=jnp.float32):
+    base, params = tiny.model(dtype)
+    method = jp.speft(0.03, targets=["up_proj"], **REFRESHED)
+    model, trainable, rest = jp.setup(method, base, params, KEY, batches=lambda: iter(BATCHES))
+    return method, model, jp.init_state(method, optax.scale_by_adam(), trainable, rest, KEY, model)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_a_choice_has_no_entry_twice_and_changes_no_product(data):
+    """Of any entries and values; numbers are quarters, so that sums are exact. What stays keeps its place and value."""
+    n, m, k = 4, 6, 5
+    index = np.array(data.draw(st.lists(st.integers(0, n * m - 1), min_size=k, max_size=k, unique=True)), np.int32)
+    values = np.array(data.draw(st.lists(st.integers(-9, 9), min_size=k, max_size=k)), np.float32) / 4
+    w, g = (np.array(data.draw(st.permutations(range(1, n * m + 1))), np.float32).reshape(n, m) for _ in range(2))
+    found = jax.jit(speft._chosen, static_argnums=4)(index, values, w, g, "saliency")
+    new, fresh = np.asarray(found["index"]), np.asarray(found["fresh"])
+    merged = w.reshape(-1).copy()
+    merged[index] += values
+    salience = abs(merged * g.reshape(-1))
+    others = np.delete(salience, new)
+    assert len(set(new.tolist())) == k and salience[new].min() >= others.max()
+    np.testing.assert_array_equal(new[~fresh], index[~fresh])
+    assert not set(new[fresh].tolist()) & set(index.tolist())
+    again = np.array(jax.jit(speft.folded)(w, index, np.where(fresh, values, 0))).reshape(-1)
+    again[new[~fresh]] += values[~fresh]
+    np.testing.assert_array_equal(again, merged)
+    np.testing.assert_array_equal(found["mean"], np.where(fresh, g.reshape(-1)[new], 0))
+
+
+@pytest.mark.slow
+def test_refreshed_masks_by_numpy():
+    """Entries, values, moments and kernels after each of 9 steps, of the gradients of the merged models."""
+    method, model, state = refreshed()
+    step = jax.jit(jp.make_train_step(model, method, optax.scale_by_adam(), rate=RATE, accumulate=2))
+    base, k, own = tiny.model()[0], int(0.03 * 32 * 56), f"{SITE}/speft/"
+    loss = lambda flat, batch: jp.completion_loss(base, tree.unflatten(flat), batch)[0]
+    gradient = jax.jit(jax.grad(loss))
+    index = np.asarray(state.moved[f"{own}index"])
+    active = [dict.fromkeys(of_layer.tolist(), (0.0, 0.0, 0.0)) for of_layer in index]
+    kernels = np.asarray(state.moved[f"{SITE}/kernel"], np.float64).reshape(3, -1).copy()
+    picks, exchanged = {4: 0, 5: 1, 6: 2, 8: 0}, 0
+    for number in range(9):
+        merged = tree.flatten(method.merge(state.params))
+        g = np.asarray(gradient(merged, tiny.batch(seed=number))[f"{SITE}/kernel"], np.float64).reshape(3, -1)
+        state, _ = step(state, tiny.batch(seed=number))
+        bias = 1 - 0.9 ** (number + 1), 1 - 0.999 ** (number + 1)
+        for layer in range(3):
+            now = kernels[layer].copy()
+            now[list(active[layer])] += [v for v, _, _ in active[layer].values()]
+            new = {}
+            for e, (value, mean, square) in active[layer].items():
+                mean, square = 0.9 * mean + 0.1 * g[layer, e], 0.999 * square + 0.001 * g[layer, e] ** 2
+                new[e] = value - RATE * mean / bias[0] / (np.sqrt(square / bias[1]) + 1e-8), mean, square
+            if picks.get(number) == layer:
+                best = set(np.argsort(-abs(now * g[layer]))[:k].tolist())
+                for e in set(new) - best:
+                    kernels[layer, e] += new.pop(e)[0]
+                    exchanged += 1
+                new |= {e: (0.0, g[layer, e] * bias[0], g[layer, e] ** 2 * bias[1]) for e in best - set(new)}
+            active[layer] = new
+        index = np.asarray(state.moved[f"{own}index"])
+        adam = state.opt_state
+        for layer in range(3):
+            assert len(set(index[layer].tolist())) == k and set(index[layer].tolist()) == set(active[layer])
+            wanted = np.array([active[layer][e] for e in index[layer].tolist()]).T
+            found = [leaf[f"{own}values"][layer] for leaf in (state.trainable, adam.mu, adam.nu)]
+            for ours, theirs in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-3 * abs(theirs).max() + 1e-12)
+        np.testing.assert_allclose(state.moved[f"{SITE}/kernel"].reshape(3, -1), kernels, rtol=1e-5, atol=1e-4)
+    assert exchanged > k  # of four choices; else nothing above is told
+
+
+def test_refreshed_state_and_a_dense_gradient_of_one_layer():
+    """Kernels in bf16 are in the state once and in their dtype; float32 arrays of a kernel's shape are one layer's."""
+    method, model, state = refreshed(jnp.bfloat16)
+    own = {path: leaf for path, leaf in state.moved.items() if "speft/" in path}
+    counters = 4 + 4
+    assert tree.num_bytes((state.trainable, own, state.opt_state)) == 3 * int(0.03 * 32 * 56) * 16 + counters
+    assert set(state.moved) - set(own) == {f"{SITE}/kernel"} and state.moved[f"{SITE}/kernel"].dtype == jnp.bfloat16
+    text = jax.jit(jp.make_train_step(model, method, optax.scale_by_adam(), rate=RATE)).lower(state, tiny.batch())
+    assert "tensor<32x56xf32>" in text.as_text() and "x32x56xf32>" not in text.as_text()
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        pytest.param(
+            lambda: jp.quantize("int8"),
+            "speft: layers/mlp/up_proj is quantized, and cannot take up what refresh folds",
+            marks=pytest.mark.slow,
+        ),
+        (jp.mezo, "speft's refresh chooses by gradients, and mezo has no backward pass"),
+        (lambda: jp.lisa(1), "speft's values are differentiated whole, and layers/mlp/up_proj/speft/values would be"),
+        (lambda: jp.full("all"), "speft's refresh folds into layers/mlp/up_proj/kernel, which would be trained"),
+    ],
+)
+def test_chains_that_refresh_refuses(other, message):
+    base, params = tiny.model(hidden_size=64, intermediate_size=128)
+    made, own = other(), jp.speft(0.03, "saliency", ["up_proj"], refresh=4)
+    chained = jp.chain(made, own) if "quantized" in message else jp.chain(own, made)
+    with pytest.raises(jp.InputError, match=re.escape(message)):
+        jp.setup(chained, base, params, KEY, batches=lambda: iter(BATCHES[:1]))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"refresh": -1}, "speft: refresh -1 must be at least 0"),
+        ({"refresh": 9, "metric": "fisher"}, "speft: refresh chooses by a step's gradient, and metric 'fisher' is of"),
+        ({"refresh": 9, "metric": "random"}, "speft: refresh chooses by a step's gradient, and metric 'random' is of"),
         ({"density": 0.0}, "speft: density 0.0 must be above 0 and at most 0.5"),
         ({"metric": "synflow"}, "speft: metric 'synflow' is not one of gradient, saliency"),
         ({}, "speft: metric 'gradient' starts from data: setup(..., batches=...)"),

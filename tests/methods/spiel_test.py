@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import jaxpeft as jp
-from jaxpeft import sparse, tree
+from jaxpeft import entries, sparse, tree
 from jaxpeft.methods import spiel
 from tests import tiny
 
@@ -65,12 +65,12 @@ def exchanged(index, values, candidates, scores, count):
 def test_never_an_entry_twice_and_the_published_choice(data):
     """Of any entries, values, candidates that overlap them, and counts; scores differ, so that the choice is unique."""
     n, m, k = 5, 8, 12
-    entries = st.lists(st.integers(0, n * m - 1), min_size=k, max_size=k, unique=True)
-    index, candidates = (np.array(data.draw(entries), np.int32) for _ in range(2))
+    lists = st.lists(st.integers(0, n * m - 1), min_size=k, max_size=k, unique=True)
+    index, candidates = (np.array(data.draw(lists), np.int32) for _ in range(2))
     order = st.permutations(range(k))
     values, scores = (np.array(data.draw(order), np.float32) - shift for shift in (3.25, 2.0))
     count = data.draw(st.integers(0, k))
-    found, source, fresh = jax.jit(spiel.replaced, static_argnums=5)(index, values, candidates, scores, count, (n, m))
+    found, source, fresh = jax.jit(entries.replaced, static_argnums=5)(index, values, candidates, scores, count, (n, m))
     found, fresh = np.asarray(found), np.asarray(fresh)
     assert len(set(found.tolist())) == k and found.min() >= 0 and found.max() < n * m
     left, incoming = exchanged(index, values, candidates, scores, count)
@@ -193,7 +193,7 @@ def test_no_stack_of_gradients_exists(save):
 
 def test_turns_are_each_layers_once_a_period():
     values = {f"layers/a{spiel.VALUES}": jnp.zeros((5, 2)), f"head{spiel.VALUES}": jnp.zeros(2)}
-    turns = spiel.turns(values)
+    turns = entries.turns(values, spiel.VALUES)
     now = [turns.now(jnp.int32(step), 7) for step in range(-2, 21)]
     places = [int(at["layers/a"]) for at in now]
     assert places[:9] == [-1, -1, 0, 1, 2, 3, 4, -1, -1]
