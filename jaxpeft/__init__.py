@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.sara import sara
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.shira import shira
+    from jaxpeft.methods.slimfit import slimfit
     from jaxpeft.methods.snell import snell
     from jaxpeft.methods.sparse_mezo import sparse_mezo
     from jaxpeft.methods.speft import speft
@@ -166,6 +167,7 @@ _MODULE_OF = {
     "to_nnx": "nnx",
     "trainable_mask": "train.masked",
     "shira": "methods.shira",
+    "slimfit": "methods.slimfit",
     "snell": "methods.snell",
     "speft": "methods.speft",
     "spiel": "methods.spiel",

@@ -226,7 +226,10 @@ def scores(
 
     Args:
       attend: (layer, x, ctx, cache, segment), with the layer's attention.
-      layer, x, ctx, segment: as those of the block; x is (B, S, d).
+      layer: the layer's parameters.
+      x: (B, S, d).
+      ctx: as the layer's.
+      segment: likewise.
       live: (B, S) bool.
       size: c.
       score: one of SCORES.
@@ -260,7 +263,8 @@ def seen(segments: jax.Array, here: jax.Array, causal: bool) -> jax.Array:
     """(B, N, N) bool: whether a token of block a may see one of block b, by the first and last document of each.
 
     Args:
-      segments: (B, N, c) int32.  here: (B, N, c) bool, what is no padding.
+      segments: (B, N, c) int32.
+      here: (B, N, c) bool, what is no padding.
       causal: whether b has to be a or before it.
     """
     most = jnp.iinfo(jnp.int32).max
