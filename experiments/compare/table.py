@@ -24,8 +24,9 @@ def find(rows: Rows, geometry: str, words: str, save: str) -> common.Row | None:
 
 
 def shown(rows: Rows, geometry: str, words: str) -> common.Row | None:
-    """The figure under `matmuls`, or under `everything` for a method that runs the layers in its own way."""
-    return find(rows, geometry, words, "matmuls") or find(rows, geometry, words, "everything")
+    """The figure under `matmuls`; of a method that refuses it under `blocks`, or `everything`."""
+    found = (find(rows, geometry, words, plan) for plan in ("matmuls", "blocks", "everything"))
+    return next(filter(None, found), None)
 
 
 def reading(row: common.Row, full: common.Row, base: float) -> str:

@@ -4,8 +4,8 @@
     python -m experiments.memory.methods_1b --draw    # table and picture from the data
 
 The train step of Llama-3.2-1B's geometry, batch 4 x 1024, bfloat16 base, compiled for an H200, with each method's
-defaults (low ranks 8) under `matmuls` (methods that run the layers in their own way: `everything`). Data in
-results/memory/methods_1b.json, table in methods_1b.md, picture in methods_1b.png.
+defaults (low ranks 8) under `matmuls` (methods that run the layers in their own way: `everything`; without a backward
+pass: `blocks`). Data in results/memory/methods_1b.json, table in methods_1b.md, picture in methods_1b.png.
 """
 
 from __future__ import annotations

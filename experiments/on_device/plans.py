@@ -5,7 +5,8 @@ Measured is the allocator's peak in a process of its own, whose arguments are th
 random numbers; `compiled_here` is what the same compiler says when it has the device at hand and may try kernels.
 
 Llama-3.2-1B's geometry at 8 x 2048 tokens, Llama-3.1-8B's at 4 x 2048, rank 16, bfloat16, by full, lora, lora_fa and
-meft under each plan, by the others under `matmuls`. A step that is predicted not to fit is not run.
+meft under each plan, by the others under `matmuls`, or `blocks` where there is no backward pass. A step that is
+predicted not to fit is not run.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ METHODS = {
     **dict.fromkeys(("lora", "full", "lora_fa"), EVERY),
     "meft": ("everything",),
     "quantize+lora": ("matmuls", "blocks"),
-    **dict.fromkeys(("dora", "lisa", "galore", "mezo", "mezo+lora", "prefix", "quantize+dora"), ("matmuls",)),
+    **dict.fromkeys(("dora", "lisa", "galore", "prefix", "quantize+dora"), ("matmuls",)),
+    **dict.fromkeys(("mezo", "mezo+lora"), ("blocks",)),
 }
 RANKED = ("lora", "lora_fa", "dora")  # get rank 16
 BESIDES = 2 << 30  # bytes that a process takes beside its step, at most

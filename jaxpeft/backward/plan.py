@@ -99,6 +99,12 @@ def parse(text: str | Plan) -> Plan:
     return plan._replace(actions=tuple(actions.items()))
 
 
+def keeps(plan: Plan) -> bool:
+    """Whether a plan asks for more than that layers are computed again from their inputs, group of rows by group."""
+    asked = [action for _, action in plan.actions if action != "recompute"]
+    return plan.preset not in ("everything", "blocks") or bool(asked)
+
+
 def without_codes(plan: Plan, names: Iterable[str]) -> bool:
     """Whether a plan's preset makes codes, and none of these is a name of which it does."""
     return plan.preset in _CODED and not {*names, *dict(plan.actions)}.intersection(_CODED[plan.preset][1])

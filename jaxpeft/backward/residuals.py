@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxpeft import tree, updates
 from jaxpeft.backward.loop import Loop, join, loop_over
 from jaxpeft.backward.passes import run_loop
-from jaxpeft.backward.plan import Plan, parse
+from jaxpeft.backward.plan import Plan, keeps, parse
 from jaxpeft.backward.tiles import tiled
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, Stack, entered, joined, scan_layers, takes_stacks, through_blocks
@@ -25,9 +25,33 @@ Form = Literal["loops", "policy"]
 FORMS = typing.get_args(Form)
 
 
-def default_plan(model: Model) -> Plan:
-    """`matmuls`; `everything` for a model that runs its layers in a way of its own, or shows none."""
-    return Plan("matmuls" if model.stack.run is scan_layers else "everything")
+def default_plan(model: Model, backward: bool = True) -> Plan:
+    """`matmuls`; `everything` for a model that runs its layers in a way of its own, or shows none.
+
+    backward: whether a step has a backward pass; else it is `blocks`, of which the layers' groups of rows are left.
+    """
+    if model.stack.run is not scan_layers:
+        return Plan("everything")
+    return Plan("matmuls" if backward else "blocks")
+
+
+def check_kept(model: Model, name: str) -> None:
+    """Refuses a plan that keeps activations in a step that has no backward pass to read them.
+
+    Args:
+      model: of the step, as `remat` has made it or not.
+      name: of the method.
+
+    Raises:
+      InputError: for such a plan; `blocks`, `tokens=` and `everything`, which is no plan, are none.
+    """
+    plan = next((p for f in (model.stack.run, model.stack.embed) if (p := getattr(f, "asked", None)) is not None), None)
+    if plan is not None and keeps(plan):
+        tokens = f",tokens={plan.tokens}" if plan.tokens != Plan().tokens else ""
+        raise InputError(
+            f"--save {plan}: {name} has no backward pass, for which activations would be kept; leave it out, or give "
+            f"blocks{tokens or ',tokens=N'}"
+        )
 
 
 def remat(
@@ -69,8 +93,16 @@ def remat(
     if form == "policy":
         from jaxpeft.backward import policy  # which records its segments here
 
-        return model._replace(stack=model.stack._replace(run=policy.planned(policy.checked(plan), trained)))
-    return model._replace(stack=model.stack._replace(run=planned(plan, shards)))
+        run = policy.planned(policy.checked(plan), trained)
+    else:
+        run = planned(plan, shards)
+    return model._replace(stack=model.stack._replace(run=_asked(run, plan)))
+
+
+def _asked(function: Any, plan: Plan) -> Any:
+    """A part of a stack, marked with the plan that was asked for, for `check_kept`."""
+    function.asked = plan
+    return function
 
 
 def _scanned(model: Model, plan: Plan, form: Form) -> Model:
@@ -93,7 +125,7 @@ def _scanned(model: Model, plan: Plan, form: Form) -> Model:
         updates.leave(state)
         return x, Context()
 
-    return model._replace(stack=model.stack._replace(embed=embed))
+    return model._replace(stack=model.stack._replace(embed=_asked(embed, plan)))
 
 
 def planned(plan: Plan, shards: int = 1) -> Callable[..., tuple[jax.Array, Any]]:

@@ -128,7 +128,8 @@ def make_step(
     plain = tree.flatten(jax.eval_shape(lambda key: base.init(key, {}), key))
     of_base = tree.unflatten(quantized.shapes_of(config, base.config, plain))
     model, trainable, rest = _set_up(method, base, key, of_base)
-    plan = residuals.default_plan(model) if save is None else parse(save)
+    backward = objective_of(model, method, {**rest, **trainable}, own.loss).backward
+    plan = residuals.default_plan(model, backward) if save is None else parse(save)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), form, method.changes)
     if update_in_backward:
         in_backward.check(model, method, accumulate, trainable)
@@ -141,7 +142,7 @@ def make_step(
     function = make_train_step(model, method, direction, own.loss, accumulate, **options)
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
-    backward = objective_of(model, method, state.leaves, own.loss).backward
+    objective_of(model, method, state.leaves, own.loss)  # refuses a plan that would have no effect
     host = frozenset(path for path in state.moved if method.role(path).host)
     if host and mesh is not None:
         raise InputError(

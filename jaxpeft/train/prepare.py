@@ -118,7 +118,9 @@ def prepare(args: Run, continued: bool = False) -> Job:
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         batches = (lambda: ()) if continued else functools.partial(shares.whole_batches, mesh, data.batches)
         model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, batches)
-    plan = plan or residuals.default_plan(model)
+    if plan is None:
+        backward = objective_of(model, method, {**rest, **trainable}, task.loss).backward
+        plan = residuals.default_plan(model, backward)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), args.remat, method.changes)
     if args.update_in_backward:
         in_backward.check(model, method, args.accumulate, trainable)
@@ -126,7 +128,7 @@ def prepare(args: Run, continued: bool = False) -> Job:
     direction = direction_of(method.specs, args.optimizer)
     optimizer = make_direction(direction, args.clip)
     state = init_state(method, optimizer, trainable, rest, run_key, model)
-    objective_of(model, method, state.leaves, task.loss)  # refuses what would train without effect
+    objective_of(model, method, state.leaves, task.loss)  # refuses what would have no effect
     if mesh is not None:
         state = shares.placed(state, sharding.of_state(mesh, state, own_of_base))
     rows = shares.rows_of(mesh, args.batch_size)

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft import tree
+from jaxpeft.backward.residuals import check_kept
 from jaxpeft.errors import InputError
 from jaxpeft.method import Leaves, Method, Moment, Objective, view_of
 from jaxpeft.model import Batch, Model
@@ -68,7 +69,8 @@ def make_train_step(
 
     Raises:
       InputError: when traced, for adapters of a model without visible layers that the loss does not depend on; for
-        updates in the backward pass that a method, a model or an optimizer cannot have.
+        updates in the backward pass that a method, a model or an optimizer cannot have; for a memory plan that keeps
+        activations where there is no backward pass.
       ValueError: for a weight decay without a rate. When traced: for a batch that `accumulate` does not divide.
       AssertionError: when traced, for a batch whose arrays differ in their rows, or gradients of other shapes than the
         trained leaves.
@@ -173,7 +175,8 @@ def objective_of(
     """What a step of a method minimises; `leaves` are all of the model's, or their shapes.
 
     Raises:
-      InputError: for trained leaves that no gradient would reach.
+      InputError: for trained leaves that no gradient would reach, or a memory plan that keeps activations for no
+        backward pass.
     """
     view = view_of(model, method, leaves, rate)
     objective = method.gradient(make_objective(model, method.loss(loss, view), accumulate), view)
@@ -182,6 +185,8 @@ def objective_of(
         raise InputError(
             f"{method.name}: {dead[0]} would train without effect: the network beside differentiates no layer"
         )
+    if not objective.backward:
+        check_kept(model, method.name)
     return objective
 
 

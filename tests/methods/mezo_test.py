@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 from scipy.special import erfinv
 
 import jaxpeft as jp
@@ -443,12 +445,65 @@ def test_merge_is_that_of_the_others():
 def test_plans_two_forward_passes():
     """No gradients, no activations, nothing computed again, and the products of two evaluations."""
     config = {**tiny.CONFIG, "num_hidden_layers": 2}
-    step = planner.make_step(config, jp.mezo(), 4, 16, "matmuls")
+    step = planner.make_step(config, jp.mezo(), 4, 16)
     assert not step.backward
     cost = planner.cost(step)
     value = lambda leaves, batch: step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
     forward = count_flops(jax.make_jaxpr(value)(step.state.moved, step.batch))
     assert (cost.flops, cost.recompute_flops, cost.activations) == (2 * forward, 0, 0)
+
+
+ESTIMATED = {
+    "mezo": jp.mezo(),
+    "lora+mezo": jp.chain(jp.lora(1), jp.mezo()),
+    "sparse_mezo": jp.sparse_mezo(),
+    "quantize+qzo": jp.chain(jp.quantize("int4", group=8), jp.qzo()),
+    "zo2": jp.zo2(),
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATED)
+def test_a_plan_that_keeps_activations_is_refused(name):
+    """Nothing would read them. `blocks` is the default, and `tokens=` and no plan at all are left."""
+    make = functools.partial(planner.make_step, tiny.CONFIG, ESTIMATED[name], 2, 16)
+    said = f"{name} has no backward pass, for which activations would be kept; leave it out, or give blocks,tokens="
+    said = said.replace("+", r"\+")
+    for save in ("matmuls", "offload", "compressed", "blocks,gate_proj=save", "blocks,block_input=offload"):
+        with pytest.raises(jp.InputError, match=f"^--save {save}: {said}N$"):
+            make(save)
+    with pytest.raises(jp.InputError, match=f"^--save matmuls,tokens=64: {said}64$"):
+        make("matmuls,tokens=64")
+    with pytest.raises(jp.InputError, match=f"^--save matmuls: {said}N$"):
+        make("matmuls", form="policy")
+    assert str(make().plan) == "blocks"
+    for save in ("blocks", "blocks,tokens=64", "blocks,gate_proj=recompute", "everything"):
+        assert str(make(save).plan) == save
+
+
+def test_a_step_of_ones_own_refuses_such_a_plan():
+    """Where it is traced; a model that shows no layers, too."""
+    model, state = start(jp.mezo(), num_hidden_layers=1)
+    step = lambda model: jp.make_train_step(model, jp.mezo(), SGD, rate=RATE)
+    with pytest.raises(jp.InputError, match="--save matmuls: mezo has no backward pass"):
+        jax.eval_shape(step(jp.remat(model, "matmuls")), state, BATCH)
+    jax.eval_shape(step(jp.remat(model, "blocks,tokens=16")), state, BATCH)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return checkpoint_name(nn.Dense(4)(x), "up"), None
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return layer()(x, None)[0]
+
+    base = jp.from_linen(Net(), {"x": jnp.ones((2, 4))})
+    leaves = tree.flatten(base.init(jax.random.key(0), {}))
+    with pytest.raises(jp.InputError, match="--save blocks,up=save: mezo has no backward pass"):
+        objective_of(jp.remat(base, "up=save"), jp.mezo(), leaves)
+    assert not objective_of(jp.remat(base, "blocks"), jp.mezo(), leaves).backward
 
 
 @pytest.mark.slow
@@ -458,7 +513,7 @@ def test_figures():
     which is moved where it is read, in one direction or four; LoRA in less.
     """
     target, config = targets.target("h200"), geometries.load("llama3.2-1b")
-    make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024, save="matmuls")
+    make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024)
     step = make(method=jp.mezo())
 
     def evaluate(leaves, batch):

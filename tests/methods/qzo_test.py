@@ -135,7 +135,7 @@ def test_refusals():
 
 def test_plans_a_forward_pass_and_one_number_per_group():
     config = {**tiny.CONFIG, "num_hidden_layers": 2}
-    step = planner.make_step(config, jp.chain(jp.quantize("int4", group=8), jp.qzo()), 4, 16, "matmuls")
+    step = planner.make_step(config, jp.chain(jp.quantize("int4", group=8), jp.qzo()), 4, 16)
     assert not step.backward and not step.state.trainable
     kernels = [leaf for path, leaf in step.state.frozen.items() if "/kernel" in path and hasattr(leaf, "scales")]
     assert tree.size(step.state.moved) == sum(kernel.size // 8 for kernel in kernels) > 0
@@ -148,7 +148,7 @@ def test_plans_a_forward_pass_and_one_number_per_group():
 def test_figures():
     """Compiled for an H200: a model of 8B in int4, one scale per 128, in the memory of its forward pass."""
     target, config = targets.target("h200"), geometries.load("llama3.1-8b")
-    make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024, save="matmuls")
+    make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024)
     method = jp.chain(jp.quantize("int4", group=128), jp.qzo())
     step = make(method=method)
     row = planner.row(step, target)["bytes"]

@@ -121,7 +121,7 @@ def test_refusals():
 
 def test_state_is_one_number_per_tensor_and_layer():
     config = {**tiny.CONFIG, "num_hidden_layers": 2}
-    step = planner.make_step(config, jp.sparse_mezo(), 4, 16, "matmuls")
+    step = planner.make_step(config, jp.sparse_mezo(), 4, 16)
     assert not step.backward and not step.state.trainable
     tensors = sum(leaf.shape[0] if tree.stacked(path) else 1 for path, leaf in step.state.moved.items())
     assert tree.num_bytes(step.state.frozen) == 4 * tensors
@@ -134,7 +134,7 @@ def test_state_is_one_number_per_tensor_and_layer():
 def test_figures():
     """Compiled for an H200: a model of 1.2B in MeZO's memory, where a mask of bits would be 147 MiB."""
     target, config = targets.target("h200"), geometries.load("llama3.2-1b")
-    make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024, save="matmuls")
+    make = functools.partial(planner.make_step, config, batch_size=4, seq_len=1024)
     sparse, plain = (planner.row(make(method=method), target)["bytes"] for method in (jp.sparse_mezo(), jp.mezo()))
     assert sparse["total"] <= plain["total"] + 8 * 2**20
     assert sparse["gradients"] == sparse["activations"] == sparse["optimizer"] == 0
