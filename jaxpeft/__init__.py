@@ -84,6 +84,7 @@ if TYPE_CHECKING:
     from jaxpeft.train.state import TrainState, init_state
     from jaxpeft.train.step import jit_step, make_train_step
     from jaxpeft.tree import combine, split
+    from jaxpeft.unused_rows import prune_embeddings
 
 _MODULE_OF = {
     "Context": "model",
@@ -157,6 +158,7 @@ _MODULE_OF = {
     "profile": "memory.functions",
     "save_pretrained": "hf",
     "setup": "method",
+    "prune_embeddings": "unused_rows",
     "pst": "methods.pst",
     "qzo": "methods.qzo",
     "randlora": "methods.randlora",
