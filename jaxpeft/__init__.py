@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.sherl import sherl
     from jaxpeft.methods.shira import shira
     from jaxpeft.methods.snell import snell
+    from jaxpeft.methods.snella import snella
     from jaxpeft.methods.sparse_mezo import sparse_mezo
     from jaxpeft.methods.speft import speft
     from jaxpeft.methods.spiel import spiel
@@ -165,6 +166,7 @@ _MODULE_OF = {
     "trainable_mask": "train.masked",
     "shira": "methods.shira",
     "snell": "methods.snell",
+    "snella": "methods.snella",
     "speft": "methods.speft",
     "spiel": "methods.spiel",
     "sparse_mezo": "methods.sparse_mezo",
