@@ -89,6 +89,13 @@ def test_kernels_without_a_score_get_what_others_leave_alone():
     assert proportional([1.0, 1.0, 1.0], 40.0) == [10.0, 10.0, 20.0]
 
 
+def scored(state, own):
+    """(L,) of a site's leaves."""
+    of = lambda name: np.asarray(state.moved[f"{own}{name}_mean"] * state.moved[f"{own}{name}_spread"], np.float64)
+    return of("p").mean((1, 2, 3)) + of("q").mean((1, 2, 3))
+
+
+@pytest.mark.slow
 def test_sensitivities_and_parts_by_numpy():
     """Five steps of two micro-batches: I and U of the step's gradient, and parts of the budget of all kernels."""
     method, model, state = start()
@@ -114,10 +121,7 @@ def test_sensitivities_and_parts_by_numpy():
         if number + 1 not in (2, 4):
             assert all((new[path] == old[path]).all() for path in new)
             continue
-        product = lambda path, name: np.asarray(
-            state.moved[path.replace("kept", f"{name}_mean")] * state.moved[path.replace("kept", f"{name}_spread")]
-        ).mean((1, 2, 3), dtype=np.float64)
-        scores = np.concatenate([product(path, "p") + product(path, "q") for path in new])
+        scores = np.concatenate([scored(state, path.removesuffix("kept")) for path in new])
         sizes = np.concatenate([np.full(3, size(path), float) for path in new])
         left = {2: 2 / 3, 4: 0.0}[number + 1]
         share = 0.4 + 0.5 * left**3
