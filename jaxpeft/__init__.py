@@ -63,6 +63,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.shira import shira
     from jaxpeft.methods.slimfit import slimfit
     from jaxpeft.methods.snell import snell
+    from jaxpeft.methods.snella import snella
     from jaxpeft.methods.sparse_mezo import sparse_mezo
     from jaxpeft.methods.speft import speft
     from jaxpeft.methods.spiel import spiel
@@ -171,6 +172,7 @@ _MODULE_OF = {
     "shira": "methods.shira",
     "slimfit": "methods.slimfit",
     "snell": "methods.snell",
+    "snella": "methods.snella",
     "speft": "methods.speft",
     "spiel": "methods.spiel",
     "sparse_mezo": "methods.sparse_mezo",

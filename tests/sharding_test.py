@@ -28,7 +28,7 @@ SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
 ALIKE = {"dora", "ia3", "int21", "lamda", "llm_qfa", "loha", "lokr", "lq_lora", "miss", "oft", "paca", "peqa", "speft"}
 ALIKE |= {"svfit", "velora", "vera", "welore", "ba_lora", "owlore", "sparse_mezo", "dept", "unipt"}
 ALIKE |= {"bitfit", "direft", "ln_tuning", "parallel", "pfeiffer", "natural_galore", "half", "ist", "randlora", "sherl"}
-ALIKE |= {"pst", "qzo", "sara", "shira", "snell", "vblora", "loreft", "houlsby", "lora_fa", "mixlora"}
+ALIKE |= {"pst", "qzo", "sara", "shira", "snell", "snella", "vblora", "loreft", "houlsby", "lora_fa", "mixlora"}
 ALIKE |= {"wta_crs", "meft", "zo2", "lemo", "slimfit"}
 METHODS = [name for name in methods_test.METHODS if name not in ALIKE]
 

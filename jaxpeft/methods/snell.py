@@ -52,8 +52,8 @@ class SNELL(nn.Module):
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
         n, m = site.kernel.shape
-        p = self.param("p", _uniform, (2, n, self.rank // 2))
-        q = self.param("q", _uniform, (2, m, self.rank // 2))
+        p = self.param("p", uniform, (2, n, self.rank // 2))
+        q = self.param("q", uniform, (2, m, self.rank // 2))
 
         def change(x, p, q):
             d = update(p, q, self.sparsity).astype(x.dtype)
@@ -62,17 +62,27 @@ class SNELL(nn.Module):
         return inner(x) + jax.checkpoint(change, prevent_cse=False)(x, p, q)
 
 
-def _uniform(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def uniform(key: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """As kaiming_uniform_ of a stack (2, n, r/2)."""
     bound = (shape[1] * shape[2]) ** -0.5
     return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
 
 def update(p: jax.Array, q: jax.Array, sparsity: float) -> jax.Array:
     """D (n, m) float32 of p (2, n, r/2) and q (2, m, r/2)."""
-    k = SCALE * (distances(p[0], q[0]) - distances(p[1], q[1]))
+    k = similarities(p, q)
+    return sparsified(k, jnp.int32(k.size - int(sparsity * k.size)))
+
+
+def similarities(p: jax.Array, q: jax.Array) -> jax.Array:
+    """K (n, m)."""
+    return SCALE * (distances(p[0], q[0]) - distances(p[1], q[1]))
+
+
+def sparsified(k: jax.Array, kept: jax.Array) -> jax.Array:
+    """K |K| at the `kept` () int32 entries with the largest |K|, else 0; |K| is a constant."""
     size = jnp.abs(jax.lax.stop_gradient(k))
-    kept = k.size - int(sparsity * k.size)
-    return k * jnp.where(sparse.largest(size, jnp.int32(kept)), size, 0)
+    return k * jnp.where(sparse.largest(size, kept), size, 0)
 
 
 def distances(p: jax.Array, q: jax.Array) -> jax.Array:
@@ -98,16 +108,7 @@ def snell(rank: int = 32, sparsity: float = 0.9, targets: _lora.Targets = "all-l
         leaves an update empty; a kernel of more than 2^31 - 1 entries; or targets that match nothing.
     """
     config = dict(locals())
-    if rank < 2 or rank % 2:
-        raise InputError(f"snell: rank {rank} must be an even number of at least 2: half of it is of each distance")
-    if not 0 <= sparsity < 1:
-        raise InputError(f"snell: sparsity {sparsity} must be at least 0 and below 1")
-    large = sparse.chosen_sites("snell", targets, 1 - sparsity, f"sparsity {sparsity}")
-    ranked = _lora.chosen_sites("snell", targets, lambda site: rank)
-
-    def choose(params):
-        large(params)
-        return ranked(params)
+    choose = chosen_sites("snell", targets, rank, sparsity)
 
     return Method(
         forward=lambda model, view: sites.attach(model, "snell", lambda site: SNELL(rank, sparsity), choose),
@@ -115,6 +116,27 @@ def snell(rank: int = 32, sparsity: float = 0.9, targets: _lora.Targets = "all-l
         merge=lambda params: fold(params, sparsity),
         specs=(Spec("snell", config),),
     )
+
+
+def chosen_sites(name: str, targets: _lora.Targets, rank: int, sparsity: float) -> Callable[[tree.Params], list[str]]:
+    """params -> the sites that `targets` names.
+
+    Raises:
+      InputError: for a rank or a sparsity out of its range; when called, as `sparse.chosen_sites` and
+        `lora.chosen_sites` do.
+    """
+    if rank < 2 or rank % 2:
+        raise InputError(f"{name}: rank {rank} must be an even number of at least 2: half of it is of each distance")
+    if not 0 <= sparsity < 1:
+        raise InputError(f"{name}: sparsity {sparsity} must be at least 0 and below 1")
+    large = sparse.chosen_sites(name, targets, 1 - sparsity, f"sparsity {sparsity}")
+    ranked = _lora.chosen_sites(name, targets, lambda site: rank)
+
+    def choose(params):
+        large(params)
+        return ranked(params)
+
+    return choose
 
 
 def fold(params: Mapping[str, object], sparsity: float) -> tree.Params:
