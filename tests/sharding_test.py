@@ -45,11 +45,11 @@ from tests import methods_test, sharding_test, tiny
 def run(name, meshes):
     name, _, how = name.partition(" ")
     groups, kind = how == "in groups", how if how in sharding_test.OPTIMIZERS else None
-    config = methods_test.contract.about(name).promises.config
-    base, params = tiny.model(**sharding_test.SIZES, **config)
+    promises = methods_test.contract.about(name).promises
+    base, params = tiny.model(**sharding_test.SIZES, **promises.config)
     method = methods_test.made(name)
     model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
-    plan = parse(how) if how and not groups and not kind else residuals.default_plan(model)
+    plan = parse(how) if how and not groups and not kind else residuals.default_plan(model, promises.backward)
     model = residuals.remat(model, plan._replace(tokens=16) if groups else plan, 8 if groups else 1)
     optimizer = methods_test.make_direction(kind or methods_test.defaults(method.specs).direction)
     step = jp.make_train_step(model, method, optimizer, rate=1e-3)
