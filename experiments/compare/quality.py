@@ -20,7 +20,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,6 +37,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.hf import load_tokenizer
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
+from jaxpeft.train.step import objective_of
 from jaxpeft.train.task import TASKS
 
 SEEDS = (0, 1, 2)
@@ -108,7 +109,10 @@ def rows_of(task: str) -> Rows:
 
 
 class Runner:
-    """One task and one method, compiled once for all rates and seeds."""
+    """One task and one method, compiled once for all rates and seeds; for a rate, where the step's own moves leaves.
+
+    A method without a backward pass (MeZO) moves the base's leaves itself, and asks the step for its rate.
+    """
 
     def __init__(self, name: str, words: str):
         self.protocol, self.rows, self.task = DATA[name], rows_of(name), TASKS[DATA[name].kind]
@@ -120,13 +124,26 @@ class Runner:
         self.method = self.task.method(contestants.make(words))
         per_epoch = len(self.rows.train) / self.protocol.batch
         self.steps = self.protocol.steps or math.ceil(self.protocol.epochs * per_epoch)
+        self.direction = make_direction(defaults(self.method.specs).direction or "adam")
+        self.model, trainable, rest = self.setup(0)
+        objective = objective_of(self.model, self.method, {**rest, **trainable}, self.task.loss)
+        own = any(self.method.role(path).name == "moved" for path in rest) and not objective.backward
+        self.trainer = functools.lru_cache(maxsize=1)(self.of_its_rate if own else self.of_any_rate())
+        self.eval_step = Compiled(self.task.eval_step(self.model))
+
+    def of_its_rate(self, lr: float) -> tuple[Any, Any]:
+        """(step, optimizer), with this rate as the step's."""
+        schedule = make_schedule("linear", lr, self.steps, self.steps // 10)
+        step = jp.make_train_step(self.model, self.method, self.direction, self.task.loss, rate=schedule)
+        return Compiled(step, steps=True), self.direction
+
+    def of_any_rate(self) -> Callable[[float], tuple[Any, Any]]:
+        """The same for each rate, which lies in the optimizer's state: one compiled step."""
         schedule = make_schedule("linear", 1.0, self.steps, self.steps // 10)
-        direction = make_direction(defaults(self.method.specs).direction or "adam")
-        self.unit = optax.chain(direction, optax.scale_by_learning_rate(schedule))
-        model, *_ = self.setup(0)
-        self.model = model
-        step = jp.make_train_step(model, self.method, optax.chain(self.unit, by_state(1.0)), self.task.loss)
-        self.step, self.eval_step = Compiled(step, steps=True), Compiled(self.task.eval_step(model))
+        unit = optax.chain(self.direction, optax.scale_by_learning_rate(schedule))
+        step = jp.make_train_step(self.model, self.method, optax.chain(unit, by_state(1.0)), self.task.loss)
+        compiled = Compiled(step, steps=True)
+        return lambda lr: (compiled, optax.chain(unit, by_state(lr)))
 
     def batches(self, seed: int) -> Any:
         made = data.make_batches(self.rows.train, self.protocol.batch, self.protocol.tokens, seed, **self.layout)
@@ -149,11 +166,11 @@ class Runner:
     def __call__(self, lr: float, seed: int) -> common.Row:
         began = time.process_time()
         _, trainable, frozen = self.setup(seed)
-        optimizer = optax.chain(self.unit, by_state(lr))
+        step, optimizer = self.trainer(lr)
         state = jp.init_state(self.method, optimizer, trainable, frozen, jax.random.key(200 + seed), model=self.model)
         own = {path: leaf for path, leaf in trainable.items() if not path.startswith("classifier/")}
         for batch in self.batches(seed):
-            state, _ = self.step(state, batch)
+            state, _ = step(state, batch)
         tuned, tested = self.scores(state, self.rows.tune), self.scores(state, self.rows.test)
         found = {"tune_loss": tuned["loss"], "loss": tested["loss"], "trained": tree.size(own)}
         if "accuracy" in tested:
