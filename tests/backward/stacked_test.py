@@ -26,6 +26,7 @@ CONFIG = {
 
 
 @pytest.mark.usefixtures("optimised")
+@pytest.mark.slow
 def test_a_layer_is_taken_once_for_all_groups(monkeypatch, tmp_path):
     """Where products cannot read stacks; only a kernel that the backward pass reads once is taken by each group."""
 

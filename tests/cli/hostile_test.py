@@ -148,6 +148,7 @@ def test_a_closed_stderr_takes_no_status_away():
     assert subprocess.run(command, shell=True, cwd=REPOSITORY, stdout=subprocess.DEVNULL).returncode == 2
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough():
     command = f"{sys.executable} -m jaxpeft plan --model tinyllama-1.1b --method lora,lst --batch-size 1 --seq-len 8"
     with subprocess.Popen(

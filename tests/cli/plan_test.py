@@ -26,6 +26,7 @@ def document(capsys, *flags):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_kernel_that_does_not_serve_is_one_line(config):
     """On stderr, once, without a place in our code."""
     pytest.importorskip("jax_plugins.xla_cuda13")

@@ -40,7 +40,7 @@ def profiled(target, dump, method, save, **more):
     return step, cost, profile.read(dump, profile.step_owners(step.state, step.batch, step.base, metrics))
 
 
-@pytest.mark.parametrize("target", ["h200", "v5p"])
+@pytest.mark.parametrize("target", ["h200", pytest.param("v5p", marks=pytest.mark.slow)])
 def test_lora_keeps_what_the_plan_says(target, tmp_path):
     _, cost, found = profiled(target, tmp_path, jp.lora(rank=16, targets="all-linear"), "matmuls")
     assert found.unattributed_bytes <= 0.02 * found.live_bytes

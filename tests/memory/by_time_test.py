@@ -110,6 +110,7 @@ def timed(monkeypatch):
     return cpu, times
 
 
+@pytest.mark.slow
 def test_the_search_takes_the_least_of_what_it_compiled(timed):
     cpu, times = timed
     said = []

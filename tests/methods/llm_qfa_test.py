@@ -100,6 +100,7 @@ def test_the_schedule_trains_budgets_at_both_ends():
     np.testing.assert_allclose(means, [float(llm_qfa.expected(s, 100, WIDTHS)) for s in steps], atol=0.6)
 
 
+@pytest.mark.slow
 def test_the_search_finds_the_best_within_a_budget():
     """Of three layers it may see all 27: the least loss that the budget allows."""
     _, _, _, model, trainable, frozen = made()

@@ -163,6 +163,7 @@ def test_eva_starts_where_peft_s_does(llama):
     reference.assert_close(reference.logits(adapted, jp.combine(trainable, rest)), reference.logits(base, params))
 
 
+@pytest.mark.slow
 def test_eva_of_several_batches_is_that_of_all_rows():
     """Against the decomposition of all inputs at once, less their mean; of rank n / 2 the increments lose nothing."""
     base, params = tiny.model()
@@ -256,6 +257,7 @@ def test_lora_ga_starts_where_peft_s_does(llama, options, tmp_path):
         np.testing.assert_array_equal(back[path], leaf)
 
 
+@pytest.mark.slow
 def test_lora_ga_s_sketch_of_a_smaller_rank():
     """The first singular vectors of the mean gradient, which is never made, also over packed kernels."""
     base, params = tiny.model()

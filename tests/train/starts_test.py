@@ -116,6 +116,7 @@ print(json.dumps({init: far(init) for init in ("eva", "lora_ga")}))
 """
 
 
+@pytest.mark.slow
 def test_on_a_mesh_the_start_is_one_device_s():
     flags = "--xla_force_host_platform_device_count=4"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
