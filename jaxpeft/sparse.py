@@ -23,6 +23,11 @@ from jaxpeft.quant import merged as as_merged
 LARGEST = 2**31 - 1  # entries that int32 tells apart
 
 
+def ahead(step: jax.Array, begin: int, until: int) -> jax.Array:
+    """(1 - t / (until - begin))^3 () float32, t the steps done between the two: what a cubic schedule has before it."""
+    return (1 - jnp.clip((step - begin) / (until - begin), 0, 1)) ** 3
+
+
 def product(
     x: jax.Array, index: jax.Array, values: jax.Array, shape: tuple[int, int], whole: jax.Array | None = None
 ) -> jax.Array:
@@ -62,7 +67,8 @@ def largest(scores: jax.Array, count: jax.Array) -> jax.Array:
 
     By bisection on the bits of the least of them: 32 counts, in place of the sorting of n m numbers.
     """
-    bits = jax.lax.bitcast_convert_type(jnp.where(scores == 0, 0, scores.astype(jnp.float32)), jnp.uint32)
+    bits = jax.lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
+    bits = jnp.where(bits << 1, bits, 0)  # -0 is 0; as numbers, those below 2^-126 would equal it too
     keys = jnp.where(bits >> 31, ~bits, bits | jnp.uint32(1 << 31))  # ordered as the numbers are
 
     def digit(place, least):

@@ -106,8 +106,7 @@ def _(primals, tangents):
 
 def sparsity_at(step: jax.Array, sparsity: float, begin: int, until: int) -> jax.Array:
     """s () float32 after so many steps."""
-    left = 1 - jnp.clip((step - begin) / (until - begin), 0, 1)
-    return jnp.float32(sparsity) * (1 - left**3)
+    return jnp.float32(sparsity) * (1 - sparse.ahead(step, begin, until))
 
 
 def pst(

@@ -37,7 +37,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import sites, tree
+from jaxpeft import sites, sparse, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, about, told
@@ -202,8 +202,7 @@ def sensitivity(mean: jax.Array, spread: jax.Array, product: jax.Array) -> tuple
 
 def sparsity_at(step: jax.Array, initial: float, sparsity: float, begin: int, until: int) -> jax.Array:
     """The share () float32 of zeros after so many steps."""
-    left = 1 - jnp.clip((step - begin) / (until - begin), 0, 1)
-    return jnp.float32(sparsity) - jnp.float32(sparsity - initial) * left**3
+    return jnp.float32(sparsity) - jnp.float32(sparsity - initial) * sparse.ahead(step, begin, until)
 
 
 def shared_out(scores: Mapping[str, jax.Array], sizes: Mapping[str, int], share: jax.Array) -> dict[str, jax.Array]:
