@@ -67,23 +67,24 @@ def takes_stacks(block: Callable[..., Any]) -> bool:
     return getattr(block, "reads_stacks", False)
 
 
-def by_token(part: Callable[..., Any], like: Callable[..., Any] | None = None) -> Callable[..., Any]:
+def by_token(part: Callable[..., Any]) -> Callable[..., Any]:
     """A stack's part, marked as one that takes tokens one by one: what it gives of a token follows from that token.
 
-    A function around a part is not marked unless it marks itself.
-
-    Args:
-      part: to be marked.
-      like: marks `part` only if this one is marked.
+    A function around a part is not marked unless it marks itself (`marked_as`).
     """
-    if like is None or takes_by_token(like):
-        part.by_token = True  # type: ignore[attr-defined]
+    part.by_token = True  # type: ignore[attr-defined]
     return part
 
 
 def takes_by_token(part: Callable[..., Any]) -> bool:
     """Whether `by_token` has marked a part."""
     return getattr(part, "by_token", False)
+
+
+def marked_as(function: Callable[..., Any], inner: Callable[..., Any]) -> Callable[..., Any]:
+    """A function around a block or part, which reads nothing in a way of its own, with the marks of the inner one."""
+    function = reads_stacks(function, like=inner)
+    return by_token(function) if takes_by_token(inner) else function
 
 
 def through_blocks(run: Callable[..., Any]) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ import optax
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, told, trained
-from jaxpeft.model import Model, by_token, reads_stacks
+from jaxpeft.model import Model, marked_as
 from jaxpeft.quant import is_packed
 from pallas_kernels.stacked import taken
 
@@ -140,7 +140,7 @@ class Sampler(NamedTuple):
                     flat[at] = _chosen(leaf, masters, own[self.drawn_as(path)], ctx.layer)
                 return function(tree.unflatten(flat), x, ctx, cache, segment)
 
-            return by_token(reads_stacks(call, like=function), like=function)
+            return marked_as(call, function)
 
         return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed))
 

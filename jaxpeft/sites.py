@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxpeft import tree
 from jaxpeft.errors import InputError
 from jaxpeft.linear import Through, product, runs
-from jaxpeft.model import Context, Model, by_token, reads_stacks
+from jaxpeft.model import Context, Model, marked_as
 from jaxpeft.models.layers import Dense
 from jaxpeft.quant import dot, is_packed, low_rank_dot
 from jaxpeft.targets import chooses, find, first_match, kernel_path
@@ -253,7 +253,7 @@ def attach(
             with adapted(f"{segment}/", ctx, {segment: layer}):
                 return function(layer, x, ctx, cache, segment)
 
-        return by_token(reads_stacks(call, like=function), like=function)
+        return marked_as(call, function)
 
     def head(params, x):
         with adapted("", Context(shared=beside(params)), params):
@@ -307,7 +307,7 @@ def wrap(model: Model, name: str, adapter: nn.Module, modules: Sequence[str], se
             with nn.intercept_methods(intercept):
                 return function(*args, **named)
 
-        return by_token(reads_stacks(call, like=function), like=function)
+        return marked_as(call, function)
 
     return model._replace(init=init, stack=model.stack.map_layers(layer))
 

@@ -31,7 +31,7 @@ from jaxpeft import tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, View, trains
-from jaxpeft.model import Model, by_token, reads_stacks
+from jaxpeft.model import Model, marked_as
 from jaxpeft.peft import form
 from jaxpeft.peft.base import config_of, shapes_of
 from jaxpeft.targets import among
@@ -105,7 +105,7 @@ def on_copies(model: Model, view: View, scope: str, choose: Callable[[list[str]]
         def call(layer, *rest, **named):
             return block(in_place(layer, scope), *rest, **named)
 
-        return by_token(reads_stacks(call, like=block), like=block)
+        return marked_as(call, block)
 
     stack = model.stack.map_layers(tuned)
     stack = stack._replace(
