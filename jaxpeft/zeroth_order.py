@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft import host, noise, tree
+from jaxpeft import forward_mode, host, noise, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Leaves, Method, Moment, Objective, Role, View, shapes_of
 from jaxpeft.model import Context, Model, reads_stacks, runs_through_blocks
@@ -39,7 +39,7 @@ from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import mean_over
 from pallas_kernels.stacked import taken
 
-VARIANTS = ("sgd", "one_sided", "sign", "momentum", "adam", "conservative", "blockwise")
+VARIANTS = ("sgd", "one_sided", "sign", "momentum", "adam", "conservative", "blockwise", "forward")
 MOMENTS = {  # with their numbers per trained one
     "momentum": (functools.partial(optax.trace, decay=0.9), 1),
     "adam": (optax.scale_by_adam, 2),
@@ -247,6 +247,8 @@ def _slopes(
         values, aux = losses(jnp.repeat(draws, len(sides), axis=0), jnp.tile(sides, (n, 1)))
         found = ((values[0::2] - values[1::2]) / (2 * eps)).reshape(n, -1)
         slopes = jnp.zeros((n, len(held))).at[:, np.flatnonzero(held)].set(found)
+    elif settings.variant == "forward":  # at theta itself, with a tangent beside each value
+        values, slopes, aux = forward_mode.jvp(lambda far: losses(draws, far), jnp.zeros(n), jnp.ones(n))
     else:
         values, aux = losses(jnp.repeat(draws, 2, axis=0), jnp.tile(jnp.array([eps, -eps]), n))
         slopes = (values[0::2] - values[1::2]) / (2 * eps)

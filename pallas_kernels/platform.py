@@ -78,6 +78,8 @@ class KernelFallback(UserWarning):
 
 # operation's name -> its FLOPs as a function of its (args as ShapeDtypeStructs, **static); see `operation`.
 FLOPS: dict[str, Callable[..., float]] = {}
+# operation's name -> its default implementation: plain JAX, of the same arguments.
+DEFAULTS: dict[str, Callable[..., Any]] = {}
 # operation's name -> the same of what is left of it when only the outputs with these numbers are used.
 PARTS: dict[str, Part] = {}
 # operation's name -> the operation that takes a `Stacked` last, and writes its first result there; see `operation`.
@@ -164,6 +166,7 @@ def operation(
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
+    DEFAULTS[name] = default
     if flops is not None:
         FLOPS[name] = flops
     if into is not None:

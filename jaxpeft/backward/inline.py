@@ -25,7 +25,7 @@ from jaxpeft import source
 from jaxpeft.backward.flops import equation_flops
 from jaxpeft.backward.programs import name_of
 
-Change = Callable[[Any, list[Any]], list[Any] | None]
+Change = Callable[[Any, list[Any]], list[Any] | Any | None]
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 _MODULE = re.compile(r"[A-Za-z_]\w*")  # in a name stack; other words say how something is computed
@@ -39,13 +39,16 @@ def evaluate(closed: ClosedJaxpr, inputs: Sequence[Any], change: Change = lambda
     Args:
       closed: the function.
       inputs: one of each of its variables.
-      change: (equation, its inputs) -> what it gives in place of its own results; None leaves it as it is.
+      change: (equation, its inputs) -> what it gives in place of its own results, as a list, or the equation that
+        takes its place; None leaves it as it is.
     """
     jaxpr = closed.jaxpr
     values = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*closed.consts, *inputs], strict=True))
     for equation in jaxpr.eqns:
         known = [v.val if isinstance(v, Literal) else values[v] for v in equation.invars]
         results = change(equation, known)
+        if results is not None and not isinstance(results, list):
+            results = _alone(jaxpr, results, known)
         if results is None:
             called = _called(equation)
             if called is None:

@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.errors import InputError
+
 
 class Fixed(NamedTuple):
     """Streams as int32 multiples of 2^-bits."""
@@ -25,7 +27,7 @@ class Fixed(NamedTuple):
 
     def encode(self, x: jax.Array) -> jax.Array:
         """Rounds to nearest."""
-        return jnp.round(x.astype(jnp.float32) * 2.0**self.bits).astype(jnp.int32)
+        return _integers(x.astype(jnp.float32) * 2.0**self.bits)
 
     def decode(self, s: jax.Array, dtype: Any) -> jax.Array:
         """The value, rounded to the type."""
@@ -51,6 +53,19 @@ class Fixed(NamedTuple):
         product = s if lost is None else (s << k) | unpack(lost, k, s.shape[-2])
         inverse = pow(n, -1, 2**32)
         return product * jnp.int32(inverse - 2**32 if inverse >= 2**31 else inverse)
+
+
+@jax.custom_jvp
+def _integers(x: jax.Array) -> jax.Array:
+    """x float32 rounded to int32. Their derivative, which JAX takes for zero, is refused."""
+    return jnp.round(x).astype(jnp.int32)
+
+
+@_integers.defjvp
+def _(primals, tangents):
+    raise InputError(
+        "streams in fixed point have no derivative in forward mode: give meft exact=False, or leave it out"
+    )
 
 
 class Float(NamedTuple):
