@@ -63,8 +63,9 @@ RULES: tuple[tuple[str, Spec], ...] = (
 )
 
 
-# A table lies by columns, so that a device looks all words up in its own; as a head it is divided by words.
-TIED = ("embed_tokens/embedding", ("tensor", None))
+# A table lies by columns, so that a device looks all words up in its own; as a head it is divided by words: exchanged
+# over tensor, then gathered over fsdp. Asked for at once, XLA would make all of the table on each device.
+TIED, _AS_HEAD = "embed_tokens/embedding", ("tensor", "fsdp")
 
 
 # A mesh.
@@ -445,6 +446,6 @@ def gathered(params: tree.Params, segment: str = "", wanted: Callable[[str], Any
         # A head's gradient adds up over the chunks of the loss: it is summed over the devices once, at their end.
         return _gather(divided, whole, x) if segment else _constrained(divided, whole, x)
 
-    specs = {path: TIED[1] if path == TIED[0] else spec_of(path, shapes) for path in flat}
+    specs = {path: _AS_HEAD if path == TIED else spec_of(path, shapes) for path in flat}
     found = {path: _each(mesh, leaf, specs[path], 0, put) if wanted(path) else leaf for path, leaf in flat.items()}
     return tree.unflatten({path.removeprefix(f"{segment}/"): leaf for path, leaf in found.items()})

@@ -21,10 +21,12 @@ Index = tuple[slice, ...]
 
 
 def make_mesh(asked: str | None) -> Mesh | None:
-    """The mesh that is asked for, as `sharding.make_mesh` reads it; of several processes that ask for none, fsdp over
-    all devices.
+    """The mesh that is asked for, as `sharding.make_mesh` reads it.
+
+    Fsdp over all devices where nothing is divided but weights ("auto"; with a batch `sharding.auto` chooses), and for
+    several processes that ask for none.
     """
-    if asked is None and distributed.group() is not None:
+    if asked == "auto" or (asked is None and distributed.group() is not None):
         asked = f"fsdp={jax.device_count()}"
     return None if asked is None else sharding.make_mesh(asked)
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jaxpeft import sharding, tree
@@ -66,6 +67,8 @@ def run(name, meshes):
 
     losses, leaves = steps(start, batch, jax.jit(step))
     found = {"one": {"losses": losses}}
+    if name == "lora":
+        found["one"]["head"] = sharding_test.head_of_a_table()
     for text in meshes:
         mesh = sharding.make_mesh(text.removesuffix(" backwards"), jax.devices()[:: -1 if "backwards" in text else 1])
         of_state = sharding.of_state(mesh, start, tree.flatten(params))
@@ -81,6 +84,16 @@ def run(name, meshes):
 
 print(json.dumps({name: run(name, meshes) for name, meshes in json.loads(sys.argv[1]).items()}))
 """
+
+
+def head_of_a_table():
+    """The program of logits whose head is the table of words."""
+    mesh = sharding.make_mesh(MESHES[-2])
+    table = {"embed_tokens/embedding": jnp.ones((96, 64))}
+    table = jax.device_put(table, sharding.of_leaves(mesh, table))
+    logits = lambda table, x: x @ sharding.gathered(tree.unflatten(table))["embed_tokens"]["embedding"].T
+    with jax.set_mesh(mesh):
+        return jax.jit(logits).lower(table, jnp.ones((8, 64))).compile().as_text()
 
 
 def on_meshes(wanted):
@@ -184,6 +197,13 @@ def test_a_prompt_gathers_no_kernel_a_second_time(found):
     }
     counts = {name: sum(shape in kernels for shape in shapes) for name, shapes in gathered.items()}
     assert 0 < counts["prompt"] <= counts["lora"]
+
+
+def test_a_table_becomes_a_head_without_all_of_it_on_a_device(found):
+    """Its columns are exchanged for words, and gathered only then."""
+    hlo = found["lora"]["one"]["head"]
+    assert [shape for _, shape in collectives(hlo, "all-gather")] == [(48, 64)]
+    assert collectives(hlo, "all-to-all") and not collectives(hlo, "all-reduce")
 
 
 def test_without_fsdp_nothing_is_gathered(found):

@@ -73,8 +73,8 @@ class ProcessArguments:
     """A command that may divide a model over devices, and over processes."""
 
     mesh: str | None = None
-    """Devices to divide the model over, AXIS=DEVICES,...: fsdp, tensor. Default: one; with several processes fsdp over
-    all of their devices."""
+    """Devices to divide the model over, AXIS=DEVICES,...: fsdp, tensor; auto: fsdp over all of them. Default: one; with
+    several processes as auto."""
     processes: int | Literal["auto"] | None = None
     """Processes that do it together, each started with the same flags; auto asks JAX. Default: as SLURM's srun, Open
     MPI's mpirun or JAX_NUM_PROCESSES say, else one."""

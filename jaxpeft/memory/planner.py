@@ -25,12 +25,11 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpeft import compilation, sharding, tree
+from jaxpeft import compilation, host, sharding, tree
 from jaxpeft.backward import passes, residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.passes import Segment
 from jaxpeft.backward.plan import Plan, parse
-from jaxpeft.errors import InputError
 from jaxpeft.hf import quantized
 from jaxpeft.memory import hlo, targets
 from jaxpeft.memory.owners import Owners, step_owners
@@ -143,13 +142,9 @@ def make_step(
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
     objective_of(model, method, state.leaves, own.loss)  # refuses a plan that would have no effect
-    host = frozenset(path for path in state.moved if method.role(path).host)
-    if host and mesh is not None:
-        raise InputError(
-            f"{method.name}: what it keeps in the host's memory is planned for one device; leave --mesh out"
-        )
+    away = frozenset(path for path in state.moved if method.role(path).host)
     rows = (accumulate, own, batch_size, length)
-    return Step(function, state, batch, paths, model, plan, *rows, backward, form, mesh, update_in_backward, host)
+    return Step(function, state, batch, paths, model, plan, *rows, backward, form, mesh, update_in_backward, away)
 
 
 def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, tree.Flat, tree.Flat]:
@@ -285,10 +280,16 @@ def lowered(step: Step, target: Target) -> Any:
             lowered = jax.jit(in_place(step.function), donate_argnums=0).lower(changing, *rest)
             return targets.in_host_memory(lowered) if step.host else lowered
         state, batch = placed(step)
+        if target.platform == "tpu":
+            away = {
+                path: _lying(leaf, host.of(leaf.sharding)) for path, leaf in state.moved.items() if path in step.host
+            }
+            state = state._replace(moved={**state.moved, **away})
         there = jax.tree.map(lambda x: x.sharding, state.parted[0])
         with on_mesh(step):
             function = jax.jit(in_place(step.function), donate_argnums=0, out_shardings=(there, None))
-            return function.lower(*state.parted, batch)
+            lowered = function.lower(*state.parted, batch)
+            return targets.in_host_memory(lowered) if step.host else lowered
 
 
 def _lying(x: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:

@@ -21,8 +21,8 @@ def test_the_document_is_drawn_from_the_data(points):
     assert pods.document(*points) == (pods.FOLDER / f"{pods.NAME}.md").read_text()
 
 
-BEYOND = (("full", "llama3.1-70b"), ("full", "llama3.1-405b"))
-GROWS = pytest.mark.xfail(reason="full fine-tuning: 5.3 and 8.3 % from 64 chips to 1024", strict=True)
+BEYOND = (("full", "llama3.1-405b"),)
+GROWS = pytest.mark.xfail(reason="5.6 % from 64 chips to 1024, and it fits neither: docs/pods.md", strict=True)
 
 
 @pytest.mark.parametrize("method", pods.METHODS)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import assets, checkpoint, host, shares, tree
-from jaxpeft.memory import planner, targets
+from jaxpeft import assets, checkpoint, host, sharding, shares, tree
+from jaxpeft.memory import planner, pods, targets
 from jaxpeft.method import setup
 from jaxpeft.models import geometries
 from jaxpeft.train import base
@@ -138,6 +138,20 @@ def test_a_device_needs_the_same_at_any_depth(name):
     assert found[8][1] == 4 * found[2][1]
     # Which matrices of a layer are there at once is the compiler's choice; those of six further layers are not.
     assert abs(found[8][0] - found[2][0]) < found[8][1] / 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h200x4", "v5p:2x2x1"])
+def test_on_a_mesh_each_device_has_its_part_of_the_kernels_in_the_hosts_memory(name):
+    """Which it brings over twice and back once in a step, and of which none lies on the device."""
+    target = targets.target(name)
+    mesh = sharding.make_mesh("fsdp=4", targets.devices(target))
+    step = planner.make_step({**SIZES, "num_hidden_layers": 2}, jp.zo2(), 4, 128, mesh=mesh)
+    made = pods.row(step, target)
+    part = sum(tree.num_bytes(step.state.moved[path]) for path in step.host) / 4
+    assert part <= made["host_bytes"] <= 1.01 * part
+    assert made["bytes"]["arguments"] < part / 4
+    assert made["bound"]["host_s"] == pytest.approx(3 * part / target.host_bandwidth, rel=0.01)
 
 
 @pytest.mark.slow

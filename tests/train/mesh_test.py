@@ -19,6 +19,26 @@ for arguments in json.loads(sys.argv[1]):
     jp.run(**arguments)
 """
 
+# Prints {name: [exit status, stderr]} of commands.
+REFUSALS = """
+import contextlib, io, json, sys
+from jaxpeft.cli import main
+
+def run(words):
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        status = main(words)
+    return status, said.getvalue()
+
+print(json.dumps({name: run(words) for name, words in json.loads(sys.argv[1]).items()}))
+"""
+
+
+def process():
+    """How a process of eight devices is started."""
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
+    return {"env": environment, "capture_output": True, "text": True}
+
 
 @pytest.fixture(scope="module")
 def trained(files, tmp_path_factory):
@@ -33,10 +53,7 @@ def trained(files, tmp_path_factory):
         {**moved, "steps": 2, "mesh": "auto"},
         {**moved, "steps": 4, "mesh": "tensor=2,seq=4", "resume": True},
     ]
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
-    arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", WORKER, json.dumps(wanted)], **process())
     assert done.returncode == 0, done.stderr[-3000:]
     return out / "one", out / "moved"
 
@@ -54,22 +71,30 @@ def test_the_adapter_is_that_of_one_device(trained):
         np.testing.assert_allclose(moved[name], tensor, rtol=1e-3, atol=1e-4 * np.abs(tensor).max(), err_msg=name)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--mesh", "data=3"], "--mesh data=3: 3 devices, there are 4"),
-        (["--mesh", "data=4", "--batch-size", "6"], "--batch-size 6: must be a multiple of the mesh's data x fsdp = 4"),
-        (["--mesh", "data=4", "--batch-size", "8", "--accumulate", "4"], "= 4 devices and --accumulate 4"),
-        (["--mesh", "seq=4", "--seq-len", "30"], "--seq-len 30: must be a multiple of the mesh's seq = 4 devices"),
-        (["--mesh", "rows=4"], "'rows=4' should be AXIS=DEVICES with one of data, fsdp, tensor, seq"),
-    ],
-)
-def test_refusals(flags, message, tmp_path):
+REFUSED = {
+    "--mesh data=3": "--mesh data=3: 3 devices, there are 8",
+    "--mesh data=8 --batch-size 12": "--batch-size 12: must be a multiple of the mesh's data x fsdp = 8",
+    "--mesh data=8 --batch-size 16 --accumulate 4": "= 8 devices and --accumulate 4",
+    "--mesh seq=8 --seq-len 30": "--seq-len 30: must be a multiple of the mesh's seq = 8 devices",
+    "--mesh rows=8": "'rows=8' should be AXIS=DEVICES with one of data, fsdp, tensor, seq",
+}
+
+
+@pytest.fixture(scope="module")
+def refused(tmp_path_factory):
+    """({flags: (status, what was said)} of the command in one process with eight devices, the folder of the runs)."""
+    out = tmp_path_factory.mktemp("refused")
+    commands = {flags: ["train", "--out", str(out / "run"), *flags.split()] for flags in REFUSED}
+    done = subprocess.run([sys.executable, "-c", REFUSALS, json.dumps(commands)], **process())
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout), out
+
+
+@pytest.mark.parametrize("flags", REFUSED)
+def test_refusals(refused, flags):
     """One line, exit status 2, and nothing written."""
-    host = "--xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": host, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
-    command = [sys.executable, "-m", "jaxpeft", "train", "--out", str(tmp_path / "run"), *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert message in done.stderr and "Traceback" not in done.stderr
-    assert not (tmp_path / "run").exists()
+    found, out = refused
+    status, said = found[flags]
+    assert status == 2
+    assert REFUSED[flags] in said and said.count("\n") == 1
+    assert not (out / "run").exists()

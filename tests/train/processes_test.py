@@ -144,7 +144,7 @@ def test_two_processes_merge_what_one_does(told, files, tmp_path):
     words = ["merge", "--model", str(files / "model"), "--adapter", adapter, "--out"]
     assert main([*words, str(tmp_path / "one")]) == 0
     _, environment = runs.command(runs.arguments(files, tmp_path))
-    found = ends(launch([["-m", "jaxpeft", *words, str(tmp_path / "two")]] * 2, environment))
+    found = ends(launch([["-m", "jaxpeft", *words, str(tmp_path / "two"), "--mesh", "auto"]] * 2, environment))
     assert [status for status, _, _ in found] == [0, 0], found
     assert "folded in" in found[0][1] and found[1][1:] == ("", "")
     names = [sorted(file.name for file in (tmp_path / name).iterdir()) for name in ("one", "two")]
