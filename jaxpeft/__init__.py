@@ -67,6 +67,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.sparse_mezo import sparse_mezo
     from jaxpeft.methods.speft import speft
     from jaxpeft.methods.spiel import spiel
+    from jaxpeft.methods.spt_lora import spt_lora
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vblora import vblora
@@ -175,6 +176,7 @@ _MODULE_OF = {
     "snella": "methods.snella",
     "speft": "methods.speft",
     "spiel": "methods.spiel",
+    "spt_lora": "methods.spt_lora",
     "sparse_mezo": "methods.sparse_mezo",
     "svfit": "methods.svfit",
     "unipt": "methods.unipt",

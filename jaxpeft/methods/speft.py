@@ -34,7 +34,6 @@ leaves alone, which is the same function, and it chooses for all layers at once 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -50,8 +49,6 @@ from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Batch, Context, Model
 from jaxpeft.quant import dense, is_packed
 from jaxpeft.starts import probes
-from jaxpeft.starts.pair import Sited
-from jaxpeft.train.loss import classification_loss, completion_loss
 
 OF_GRADIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "gradient": lambda w, g: jnp.abs(g),
@@ -81,14 +78,6 @@ class SPEFT(nn.Module):
         values = self.param("values", nn.initializers.zeros, (count,))
         whole = entries.own_dense(self, "speft", site, ctx, x.dtype)
         return inner(x) + sparse.product(x, index, values, (n, m), whole)
-
-
-class Whole(nn.Module):
-    """The site's product. Parameter: w (n, m) zeros, whose gradient is that of the kernel."""
-
-    @nn.compact
-    def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
-        return inner(x) + x @ self.param("w", nn.initializers.zeros, site.kernel.shape).astype(x.dtype)
 
 
 def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "all-linear", refresh: int = 0) -> Method:
@@ -260,10 +249,8 @@ def folded(w: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 
 def _salience(view: View, params: tree.Params, site: str, metric: str, batches: list[Batch]) -> jax.Array:
     """(..., n, m) float32, of one site's kernels."""
-    leaves, of_batch = probes.gradients(view.base, params, [Sited(site, 1, 1.0)], lambda _: Whole(), _loss)
-    total, count = jnp.zeros_like(leaves[site]["w"]), 0
-    for part in _rows(batches) if metric == "fisher" else batches:
-        g = of_batch(leaves, part)[site]["w"].astype(jnp.float32)
+    total, count = jnp.zeros(()), 0
+    for g in probes.of_kernels(view.base, params, site, _rows(batches) if metric == "fisher" else batches):
         total, count = total + (g**2 if metric == "fisher" else g), count + 1
     flat = tree.flatten(params)
     return OF_GRADIENTS[metric](dense(flat[sites.kernel_path(flat, site)]), total / count)
@@ -273,11 +260,6 @@ def _rows(batches: list[Batch]) -> Iterator[Batch]:
     for batch in batches:
         for row in range(len(jax.tree.leaves(batch)[0])):
             yield jax.tree.map(lambda x, row=row: x[row : row + 1], dict(batch))
-
-
-def _loss(model: Any, params: tree.Params, batch: Batch) -> jax.Array:
-    """The loss of a batch, by what it holds."""
-    return (classification_loss if "labels" in batch else completion_loss)(model, params, batch)[0]
 
 
 ABOUT = About(
