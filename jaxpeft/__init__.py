@@ -65,6 +65,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.snell import snell
     from jaxpeft.methods.snella import snella
     from jaxpeft.methods.sparse_mezo import sparse_mezo
+    from jaxpeft.methods.sparsegrad import sparsegrad
     from jaxpeft.methods.speft import speft
     from jaxpeft.methods.spiel import spiel
     from jaxpeft.methods.spt_lora import spt_lora
@@ -174,6 +175,7 @@ _MODULE_OF = {
     "slimfit": "methods.slimfit",
     "snell": "methods.snell",
     "snella": "methods.snella",
+    "sparsegrad": "methods.sparsegrad",
     "speft": "methods.speft",
     "spiel": "methods.spiel",
     "spt_lora": "methods.spt_lora",
