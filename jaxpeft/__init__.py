@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.parallel import parallel
     from jaxpeft.methods.peqa import peqa
     from jaxpeft.methods.pfeiffer import pfeiffer
+    from jaxpeft.methods.pockengine import pockengine
     from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.prompt import prompt
     from jaxpeft.methods.pst import pst
@@ -155,6 +156,7 @@ _MODULE_OF = {
     "peqa": "methods.peqa",
     "pfeiffer": "methods.pfeiffer",
     "plan": "memory.functions",
+    "pockengine": "methods.pockengine",
     "prefix": "methods.prefix",
     "prompt": "methods.prompt",
     "planned_scan": "backward.planned",

@@ -82,12 +82,12 @@ class Whole(nn.Module):
 
 def of_kernels(base: Model, params: tree.Params, site: str, batches: Iterable[Batch]) -> Iterator[jax.Array]:
     """dW (..., n, m) float32 of each batch, of one site's kernels, packed or not: of all its layers at once."""
-    leaves, of_batch = gradients(base, params, [Sited(site, 1, 1.0)], lambda _: Whole(), _loss)
+    leaves, of_batch = gradients(base, params, [Sited(site, 1, 1.0)], lambda _: Whole(), loss_of)
     for batch in batches:
         yield of_batch(leaves, batch)[site]["w"].astype(jnp.float32)
 
 
-def _loss(model: Model, params: tree.Params, batch: Batch) -> jax.Array:
+def loss_of(model: Model, params: tree.Params, batch: Batch) -> jax.Array:
     """The loss of a batch, by what it holds."""
     return (classification_loss if "labels" in batch else completion_loss)(model, params, batch)[0]
 
