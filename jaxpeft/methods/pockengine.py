@@ -166,18 +166,14 @@ def merge(params: Mapping[str, Any]) -> tree.Params:
             kernel, index = merged[f"{site}/kernel"], flat[f"{site}{SCOPE}index"]
             write = jax.vmap(lambda w, i, p: w.at[i].set(p.astype(w.dtype)))
             merged[f"{site}/kernel"] = as_merged(kernel, write(dense(kernel, kernel.dtype), index, rows))
-    like = {tree.canonical(path): leaf.dtype for path, leaf in merged.items() if tree.stacked(path)}
-    for path in [path for path in merged if tree.stacked(path)]:  # masters in one part of a stack are float32
-        dtype = _narrowest(like[tree.canonical(path)], merged, path)
-        merged[path] = merged[path] if merged[path].dtype == dtype else merged[path].astype(dtype)
+    dtypes: dict[str, Any] = {}  # of each stack that its narrowest part has: masters of others are float32
+    for path in filter(tree.stacked, merged):
+        narrowest = dtypes.setdefault(tree.canonical(path), merged[path].dtype)
+        dtypes[tree.canonical(path)] = min(narrowest, merged[path].dtype, key=lambda dtype: jnp.dtype(dtype).itemsize)
+    for path in filter(tree.stacked, [*merged]):
+        if merged[path].dtype != (dtype := dtypes[tree.canonical(path)]):
+            merged[path] = merged[path].astype(dtype)
     return tree.join_layers(tree.unflatten(merged))
-
-
-def _narrowest(dtype: Any, merged: Mapping[str, Any], path: str) -> Any:
-    """The base's dtype of a leaf: of its parts, masters are as wide or wider."""
-    name = tree.canonical(path)
-    parts = [leaf.dtype for other, leaf in merged.items() if tree.stacked(other) and tree.canonical(other) == name]
-    return min([dtype, *parts], key=lambda dtype: jnp.dtype(dtype).itemsize)
 
 
 # The search for a scheme.
@@ -254,8 +250,9 @@ def search(
     kernel = lambda path: flat[f"{segment}/{path}/kernel"]
     some = next(iter(gains))[1]
     width = jnp.dtype(kernel(some).dtype).itemsize * rows * length
-    last = [needs(base, params, batches[0], _scheme({(layer, some): shares[0]})) for layer in (layers - 1, layers - 2)]
-    of_layer = last[1] - last[0] if layers > 1 else 0
+    ends = range(layers - 1, max(layers - 3, -1), -1)  # the last layer and, if there is one, that before it
+    last = [needs(base, params, batches[0], _scheme({(layer, some): shares[0]})) for layer in ends]
+    of_layer = last[-1] - last[0]
 
     def bytes_of(path, share):
         _, n, m = kernel(path).shape
