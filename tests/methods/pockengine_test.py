@@ -38,9 +38,8 @@ def test_what_the_scheme_names_trains_and_layers_alike_share_a_stack():
     }
     assert [key for key, _, _ in tree.segments(tree.unflatten(rest))] == ["layers_0_1", "layers_1_2", "layers_2_3"]
     _, _, alike, _ = start({"layers/[12]/mlp/down_proj$": 0.25})
-    assert {path: leaf.shape for path, leaf in alike.items()} == {
-        "layers_1_3/mlp/down_proj/pockengine/rows": (2, 14, 32)
-    }
+    ((path, rows),) = alike.items()
+    assert path == "layers_1_3/mlp/down_proj/pockengine/rows" and rows.shape == (2, 14, 32)
     assert not [path for path in start({"layers/\\d/mlp/up_proj$": 1.0})[2] if "_3/" in path]  # all alike: no cut
 
 
@@ -76,8 +75,7 @@ def test_gradients_are_those_of_the_tensors_and_of_their_channels():
         # Of the layer behind each kernel's dx once, the scores' products, and no dW.
         pytest.param(
             {"layers/1/mlp/down_proj$": 0.25},
-            ["down_proj 14x32", "down_proj 64x56", "gate_proj 64x32", "k_proj 64x32", "o_proj 64x32", "q_proj 64x32"]
-            + ["up_proj 64x32", "v_proj 64x32"],
+            ["down_proj 14x32", "down_proj 64x56", *(f"{x}_proj 64x32" for x in ("gate", "k", "o", "q", "up", "v"))],
             marks=pytest.mark.slow,
         ),
     ],
@@ -90,9 +88,8 @@ def test_the_compiled_step_has_no_other_product_of_a_backward_pass(scheme, produ
     text = step.lower(state, tiny.batch()).compile().as_text()
     made = re.findall(r"= f32\[(\d+),(\d+)\]\S* dot\(.*op_name=\"[^\"]*/transpose\(jvp\(\)\)/[^\"]*/(\w+_proj)/", text)
     assert sorted(f"{name} {n}x{m}" for n, m, name in made) == products
-    backward = re.findall(r" dot\(.*op_name=\"[^\"]*/transpose\(jvp\(\)\)/", text)
-    scores = 6 if len(products) > 2 else 0  # two products of the forward pass again, four of the backward pass
-    assert len(backward) == len(products) + scores
+    scores = re.findall(r" dot\(.*op_name=\"[^\"]*/transpose\(jvp\(\)\)/[^\"]*/self_attn/", text)
+    assert bool(scores) == ("q_proj 64x32" in products)
 
 
 def test_nothing_is_kept_below_the_deepest_layer_that_trains():
@@ -103,7 +100,7 @@ def test_nothing_is_kept_below_the_deepest_layer_that_trains():
 
 
 def test_merged_is_the_base_in_one_stack_and_in_its_dtype():
-    base, original = tiny.model(jnp.bfloat16)
+    _, original = tiny.model(jnp.bfloat16)
     method, _, trainable, rest = start(SCHEME, jnp.bfloat16)
     changed = {path: leaf + 1 for path, leaf in trainable.items()}
     merged, before = tree.flatten(method.merge(jp.combine(changed, rest))), tree.flatten(original)
@@ -129,12 +126,12 @@ def gains():
     return pockengine.contributions(base, params, BATCHES, ["up_proj"], (0.25, 1.0))
 
 
+@pytest.mark.slow
 def test_contributions_are_what_a_step_of_a_tensor_alone_takes_off_the_loss(gains):
     base, params = tiny.model()
     flat, at = tree.flatten(params), "layers/mlp/up_proj/kernel"
-    loss = jax.jit(
-        lambda own: sum(jp.completion_loss(base, tree.unflatten({**flat, at: own}), b)[0] for b in BATCHES) / 2
-    )
+    of = lambda own, batch: jp.completion_loss(base, tree.unflatten({**flat, at: own}), batch)[0]
+    loss = jax.jit(lambda own: sum(of(own, batch) for batch in BATCHES) / 2)
     kernel = np.asarray(flat[at])
     g = np.asarray(jax.jit(jax.grad(loss))(flat[at]))
     assert set(gains) == {(layer, "mlp/up_proj", share) for layer in range(3) for share in (0.25, 1.0)}
@@ -146,8 +143,9 @@ def test_contributions_are_what_a_step_of_a_tensor_alone_takes_off_the_loss(gain
     assert all(gains[layer, "mlp/up_proj", 1.0] > gains[layer, "mlp/up_proj", 0.25] > 0 for layer in range(3))
 
 
+@pytest.mark.slow
 def test_a_search_fits_and_more_room_takes_off_more(gains, monkeypatch):
-    """Under each limit the scheme's bytes, counted on its step, are within it; with all the room every tensor trains."""
+    """A scheme's bytes, counted on its step, are within each limit; with all the room every tensor trains."""
     base, params = tiny.model()
     monkeypatch.setattr(pockengine, "contributions", lambda *_: gains)
     everything = pockengine.needs(base, params, BATCHES[0], {r"layers/\d/mlp/up_proj$": 1.0})
