@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.parallel import parallel
     from jaxpeft.methods.peqa import peqa
     from jaxpeft.methods.pfeiffer import pfeiffer
+    from jaxpeft.methods.pockengine import pockengine
     from jaxpeft.methods.prefix import prefix
     from jaxpeft.methods.prompt import prompt
     from jaxpeft.methods.pst import pst
@@ -65,8 +66,10 @@ if TYPE_CHECKING:
     from jaxpeft.methods.snell import snell
     from jaxpeft.methods.snella import snella
     from jaxpeft.methods.sparse_mezo import sparse_mezo
+    from jaxpeft.methods.sparsegrad import sparsegrad
     from jaxpeft.methods.speft import speft
     from jaxpeft.methods.spiel import spiel
+    from jaxpeft.methods.spt_lora import spt_lora
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
     from jaxpeft.methods.vblora import vblora
@@ -153,6 +156,7 @@ _MODULE_OF = {
     "peqa": "methods.peqa",
     "pfeiffer": "methods.pfeiffer",
     "plan": "memory.functions",
+    "pockengine": "methods.pockengine",
     "prefix": "methods.prefix",
     "prompt": "methods.prompt",
     "planned_scan": "backward.planned",
@@ -173,8 +177,10 @@ _MODULE_OF = {
     "slimfit": "methods.slimfit",
     "snell": "methods.snell",
     "snella": "methods.snella",
+    "sparsegrad": "methods.sparsegrad",
     "speft": "methods.speft",
     "spiel": "methods.spiel",
+    "spt_lora": "methods.spt_lora",
     "sparse_mezo": "methods.sparse_mezo",
     "svfit": "methods.svfit",
     "unipt": "methods.unipt",

@@ -1,7 +1,7 @@
 """Entries of kernels that train and are chosen anew: whose turn it is, dW of one layer, what is replaced, moments.
 
 Leaves are `<site>/<name>/index` and `values` (L, k), see `jaxpeft.sparse`. Layers take turns, so that dW exists of one
-layer at a time: `jaxpeft.methods.spiel` and `jaxpeft.methods.speft` say which of its entries are chosen.
+layer at a time: `jaxpeft.methods.spiel`, `speft` and `sparsegrad` say which of its entries are chosen.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxpeft import sites, tree
-from jaxpeft.method import told
+from jaxpeft.errors import InputError
+from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Moment, Objective, Roles, View, about, told
+from jaxpeft.quant import is_packed
+from jaxpeft.targets import chooses
 
 BETAS = (0.9, 0.999)  # Adam's
 
@@ -165,3 +168,131 @@ def seeded(name: str, optimizer: optax.GradientTransformationExtraArgs) -> optax
         return updates, jax.tree.map_with_path(part, state, is_leaf=whole)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
+
+
+class Refresh(NamedTuple):
+    """Entries chosen anew every so many steps, of which those that leave are folded into kernels that are moved leaves.
+
+    name: the method's.  every: steps from one choice of a layer's entries to the next; 0: the first choice stays.
+    """
+
+    name: str
+    every: int
+
+    @property
+    def steps(self) -> str:
+        """The path of the count of steps."""
+        return f"{self.name}/steps"
+
+    @property
+    def values(self) -> str:
+        """How a path of values ends."""
+        return f"/{self.name}/values"
+
+    def roles(self, targets: Any) -> Callable[[Roles], Roles]:
+        """The slot: values train; what is chosen anew, and the kernels that take up what leaves, move."""
+
+        def slot(others):
+            def role(path):
+                if path.endswith(self.values):
+                    return TRAINED
+                if self.every and (path == self.steps or path.endswith(f"/{self.name}/index")):
+                    return MOVED
+                kernel = self.every and path.endswith("/kernel") and others(path) == FROZEN
+                return MOVED if kernel and chooses(targets, path.removesuffix("/kernel")) else others(path)
+
+            return role
+
+        return slot
+
+    def begun(self, params: tree.Params) -> tree.Params:
+        """The adapted parameters with the count of steps.
+
+        Raises:
+          InputError: for a period shorter than the layers' turns.
+        """
+        values = {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith(self.values)}
+        if (layers := turns(values, self.values).layers) > self.every:
+            raise InputError(
+                f"{self.name}: refresh {self.every} must be at least {layers}: that many layers take turns"
+            )
+        return {**params, self.name: {"steps": jnp.zeros((), jnp.int32), **params.get(self.name, {})}}
+
+    def check_chain(self, flat: tree.Flat, found: list[str], view: View) -> None:
+        """Raises InputError for a chain in which entries cannot be chosen anew."""
+        chained, name = "+".join(spec.name for spec in view.specs), self.name
+        if blind := [spec.name for spec in view.specs if not about(spec.name).promises.backward]:
+            raise InputError(f"{chained}: {name}'s refresh chooses by gradients, and {blind[0]} has no backward pass")
+        for site in found:
+            kernel, values = sites.kernel_path(flat, site), f"{site}{self.values}"
+            if is_packed(flat[kernel]):
+                raise InputError(
+                    f"{name}: {site} is quantized, and cannot take up what refresh folds; leave refresh at 0"
+                )
+            if (role := view.role(kernel).name) != "moved":
+                raise InputError(f"{chained}: {name}'s refresh folds into {kernel}, which would be {role}")
+            if (role := view.role(values).name) != "trained":
+                raise InputError(f"{chained}: {name}'s values are differentiated whole, and {values} would be {role}")
+
+    def gradient(self, chosen: Callable[..., dict[str, jax.Array]]) -> Callable[[Objective, View], Objective]:
+        """The slot.
+
+        Args:
+          chosen: (index (k,), values (k,), w (n, m), g (n, m)) -> {"index", "fresh", "mean", "square"}, all (k,): a
+            kernel's entries after a choice, which are fresh, and what their moments start at; g is the gradient of the
+            zeros that `own_dense` gives.
+        """
+        return lambda objective, view: objective._replace(value_and_grad=self._value_and_grad(objective, chosen))
+
+    def _value_and_grad(self, objective: Objective, chosen: Callable[..., dict[str, jax.Array]]) -> Callable[..., Any]:
+        name, suffix = self.name, self.values
+
+        def value_and_grad(trainable, rest, batch, key, opt_state):
+            values = {path: leaf for path, leaf in trainable.items() if path.endswith(suffix)}
+            now = turns(values, suffix).now(rest[self.steps], self.every)
+            picks = {site: jnp.where(rest[self.steps] >= self.every, place, -1) for site, place in now.items()}
+            own = {site: {"index": rest[f"{site}/{name}/index"], "values": values[f"{site}{suffix}"]} for site in picks}
+
+            def go_on():
+                value, grads = objective.value_and_grad(trainable, rest, batch, key, opt_state)
+                return value, grads, {site: {"index": x["index"], **none(x["values"])} for site, x in own.items()}
+
+            def pick():
+                whole, due = dense_leaves(name, picks, values, rest)
+                value, grads = objective.value_and_grad({**trainable, **whole}, {**rest, **due}, batch, key, opt_state)
+                found = {}
+                for site, place in picks.items():
+                    g, kernel = grads.pop(f"{name}/dense/{site}"), rest[f"{site}/kernel"]
+                    w = kernel[jnp.maximum(place, 0)] if kernel.ndim > 2 else kernel
+                    again = lambda x, w=w, g=g: chosen(x["index"], x["values"], w, g)
+                    found[site] = at_layer(again, place, own[site])
+                return value, grads, found
+
+            anyone = jnp.any(jnp.stack([place >= 0 for place in picks.values()]))
+            (loss, aux), grads, found = jax.lax.cond(anyone, pick, go_on)
+            said = {f"{site}/{name}/{part}": leaf for site, x in found.items() for part, leaf in x.items()}
+            return (loss, {**aux, **said}), grads
+
+        return value_and_grad
+
+    def move(self, fold: Callable[..., jax.Array]) -> Callable[[Leaves, Moment], Leaves]:
+        """The slot.
+
+        Args:
+          fold: (site, kernel (..., n, m), index (..., k), what leaves (..., k), the moment) -> the kernel with it.
+        """
+
+        def slot(leaves: Leaves, moment: Moment) -> Leaves:
+            trained, moved = dict(leaves.trained), dict(leaves.moved)
+            for path in [path for path in trained if path.endswith(self.values)]:
+                site = path.removesuffix(self.values)
+                at, own = f"{site}/{self.name}/index", f"{site}/kernel"
+                index, fresh = (
+                    told(self.name, moment.aux, f"{site}/{self.name}/{part}") for part in ("index", "fresh")
+                )
+                moved[own] = fold(site, moved[own], moved[at], jnp.where(fresh, trained[path], 0), moment)
+                moved[at], trained[path] = index, jnp.where(fresh, 0, trained[path])
+            moved[self.steps] = moved[self.steps] + 1
+            return Leaves(trained, moved)
+
+        return slot

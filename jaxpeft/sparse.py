@@ -92,6 +92,12 @@ def check_density(name: str, density: float) -> None:
         raise InputError(f"{name}: density {density} must be above 0 and at most 0.5")
 
 
+def check_size(name: str, site: str, n: int, m: int) -> None:
+    """Raises InputError for a kernel (n, m) of more entries than int32 tells apart."""
+    if n * m > LARGEST:
+        raise InputError(f"{name}: {site}, a kernel of {n} x {m}, has more than {LARGEST} entries; leave it out")
+
+
 def chosen_sites(name: str, targets: Targets, density: float, said: str = "") -> Callable[[tree.Params], list[str]]:
     """params -> the sites that `targets` names; `said` is how a user has asked for this density.
 
@@ -104,10 +110,7 @@ def chosen_sites(name: str, targets: Targets, density: float, said: str = "") ->
         flat, found = tree.flatten(params), sites.find(params, targets, name)
         for site in found:
             n, m = flat[sites.kernel_path(flat, site)].shape[-2:]
-            if n * m > LARGEST:
-                raise InputError(
-                    f"{name}: {site}, a kernel of {n} x {m}, has more than {LARGEST} entries; leave it out"
-                )
+            check_size(name, site, n, m)
             if entries(density, n, m) < 1:
                 raise InputError(
                     f"{name}: {said or f'density {density}'} leaves {site} empty, a kernel of {n} x {m}: less than "

@@ -33,8 +33,8 @@ leaves alone, which is the same function, and it chooses for all layers at once 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -44,14 +44,12 @@ import optax
 from jaxpeft import entries, sites, sparse, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, about, told, unchanged
+from jaxpeft.method import Method, Spec, View, unchanged
 from jaxpeft.methods import shira as _shira
 from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Batch, Context, Model
-from jaxpeft.quant import dense, is_packed
+from jaxpeft.quant import dense
 from jaxpeft.starts import probes
-from jaxpeft.starts.pair import Sited
-from jaxpeft.train.loss import classification_loss, completion_loss
 
 OF_GRADIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
     "gradient": lambda w, g: jnp.abs(g),
@@ -62,8 +60,6 @@ OF_GRADIENTS: dict[str, Callable[[jax.Array, jax.Array], jax.Array]] = {
 }
 METRICS = (*OF_GRADIENTS, "magnitude", "random")
 REFRESHED = tuple(name for name in OF_GRADIENTS if name != "fisher")  # of one gradient
-STEPS = "speft/steps"
-VALUES = "/speft/values"
 
 
 class SPEFT(nn.Module):
@@ -81,14 +77,6 @@ class SPEFT(nn.Module):
         values = self.param("values", nn.initializers.zeros, (count,))
         whole = entries.own_dense(self, "speft", site, ctx, x.dtype)
         return inner(x) + sparse.product(x, index, values, (n, m), whole)
-
-
-class Whole(nn.Module):
-    """The site's product. Parameter: w (n, m) zeros, whose gradient is that of the kernel."""
-
-    @nn.compact
-    def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
-        return inner(x) + x @ self.param("w", nn.initializers.zeros, site.kernel.shape).astype(x.dtype)
 
 
 def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "all-linear", refresh: int = 0) -> Method:
@@ -122,7 +110,7 @@ def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "a
             f"speft: refresh chooses by a step's gradient, and metric {metric!r} is of none; take one of "
             f"{', '.join(REFRESHED)}"
         )
-    choose = sparse.chosen_sites("speft", targets, density)
+    choose, again = sparse.chosen_sites("speft", targets, density), entries.Refresh("speft", refresh)
 
     def prepare(params: tree.Params, view: View) -> tree.Params:
         """The parameters with `<site>/speft/index`, where it is not there and there are batches to choose it by."""
@@ -137,102 +125,33 @@ def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "a
             flat[path] = sparse.most(found, count)
         return tree.unflatten(flat)
 
-    def roles(others):
-        def role(path):
-            if path.endswith(VALUES):
-                return TRAINED
-            if refresh and (path == STEPS or path.endswith("/speft/index")):
-                return MOVED
-            kernel = refresh and path.endswith("/kernel") and others(path) == FROZEN
-            return MOVED if kernel and sites.chooses(targets, path.removesuffix("/kernel")) else others(path)
-
-        return role
-
     def forward(model: Model, view: View) -> Model:
         adapted = sites.attach(model, "speft", lambda site: SPEFT(density), choose, shared=bool(refresh))
         if not refresh:
             return adapted
 
         def init(key, params):
-            _check_chain(tree.flatten(params), choose(params), view)
-            params = adapted.init(key, params)
-            values = {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith(VALUES)}
-            if (layers := entries.turns(values, VALUES).layers) > refresh:
-                raise InputError(f"speft: refresh {refresh} must be at least {layers}: that many layers take turns")
-            return {**params, "speft": {"steps": jnp.zeros((), jnp.int32), **params.get("speft", {})}}
+            again.check_chain(tree.flatten(params), choose(params), view)
+            return again.begun(adapted.init(key, params))
 
         return adapted._replace(init=init)
-
-    def gradient(objective: Objective, view: View) -> Objective:
-        def value_and_grad(trainable, rest, batch, key, opt_state):
-            values = {path: leaf for path, leaf in trainable.items() if path.endswith(VALUES)}
-            now = entries.turns(values, VALUES).now(rest[STEPS], refresh)
-            picks = {site: jnp.where(rest[STEPS] >= refresh, place, -1) for site, place in now.items()}
-            own = {site: {"index": rest[f"{site}/speft/index"], "values": values[f"{site}{VALUES}"]} for site in picks}
-
-            def go_on():
-                value, grads = objective.value_and_grad(trainable, rest, batch, key, opt_state)
-                stay = {site: {"index": x["index"], **entries.none(x["values"])} for site, x in own.items()}
-                return value, grads, stay
-
-            def pick():
-                whole, due = entries.dense_leaves("speft", picks, values, rest)
-                value, grads = objective.value_and_grad({**trainable, **whole}, {**rest, **due}, batch, key, opt_state)
-                found = {}
-                for site, place in picks.items():
-                    g, kernel = grads.pop(f"speft/dense/{site}"), rest[f"{site}/kernel"]
-                    w = kernel[jnp.maximum(place, 0)] if kernel.ndim > 2 else kernel
-                    again = lambda x, w=w, g=g: _chosen(x["index"], x["values"], w, g, metric)
-                    found[site] = entries.at_layer(again, place, own[site])
-                return value, grads, found
-
-            anyone = jnp.any(jnp.stack([place >= 0 for place in picks.values()]))
-            (loss, aux), grads, found = jax.lax.cond(anyone, pick, go_on)
-            said = {f"{site}/speft/{name}": leaf for site, x in found.items() for name, leaf in x.items()}
-            return (loss, {**aux, **said}), grads
-
-        return objective._replace(value_and_grad=value_and_grad)
 
     def update(optimizer, view):
         return entries.seeded("speft", optax.with_extra_args_support(optimizer))
 
-    def move(leaves: Leaves, moment: Moment) -> Leaves:
-        trained, moved = dict(leaves.trained), dict(leaves.moved)
-        for path in [path for path in trained if path.endswith(VALUES)]:
-            site = path.removesuffix(VALUES)
-            index, fresh = (told("speft", moment.aux, f"{site}/speft/{name}") for name in ("index", "fresh"))
-            left = jnp.where(fresh, trained[path], 0)
-            take = jax.vmap(folded) if left.ndim > 1 else folded
-            moved[f"{site}/kernel"] = take(moved[f"{site}/kernel"], moved[f"{site}/speft/index"], left)
-            moved[f"{site}/speft/index"], trained[path] = index, jnp.where(fresh, 0, trained[path])
-        moved[STEPS] = moved[STEPS] + 1
-        return Leaves(trained, moved)
+    def fold(site, kernel, index, left, moment):
+        return (jax.vmap(folded) if left.ndim > 1 else folded)(kernel, index, left)
 
     return Method(
         prepare=unchanged if metric == "random" else prepare,
         forward=forward,
-        roles=roles,
-        gradient=gradient if refresh else unchanged,
+        roles=again.roles(targets),
+        gradient=again.gradient(functools.partial(_chosen, metric=metric)) if refresh else unchanged,
         update=update if refresh else unchanged,
-        move=move if refresh else unchanged,
+        move=again.move(fold) if refresh else unchanged,
         merge=lambda params: sparse.fold(params, "speft"),
         specs=(Spec("speft", config),),
     )
-
-
-def _check_chain(flat: tree.Flat, found: list[str], view: View) -> None:
-    """Raises InputError for a chain in which entries cannot be chosen anew."""
-    chained = "+".join(spec.name for spec in view.specs)
-    if blind := [spec.name for spec in view.specs if not about(spec.name).promises.backward]:
-        raise InputError(f"{chained}: speft's refresh chooses by gradients, and {blind[0]} has no backward pass")
-    for site in found:
-        kernel = sites.kernel_path(flat, site)
-        if is_packed(flat[kernel]):
-            raise InputError(f"speft: {site} is quantized, and cannot take up what refresh folds; leave refresh at 0")
-        if (name := view.role(kernel).name) != "moved":
-            raise InputError(f"{chained}: speft's refresh folds into {kernel}, which would be {name}")
-        if (name := view.role(f"{site}{VALUES}").name) != "trained":
-            raise InputError(f"{chained}: speft's values are differentiated whole, and {site}{VALUES} would be {name}")
 
 
 def _chosen(index: jax.Array, values: jax.Array, w: jax.Array, g: jax.Array, metric: str) -> dict[str, jax.Array]:
@@ -260,10 +179,8 @@ def folded(w: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
 
 def _salience(view: View, params: tree.Params, site: str, metric: str, batches: list[Batch]) -> jax.Array:
     """(..., n, m) float32, of one site's kernels."""
-    leaves, of_batch = probes.gradients(view.base, params, [Sited(site, 1, 1.0)], lambda _: Whole(), _loss)
-    total, count = jnp.zeros_like(leaves[site]["w"]), 0
-    for part in _rows(batches) if metric == "fisher" else batches:
-        g = of_batch(leaves, part)[site]["w"].astype(jnp.float32)
+    total, count = jnp.zeros(()), 0
+    for g in probes.of_kernels(view.base, params, site, _rows(batches) if metric == "fisher" else batches):
         total, count = total + (g**2 if metric == "fisher" else g), count + 1
     flat = tree.flatten(params)
     return OF_GRADIENTS[metric](dense(flat[sites.kernel_path(flat, site)]), total / count)
@@ -273,11 +190,6 @@ def _rows(batches: list[Batch]) -> Iterator[Batch]:
     for batch in batches:
         for row in range(len(jax.tree.leaves(batch)[0])):
             yield jax.tree.map(lambda x, row=row: x[row : row + 1], dict(batch))
-
-
-def _loss(model: Any, params: tree.Params, batch: Batch) -> jax.Array:
-    """The loss of a batch, by what it holds."""
-    return (classification_loss if "labels" in batch else completion_loss)(model, params, batch)[0]
 
 
 ABOUT = About(

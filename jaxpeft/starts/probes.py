@@ -8,18 +8,20 @@ so that one layer's inputs are kept at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jaxpeft import sharding, shares, sites, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import View
-from jaxpeft.model import Batch, Model
+from jaxpeft.model import Batch, Context, Model
 from jaxpeft.starts.pair import Sited
+from jaxpeft.train.loss import classification_loss, completion_loss
 
 SCOPE = "probe"
 COUNTS = "counts"  # of the context: (B, S) bool, the positions that count
@@ -68,6 +70,26 @@ def gradients(
         return _by_site(shares.all_on_host(found) if sharding.divides() else found)
 
     return _by_site(own), call
+
+
+class Whole(nn.Module):
+    """The site's product. Parameter: w (n, m) zeros, whose gradient is that of the kernel."""
+
+    @nn.compact
+    def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
+        return inner(x) + x @ self.param("w", nn.initializers.zeros, site.kernel.shape).astype(x.dtype)
+
+
+def of_kernels(base: Model, params: tree.Params, site: str, batches: Iterable[Batch]) -> Iterator[jax.Array]:
+    """dW (..., n, m) float32 of each batch, of one site's kernels, packed or not: of all its layers at once."""
+    leaves, of_batch = gradients(base, params, [Sited(site, 1, 1.0)], lambda _: Whole(), loss_of)
+    for batch in batches:
+        yield of_batch(leaves, batch)[site]["w"].astype(jnp.float32)
+
+
+def loss_of(model: Model, params: tree.Params, batch: Batch) -> jax.Array:
+    """The loss of a batch, by what it holds."""
+    return (classification_loss if "labels" in batch else completion_loss)(model, params, batch)[0]
 
 
 def _again(block: Callable[..., Any]) -> Callable[..., Any]:
