@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lokr import lokr
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
+    from jaxpeft.methods.loraprune import loraprune
     from jaxpeft.methods.loreft import loreft
     from jaxpeft.methods.lq_lora import lq_lora
     from jaxpeft.methods.lst import lst
@@ -132,6 +133,7 @@ _MODULE_OF = {
     "lokr": "methods.lokr",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
+    "loraprune": "methods.loraprune",
     "loreft": "methods.loreft",
     "lq_lora": "methods.lq_lora",
     "lst": "methods.lst",

@@ -47,8 +47,7 @@ def _(table: _Prompt, ids: jax.Array) -> jax.Array:
 
 @with_inner.register
 def _(table: _Prompt, change: Callable[[Any], Any]) -> _Prompt:
-    del change  # its numbers are those of places in the prompt
-    return table
+    return dataclasses.replace(table, table=change(table.table))
 
 
 def check(name: str, length: int, init: str, text: str, tokenizer: str) -> None:

@@ -37,7 +37,7 @@ def lookup(table: Any, ids: jax.Array) -> jax.Array:
 def with_inner(table: Any, change: Callable[[Any], Any]) -> Any:
     """A table with `change` of the one that tokens' numbers are looked up in, in the place of that.
 
-    Another type of table that has one in it, or looks up no tokens, registers its own.
+    Another type of table that has one in it registers its own.
     """
     return change(table)
 
