@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.ist import ist
     from jaxpeft.methods.lamda import lamda
     from jaxpeft.methods.lemo import lemo
+    from jaxpeft.methods.light_peft import light_peft
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.llm_qfa import llm_qfa
     from jaxpeft.methods.ln_tuning import ln_tuning
@@ -125,6 +126,7 @@ _MODULE_OF = {
     "lamda": "methods.lamda",
     "ist": "methods.ist",
     "lemo": "methods.lemo",
+    "light_peft": "methods.light_peft",
     "lisa": "methods.lisa",
     "llm_qfa": "methods.llm_qfa",
     "ln_tuning": "methods.ln_tuning",

@@ -347,12 +347,19 @@ class Gate(nn.Module):
     stacked = True  # it only hands the kernel on
 
     groups: int
+    differentiated: bool = True
 
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
         m = self.param("m", nn.initializers.ones, (self.groups,))
-        scaled = x.reshape(*x.shape[:-1], self.groups, -1).astype(jnp.float32) * m[:, None]
-        return inner(scaled.reshape(x.shape).astype(x.dtype))
+
+        def scaled(x, m):
+            wide = x.reshape(*x.shape[:-1], self.groups, -1).astype(jnp.float32) * m[:, None]
+            return wide.reshape(x.shape).astype(x.dtype)
+
+        if self.differentiated:  # x is kept, and not its float32
+            scaled = jax.checkpoint(scaled, prevent_cse=False)
+        return inner(scaled(x, m))
 
 
 def _taylor(model: Model, params: Mapping[str, Any], batches: Iterable[Batch]) -> Scores:

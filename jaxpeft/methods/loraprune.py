@@ -97,7 +97,7 @@ def loraprune(
         own = sites.attach(
             model,
             "loraprune",
-            lambda path: pruning.Gate(sizes[pruning.CUT[path.rpartition("/")[2]][0]]),
+            lambda path: pruning.Gate(sizes[pruning.CUT[path.rpartition("/")[2]][0]], differentiated=False),
             lambda params: sites.find(params, list(pruning.READS), "loraprune"),
         )
 
