@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.ist import ist
     from jaxpeft.methods.lamda import lamda
     from jaxpeft.methods.lemo import lemo
+    from jaxpeft.methods.light_peft import light_peft
     from jaxpeft.methods.lisa import lisa
     from jaxpeft.methods.llm_qfa import llm_qfa
     from jaxpeft.methods.ln_tuning import ln_tuning
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.lokr import lokr
     from jaxpeft.methods.lora import lora
     from jaxpeft.methods.lora_fa import lora_fa
+    from jaxpeft.methods.loraprune import loraprune
     from jaxpeft.methods.loreft import loreft
     from jaxpeft.methods.lq_lora import lq_lora
     from jaxpeft.methods.lst import lst
@@ -127,6 +129,7 @@ _MODULE_OF = {
     "lamda": "methods.lamda",
     "ist": "methods.ist",
     "lemo": "methods.lemo",
+    "light_peft": "methods.light_peft",
     "lisa": "methods.lisa",
     "llm_qfa": "methods.llm_qfa",
     "ln_tuning": "methods.ln_tuning",
@@ -135,6 +138,7 @@ _MODULE_OF = {
     "lokr": "methods.lokr",
     "lora": "methods.lora",
     "lora_fa": "methods.lora_fa",
+    "loraprune": "methods.loraprune",
     "loreft": "methods.loreft",
     "lq_lora": "methods.lq_lora",
     "lst": "methods.lst",

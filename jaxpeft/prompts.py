@@ -23,7 +23,7 @@ from jaxpeft import features, tree
 from jaxpeft.errors import InputError
 from jaxpeft.in_front import Front
 from jaxpeft.model import Batch, Context, Model, Stack, last_position, reads_stacks
-from jaxpeft.models.layers import lookup
+from jaxpeft.models.layers import lookup, with_inner
 
 INITS = ("vocabulary", "text", "random")
 Start = Callable[[jax.Array, tree.Params], jax.Array]  # (key, the model's parameters) -> P (p, d)
@@ -43,6 +43,11 @@ class _Prompt:
 @lookup.register
 def _(table: _Prompt, ids: jax.Array) -> jax.Array:
     return lookup(table.rows, ids)
+
+
+@with_inner.register
+def _(table: _Prompt, change: Callable[[Any], Any]) -> _Prompt:
+    return dataclasses.replace(table, table=change(table.table))
 
 
 def check(name: str, length: int, init: str, text: str, tokenizer: str) -> None:

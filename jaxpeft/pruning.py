@@ -53,7 +53,7 @@ from jaxpeft.train.loss import completion_loss
 BY = ("magnitude", "taylor", "random")
 FILE = "pruning.json"  # beside the pruned checkpoint: what was kept, and of which base
 # Module -> what is cut of it, and whether of its outputs.
-_CUT = {
+CUT = {
     "q_proj": ("heads", True),
     "k_proj": ("heads", True),
     "v_proj": ("heads", True),
@@ -62,7 +62,7 @@ _CUT = {
     "up_proj": ("neurons", True),
     "down_proj": ("neurons", False),
 }
-_READS = ("o_proj", "down_proj")
+READS = ("o_proj", "down_proj")  # of these the inputs are what heads, and neurons, hand on
 
 
 class Kept(NamedTuple):
@@ -127,23 +127,45 @@ def choose(scores: Scores, heads: float, neurons: float) -> Kept:
     Raises:
       InputError: for a share outside (0, 1], or one that leaves nothing.
     """
-    unit = math.gcd(scores.neurons.shape[1], 128)
-    return Kept(
-        _top(scores.heads, "heads", "key/value heads", heads, 1),
-        _top(scores.neurons, "neurons", "neurons", neurons, unit),
+    counts = how_many(scores.heads.shape[1], scores.neurons.shape[1], heads, neurons)
+    return Kept(*map(_top, scores, counts))
+
+
+def unit_of(neurons: int) -> int:
+    """What neurons go by."""
+    return math.gcd(neurons, 128)
+
+
+def how_many(of_heads: int, of_neurons: int, heads: float, neurons: float) -> tuple[int, int]:
+    """Key/value heads and neurons that are the shares `heads` and `neurons` of all.
+
+    Raises:
+      InputError: as `choose` does.
+    """
+    return (
+        _count(of_heads, "heads", "key/value heads", heads, 1),
+        _count(of_neurons, "neurons", "neurons", neurons, unit_of(of_neurons)),
     )
 
 
-def _top(scores: np.ndarray, flag: str, what: str, share: float, unit: int) -> np.ndarray:
-    total = scores.shape[1]
+def check_share(flag: str, share: float) -> None:
+    """Raises InputError for a share that cannot stay."""
     if not 0 < share <= 1:
         raise InputError(f"{flag} {share:g}: the share that stays must be above 0 and at most 1")
+
+
+def _count(total: int, flag: str, what: str, share: float, unit: int) -> int:
+    check_share(flag, share)
     count = math.floor(share * total / unit + 0.5) * unit
     if not count:
         raise InputError(
             f"{flag} {share:g}: leaves none of {total} {what}, which go by {unit}; a share of {unit / total / 2:.3g} "
             "or more should stay"
         )
+    return count
+
+
+def _top(scores: np.ndarray, count: int) -> np.ndarray:
     order = np.argsort(-np.asarray(scores), axis=1, kind="stable")
     return np.sort(order[:, :count], axis=1).astype(np.int32)
 
@@ -202,10 +224,10 @@ def _each(
 
 
 def _place(path: str, config: Any, kept: Kept) -> _Place | None:
-    module = next((word for word in path.split("/") if word in _CUT), None)
+    module = next((word for word in path.split("/") if word in CUT), None)
     if module is None:
         return None
-    what, of_outputs = _CUT[module]
+    what, of_outputs = CUT[module]
     axes = {"kernel": -1, "bias": -1, "b": -1} if of_outputs else {"kernel": -2, "a": -2}
     axis = axes.get(path.rpartition("/")[2])
     if axis is None:
@@ -291,14 +313,15 @@ def check_fits(where: str, kept: Kept, config: Any) -> None:
 
 
 def _checked(model: Model, params: Mapping[str, Any]) -> tree.Flat:
-    _check_family(model.config)
+    check_family(model.config)
     flat = tree.flatten(params)
     if packed := [path for path, leaf in flat.items() if is_packed(leaf)]:
         raise InputError(f"{packed[0]}: is packed, and its heads or neurons cannot be cut out; prune the plain base")
     return flat
 
 
-def _check_family(config: Any) -> None:
+def check_family(config: Any) -> None:
+    """Raises InputError for a model that has no heads and neurons as these are."""
     kind = getattr(config, "model_type", None)
     if kind not in MODEL_TYPES:
         raise InputError(f"a model of type {kind} cannot be pruned; {', '.join(MODEL_TYPES)} can")
@@ -311,23 +334,32 @@ def _magnitude(config: Any, flat: tree.Flat) -> Scores:
         place = _place(path, config, everything)
         if place is None or not path.endswith("/kernel"):
             continue
-        what = _CUT[path.split("/")[-2]][0]
+        what = CUT[path.split("/")[-2]][0]
         groups = config.num_key_value_heads if what == "heads" else config.intermediate_size
         squares = np.square(np.asarray(leaf).astype(np.float32)).sum(-2 if place.axis == -1 else -1)
         sums[what] = sums[what] + squares.reshape(len(squares), groups, -1).sum(-1)
     return Scores(np.sqrt(sums["heads"]), np.sqrt(sums["neurons"]))
 
 
-class _Gate(nn.Module):
+class Gate(nn.Module):
     """A product whose inputs come in `groups`, each scaled by a number of its own: m (groups,), ones, in float32."""
 
+    stacked = True  # it only hands the kernel on
+
     groups: int
+    differentiated: bool = True
 
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
         m = self.param("m", nn.initializers.ones, (self.groups,))
-        scaled = x.reshape(*x.shape[:-1], self.groups, -1).astype(jnp.float32) * m[:, None]
-        return inner(scaled.reshape(x.shape).astype(x.dtype))
+
+        def scaled(x, m):
+            wide = x.reshape(*x.shape[:-1], self.groups, -1).astype(jnp.float32) * m[:, None]
+            return wide.reshape(x.shape).astype(x.dtype)
+
+        if self.differentiated:  # x is kept, and not its float32
+            scaled = jax.checkpoint(scaled, prevent_cse=False)
+        return inner(scaled(x, m))
 
 
 def _taylor(model: Model, params: Mapping[str, Any], batches: Iterable[Batch]) -> Scores:
@@ -336,8 +368,8 @@ def _taylor(model: Model, params: Mapping[str, Any], batches: Iterable[Batch]) -
     gated = sites.attach(
         model,
         "gate",
-        lambda path: _Gate(groups[path.rpartition("/")[2]]),
-        lambda params: sites.find(params, list(_READS), "pruning"),
+        lambda path: Gate(groups[path.rpartition("/")[2]]),
+        lambda params: sites.find(params, list(READS), "pruning"),
     )
     flat = tree.flatten(gated.init(jax.random.key(0), dict(params)))
     gates = {path: leaf for path, leaf in flat.items() if path.endswith("/gate/m")}

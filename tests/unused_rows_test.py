@@ -1,14 +1,21 @@
 """Tables without rows that the data never use: the run is that of the whole table, bit for bit."""
 
+import json
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
-from jaxpeft import tree
-from jaxpeft.unused_rows import TABLE, prune_embeddings, used
+from jaxpeft import assets, cli, tree
+from jaxpeft.cli.export import saved_leaves
+from jaxpeft.memory import planner
+from jaxpeft.train import config, metrics
+from jaxpeft.unused_rows import TABLE, check_still, prune_embeddings, read, spelt, used
 from tests import tiny
 
 BATCHES = [tiny.batch(rows=2, length=8, seed=seed, vocab=40) for seed in range(3)]
@@ -81,6 +88,121 @@ def test_a_token_without_a_row_is_never_read_as_another():
     expected, _ = model.stack.embed(params, batch, None)
     assert np.isnan(x[0, 2]).all()
     np.testing.assert_array_equal(np.asarray(x[0, [0, 1, 3]]), np.asarray(expected[0, [0, 1, 3]]))
+
+
+@pytest.mark.parametrize("method", [jp.prompt(2), jp.dept(2, 2, positions=8)], ids=["prompt", "dept"])
+def test_words_in_front_of_the_table_find_the_same_rows(method):
+    """What a method starts from is the whole table; then the rows are cut, and tokens are found behind its own type."""
+    model, params = tiny.model()
+    pruned = prune_embeddings(model, params, used(BATCHES))
+    whole, *leaves = jp.setup(method, model, params, jax.random.key(0))
+    wanted = whole.apply(jp.combine(*leaves), BATCHES[0])
+    model, trainable, rest = jp.setup(method, pruned.model, params, jax.random.key(0))
+    np.testing.assert_array_equal(model.apply(jp.combine(trainable, rest), BATCHES[0]), wanted)
+    found = model.apply(jp.combine(pruned.cut(trainable), pruned.cut(rest)), BATCHES[0])
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_plan_has_so_many_rows():
+    """The table's master and two moments, where it trains; its frozen numbers, where it does not."""
+    for method, numbers in ((jp.full(), 3), (jp.lora(rank=2), 1)):
+        size = lambda count, method=method: (
+            tree.num_bytes(
+                (
+                    step := planner.make_step(tiny.CONFIG, method, 2, 8, dtype=jnp.float32, prune_embeddings=count)
+                ).state.leaves
+            )
+            + tree.num_bytes(step.state.opt_state)
+        )
+        assert size(None) - size(40) == numbers * (97 - 40) * 32 * 4
+    with pytest.raises(jp.InputError, match="--prune-embeddings 98: embed_tokens/embedding has 97 rows"):
+        planner.make_step(tiny.CONFIG, jp.lora(), 2, 8, prune_embeddings=98)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory):
+    """The embedded model with a head of its own, which starts as the table."""
+    folder = tmp_path_factory.mktemp("untied")
+    for file in assets.MODEL.iterdir():
+        shutil.copy(file, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+RUN = {"method": "full", "method_options": ("which=^embed_tokens",), "clip": None, "steps": 2, "seq_len": 32}
+RUN |= {"data": str(assets.VALIDATION), "batch_size": 2, "samples": 1, "schedule": "constant", "warmup": 0}
+
+
+@pytest.fixture(scope="module")
+def runs(untied, tmp_path_factory):
+    """The folders of a run with the whole table and of one with the rows that the data name."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("whole", "pruned"):
+        jp.run(**RUN, model=untied, out=folder / name, prune_embeddings=name == "pruned")
+    return folder
+
+
+def logged(folder):
+    """(rows of metrics.jsonl without the gradients' norms, these)."""
+    rows = metrics.read(folder / "metrics.jsonl")
+    return rows, [row.pop("grad_norm") for row in rows if "grad_norm" in row]
+
+
+def test_a_run_leaves_what_that_of_the_whole_table_does(runs, tmp_path):
+    """Losses, answers and the model, bit for bit; its checkpoint has the rows alone, and is exported with all.
+
+    The norm of the gradients adds fewer zeros, in another order.
+    """
+    (rows, norms), (wanted, others) = (logged(runs / name) for name in ("pruned", "whole"))
+    assert rows == wanted
+    assert norms == pytest.approx(others, rel=1e-6)
+    samples = [config.read_report(runs / name)["sample"] for name in ("pruned", "whole")]
+    assert samples[0] == samples[1]
+    name = "model/model.safetensors"
+    assert (runs / "pruned" / name).read_bytes() == (runs / "whole" / name).read_bytes()
+    ids = read(config.read(runs / "pruned")["rows"])
+    assert 0 < len(ids) < 4096
+    saved = saved_leaves(runs / "pruned/checkpoints", 2)
+    assert saved[TABLE].shape == (len(ids), 256)
+    assert cli.main(["export", "--run", f"{runs}/pruned", "--out", f"{tmp_path}/model"]) == 0
+    written = (tmp_path / "model/model.safetensors").read_bytes()
+    assert written == (runs / "whole/model/model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_bit_for_bit(runs, untied, tmp_path):
+    """To more steps, with the rows of its beginning; other data, or the whole table, are refused."""
+    how = {**RUN, "model": untied, "out": tmp_path / "run"}
+    jp.run(**{**how, "steps": 1}, prune_embeddings=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text(assets.VALIDATION.read_text().partition("\n")[2])
+    with pytest.raises(jp.InputError, match="--data .* \\(other content\\)"):
+        jp.run(**{**how, "data": str(other)}, prune_embeddings=True, resume=True)
+    with pytest.raises(jp.InputError, match="--prune-embeddings True -> False"):
+        jp.run(**how, resume=True)
+    jp.run(**how, prune_embeddings=True, resume=True)
+    for name in ("metrics.jsonl", "model/model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (runs / "pruned" / name).read_bytes(), name
+
+
+def test_rows_that_a_step_would_move_or_tell_by():
+    for method, direction, decay, said in (
+        (jp.mezo(), "sgd", 0, "mezo moves embed_tokens/embedding itself"),
+        (jp.full(), "adam", 0.1, "weight decay 0.1 shrinks rows of embed_tokens/embedding"),
+        (jp.full(), "adafactor", 0, "adafactor tells by several rows"),
+        (jp.full(), "adam8bit", 0, "adam8bit tells by several rows"),
+    ):
+        with pytest.raises(jp.InputError, match=said):
+            check_still(method, direction, decay)
+    check_still(jp.full(), "lion", 0)
+    check_still(jp.lora(), "adafactor", 0.1)  # the table stays as it is
+    assert read(spelt(np.array([0, 3, 4, 5, 9]))).tolist() == [0, 3, 4, 5, 9]
+    with pytest.raises(jp.InputError, match='rows "3-x": should be numbers'):
+        read("3-x")
 
 
 def test_refusals():

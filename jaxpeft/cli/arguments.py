@@ -61,6 +61,9 @@ class StepArguments:
     takes all rows at once and cannot compress."""
     update_in_backward: bool = False
     """Update each layer inside the backward pass, as for `train`: the gradients of all layers never exist."""
+    prune_embeddings: int | None = None
+    """Rows of the input's embedding table that are there, as many as tokens that the data name: `train` with this flag
+    counts them. Default: all."""
     target: str = "cpu"
     """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu; a slice of TPUs such as v5p:4x4x4; a host of
     GPUs such as h200x8, or several: h200x8x2."""
@@ -112,7 +115,7 @@ def settled(args: Any) -> Any:
 
 def check_step(args: StepArguments) -> None:
     """Raises InputError for the first argument whose value makes no sense by itself; `args` are settled."""
-    check_least(args, {"batch_size": 1, "seq_len": 2, "accumulate": 1})
+    check_least(args, {"batch_size": 1, "seq_len": 2, "accumulate": 1, "prune_embeddings": 1})
     if args.num_labels is not None and (args.num_labels < 1 or args.task != "classify"):
         why = "must be at least 1" if args.num_labels < 1 else "belongs to --task classify"
         raise InputError(f"--num-labels {args.num_labels}: {why}")

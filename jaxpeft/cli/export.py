@@ -72,6 +72,8 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
     from jaxpeft.template import from_document
     from jaxpeft.train import result
     from jaxpeft.train.base import load
+    from jaxpeft.unused_rows import TABLE, filled
+    from jaxpeft.unused_rows import read as read_rows
 
     arguments = document["arguments"]
     name = model_or_default(args.model or arguments.get("model"))
@@ -93,6 +95,8 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
         # A stack may have been cut; no start is calculated.
         _, trainable, rest = setup(method, base, params, jax.random.key(0), batches=lambda: ())
         leaves = {**rest, **trainable}
+    if (ids := document.get("rows")) is not None and TABLE in saved:
+        saved[TABLE] = filled(leaves[TABLE], read_rows(ids), saved[TABLE])
     changed = tree.unflatten({**leaves, **saved})
     beside = (
         from_document(document["text"], f"{args.run / config.FILE}: text:").beside() if document.get("text") else {}

@@ -143,7 +143,7 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
     name, method = chosen[0]
     dtype = models.compute_dtype(config, args.dtype, device.platform)
     layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
-    of_step = (args.optimizer, args.update_in_backward)
+    of_step = (args.optimizer, args.update_in_backward, args.prune_embeddings)
     step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout, *of_step)
     where = f"{device.name} ({text})" if text else device.name
     print(f"compiling {name} for {where}, {step.plan}", file=sys.stderr, flush=True)

@@ -32,6 +32,7 @@ Batch = dict[str, npt.NDArray[Any]]
 Lines = list[list[int]]  # for each row of a batch, the source lines of its documents
 
 _WINDOW_BATCHES = 16  # sorted together: wider pads less, and makes batches less mixed in length
+_COUNTED = 4096  # examples whose tokens are looked at together
 _PACKING_ROWS = 32  # open at once, at least: more waste less, and reorder more
 # grain's own endless repeat overflows in batches of one: sys.maxsize does not survive its division.
 _ENDLESS_EXAMPLES = 2**50
@@ -40,9 +41,12 @@ _ENDLESS_EXAMPLES = 2**50
 class Item(Protocol):
     """What batches are made of; `Example` and `classify.Row` are such.
 
-    positions: its length in a row.  line: its line in the source.  tobytes: all that it holds, for a digest.
+    ids: its tokens, of which the first `positions` are read.  positions: its length in a row.
+    line: its line in the source.  tobytes: all that it holds, for a digest.
     """
 
+    @property
+    def ids(self) -> npt.NDArray[np.int32]: ...
     @property
     def positions(self) -> int: ...
     @property
@@ -87,6 +91,14 @@ class Batches:
         self._lines = examples.lines if isinstance(examples, Examples) else [example.line for example in examples]
         self._held: Sequence[int] | None = None
         self.tokens = 0
+
+    def used(self) -> npt.NDArray[np.int32]:
+        """The ids of tokens in any of its batches, padding's 0 too, ascending."""
+        found = {0}
+        for start in range(0, len(self._examples), _COUNTED):
+            part = [example.ids[: example.positions] for example in self._examples[start : start + _COUNTED]]
+            found.update(np.unique(np.concatenate(part)).tolist())
+        return np.array(sorted(found), np.int32)
 
     def hold(self, rows: Sequence[int] | None) -> "Batches":
         """Makes arrays of these rows of each batch alone, ascending numbers; None: of all. Returns itself."""

@@ -23,9 +23,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from jaxpeft import compilation, host, sharding, tree
+from jaxpeft import compilation, host, sharding, tree, unused_rows
 from jaxpeft.backward import passes, residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.passes import Segment
@@ -45,6 +46,7 @@ from jaxpeft.train.optimizer import direction_of, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import in_place, make_train_step, objective_of
 from jaxpeft.train.task import TASKS, Task, check_head, config_for
+from jaxpeft.unused_rows import TABLE
 from pallas_kernels.platform import tracing_for
 
 
@@ -59,6 +61,7 @@ class Step(NamedTuple):
     mesh: of the devices that it runs on; None: one device.
     update_in_backward: whether layers are updated inside the backward pass.
     host: paths of the moved leaves that lie in the host's memory (`jaxpeft.host`).
+    prune_embeddings: rows of the embedding table that are there; None: all.
     """
 
     function: Callable[..., Any]
@@ -76,6 +79,7 @@ class Step(NamedTuple):
     mesh: Mesh | None = None
     update_in_backward: bool = False
     host: frozenset[str] = frozenset()
+    prune_embeddings: int | None = None
 
     @property
     def shards(self) -> int:
@@ -98,6 +102,7 @@ def make_step(
     form: residuals.Form = "loops",
     optimizer: str | None = None,
     update_in_backward: bool = False,
+    prune_embeddings: int | None = None,
 ) -> Step:
     """The step of `jaxpeft train` for a model's configuration; nothing is allocated.
 
@@ -115,6 +120,7 @@ def make_step(
       form: how the plan is carried out (see `residuals.remat`).
       optimizer: of `jaxpeft.train.optimizer.Direction`; None: the method's own.
       update_in_backward: whether layers are updated inside the backward pass.
+      prune_embeddings: rows of the embedding table that are there; None: all.
 
     Raises:
       InputError: for a configuration, method or plan that cannot be used, or rows that the mesh does not divide.
@@ -126,7 +132,11 @@ def make_step(
     key = jax.eval_shape(lambda: jax.random.key(0))
     plain = tree.flatten(jax.eval_shape(lambda key: base.init(key, {}), key))
     of_base = tree.unflatten(quantized.shapes_of(config, base.config, plain))
+    if prune_embeddings is not None:
+        base = _with_rows(prune_embeddings, base, tree.flatten(of_base), method, optimizer)
     model, trainable, rest = _set_up(method, base, key, of_base)
+    if prune_embeddings is not None:
+        trainable, rest = _cut(trainable, prune_embeddings), _cut(rest, prune_embeddings)
     backward = objective_of(model, method, {**rest, **trainable}, own.loss).backward
     plan = residuals.default_plan(model, backward) if save is None else parse(save)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), form, method.changes)
@@ -144,7 +154,25 @@ def make_step(
     objective_of(model, method, state.leaves, own.loss)  # refuses a plan that would have no effect
     away = frozenset(path for path in state.moved if method.role(path).host)
     rows = (accumulate, own, batch_size, length)
-    return Step(function, state, batch, paths, model, plan, *rows, backward, form, mesh, update_in_backward, away)
+    how = (mesh, update_in_backward, away, prune_embeddings)
+    return Step(function, state, batch, paths, model, plan, *rows, backward, form, *how)
+
+
+def _with_rows(count: int, base: Model, shapes: tree.Flat, method: Method, optimizer: str | None) -> Model:
+    """The base with so many rows of its embedding table, as `train --prune-embeddings` has it."""
+    unused_rows.check_still(method, direction_of(method.specs, optimizer))
+    unused_rows.check(base, shapes)
+    if count > (total := shapes[TABLE].shape[0]):
+        raise InputError(f"--prune-embeddings {count}: {TABLE} has {total} rows")
+    return unused_rows.with_rows(base, np.arange(count), total)
+
+
+def _cut(leaves: tree.Flat, count: int) -> tree.Flat:
+    """Shapes of leaves, of the embedding table of so many rows."""
+    if TABLE not in leaves:
+        return leaves
+    table = leaves[TABLE]
+    return {**leaves, TABLE: jax.ShapeDtypeStruct((count, *table.shape[1:]), table.dtype)}
 
 
 def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, tree.Flat, tree.Flat]:
@@ -265,6 +293,7 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
         "flops": traced.flops,
         "recompute_flops": traced.recompute_flops,
         "jax": jax.__version__,
+        **({} if step.prune_embeddings is None else {"prune_embeddings": step.prune_embeddings}),
     }
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,7 +37,7 @@ from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.in_front import row_bytes
 from jaxpeft.method import Method, Spec, trains
-from jaxpeft.models.layers import lookup
+from jaxpeft.models.layers import lookup, with_inner
 
 FACTORS = ("dept/a", "dept/b")
 
@@ -139,6 +140,11 @@ def _(table: _Updated, ids: jax.Array) -> jax.Array:
         return table.scale * (rows.astype(x.dtype) @ b.astype(x.dtype))
 
     return x + of_places(table.a, table.b)
+
+
+@with_inner.register
+def _(table: _Updated, change: Callable[[Any], Any]) -> _Updated:
+    return dataclasses.replace(table, table=change(table.table))
 
 
 ABOUT = About(

@@ -277,7 +277,7 @@ def _leaves(config: Mapping[str, Any], pair: Mapping[str, Any], extra: Mapping[s
     return {"a": a[..., :r], "a0": a[..., r:], "b": b[..., :r, :], "b0": -b[..., r:, :]}
 
 
-def _scale_at(config: Mapping[str, Any], site: str) -> float:
+def scale_at(config: Mapping[str, Any], site: str) -> float:
     """s at a site."""
     rank = sites.first_match(config["rank_pattern"] or {}, site, config["rank"])
     default = config["alpha"] if config["alpha"] is not None else rank
@@ -286,7 +286,7 @@ def _scale_at(config: Mapping[str, Any], site: str) -> float:
 
 PEFT = form.lora_pairs(
     "lora",
-    scale=_scale_at,
+    scale=scale_at,
     fields=lambda config: {"lora_dropout": config["dropout"], "use_rslora": config["rslora"]},
     to_tensors=_pair,
     from_tensors=_leaves,

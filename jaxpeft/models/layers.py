@@ -34,6 +34,15 @@ def lookup(table: Any, ids: jax.Array) -> jax.Array:
 
 
 @functools.singledispatch
+def with_inner(table: Any, change: Callable[[Any], Any]) -> Any:
+    """A table with `change` of the one that tokens' numbers are looked up in, in the place of that.
+
+    Another type of table that has one in it registers its own.
+    """
+    return change(table)
+
+
+@functools.singledispatch
 def unembed(table: Any, x: jax.Array) -> jax.Array:
     """x (..., d) times a table (V, d) transposed, in x's dtype: the logits of a tied head."""
     return jnp.einsum("...d,vd->...v", x, table.astype(x.dtype))  # no transpose, which a loop would keep as a copy

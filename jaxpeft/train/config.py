@@ -1,7 +1,8 @@
 """A run's configuration on disk, OUT/config.json: what `--resume` compares with, and what other commands read a run by.
 
     {"jax": version, "arguments": {flag's field: value}, "method": [[name, arguments], ...], "content": {name: digest},
-     "labels": [names of what rows are classified as], "text": what `jaxpeft.template` keeps beside a result, or null}
+     "labels": [names of what rows are classified as], "text": what `jaxpeft.template` keeps beside a result, or null,
+     "rows": with --prune-embeddings, the ids of the tokens whose rows are there}
 
 Files are compared by content, so that a run continues where its model and data have been moved to.
 """
@@ -51,6 +52,7 @@ def describe(
     content: Mapping[str, str | None],
     labels: Sequence[str] = (),
     template: Template | None = None,
+    rows: str | None = None,
 ) -> dict[str, Any]:
     """The document of a run.
 
@@ -60,6 +62,7 @@ def describe(
       content: digests of "model", "adapter", "data", "eval_data" and "template" (None without).
       labels: names of what rows are classified as, in order; none where none are.
       template: what conversations and instructions became text by; None where there are none.
+      rows: ids of the rows of the embedding table that are there (`unused_rows.spelt`); None: all.
     """
     names = [field.name for field in dataclasses.fields(Run) if field.name not in _FREE]
     arguments = {name: getattr(args, name) for name in names}
@@ -71,6 +74,7 @@ def describe(
         "labels": list(labels),
         "text": template.document() if template else None,
     }
+    document |= {"rows": rows} if rows is not None else {}
     return json.loads(json.dumps(document, default=str))  # as it will be read: tuples are lists, paths text
 
 
@@ -94,6 +98,7 @@ class Document(TypedDict):
     content: _Content
     labels: NotRequired[list[documents.Text]]
     text: NotRequired[Text | None]
+    rows: NotRequired[documents.Text]
 
 
 class _Sample(TypedDict):
@@ -261,6 +266,8 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
             changes.append(f"{flag(name)} {where} (other content)")
     if not changes and old.get("labels", []) != new.get("labels", []):
         changes.append(f"the labels {old.get('labels')} -> {new.get('labels')}")
+    if not changes and old.get("rows") != new.get("rows"):
+        changes.append("the tokens of its data, and so the rows of --prune-embeddings")
     if not changes and not same_method:
         changes.append(f"the method's defaults {old.get('method')} -> {new['method']}")
     if changes:
@@ -278,7 +285,7 @@ def _meaning(name: str, value: Any) -> Any:
         return rotary.parse(value)
     if name == "remat":
         return value or "loops"  # a run from before there was a choice
-    if name == "update_in_backward":
+    if name in ("update_in_backward", "prune_embeddings"):
         return bool(value)  # likewise
     return recipe.read(value or ()) if name == "method_options" else value
 

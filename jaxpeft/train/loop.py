@@ -371,7 +371,8 @@ class _Run:
 
     def _answer(self) -> Answers:
         data = self.job.data
-        return answer(self.job.model, self.state, data.asked, self.job.tokenizer, data.ends)
+        state = self.job.whole(self.state) if data.asked else self.state
+        return answer(self.job.model, state, data.asked, self.job.tokenizer, data.ends)
 
     def _evaluation_due(self) -> bool:
         every = self.args.eval_every
@@ -413,7 +414,7 @@ class _Run:
         answers = self._answer()
         self._check_there()
         state, job = self.state, self.job
-        ending.write_result(self.out, job, state.params, self.args.rope_scaling)
+        ending.write_result(self.out, job, job.whole(state).params, self.args.rope_scaling)
         # A run that is resumed after its last step has compiled nothing yet.
         batch = next(job.data.train)[0]
         program = self.step.widest() or self.step.program(state, batch)

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxpeft import checkpoint, hf, sharding, shares, template, tree
+from jaxpeft import checkpoint, hf, sharding, shares, template, tree, unused_rows
 from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import parse
 from jaxpeft.data.sources import find, is_named
@@ -36,6 +37,7 @@ from jaxpeft.train.run import Run
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import objective_of
 from jaxpeft.train.task import TASKS, Data, Source, Task, check_head
+from jaxpeft.unused_rows import TABLE
 
 
 class Job(NamedTuple):
@@ -46,6 +48,7 @@ class Job(NamedTuple):
     base: the base's paths and shapes, `{path: ShapeDtypeStruct}`; a classifier of rows is no part of it.
     mesh: that the state lies on; None: one device.
     rows: of a batch, those that this process holds; None: all of them.
+    pruned: the embedding table's rows; None: all are in the state.
     """
 
     source: Source
@@ -64,6 +67,18 @@ class Job(NamedTuple):
     document: dict[str, Any]
     mesh: Mesh | None = None
     rows: shares.Rows | None = None
+    pruned: unused_rows.Pruned | None = None
+
+    def whole(self, state: TrainState) -> TrainState:
+        """A state with all rows of the embedding table, on its devices."""
+        if self.pruned is None:
+            return state
+        table = jnp.asarray(unused_rows.filled(self.pruned.table, self.pruned.ids, state.leaves[TABLE]))
+        if self.mesh is not None:
+            table = shares.placed(table, sharding.of_leaves(self.mesh, {TABLE: table}, {TABLE})[TABLE])
+        if TABLE in state.trainable:
+            return state._replace(trainable={**state.trainable, TABLE: table})
+        return state._replace(frozen={**state.frozen, TABLE: table})
 
 
 def prepare(args: Run, continued: bool = False) -> Job:
@@ -115,9 +130,15 @@ def prepare(args: Run, continued: bool = False) -> Job:
         "eval_data": data.validation().get_state()["identity"] if data.validation else None,
         "template": data.template.digest() if data.template else None,
     }
+    pruned = _pruned(args, method, base, params, data) if args.prune_embeddings else None
+    if pruned is not None:
+        base = pruned.model
     with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
         batches = (lambda: ()) if continued else functools.partial(shares.whole_batches, mesh, data.batches)
         model, trainable, rest = setup(method, base, tree.unflatten({**flat, **added}), init_key, batches)
+    if pruned is not None:  # what the method started from is the whole table
+        trainable, rest = pruned.cut(trainable), pruned.cut(rest)
+        flat[TABLE] = rest.get(TABLE, flat[TABLE])
     if plan is None:
         backward = objective_of(model, method, {**rest, **trainable}, task.loss).backward
         plan = residuals.default_plan(model, backward)
@@ -148,10 +169,31 @@ def prepare(args: Run, continued: bool = False) -> Job:
         state=state,
         own=checkpoint.not_in_base(state.frozen, flat),
         base=jax.eval_shape(lambda: own_of_base),
-        document=config.describe(args, method.specs, content, data.labels, data.template),
+        document=config.describe(
+            args,
+            method.specs,
+            content,
+            data.labels,
+            data.template,
+            None if pruned is None else unused_rows.spelt(pruned.ids),
+        ),
         mesh=mesh,
         rows=rows,
+        pruned=pruned,
     )
+
+
+def _pruned(args: Run, method: Method, base: Model, params: tree.Params, data: Data) -> unused_rows.Pruned:
+    """The base with the rows of its table that the data name.
+
+    Raises:
+      InputError: for a base without such a table, and where rows that leave would not have stayed as they were.
+    """
+    unused_rows.check_still(method, direction_of(method.specs, args.optimizer), args.weight_decay)
+    parts = [data.train.used(), *([data.validation().used()] if data.validation else [])]
+    pruned = unused_rows.prune_embeddings(base, params, np.unique(np.concatenate(parts)))
+    say(f"--prune-embeddings: {len(pruned.ids)} of {len(pruned.table)} rows of {TABLE} are used by the data")
+    return pruned
 
 
 def _check_names(task: Task, model: Model, state: TrainState, rows: int, length: int) -> None:

@@ -118,6 +118,9 @@ class Run:
     update_in_backward: bool = False
     """Update each layer inside the backward pass: the gradients of all layers never exist. It needs --clip None, as the
     norm of all gradients is known too late, and --accumulate 1."""
+    prune_embeddings: bool = False
+    """Leave rows of the input's embedding table that no token of the data names in the host's memory; what the run
+    leaves is whole. Not where the head reads the table (tied embeddings). Samples are answered with the whole table."""
     mesh: str | None = None
     """Devices to divide the run over, AXIS=DEVICES,...: data (rows of the batch), fsdp (rows, and every matrix), tensor
     (heads and features), seq (tokens of a row); auto: fsdp, and tensor and seq of what the batch does not divide. A run
