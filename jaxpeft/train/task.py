@@ -120,6 +120,7 @@ def _text_shapes(config: Any, rows: int, length: int, packed: bool = True) -> di
     del config
     names = ("tokens", "targets", "positions", "example_ids", *(("segment_ids",) if packed else ()))
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+    shapes["sources"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     return {**shapes, "loss_weights": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
 
@@ -155,7 +156,7 @@ def _with_classifier(method: Method) -> Method:
 def _row_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     del packed
     kind = jnp.float32 if config.num_labels == 1 else jnp.int32
-    by_row = {"labels": kind, "weights": jnp.float32, "example_ids": jnp.int32}
+    by_row = {"labels": kind, "weights": jnp.float32, "example_ids": jnp.int32, "sources": jnp.int32}
     shapes = {name: jax.ShapeDtypeStruct((rows,), dtype) for name, dtype in by_row.items()}
     if hasattr(config, "image_size"):
         pixels = (rows, config.image_size, config.image_size, config.num_channels)
