@@ -41,6 +41,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, MOVED, Leaves, Method, Moment, Objective, Spec, View, layer_by_layer, told
 from jaxpeft.model import Batch, Model, entered, joined, runs_through_blocks
 from jaxpeft.quant import is_packed
+from jaxpeft.train.loss import by_row, weights_of
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # Adam's, of the features
 GROUP = 4096  # tokens of the rows that pass the layers together where no gradient is taken
@@ -100,7 +101,7 @@ def colm(
             found = coreset(features, _sources(batch), _lengths(batch) > 0, count, small)
             part = jax.tree.map(lambda x: sharding.rows(jnp.take(x, found.rows, axis=0)), dict(batch))
             if weighted:
-                name = _weights(batch)
+                name = weights_of(batch)
                 part[name] = part[name] * found.sizes.reshape(-1, *[1] * (part[name].ndim - 1))
             (value, aux), grads = objective.value_and_grad(trainable, rest, part, key, opt_state)
             after = before.after(means, squares, found.ours)
@@ -130,7 +131,7 @@ def chosen_count(ratio: float, batch: Batch, parts: int) -> int:
     Raises:
       InputError: for rows that the micro-batches, or the devices of a mesh, do not divide.
     """
-    rows, tokens = jnp.shape(batch[_weights(batch)])[0], jnp.shape(batch[_weights(batch)])[-1]
+    rows, tokens = jnp.shape(batch[weights_of(batch)])[0], jnp.shape(batch[weights_of(batch)])[-1]
     count, shards = max(1, round(ratio * rows)), sharding.shards(rows, tokens)[0]
     if count % (parts * shards):
         devices = f" on each of the mesh's {shards} parts of it" if shards > 1 else ""
@@ -177,7 +178,7 @@ def _slopes(
     objective: Objective, paths: list[str], eps: float, directions: int, most: int, trainable, rest, batch
 ) -> jax.Array:
     """g (B, n) of a batch, at most so many rows at a time."""
-    rows, tokens = batch[_weights(batch)].shape[0], batch[_weights(batch)].shape[-1]
+    rows, tokens = batch[weights_of(batch)].shape[0], batch[weights_of(batch)].shape[-1]
     parts, shards = objective.parts, sharding.shards(rows, tokens)[0]
     for count in range(parts, rows + 1):
         if rows % (count * shards) == 0:
@@ -207,7 +208,7 @@ def _evaluated(objective: Objective, paths: list[str], trainable, rest, batch):
     def whole(number, amount):  # a run that may read its layers in any way
         moved = {path: leaves[path].at[-1].add(_along(path, leaves[path], number, amount)) for path in paths}
         ours = {path: moved.get(path, leaf) for path, leaf in trainable.items()}
-        return by_row(objective, ours, {path: moved.get(path, leaf) for path, leaf in rest.items()}, batch)
+        return _losses(objective, ours, {path: moved.get(path, leaf) for path, leaf in rest.items()}, batch)
 
     if not runs_through_blocks(model.stack.run):
         return whole
@@ -224,7 +225,7 @@ def _evaluated(objective: Objective, paths: list[str], trainable, rest, batch):
         sums = joined([*said, jax.tree.map(lambda s: s[None], sums)])
         run = lambda *_: (sharding.rows(y), sums)
         changed = objective.on(lambda model: model._replace(stack=model.stack._replace(run=run)))
-        return by_row(changed, trainable, rest, batch)
+        return _losses(changed, trainable, rest, batch)
 
     return last
 
@@ -246,17 +247,10 @@ def before_last(model: Model, params: tree.Params, batch: Batch) -> tuple[jax.Ar
     return x, ctx, params, said
 
 
-def by_row(objective: Objective, trainable, rest, batch: Batch) -> jax.Array:
-    """The loss of each row (b,): the mean over what counts of it, as the derivatives of the sum by its weights."""
-    name = _weights(batch)
-
-    def total(weights):
-        loss, aux = objective.value(trainable, rest, {**batch, name: weights}, None)
-        return loss * aux["weight"]
-
-    weights = batch[name]
-    losses = jax.grad(total)(weights) * weights
-    return losses.reshape(len(losses), -1).sum(-1) / jnp.maximum(_lengths(batch), 1e-9)
+def _losses(objective: Objective, trainable, rest, batch: Batch) -> jax.Array:
+    """The loss of each row (b,): the mean over what counts of it."""
+    sums = by_row(lambda batch: objective.value(trainable, rest, batch, None), batch)
+    return sums / jnp.maximum(_lengths(batch), 1e-9)
 
 
 def _layer(stack: Any, index: Any) -> Any:
@@ -270,20 +264,15 @@ def _along(path: str, leaf: jax.Array, number: Any, amount: Any) -> jax.Array:
     return (amount * jax.random.normal(key, leaf.shape[1:])).astype(leaf.dtype)
 
 
-def _weights(batch: Batch) -> str:
-    """The entry that says what counts."""
-    return "loss_weights" if "loss_weights" in batch else "weights"
-
-
 def _lengths(batch: Batch) -> jax.Array:
     """How much of each row counts, (B,)."""
-    weights = batch[_weights(batch)]
+    weights = batch[weights_of(batch)]
     return weights.reshape(len(weights), -1).sum(-1)
 
 
 def _sources(batch: Batch) -> jax.Array:
     """(B,); a batch that names none is of one."""
-    return batch.get("sources", jnp.zeros(batch[_weights(batch)].shape[:1], jnp.int32))
+    return batch.get("sources", jnp.zeros(batch[weights_of(batch)].shape[:1], jnp.int32))
 
 
 class Moments(NamedTuple):
