@@ -131,7 +131,7 @@ def chosen_count(ratio: float, batch: Batch, parts: int) -> int:
     Raises:
       InputError: for rows that the micro-batches, or the devices of a mesh, do not divide.
     """
-    rows, tokens = jnp.shape(batch[weights_of(batch)])[0], jnp.shape(batch[weights_of(batch)])[-1]
+    rows, tokens = _shape(batch)
     count, shards = max(1, round(ratio * rows)), sharding.shards(rows, tokens)[0]
     if count % (parts * shards):
         devices = f" on each of the mesh's {shards} parts of it" if shards > 1 else ""
@@ -178,7 +178,7 @@ def _slopes(
     objective: Objective, paths: list[str], eps: float, directions: int, most: int, trainable, rest, batch
 ) -> jax.Array:
     """g (B, n) of a batch, at most so many rows at a time."""
-    rows, tokens = batch[weights_of(batch)].shape[0], batch[weights_of(batch)].shape[-1]
+    rows, tokens = _shape(batch)
     parts, shards = objective.parts, sharding.shards(rows, tokens)[0]
     for count in range(parts, rows + 1):
         if rows % (count * shards) == 0:
@@ -262,6 +262,11 @@ def _along(path: str, leaf: jax.Array, number: Any, amount: Any) -> jax.Array:
     """amount z of one layer's leaf; z is a function of its path and number alone."""
     key = jax.random.fold_in(jax.random.key(zlib.crc32(path.encode())), number)
     return (amount * jax.random.normal(key, leaf.shape[1:])).astype(leaf.dtype)
+
+
+def _shape(batch: Batch) -> tuple[int, int]:
+    """Rows, and tokens of each; one where there are none."""
+    return len(batch[weights_of(batch)]), jnp.shape(batch["tokens"])[1] if "tokens" in batch else 1
 
 
 def _lengths(batch: Batch) -> jax.Array:

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import math
 import signal
@@ -175,6 +176,8 @@ class _Run:
         step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **options)
         self.step = Compiled(step, steps=True, mesh=job.mesh, rows=job.rows)
         self.eval_step = Compiled(job.task.eval_step(job.model), mesh=job.mesh, rows=job.rows)
+        measure = functools.partial(make_uncertainty, job.model, args.uncertainty or "predictive")
+        self.uncertainty = {n: Compiled(measure(n), mesh=job.mesh, rows=job.rows) for n in (0, PASSES)}  # passes
         # Of several processes, one may be asked to stop: all have to hear of it at the same step.
         self._largest = shares.Largest(job.mesh) if job.mesh is not None and job.rows is not None else None
         self._asked = 0
@@ -282,12 +285,10 @@ class _Run:
             return
         rounds, args = self.job.data.train, self.args
         assert isinstance(rounds, data.Rounds) and args.seq_len is not None
-        measure, passes = args.uncertainty or "predictive", PASSES
         due = self.done * rounds.rounds // args.steps
         while rounds.base is None or rounds.round < due:
             numbers = rounds.left() if rounds.base is not None else list(range(rounds.count))
-            how = 0 if rounds.base is None else passes
-            step = Compiled(make_uncertainty(self.job.model, measure, how), mesh=self.job.mesh, rows=self.job.rows)
+            step = self.uncertainty[0 if rounds.base is None else PASSES]
             batches = rounds.of(numbers, args.batch_size, args.seq_len) if numbers else ()
             found = uncertainties(step, self.state, batches, len(numbers))
             if rounds.base is None:

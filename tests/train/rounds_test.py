@@ -121,14 +121,16 @@ def test_more_examples_than_there_are_is_refused():
 
 @pytest.mark.slow
 def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
-    """Stopped in the second round of three, behind a checkpoint in it, and before one of the third."""
-    options = {"steps": 9, "rounds": 3, "round_size": 24, "batch_size": 2, "checkpoint_every": 2, "samples": 0}
-    options |= {"method_options": {"dropout": 0.1}, "seq_len": 64, "eval_every": 0}
+    """Stopped behind the checkpoint at the end of the second round of three, before the third has been chosen."""
+    row = lambda i: json.dumps({"prompt": f"{i} and {i % 7} make", "completion": f" {i + i % 7}"})
+    (data := tmp_path / "rows.jsonl").write_text("\n".join(map(row, range(24))))
+    options = {"data": data, "steps": 6, "rounds": 3, "round_size": 7, "batch_size": 4, "checkpoint_every": 1}
+    options |= {"method_options": {"dropout": 0.1}, "seq_len": 32, "eval_every": 0, "keep": 9}
     jp.run(out=tmp_path / "whole", **options)
     whole = loop._Run._next_round
 
     def stops(self):
-        if self.done == 5:
+        if self.done == 4:
             self.checkpoints.wait()
             raise RunError("stopped", 1)
         whole(self)
