@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxpeft.method import Method, Objective, Spec, chain, setup
     from jaxpeft.methods.ba_lora import ba_lora
     from jaxpeft.methods.bitfit import bitfit
+    from jaxpeft.methods.colm import colm
     from jaxpeft.methods.dept import dept
     from jaxpeft.methods.direft import direft
     from jaxpeft.methods.dora import dora
@@ -112,6 +113,7 @@ _MODULE_OF = {
     "classification_loss": "train.loss",
     "combine": "tree",
     "completion_loss": "train.loss",
+    "colm": "methods.colm",
     "dept": "methods.dept",
     "direft": "methods.direft",
     "dora": "methods.dora",

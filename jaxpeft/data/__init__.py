@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from jaxpeft.data.examples import Report as Report
     from jaxpeft.data.examples import load_examples as load_examples
     from jaxpeft.data.formats import instruction_prompt as instruction_prompt
+    from jaxpeft.data.rounds import Rounds as Rounds
 
 _MODULES = {
     "batches": ("Batch", "Batches", "Lines", "eval_batches", "make_batches", "power_of_two_buckets"),
@@ -35,6 +36,7 @@ _MODULES = {
     "encode": ("encode_prompt",),
     "examples": ("Example", "Examples", "Report", "load_examples"),
     "formats": ("instruction_prompt",),
+    "rounds": ("Rounds",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF]

@@ -16,6 +16,7 @@ Three ways to make rows, all of static shapes:
 - pack: first fit of whole examples into rows of seq_len; an example is never split.
 """
 
+import collections
 import functools
 import hashlib
 from collections.abc import Callable, Sequence
@@ -42,7 +43,8 @@ class Item(Protocol):
     """What batches are made of; `Example` and `classify.Row` are such.
 
     ids: its tokens, of which the first `positions` are read.  positions: its length in a row.
-    line: its line in the source.  tobytes: all that it holds, for a digest.
+    line: its line in the source.  source: the number of the data that it is of.  tobytes: all that it holds, for a
+    digest.
     """
 
     @property
@@ -51,6 +53,8 @@ class Item(Protocol):
     def positions(self) -> int: ...
     @property
     def line(self) -> int: ...
+    @property
+    def source(self) -> int: ...
     def tobytes(self) -> bytes: ...
 
 
@@ -64,6 +68,8 @@ class Batches:
         segment_ids   int32   (B, S)  1.. for the documents of a row, 0 in padding
         example_ids   int32   (B, S)  which example a token is of, counted from 1 in the file's order; 0 in padding
                                       ((B,) where rows are classified): the same in every epoch
+        sources       int32   (B,)    which data most of a row's tokens are of (`Record.source`); 0: of none that
+                                      is named
 
     `get_state` gives the position as a small JSON value, and after `set_state` on an iterator made
     with the same arguments the next batch is the one that would have followed.
@@ -119,7 +125,7 @@ class Batches:
             how = {"batch_size": len(numbers), "widths": [next(width for width in self._widths if width >= max(sizes))]}
         rows = [[self._examples[i] for i in row] for row in numbers]
         batch = self._collate(rows, **how)
-        return {**batch, "example_ids": _numbers(batch, rows, numbers)}, lines
+        return {**batch, "example_ids": _numbers(batch, rows, numbers), "sources": _sources(batch, rows)}, lines
 
     def get_state(self) -> dict[str, Any]:
         """The position of the next batch; plain JSON."""
@@ -153,6 +159,17 @@ def _numbers(batch: Batch, rows: Sequence[Sequence[Item]], numbers: Sequence[Seq
                 start += item.positions
             else:
                 found[r] = number + 1
+    return found
+
+
+def _sources(batch: Batch, rows: Sequence[Sequence[Item]]) -> npt.NDArray[np.int32]:
+    """sources of a batch; of as many tokens of two, the first."""
+    found = np.zeros(len(next(iter(batch.values()))), np.int32)
+    for r, row in enumerate(rows):
+        tokens = collections.Counter[int]()
+        for item in row:
+            tokens[item.source] += item.positions
+        found[r] = max(tokens, key=tokens.__getitem__, default=0)
     return found
 
 

@@ -1,7 +1,7 @@
 """Encoded rows on disk, so that long data are tokenized once.
 
-    CACHE/data/KEY/rows.arrow   a row for each example-to-be: line, ids, runs (see `encodings.Chunk`); it is mapped
-                                into memory, never read whole
+    CACHE/data/KEY/rows.arrow   a row for each example-to-be: line, ids, runs, source (see `encodings.Chunk`); it is
+                                mapped into memory, never read whole
     CACHE/data/KEY/about.json   the report of the reading, a digest of the rows, and the file's own
 
 CACHE is `files.cache_folder()`. KEY is a digest of all that the rows follow from: what the files hold, the tokenizer
@@ -28,7 +28,7 @@ from jaxpeft.errors import Notice
 if TYPE_CHECKING:  # importing transformers takes seconds
     from transformers import PreTrainedTokenizerBase
 
-FORMAT = 1
+FORMAT = 2
 ROWS, ABOUT = "rows.arrow", "about.json"
 # Smaller files are tokenized in a second or two, sooner than anybody would look for where the disk's space went.
 LEAST_BYTES = 2**20
@@ -126,7 +126,8 @@ def read_or_make(folder: Path, make: Callable[[], tuple[Iterator[Chunk], Callabl
 def _write(folder: Path, chunks: Iterable[Chunk], report: Callable[[], dict[str, Any]]) -> None:
     import pyarrow as pa
 
-    schema = pa.schema([("line", pa.int64()), ("ids", pa.list_(pa.int32())), ("runs", pa.list_(pa.int32()))])
+    lists = [(name, pa.list_(pa.int32())) for name in ("ids", "runs")]
+    schema = pa.schema([("line", pa.int64()), *lists, ("source", pa.int32())])
     digest = Digest()
     with files.appearing(folder) as fresh:
         with pa.OSFile(str(fresh / ROWS), "wb") as file, pa.ipc.new_file(file, schema) as writer:
@@ -136,7 +137,8 @@ def _write(folder: Path, chunks: Iterable[Chunk], report: Callable[[], dict[str,
                     pa.ListArray.from_arrays(pa.array(at), pa.array(values))
                     for at, values in ((chunk.at, chunk.ids), (chunk.runs_at, chunk.runs))
                 )
-                writer.write_batch(pa.record_batch([pa.array(chunk.lines), ids, runs], schema=schema))
+                columns = [pa.array(chunk.lines), ids, runs, pa.array(chunk.sources)]
+                writer.write_batch(pa.record_batch(columns, schema=schema))
         about = {"rows": digest.hexdigest(), "sha256": _sha256(fresh / ROWS), "report": report()}
         files.write_json(fresh / ABOUT, about)
 
@@ -161,8 +163,9 @@ def _read(folder: Path) -> Cached | None:
 
 def _chunk(batch: Any) -> Chunk:
     view = lambda array: array.to_numpy(zero_copy_only=True)
-    lines, ids, runs = batch.columns
-    return Chunk(view(lines), view(ids.values), view(ids.offsets), view(runs.values), view(runs.offsets))
+    lines, ids, runs, sources = batch.columns
+    of_ids, of_runs = ((view(x.values), view(x.offsets)) for x in (ids, runs))
+    return Chunk(view(lines), *of_ids, *of_runs, view(sources))
 
 
 def _sha256(path: Path) -> str:

@@ -41,13 +41,15 @@ class Row(NamedTuple):
     """A tokenized row.
 
     ids: int32 (n,);  token_types: int32 (n,), 1 in the second part where the tokenizer says so;
-    label: the label's index, or the value of a regression;  line: the source line, from 1.
+    label: the label's index, or the value of a regression;  line: the source line, from 1;
+    source: which data it is of (see `Record.source`).
     """
 
     ids: npt.NDArray[np.int32]
     token_types: npt.NDArray[np.int32]
     label: int | float
     line: int
+    source: int = 0
 
     @property
     def positions(self) -> int:
@@ -56,7 +58,8 @@ class Row(NamedTuple):
 
     def tobytes(self) -> bytes:
         """All that it holds."""
-        return self.ids.tobytes() + self.token_types.tobytes() + b"%r;%d;" % (self.label, self.line)
+        source = b"%d;" % self.source if self.source else b""
+        return self.ids.tobytes() + self.token_types.tobytes() + b"%r;%d;" % (self.label, self.line) + source
 
 
 class Labels(NamedTuple):
@@ -91,6 +94,7 @@ class _Record(NamedTuple):
     text2: str
     label: int | float | None
     name: str | None
+    source: int = 0
 
 
 def load_rows(
@@ -183,7 +187,7 @@ def _read_records(source: Source, skip_bad_lines: bool, report: Report) -> Itera
     for found in source.records():
         report.lines += 1
         try:
-            record = _record(found.fields(), found.where, found.number)
+            record = _record(fields := found.fields(), found.where, found.number, found.source(fields))
         except InputError as error:
             count_bad_line(error, skip_bad_lines, report)
             continue
@@ -191,7 +195,7 @@ def _read_records(source: Source, skip_bad_lines: bool, report: Report) -> Itera
         yield record
 
 
-def _record(fields: dict[str, Any], where: str, line: int) -> _Record:
+def _record(fields: dict[str, Any], where: str, line: int, source: int) -> _Record:
     given = {name for name in ("text2", "label", "label_name") if fields.get(name) is not None}
     if "text" not in fields or not given & {"label", "label_name"}:
         found = ", ".join(list(fields)[:8]) or "none"
@@ -204,7 +208,7 @@ def _record(fields: dict[str, Any], where: str, line: int) -> _Record:
         shown = label if isinstance(label, float) else json_type(label)
         raise InputError(f"{where}: field label must be a number or a name, found {shown}")
     text2 = read_string(fields, "text2", where) if "text2" in given else ""
-    return _Record(line, where, read_string(fields, "text", where), text2, label, name)
+    return _Record(line, where, read_string(fields, "text", where), text2, label, name, source)
 
 
 def _collect(
@@ -285,7 +289,8 @@ def _encode(
         report.dropped_too_long += len(ids) > seq_len
         report.dropped_without_target += not ids
         if 0 < len(ids) <= seq_len:
-            made.append(Row(np.array(ids, np.int32), np.array(token_types, np.int32), label, record.line))
+            arrays = np.array(ids, np.int32), np.array(token_types, np.int32)
+            made.append(Row(*arrays, label, record.line, record.source))
     return made
 
 

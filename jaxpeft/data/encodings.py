@@ -21,6 +21,7 @@ class Chunk(NamedTuple):
     lines: int64 (n,), where each row is from.
     ids: int32 (t,).  at: int32 (n + 1,): row i has ids[at[i] : at[i + 1]].
     runs: int32 (2 r,), pairs of [first, end) among the tokens of a row.  runs_at: int32 (n + 1,), as `at`.
+    sources: int32 (n,), which data each row is of (`Record.source`).
     """
 
     lines: npt.NDArray[np.int64]
@@ -28,18 +29,19 @@ class Chunk(NamedTuple):
     at: npt.NDArray[np.int32]
     runs: npt.NDArray[np.int32]
     runs_at: npt.NDArray[np.int32]
+    sources: npt.NDArray[np.int32]
 
 
-DTYPES = (np.int64, np.int32, np.int32, np.int32, np.int32)  # of a chunk's arrays
+DTYPES = (np.int64, np.int32, np.int32, np.int32, np.int32, np.int32)  # of a chunk's arrays
 
 
-def pack(rows: Iterable[tuple[int, Encoded]]) -> Chunk:
-    """(line, ids and mask) of rows as a chunk."""
+def pack(rows: Iterable[tuple[int, int, Encoded]]) -> Chunk:
+    """(line, source, ids and mask) of rows as a chunk."""
     rows = list(rows)
-    lengths = np.array([len(encoded.ids) for _, encoded in rows], np.int64)
+    lengths = np.array([len(encoded.ids) for *_, encoded in rows], np.int64)
     at = _ends(lengths)
-    ids = np.concatenate([np.empty(0, np.int32), *(encoded.ids for _, encoded in rows)])
-    mask = np.concatenate([np.empty(0, np.bool_), *(encoded.completion for _, encoded in rows)])
+    ids = np.concatenate([np.empty(0, np.int32), *(encoded.ids for *_, encoded in rows)])
+    mask = np.concatenate([np.empty(0, np.bool_), *(encoded.completion for *_, encoded in rows)])
     opens = np.zeros(len(ids) + 1, np.bool_)  # where a row begins, and behind the last
     opens[at] = True
     first = np.flatnonzero(mask & (opens[:-1] | ~np.append(False, mask[:-1])))
@@ -47,11 +49,12 @@ def pack(rows: Iterable[tuple[int, Encoded]]) -> Chunk:
     owner = np.searchsorted(at, first, side="right") - 1
     runs = np.stack([first - at[owner], last + 1 - at[owner]], axis=1).reshape(-1)
     return Chunk(
-        lines=np.array([line for line, _ in rows], np.int64),
+        lines=np.array([line for line, *_ in rows], np.int64),
         ids=ids.astype(np.int32),
         at=at.astype(np.int32),
         runs=runs.astype(np.int32),
         runs_at=_ends(2 * np.bincount(owner, minlength=len(rows))).astype(np.int32),
+        sources=np.array([source for _, source, _ in rows], np.int32),
     )
 
 
@@ -60,24 +63,29 @@ def _ends(lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 class Digest:
-    """A fingerprint of rows, however they are cut into chunks."""
+    """A fingerprint of rows, however they are cut into chunks; of rows of no source, what it was without sources."""
 
     def __init__(self) -> None:
-        self._columns = [hashlib.sha256() for _ in range(5)]
+        self._columns = [hashlib.sha256() for _ in range(6)]
+        self._named = False
 
     def update(self, chunk: Chunk) -> None:
         lengths, counts = np.diff(chunk.at), np.diff(chunk.runs_at)
-        for column, values in zip(self._columns, (chunk.lines, chunk.ids, lengths, chunk.runs, counts), strict=True):
+        arrays = (chunk.lines, chunk.ids, lengths, chunk.runs, counts, chunk.sources)
+        for column, values in zip(self._columns, arrays, strict=True):
             column.update(np.ascontiguousarray(values))
+        self._named = self._named or bool(chunk.sources.any())
 
     def hexdigest(self) -> str:
-        return hashlib.sha256(b"".join(column.digest() for column in self._columns)).hexdigest()
+        columns = self._columns if self._named else self._columns[:-1]
+        return hashlib.sha256(b"".join(column.digest() for column in columns)).hexdigest()
 
 
 class Encodings:
     """Rows of tokens in chunks.
 
-    lengths: int32 (n,), tokens of each row.  lines: int64 (n,), where each is from.  digest: `Digest` of the chunks.
+    lengths: int32 (n,), tokens of each row.  lines: int64 (n,), where each is from.
+    sources: int32 (n,), which data each is of.  digest: `Digest` of the chunks.
     """
 
     def __init__(self, chunks: Sequence[Chunk], digest: str):
@@ -85,6 +93,7 @@ class Encodings:
         self._starts = list(itertools.accumulate((len(chunk.lines) for chunk in self._chunks), initial=0))
         self.lengths = np.concatenate([np.empty(0, np.int32), *(np.diff(chunk.at) for chunk in self._chunks)])
         self.lines = np.concatenate([np.empty(0, np.int64), *(chunk.lines for chunk in self._chunks)])
+        self.sources = np.concatenate([np.empty(0, np.int32), *(chunk.sources for chunk in self._chunks)])
         self.digest = digest
 
     @classmethod

@@ -44,12 +44,14 @@ class Example(NamedTuple):
     """One document to train on: n positions predict ids[1:], those of them that are completion.
 
     ids: int32 (n + 1,);  completion: bool (n + 1,), true somewhere after its first entry;
-    line: the source line (or row) from 1, counted on over the files of a folder.
+    line: the source line (or row) from 1, counted on over the files of a folder;
+    source: which data it is of (see `Record.source`).
     """
 
     ids: npt.NDArray[np.int32]
     completion: npt.NDArray[np.bool_]
     line: int
+    source: int = 0
 
     @property
     def positions(self) -> int:
@@ -58,20 +60,22 @@ class Example(NamedTuple):
 
     def tobytes(self) -> bytes:
         """All that it holds."""
-        return self.ids.tobytes() + self.completion.tobytes() + b"%d;" % self.line
+        source = b"%d;" % self.source if self.source else b""
+        return self.ids.tobytes() + self.completion.tobytes() + b"%d;" % self.line + source
 
 
 class Examples(Sequence[Example]):
     """A file's examples, in its order; each is cut out of the encoded rows when it is asked for.
 
-    lengths: int64 (n,), the positions of each.  lines: int64 (n,), of the source.  digest: of all that they hold.
+    lengths: int64 (n,), the positions of each.  lines: int64 (n,), of the source.
+    sources: int32 (n,), which data each is of.  digest: of all that they hold.
     """
 
     def __init__(self, encodings: Encodings, rows: npt.NDArray[np.int64], limit: int):
         """Rows by their numbers, cut to `limit` ids."""
         self._encodings, self._rows, self._limit = encodings, rows, limit
         self.lengths = np.minimum(encodings.lengths[rows], limit).astype(np.int64) - 1
-        self.lines = encodings.lines[rows]
+        self.lines, self.sources = encodings.lines[rows], encodings.sources[rows]
         self.digest = hashlib.sha256(f"{encodings.digest}:{limit}:".encode() + rows.tobytes()).hexdigest()
 
     def __len__(self) -> int:
@@ -85,7 +89,7 @@ class Examples(Sequence[Example]):
         if isinstance(index, slice):
             return [self[i] for i in range(*index.indices(len(self)))]
         line, encoded = self._encodings.row(int(self._rows[index]), self._limit)
-        return Example(encoded.ids, encoded.completion, line)
+        return Example(encoded.ids, encoded.completion, line, int(self.sources[index]))
 
 
 @dataclasses.dataclass
@@ -152,6 +156,7 @@ class Report:
 
 class _Row(NamedTuple):
     line: int
+    source: int
     where: str
     content: Text | Chat
 
@@ -321,7 +326,7 @@ def _read_rows(
     checked = False
     for source_record in records:
         look()
-        line, where, _ = source_record
+        line, where = source_record.number, source_record.where
         report.lines += 1
         try:
             record = source_record.fields()
@@ -342,7 +347,7 @@ def _read_rows(
         report.templated += not isinstance(content, Text)
         report.split += len(rows) - 1
         for row in rows:
-            yield _Row(line, where, row)
+            yield _Row(line, source_record.source(record), where, row)
 
 
 def _is_chat(content: Content, template: Template) -> bool:
@@ -377,8 +382,8 @@ def count_bad_line(error: InputError, skip_bad_lines: bool, report: Report) -> N
 
 def _encode(
     rows: Sequence[_Row], tokenizer: "PreTrainedTokenizerBase", special: SpecialTokens
-) -> Iterable[tuple[int, Encoded]]:
-    """(line, ids and mask) in the rows' order, with one tokenizer call for each kind of row."""
+) -> Iterable[tuple[int, int, Encoded]]:
+    """(line, source, ids and mask) in the rows' order, with one tokenizer call for each kind of row."""
     texts = [(row.where, row.content) for row in rows if isinstance(row.content, Text)]
     chats = [(row.where, row.content) for row in rows if isinstance(row.content, Chat)]
     with at(lambda i: texts[i][0]):
@@ -386,7 +391,7 @@ def _encode(
     with at(lambda i: chats[i][0]):
         encoded_chats = iter(encode_chats([chat for _, chat in chats], tokenizer))
     for row in rows:
-        yield row.line, next(encoded_texts if isinstance(row.content, Text) else encoded_chats)
+        yield row.line, row.source, next(encoded_texts if isinstance(row.content, Text) else encoded_chats)
 
 
 def _fit(encodings: Encodings, seq_len: int, too_long: Literal["truncate", "drop"], report: Report) -> Examples:

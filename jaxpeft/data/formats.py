@@ -8,7 +8,8 @@
     instruction/input/output   instruction, input (optional), output   output, EOS
     text                       text                                    everything, EOS
 
-A record that has the fields of several shapes is read as the first of them in this order. Of other fields those that
+A record that has the fields of several shapes is read as the first of them in this order. A text in the field `source`
+says which data it is of, for a method that chooses rows by that (`colm`). Of other fields those that
 would change what is trained on are refused, and the rest are ignored; which, the file's report says. What turns may
 hold is in `jaxpeft.data.messages`.
 """
@@ -16,6 +17,7 @@ hold is in `jaxpeft.data.messages`.
 from typing import Any, Literal, NamedTuple
 
 from jaxpeft.data.messages import Conversation, check_text, read_conversation, read_system
+from jaxpeft.data.records import SOURCE
 from jaxpeft.errors import InputError
 
 Format = Literal["messages", "conversations", "prompt/completion", "instruction/input/output", "text"]
@@ -115,7 +117,11 @@ def read_record(record: dict[str, Any], where: str) -> tuple[Format, Content]:
 def ignored_fields(record: dict[str, Any], shape: Format, content: Content) -> list[str]:
     """The fields of a record that reading it made nothing of."""
     read = (*FIELDS[shape], *(_OF_CONVERSATIONS if isinstance(content, Conversation) else ()))
-    return [name for name, value in record.items() if name not in read and value is not None]
+    return [
+        name
+        for name, value in record.items()
+        if name not in read and value is not None and not (name == SOURCE and isinstance(value, str))
+    ]
 
 
 def read_string(record: dict[str, Any], field: str, where: str, path: str = "") -> str:

@@ -32,6 +32,7 @@ _MOST_WHOLE = 2**31  # bytes of an array, which is read whole
 ROWS = 1000  # of a columnar file in memory at once
 _MOST_CELLS = 4  # of the greatest size in a row
 _JSON_COLUMNS = ("messages", "tools")
+SOURCE = "source"  # the field that says which data a record is of
 _WHOLE = re.compile(r"[-+]?(0|[1-9]\d*)")
 _DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
 
@@ -42,11 +43,13 @@ class Record(NamedTuple):
     number: its line, or its row where the kind has no lines; counted on over the files of a folder.
     where: "file:line" or "file:row N", which opens every message about it.
     content: a line of JSON, the fields, or what is wrong with it.
+    file: its file's name in a folder; "" of one that is read alone.
     """
 
     number: int
     where: str
     content: bytes | dict[str, Any] | InputError
+    file: str = ""
 
     def fields(self) -> dict[str, Any]:
         """The fields by name.
@@ -57,6 +60,12 @@ class Record(NamedTuple):
         if isinstance(self.content, InputError):
             raise self.content
         return parse_line(self.content, self.where) if isinstance(self.content, bytes) else self.content
+
+    def source(self, fields: dict[str, Any]) -> int:
+        """A number, from 1, of the data that a record is of: its field `source`, else its file; 0 without either."""
+        named = fields.get(SOURCE)
+        name = named if isinstance(named, str) else self.file
+        return 1 + zlib.crc32(name.encode("utf-8", "replace")) % (2**31 - 1) if name else 0
 
 
 # Text.

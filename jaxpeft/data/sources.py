@@ -59,7 +59,7 @@ class Source(NamedTuple):
             last = 0
             for record in READERS[_kind(path)](path, name):
                 last = record.number
-                yield record._replace(number=before + last)
+                yield record._replace(number=before + last, file="" if name == self.name else path.name)
             before += last
 
     def bytes(self) -> int | None:

@@ -6,7 +6,7 @@ one that Python's multiprocessing starts runs the user's script again. It is tol
 file, in frames on its two pipes:
 
     length (8 bytes), JSON      what is asked, or an account of the part
-    length, bytes; five times   the arrays of a chunk, behind an account without an "error"
+    length, bytes; six times    the arrays of a chunk, behind an account without an "error"
 """
 
 from __future__ import annotations
@@ -149,16 +149,16 @@ def _given(pipe: IO[bytes] | None) -> IO[bytes]:
 def _plain(record: Record) -> list[Any]:
     content = record.content
     if isinstance(content, bytes):
-        return [record.number, record.where, "line", content.decode("utf-8", "surrogateescape")]
+        return [record.number, record.where, record.file, "line", content.decode("utf-8", "surrogateescape")]
     if isinstance(content, InputError):
-        return [record.number, record.where, "fault", str(content)]
-    return [record.number, record.where, "fields", content]
+        return [record.number, record.where, record.file, "fault", str(content)]
+    return [record.number, record.where, record.file, "fields", content]
 
 
-def _record(number: int, where: str, kind: str, content: Any) -> Record:
+def _record(number: int, where: str, file: str, kind: str, content: Any) -> Record:
     if kind == "line":
-        return Record(number, where, content.encode("utf-8", "surrogateescape"))
-    return Record(number, where, InputError(content) if kind == "fault" else content)
+        return Record(number, where, content.encode("utf-8", "surrogateescape"), file)
+    return Record(number, where, InputError(content) if kind == "fault" else content, file)
 
 
 def _send(pipe: IO[bytes], value: Any) -> None:

@@ -31,6 +31,7 @@ from jaxpeft.backward import passes, residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.passes import Segment
 from jaxpeft.backward.plan import Plan, parse
+from jaxpeft.errors import InputError
 from jaxpeft.hf import quantized
 from jaxpeft.memory import hlo, targets
 from jaxpeft.memory.owners import Owners, step_owners

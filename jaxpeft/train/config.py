@@ -250,7 +250,7 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
     before, now = old.get("arguments", {}), new["arguments"]
     same_method = old.get("method") == new["method"]
     constant = before.get("schedule") == now.get("schedule") == "constant"
-    if constant and now.get("steps", 0) > before.get("steps", 0):
+    if constant and not now.get("rounds") and now.get("steps", 0) > before.get("steps", 0):
         before = {**before, "steps": now["steps"]}  # a rate that is constant goes on
     changes = [
         f"{flag(name)} {_words(before.get(name))} -> {_words(now.get(name))}"

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import functools
 import io
 import math
 import signal
@@ -32,7 +33,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft import compilation, distributed, documents, files, hf, models, recipe, shares
+from jaxpeft import compilation, data, distributed, documents, files, hf, models, recipe, shares
 from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
@@ -50,6 +51,7 @@ from jaxpeft.train.signals import Signals
 from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import make_train_step
 from jaxpeft.train.trace import Trace
+from jaxpeft.train.uncertainty import PASSES, make_uncertainty, uncertainties
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -174,6 +176,8 @@ class _Run:
         step = make_train_step(job.model, job.method, job.optimizer, job.task.loss, args.accumulate, **options)
         self.step = Compiled(step, steps=True, mesh=job.mesh, rows=job.rows)
         self.eval_step = Compiled(job.task.eval_step(job.model), mesh=job.mesh, rows=job.rows)
+        measure = functools.partial(make_uncertainty, job.model, args.uncertainty or "predictive")
+        self.uncertainty = {n: Compiled(measure(n), mesh=job.mesh, rows=job.rows) for n in (0, PASSES)}  # passes
         # Of several processes, one may be asked to stop: all have to hear of it at the same step.
         self._largest = shares.Largest(job.mesh) if job.mesh is not None and job.rows is not None else None
         self._asked = 0
@@ -257,6 +261,7 @@ class _Run:
         while self.done < self.args.steps:
             self._stop_if_asked()
             self._check_there()
+            self._next_round()
             batch, lines = next(self.job.data.train)
             tokens = self.job.data.train.tokens
             self.trace.before(self.done + 1)
@@ -273,6 +278,24 @@ class _Run:
                 self._pause(batch, pending)
                 pending = None
         self._stop_if_asked()
+
+    def _next_round(self) -> None:
+        """Of data that grow in rounds: those of the round that this step is in (see `jaxpeft.data.rounds`)."""
+        if self.args.rounds is None:
+            return
+        rounds, args = self.job.data.train, self.args
+        assert isinstance(rounds, data.Rounds) and args.seq_len is not None
+        due = self.done * rounds.rounds // args.steps
+        while rounds.base is None or rounds.round < due:
+            numbers = rounds.left() if rounds.base is not None else list(range(rounds.count))
+            step = self.uncertainty[0 if rounds.base is None else PASSES]
+            batches = rounds.of(numbers, args.batch_size, args.seq_len) if numbers else ()
+            found = uncertainties(step, self.state, batches, len(numbers))
+            if rounds.base is None:
+                rounds.base = found
+            else:
+                rounds.add(found)
+                say(f"round {rounds.round + 1} of {rounds.rounds}: {len(rounds.chosen)} examples")
 
     def _stopping(self) -> int | None:
         """The signal that asks for the end; of several processes, one that all of them know of."""

@@ -189,6 +189,31 @@ def _inner(gradient, tangent):
 _total.defjvp(_total_jvp, symbolic_zeros=True)
 
 
+def by_row(value: Callable[[Batch], tuple[jax.Array, dict[str, Any]]], batch: Batch) -> jax.Array:
+    """What each row of a batch adds to the sum of which a loss is the mean, (B,) float32.
+
+    Each weight's derivative of that sum is the loss of what it weighs. Nothing but the weights is differentiated.
+
+    Args:
+      value: batch -> (loss, aux), with aux["weight"].
+      batch: with loss_weights (B, S), or weights (B,) of rows that are classified.
+    """
+    name = weights_of(batch)
+
+    def total(weights):
+        loss, aux = value({**batch, name: weights})
+        return loss * aux["weight"]
+
+    weights = batch[name]
+    losses = jax.grad(total)(weights) * weights
+    return losses.reshape(len(losses), -1).sum(-1)
+
+
+def weights_of(batch: Batch) -> str:
+    """The name of a batch's weights."""
+    return "loss_weights" if "loss_weights" in batch else "weights"
+
+
 def classification_loss(
     model: Model, params: tree.Params, batch: Batch, key: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, Any]]:

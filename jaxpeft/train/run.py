@@ -33,6 +33,8 @@ _LEAST = {
     "checkpoint_every": 0,
     "keep": 1,
     "samples": 0,
+    "rounds": 1,
+    "round_size": 1,
     "rank": 1,
     "processes": 1,
     "process_id": 0,
@@ -150,6 +152,14 @@ class Run:
     """Count lines that cannot be read instead of stopping at the first."""
     compile_cache: bool = True
     """Keep compiled programs in the user's cache folder ($JAXPEFT_CACHE), so that the next run starts at once."""
+    rounds: int | None = None
+    """Rounds in which the training examples grow by those that the model is most uncertain of (STAR), each of as many
+    steps. Default: all examples from the beginning."""
+    round_size: int | None = None
+    """Examples that a round adds, the first one's at random. Default: 500."""
+    uncertainty: Literal["predictive", "entropy"] | None = None
+    """By what rounds choose: predictive, how unlikely an example's own completion is, or the entropy of its tokens.
+    Default: predictive."""
     data_cache: bool = True
     """Keep the tokens of long data in the user's cache folder ($JAXPEFT_CACHE), so that the next run starts at once."""
 
@@ -197,6 +207,7 @@ class Run:
             if run.task == "classify" and getattr(self, name) != getattr(Run, name):
                 raise InputError(f"{flag(name)} {getattr(self, name)}: has no effect with --task classify")
         check_profile(run)
+        check_rounds(run)
         if run.buckets and run.pack and run.task == "lm":
             raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
         assert run.seq_len is not None
@@ -349,6 +360,19 @@ def check_profile(args: Any) -> None:
 
         if parse(args.profile_steps)[1] > args.steps:
             raise InputError(f"--profile-steps {args.profile_steps}: the run has {args.steps} steps")
+
+
+def check_rounds(args: Any) -> None:
+    """Raises InputError for rounds that a run cannot have."""
+    for name in ("round_size", "uncertainty"):
+        if args.rounds is None and getattr(args, name) is not None:
+            raise InputError(f"{flag(name)} {getattr(args, name)}: has no effect without --rounds")
+    if args.rounds is None:
+        return
+    if args.task == "classify":
+        raise InputError(f"--rounds {args.rounds}: has no effect with --task classify")
+    if args.rounds > args.steps:
+        raise InputError(f"--rounds {args.rounds}: the run has {args.steps} steps; give at most as many")
 
 
 def check_rope_scaling(args: Any) -> None:

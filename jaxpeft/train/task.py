@@ -28,6 +28,9 @@ if TYPE_CHECKING:  # grain takes long to import, and planning reads no data
     from jaxpeft import data
 
 
+ROUND_SIZE = 500  # as STAR's
+
+
 class Source(NamedTuple):
     """The files that a run reads: the checkpoint's folder or hub id, and the examples."""
 
@@ -106,7 +109,11 @@ def _read_texts(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
     read |= {"special": special, "template": template, "cache": args.data_cache}
     layout: dict[str, Any] = {"pack": args.pack, "buckets": args.buckets}
     examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
-    train = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, **layout)
+    make = lambda some, seed: data.make_batches(some, args.batch_size, args.seq_len, seed, **layout)
+    if args.rounds is None:
+        train = make(examples, args.seed)
+    else:
+        train = data.Rounds(examples, make, args.rounds, args.round_size or ROUND_SIZE, args.seed)
     used = template if report.templated else None
     if not source.validation:
         return Data(train, None, [], (), {"data": report}, special.ends, used)
@@ -120,6 +127,7 @@ def _text_shapes(config: Any, rows: int, length: int, packed: bool = True) -> di
     del config
     names = ("tokens", "targets", "positions", "example_ids", *(("segment_ids",) if packed else ()))
     shapes = {name: jax.ShapeDtypeStruct((rows, length), jnp.int32) for name in names}
+    shapes["sources"] = jax.ShapeDtypeStruct((rows,), jnp.int32)
     return {**shapes, "loss_weights": jax.ShapeDtypeStruct((rows, length), jnp.float32)}
 
 
@@ -155,7 +163,7 @@ def _with_classifier(method: Method) -> Method:
 def _row_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:
     del packed
     kind = jnp.float32 if config.num_labels == 1 else jnp.int32
-    by_row = {"labels": kind, "weights": jnp.float32, "example_ids": jnp.int32}
+    by_row = {"labels": kind, "weights": jnp.float32, "example_ids": jnp.int32, "sources": jnp.int32}
     shapes = {name: jax.ShapeDtypeStruct((rows,), dtype) for name, dtype in by_row.items()}
     if hasattr(config, "image_size"):
         pixels = (rows, config.image_size, config.image_size, config.num_channels)

@@ -89,7 +89,9 @@ def test_arrays(mode: dict[str, Any]) -> None:
         "positions": "int32",
         "segment_ids": "int32",
         "example_ids": "int32",
+        "sources": "int32",
     }
+    assert batch.pop("sources").shape == (4,)
     assert len({array.shape for array in batch.values()}) == 1
     padding = batch["segment_ids"] == 0
     assert padding.any()
@@ -131,6 +133,15 @@ def test_lines_are_those_of_each_rows_documents(mode: dict[str, Any]) -> None:
         first = (batch["positions"] == 0) & (batch["segment_ids"] > 0)
         assert (batch["example_ids"][first] == batch["tokens"][first] - 999).all()
         assert batch["example_ids"].shape == batch["tokens"].shape
+
+
+@modes
+def test_a_row_is_of_the_source_that_most_of_its_tokens_are_of(mode: dict[str, Any]) -> None:
+    examples = [example._replace(source=7 + i % 3) for i, example in enumerate(make_examples(50))]
+    for batch, _ in make_batches(examples, 4, SEQ_LEN, 1, epochs=1, **mode):
+        for row, source in enumerate(batch["sources"]):
+            tokens = Counter(examples[number - 1].source for number in batch["example_ids"][row] if number)
+            assert tokens[source] == max(tokens.values(), default=0)
 
 
 @modes

@@ -147,14 +147,17 @@ def test_runs_are_masks() -> None:
     made = []
     for line in range(50):
         length = int(rng.integers(0, 6))
-        made.append((line, Encoded(rng.integers(0, 99, length).astype(np.int32), rng.random(length) < 0.5)))
+        made.append((line, line % 3, Encoded(rng.integers(0, 99, length).astype(np.int32), rng.random(length) < 0.5)))
     whole = encodings.Encodings.in_memory([encodings.pack(made)])
     parts = encodings.Encodings.in_memory(encodings.pack(made[i : i + 8]) for i in range(0, 50, 8))
     assert whole.digest == parts.digest
+    assert parts.sources.tolist() == [source for _, source, _ in made]
+    unnamed = encodings.Encodings.in_memory([encodings.pack((line, 0, encoded) for line, _, encoded in made)])
+    assert unnamed.digest != whole.digest
     for limit in (1, 3, 9):
-        expected = [int(encoded.completion[1:limit].sum()) for _, encoded in made]
+        expected = [int(encoded.completion[1:limit].sum()) for *_, encoded in made]
         assert parts.targets(limit).tolist() == whole.targets(limit).tolist() == expected
-        for number, (line, encoded) in enumerate(made):
+        for number, (line, encoded) in enumerate((line, encoded) for line, _, encoded in made):
             found, (ids, mask) = parts.row(number, limit)
             assert (found, ids.tolist(), mask.tolist()) == (
                 line,

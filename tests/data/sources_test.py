@@ -159,6 +159,10 @@ def test_a_folder_is_read_in_the_order_of_names(tmp_path: Path) -> None:
         f"{tmp_path}/{place}" for place in ("a.csv:2", "a.csv:3", "b.csv:2")
     ]
     assert len({record.number for record in records}) == 3
+    first, second, third = (record.source(record.fields()) for record in records)
+    assert first == second != third and first > 0
+    assert next(iter(find(tmp_path / "a.csv").records())).source({}) == 0
+    assert {records[0].source({"source": "b.csv"}), records[0].source({"source": None})} == {first, third}
     write(tmp_path, "c.jsonl", "{}")
     with pytest.raises(InputError, match=r"holds files of several kinds \(\.csv, \.jsonl\)"):
         find(tmp_path)
