@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import tree
+from jaxpeft import host, tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, told, trained
+from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, blind, told, trained
 from jaxpeft.model import Model, marked_as
 from jaxpeft.quant import is_packed
 from pallas_kernels.stacked import taken
@@ -158,10 +158,15 @@ class Sampler(NamedTuple):
 
         return objective._replace(value_and_grad=value_and_grad)
 
-    def update(self, optimizer: optax.GradientTransformation, view: View) -> optax.GradientTransformationExtraArgs:
+    @property
+    def update(self) -> Callable[..., Any]:
         """One optimizer for the masters, or one for each layer's, and one for all other leaves."""
-        optimizer = optax.with_extra_args_support(optimizer)
-        return _kept(self, optimizer, layers_of(self.stacks(view))) if self.keeps else _fresh(self, optimizer)
+
+        def update(optimizer: optax.GradientTransformation, view: View) -> optax.GradientTransformationExtraArgs:
+            optimizer = optax.with_extra_args_support(optimizer)
+            return _kept(self, optimizer, layers_of(self.stacks(view))) if self.keeps else _fresh(self, optimizer)
+
+        return update if self.keeps else blind(update)
 
     def move(self, leaves: Leaves, moment: Moment) -> Leaves:
         """Writes the masters into the stack, and draws when it is time."""
@@ -322,8 +327,11 @@ def _fresh(sampler: Sampler, optimizer: optax.GradientTransformationExtraArgs) -
         ]
         (directions, masters), (others, own) = found
         steps = state.steps + 1
-        fresh = optimizer.init(of_params(grads if params is None else params)[0])
-        masters = jax.tree.map(lambda a, b: jnp.where(steps % sampler.every == 0, a, b), fresh, masters)
+        begun = of_params(grads if params is None else params)[0]
+        if any(map(host.holds, jax.tree.leaves(masters))):  # whose stacks are not to be made anew whole
+            begun = {path: leaf if path == rest else leaf[:1] for path, leaf in begun.items()}
+        due = steps % sampler.every == 0
+        masters = jax.tree.map(lambda a, b: host.chosen(due, a, b), optimizer.init(begun), masters)
         changes = {**directions, **others}
         del changes[rest]
         return changes, SampledState(masters, own, steps)

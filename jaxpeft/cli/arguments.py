@@ -61,6 +61,9 @@ class StepArguments:
     takes all rows at once and cannot compress."""
     update_in_backward: bool = False
     """Update each layer inside the backward pass, as for `train`: the gradients of all layers never exist."""
+    optimizer_memory: Literal["device", "host"] = "device"
+    """Where the optimizer's state of matrices lies: on the device, or in the host's pinned memory, from where a step
+    takes it layer by layer, as for `train`."""
     target: str = "cpu"
     """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu; a slice of TPUs such as v5p:4x4x4; a host of
     GPUs such as h200x8, or several: h200x8x2."""

@@ -101,7 +101,7 @@ def run(args: Plan) -> dict[str, Any]:
 
     def make(method, device, plan, mesh=None, batch_size=args.batch_size, seq_len=args.seq_len):
         layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
-        of_step = (args.optimizer, args.update_in_backward)
+        of_step = (args.optimizer, args.update_in_backward, args.optimizer_memory)
         return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout, *of_step)
 
     rows = []
@@ -277,6 +277,8 @@ def show(document: dict[str, Any]) -> None:
         notes = [f"--save {row['save']}" + (" --remat policy" if row["remat"] == "policy" else "")]
         if row.get("update_in_backward"):
             notes[0] += " --update-in-backward"
+        if row.get("optimizer_memory") == "host":
+            notes[0] += " --optimizer-memory host"
         if row["host_bytes"]:
             notes.append(f"{digits(row['host_bytes'])} {unit} in the host's memory")
         if "largest_batch" in row:
