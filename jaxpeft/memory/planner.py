@@ -155,7 +155,8 @@ def make_step(
     objective_of(model, method, state.leaves, own.loss)  # refuses a plan that would have no effect
     if any(jax.tree.leaves(away)) and mesh is not None:
         raise InputError(
-            f"{method.name}: what it keeps in the host's memory is planned for one device; leave --mesh out"
+            f"{method.name}: what lies in the host's memory, its own or by --optimizer-memory host, is planned for one "
+            "device; leave --mesh out"
         )
     rows = (accumulate, own, batch_size, length)
     options = {"update_in_backward": update_in_backward, "optimizer_memory": optimizer_memory, "away": away}

@@ -136,15 +136,14 @@ def check(model: Model, method: Method, optimizer: optax.GradientTransformation,
     Raises:
       InputError: for a method that looks into the optimizer's state, and for a state none of which would lie there.
     """
-    said = f"--optimizer-memory host: {method.name}"
-    if not is_blind(method.update):
-        raise InputError(f"{said} reads and writes the optimizer's state itself, on the device; leave it out")
-    view = view_of(model, method, leaves)
-    there = jax.tree.leaves(lies(method.update(optimizer, view), view.trained))
+    said, view = f"--optimizer-memory host: {method.name}", view_of(model, method, leaves)
+    there = jax.tree.leaves(lies(optimizer, view.trained))
     if not there:
         raise InputError(f"{said} steps along the gradients themselves, with no state to keep there; leave it out")
     if not any(there):
         raise InputError(f"{said} keeps a state of vectors only, which stays on the device; leave it out")
+    if not is_blind(method.update):
+        raise InputError(f"{said} reads and writes the optimizer's state itself, on the device; leave it out")
 
 
 def check_device(device: jax.Device) -> None:
