@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
-_KIND = "pinned_host"
+KIND = "pinned_host"
 
 
 def holds(x: Any) -> bool:
@@ -31,6 +33,11 @@ def fetched(x: Any) -> Any:
     return jax.tree.map(lambda x: jax.device_put(x, DEVICE) if holds(x) else x, x)
 
 
+def copied(x: Any) -> Any:
+    """An array of its own, where it lies."""
+    return put(jnp.copy(fetched(x))) if holds(x) else jnp.copy(x)
+
+
 def row(stack: Any, index: int) -> Any:
     """A layer of a stack; on the device, where the stack lies in the host's memory."""
     return _row(stack, index) if holds(stack) else stack[index]
@@ -43,7 +50,7 @@ def _row(stack: jax.Array, index: Any) -> jax.Array:
 
 def of(where: Sharding) -> Sharding:
     """The sharding, in the host's memory."""
-    return where.with_memory_kind(_KIND)
+    return where.with_memory_kind(KIND)
 
 
 def beside(device: jax.Device) -> Sharding:
@@ -53,4 +60,29 @@ def beside(device: jax.Device) -> Sharding:
 
 def typed(x: Any) -> Any:
     """The arrays, those in the host's memory known to lie there: JAX makes some of which the sharding alone says so."""
-    return jax.tree.map(lambda x: put(x) if x.sharding.memory_kind == _KIND else x, x)
+    return jax.tree.map(lambda x: put(x) if x.sharding.memory_kind == KIND else x, x)
+
+
+def repeated(row: Any, count: int) -> Any:
+    """(count, ...), all layers like the one of `row` (1, ...), in the host's memory; a device never holds all."""
+    if isinstance(row, jax.core.Tracer):
+        return put(jnp.broadcast_to(row, (count, *row.shape[1:])))
+    whole = np.broadcast_to(np.asarray(row), (count, *row.shape[1:]))
+    return typed(jax.device_put(whole, beside(next(iter(row.devices())))))
+
+
+def chosen(condition: Any, fresh: Any, old: Any) -> Any:
+    """`where(condition, fresh, old)`; in the host's memory layer by layer, and nothing is done where it is not so.
+
+    fresh: of the old one's shape, or (1, ...), like which all layers begin.
+    """
+    if not holds(old):
+        return jnp.where(condition, fresh, old)
+    if jnp.ndim(old) == 0:
+        return put(jnp.where(condition, fresh, fetched(old)))
+
+    def layer(i, stack):
+        row = jax.lax.dynamic_slice_in_dim(fresh, 0 if len(fresh) == 1 else i, 1)
+        return jax.lax.dynamic_update_slice_in_dim(stack, put(row), i, 0)
+
+    return jax.lax.fori_loop(0, jnp.where(condition, len(old), 0), layer, old)

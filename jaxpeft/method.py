@@ -212,6 +212,21 @@ def layer_by_layer(slot: Callable[..., Any]) -> Callable[..., Any]:
     return slot
 
 
+def blind(slot: Callable[..., Any]) -> Callable[..., Any]:
+    """An `update` slot, marked as one that does not look into the state of the optimizer that it is given.
+
+    It may scale gradients and directions, hand on some of them, and begin the state anew (`host.chosen`); so the state
+    may lie in the host's memory.
+    """
+    slot.blind = True  # type: ignore[attr-defined]
+    return slot
+
+
+def is_blind(slot: Callable[..., Any]) -> bool:
+    """Whether a slot does nothing, or `blind` has marked it."""
+    return slot is unchanged or getattr(slot, "blind", False)
+
+
 def is_layer_by_layer(slot: Callable[..., Any]) -> bool:
     """Whether a slot does nothing, or `layer_by_layer` has marked it."""
     return slot is unchanged or getattr(slot, "layer_by_layer", False)
@@ -292,7 +307,9 @@ def chain(*methods: Method) -> Method:
                 x = function(x, *rest)
             return x
 
-        return layer_by_layer(apply) if all(map(is_layer_by_layer, active)) else apply
+        for marked, mark in ((is_layer_by_layer, layer_by_layer), (is_blind, blind)):
+            apply = mark(apply) if all(map(marked, active)) else apply
+        return apply
 
     def merge(params):
         before = tree.flatten(params)

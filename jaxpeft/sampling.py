@@ -20,9 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import tree
+from jaxpeft import host, tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, told, trained
+from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, blind, told, trained
 from jaxpeft.model import Model, marked_as
 from jaxpeft.quant import is_packed
 from pallas_kernels.stacked import taken
@@ -37,7 +37,8 @@ SAMPLED = Role("moved")
 class SampledState(NamedTuple):
     """The optimizer's state.
 
-    masters: of the optimizer on the sampled layers' masters; where it is kept, (L, ...) of an optimizer per layer.
+    masters: of the optimizer on the sampled layers' masters; where it is kept, (L, ...) of an optimizer per layer, or
+      `Held`.
     others: of the optimizer on all other leaves.
     steps: () int32, steps done.
     """
@@ -45,6 +46,33 @@ class SampledState(NamedTuple):
     masters: Any
     others: Any
     steps: jax.Array
+
+
+class Held(NamedTuple):
+    """The state of an optimizer per layer, most of it in the host's memory.
+
+    rows: (g, ...), of the layers that are drawn.
+    at: (g,) int32, which of the layers these are, counted among those that are sampled.
+    kept: (L, ...), of all, matrices in the host's memory (`jaxpeft.host`); of those drawn as it was when they were.
+    """
+
+    rows: Any
+    at: jax.Array
+    kept: Any
+
+    def turned(self, now: jax.Array) -> Held:
+        """With the rows of other layers, if they are others: the old ones go to their places, row by row."""
+        count = jnp.where(jnp.any(now != self.at), len(now), 0)
+        take = lambda i, stacks: jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, i, 1), stacks)
+
+        def put(i, stacks, parts):
+            own = lambda x, part: host.put(part) if host.holds(x) else part
+            into = lambda x, part: jax.lax.dynamic_update_slice_in_dim(x, own(x, part), i, 0)
+            return jax.tree.map(into, stacks, parts)
+
+        kept = jax.lax.fori_loop(0, count, lambda i, kept: put(self.at[i], kept, take(i, self.rows)), self.kept)
+        fetched = lambda i, rows: put(i, rows, host.fetched(take(now[i], kept)))
+        return Held(jax.lax.fori_loop(0, count, fetched, self.rows), now, kept)
 
 
 def nothing_more(flat: tree.Flat, stacks: Stacks) -> tree.Flat:
@@ -63,6 +91,7 @@ class Sampler(NamedTuple):
     leaves: (all leaves, the stacks) -> further moved leaves `<name>/...`, which `draw` may read.
     keeps: whether the optimizer's state of a layer, its count of steps too, is kept until the layer is drawn again;
       otherwise it starts anew with each draw, and exists for g layers.
+    away: whether what is kept lies in the host's memory, of the layers that are not drawn.
     own: path in a layer -> whether it is the method's own leaf of the layers that are drawn, `<name>/<segment>/<path>`
       (g, ...), which no stack has: it is put into those layers, and zeros into all others.
     takes: path -> whether the layers of a stack that trains are sampled; else it trains as it is.
@@ -75,6 +104,7 @@ class Sampler(NamedTuple):
     every: int
     leaves: Callable[[tree.Flat, Stacks], tree.Flat] = nothing_more
     keeps: bool = False
+    away: bool = False
     own: Callable[[str], bool] = lambda path: False
     takes: Callable[[str], bool] = lambda path: True
     drawn_as: Callable[[str], str] = lambda path: "active"
@@ -158,10 +188,15 @@ class Sampler(NamedTuple):
 
         return objective._replace(value_and_grad=value_and_grad)
 
-    def update(self, optimizer: optax.GradientTransformation, view: View) -> optax.GradientTransformationExtraArgs:
+    @property
+    def update(self) -> Callable[..., Any]:
         """One optimizer for the masters, or one for each layer's, and one for all other leaves."""
-        optimizer = optax.with_extra_args_support(optimizer)
-        return _kept(self, optimizer, layers_of(self.stacks(view))) if self.keeps else _fresh(self, optimizer)
+
+        def update(optimizer: optax.GradientTransformation, view: View) -> optax.GradientTransformationExtraArgs:
+            optimizer = optax.with_extra_args_support(optimizer)
+            return _kept(self, optimizer, layers_of(self.stacks(view))) if self.keeps else _fresh(self, optimizer)
+
+        return update if self.keeps else blind(update)
 
     def move(self, leaves: Leaves, moment: Moment) -> Leaves:
         """Writes the masters into the stack, and draws when it is time."""
@@ -322,8 +357,11 @@ def _fresh(sampler: Sampler, optimizer: optax.GradientTransformationExtraArgs) -
         ]
         (directions, masters), (others, own) = found
         steps = state.steps + 1
-        fresh = optimizer.init(of_params(grads if params is None else params)[0])
-        masters = jax.tree.map(lambda a, b: jnp.where(steps % sampler.every == 0, a, b), fresh, masters)
+        begun = of_params(grads if params is None else params)[0]
+        if any(map(host.holds, jax.tree.leaves(masters))):  # whose stacks are not to be made anew whole
+            begun = {path: leaf if path == rest else leaf[:1] for path, leaf in begun.items()}
+        due = steps % sampler.every == 0
+        masters = jax.tree.map(lambda a, b: host.chosen(due, a, b), optimizer.init(begun), masters)
         changes = {**directions, **others}
         del changes[rest]
         return changes, SampledState(masters, own, steps)
@@ -345,7 +383,13 @@ def _kept(
         masters, others = split(params)
         zero = jnp.zeros(())
         one = optimizer.init({**{path: leaf[0] for path, leaf in masters.items()}, rest: zero})
-        each = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(layers), *x.shape)), one)
+        count = len(next(iter(masters.values())))
+        many = lambda x, n: jnp.broadcast_to(x, (n, *x.shape))
+        each: Any = jax.tree.map(lambda x: many(x, len(layers)), one) if not sampler.away else None
+        if sampler.away:
+            there = lambda x: host.repeated(x[None], len(layers)) if x.ndim >= 2 else many(x, len(layers))
+            rows = jax.tree.map(lambda x: jnp.copy(many(x, count)), one)
+            each = Held(rows, jnp.arange(count, dtype=jnp.int32), jax.tree.map(there, one))
         return SampledState(each, optimizer.init({**others, rest: zero}), jnp.zeros((), jnp.int32))
 
     def update(grads, state, params=None, *, aux=None, **extra):
@@ -359,9 +403,11 @@ def _kept(
             return optimizer.update({**grads, rest: norm}, state, now, aux=aux, **extra)
 
         at = jnp.searchsorted(jnp.asarray(layers), told(sampler.name, aux, f"{sampler.scope}active"))
-        rows = jax.tree.map(lambda x: x[at], state.masters)
+        held = state.masters.turned(at.astype(jnp.int32)) if sampler.away else None
+        rows = jax.tree.map(lambda x: x[at], state.masters) if held is None else held.rows
         directions, rows = jax.vmap(of_layer)(own, jnp.sqrt(apart), rows, own_now)
-        masters = jax.tree.map(lambda x, row: x.at[at].set(row), state.masters, rows)
+        put = lambda x, row: x.at[at].set(row)
+        masters = jax.tree.map(put, state.masters, rows) if held is None else held._replace(rows=rows)
         others_now = None if others_now is None else {**others_now, **zero}
         changes, beside = optimizer.update(
             {**others, rest: jnp.sqrt(squares.sum())}, state.others, others_now, aux=aux, **extra
@@ -373,12 +419,13 @@ def _kept(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def kept_numbers(name: str, view: View) -> int:
+def kept_numbers(name: str, view: View, away: bool = False) -> int:
     """Numbers of Adam's state where it is kept: two for each number of each layer's, its count of steps, and those of
-    the norms.
+    the norms; `away`: of the layers that are drawn twice, there and on the device.
     """
     masters = {path: leaf for path, leaf in view.trained.items() if path.startswith(f"{name}/")}
     others = {path: leaf for path, leaf in view.trained.items() if path not in masters}
     own = {path: leaf for path, leaf in view.shapes.items() if _is_sampled(view.role(path))}
     one = sum(leaf.size // leaf.shape[0] for leaf in masters.values())
-    return len(layers_of(_stacks(own))) * (2 * (one + 1) + 1) + 2 * (tree.size(others) + 1)
+    drawn = max(leaf.shape[0] for leaf in masters.values()) if away else 0
+    return (len(layers_of(_stacks(own))) + drawn) * (2 * (one + 1) + 1) + drawn + 2 * (tree.size(others) + 1)

@@ -235,9 +235,10 @@ def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
         names = [key.key for key in path if isinstance(getattr(key, "key", None), str)]
         leaf = next((name for name in reversed(names) if name in leaves), None)
         if leaf is None or not isinstance(leaves[leaf], NamedSharding):
-            return whole
+            return host.of(whole) if host.holds(x) else whole
         axes = _axes_like(x.shape, shapes[leaf].shape, leaves[leaf].spec)
-        return NamedSharding(mesh, PartitionSpec(*map(functools.partial(_dividing, mesh), x.shape, axes)))
+        there = NamedSharding(mesh, PartitionSpec(*map(functools.partial(_dividing, mesh), x.shape, axes)))
+        return host.of(there) if host.holds(x) else there
 
     only = lambda flat: {path: leaves[path] for path in flat}
     return state._replace(

@@ -41,7 +41,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import jaxpr_as_fun
 
-from jaxpeft import sharding, tree
+from jaxpeft import host, sharding, tree
 from jaxpeft.backward.kept import fetch, has_codes, room, seed_of, store, stored
 from jaxpeft.backward.loop import Loop, Static, replaced
 from jaxpeft.backward.options import options
@@ -308,13 +308,13 @@ class Updated(NamedTuple):
     def layer(self, loop: Loop, update: Update, found: dict[int, jax.Array], layer: jax.Array) -> Updated:
         """After the update of a layer; `found` are the gradients of its leaves (...)."""
         own = lambda x: jax.lax.dynamic_slice_in_dim(x, layer, 1)
-        put = lambda whole, part: replaced(whole, part[0], layer)
+        put = lambda whole, part: replaced(whole, host.put(part[0]) if host.holds(whole) else part[0], layer)
         by_path = lambda parts: {loop.paths[i]: part for i, part in parts.items()}
         squares = sum(jnp.sum(jnp.square(part.astype(jnp.float32))) for part in found.values())
         with jax.named_scope("update"):
             grads = by_path({i: part[None] for i, part in found.items()})
             leaves, state = _at_once(update.change, layer)(
-                grads, by_path(jax.tree.map(own, self.leaves)), jax.tree.map(own, self.state)
+                grads, by_path(jax.tree.map(own, self.leaves)), host.fetched(jax.tree.map(own, self.state))
             )
             return Updated(
                 {i: put(whole, leaves[loop.paths[i]]) for i, whole in self.leaves.items()},

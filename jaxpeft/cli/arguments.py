@@ -64,6 +64,9 @@ class StepArguments:
     prune_embeddings: int | None = None
     """Rows of the input's embedding table that are there, as many as tokens that the data name: `train` with this flag
     counts them. Default: all."""
+    optimizer_memory: Literal["device", "host"] = "device"
+    """Where the optimizer's state of matrices lies: on the device, or in the host's pinned memory, from where a step
+    takes it layer by layer, as for `train`."""
     target: str = "cpu"
     """Device: h200, h100, a100, rtx4090, v4, v5e, v5p, v6e, tpu7x, cpu; a slice of TPUs such as v5p:4x4x4; a host of
     GPUs such as h200x8, or several: h200x8x2."""

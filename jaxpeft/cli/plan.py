@@ -101,7 +101,7 @@ def run(args: Plan) -> dict[str, Any]:
 
     def make(method, device, plan, mesh=None, batch_size=args.batch_size, seq_len=args.seq_len):
         layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
-        of_step = (args.optimizer, args.update_in_backward, args.prune_embeddings)
+        of_step = (args.optimizer, args.update_in_backward, args.prune_embeddings, args.optimizer_memory)
         return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout, *of_step)
 
     rows = []
@@ -279,6 +279,8 @@ def show(document: dict[str, Any]) -> None:
             notes[0] += " --update-in-backward"
         if row.get("prune_embeddings"):
             notes[0] += f" --prune-embeddings {row['prune_embeddings']}"
+        if row.get("optimizer_memory") == "host":
+            notes[0] += " --optimizer-memory host"
         if row["host_bytes"]:
             notes.append(f"{digits(row['host_bytes'])} {unit} in the host's memory")
         if "largest_batch" in row:

@@ -143,7 +143,7 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
     name, method = chosen[0]
     dtype = models.compute_dtype(config, args.dtype, device.platform)
     layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
-    of_step = (args.optimizer, args.update_in_backward, args.prune_embeddings)
+    of_step = (args.optimizer, args.update_in_backward, args.prune_embeddings, args.optimizer_memory)
     step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout, *of_step)
     where = f"{device.name} ({text})" if text else device.name
     print(f"compiling {name} for {where}, {step.plan}", file=sys.stderr, flush=True)
@@ -192,6 +192,7 @@ def _heading(document: dict[str, Any]) -> str:
         f"{document['model']}, {document['method']}, batch {document['batch_size']} x {document['seq_len']} tokens, "
         f"{document['dtype']}, {document['target']}{mesh}, --save {document['save']}"
         f"{' --remat policy' if document['remat'] == 'policy' else ''}"
-        f"{' --update-in-backward' if document['update_in_backward'] else ''}, JAX {document['jax']}\n"
+        f"{' --update-in-backward' if document['update_in_backward'] else ''}"
+        f"{' --optimizer-memory host' if document.get('optimizer_memory') == 'host' else ''}, JAX {document['jax']}\n"
         f"peak {total} of {human_bytes(document['device_bytes'])}{', of each device' if mesh else ''}"
     )

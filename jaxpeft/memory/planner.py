@@ -15,7 +15,6 @@ What the devices send each other, and how long that takes, is in `pods`.
 from __future__ import annotations
 
 import contextlib
-import functools
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,9 +40,9 @@ from jaxpeft.method import Method, setup
 from jaxpeft.model import Model
 from jaxpeft.models import family
 from jaxpeft.models.labels import SCOPE
-from jaxpeft.train import in_backward
-from jaxpeft.train.memory import account, activation_bytes, gradient_bytes, kept_bytes
-from jaxpeft.train.optimizer import direction_of, make_direction, make_schedule
+from jaxpeft.train import host_state, in_backward
+from jaxpeft.train.memory import account, activation_bytes, gradient_bytes, kept_bytes, on_device
+from jaxpeft.train.optimizer import Memory, direction_of, make_direction, make_schedule
 from jaxpeft.train.state import TrainState, init_state
 from jaxpeft.train.step import in_place, make_train_step, objective_of
 from jaxpeft.train.task import TASKS, Task, check_head, config_for
@@ -61,8 +60,9 @@ class Step(NamedTuple):
     backward: whether there is a backward pass.  form: how the plan is carried out.
     mesh: of the devices that it runs on; None: one device.
     update_in_backward: whether layers are updated inside the backward pass.
-    host: paths of the moved leaves that lie in the host's memory (`jaxpeft.host`).
     prune_embeddings: rows of the embedding table that are there; None: all.
+    optimizer_memory: "device" or "host".
+    away: for each array of the state, whether it lies in the host's memory (`jaxpeft.host`).
     """
 
     function: Callable[..., Any]
@@ -79,8 +79,14 @@ class Step(NamedTuple):
     form: residuals.Form = "loops"
     mesh: Mesh | None = None
     update_in_backward: bool = False
-    host: frozenset[str] = frozenset()
     prune_embeddings: int | None = None
+    optimizer_memory: str = "device"
+    away: Any = None
+
+    @property
+    def host(self) -> frozenset[str]:
+        """The paths of the moved leaves that lie in the host's memory."""
+        return frozenset(path for path, leaf in self.away.moved.items() if any(jax.tree.leaves(leaf)))
 
     @property
     def shards(self) -> int:
@@ -104,6 +110,7 @@ def make_step(
     optimizer: str | None = None,
     update_in_backward: bool = False,
     prune_embeddings: int | None = None,
+    optimizer_memory: Memory = "device",
 ) -> Step:
     """The step of `jaxpeft train` for a model's configuration; nothing is allocated.
 
@@ -122,6 +129,7 @@ def make_step(
       optimizer: of `jaxpeft.train.optimizer.Direction`; None: the method's own.
       update_in_backward: whether layers are updated inside the backward pass.
       prune_embeddings: rows of the embedding table that are there; None: all.
+      optimizer_memory: where the optimizer's state of matrices lies, "device" or "host".
 
     Raises:
       InputError: for a configuration, method or plan that cannot be used, or rows that the mesh does not divide.
@@ -144,19 +152,23 @@ def make_step(
     if update_in_backward:
         in_backward.check(model, method, accumulate, trainable)
     clip = {"clip": None} if update_in_backward else {}
-    direction = make_direction(direction_of(method.specs, optimizer), **clip)
-    state = jax.eval_shape(functools.partial(init_state, method, direction, model=model), trainable, rest, key)
+    direction = make_direction(direction_of(method.specs, optimizer), **clip, memory=optimizer_memory)
+    if optimizer_memory == "host":
+        host_state.check(model, method, direction, {**rest, **trainable})
+    state, away = _first_state(method, direction, model, trainable, rest, key)
     batch = own.shapes(base.config, batch_size, seq_len, packed)
     schedule = make_schedule("cosine", 2e-4, 1000, 10)
-    options: dict[str, Any] = {"rate": schedule, "update_in_backward": update_in_backward}
-    function = make_train_step(model, method, direction, own.loss, accumulate, **options)
+    moving: dict[str, Any] = {"rate": schedule, "update_in_backward": update_in_backward}
+    function = make_train_step(model, method, direction, own.loss, accumulate, **moving)
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
     objective_of(model, method, state.leaves, own.loss)  # refuses a plan that would have no effect
-    away = frozenset(path for path in state.moved if method.role(path).host)
+    if any(jax.tree.leaves(away.opt_state)) and mesh is not None:
+        raise InputError("--optimizer-memory host is planned for one device; leave --mesh out")
     rows = (accumulate, own, batch_size, length)
-    how = (mesh, update_in_backward, away, prune_embeddings)
-    return Step(function, state, batch, paths, model, plan, *rows, backward, form, *how)
+    where: dict[str, Any] = {"mesh": mesh, "away": away, "optimizer_memory": optimizer_memory}
+    options: dict[str, Any] = {"update_in_backward": update_in_backward, "prune_embeddings": prune_embeddings}
+    return Step(function, state, batch, paths, model, plan, *rows, backward, form, **options, **where)
 
 
 def _with_rows(count: int, base: Model, shapes: tree.Flat, method: Method, optimizer: str | None) -> Model:
@@ -174,6 +186,20 @@ def _cut(leaves: tree.Flat, count: int) -> tree.Flat:
         return leaves
     table = leaves[TABLE]
     return {**leaves, TABLE: jax.ShapeDtypeStruct((count, *table.shape[1:]), table.dtype)}
+
+
+def _first_state(
+    method: Method, direction: Any, model: Model, trainable: tree.Flat, rest: tree.Flat, key: Any
+) -> tuple[TrainState, Any]:
+    """`init_state` on shapes, and which of its arrays lie in the host's memory."""
+    found: list[Any] = []
+
+    def make(trainable, rest, key):
+        state = init_state(method, direction, trainable, rest, key, model)
+        found.append(jax.tree.map(host.holds, state))
+        return state
+
+    return jax.eval_shape(make, trainable, rest, key), found[0]
 
 
 def _set_up(method: Method, base: Model, key: Any, params: Any) -> tuple[Model, tree.Flat, tree.Flat]:
@@ -264,9 +290,9 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
       dump: a folder for XLA's files.
 
     Returns:
-      {"target", "save", "remat", "update_in_backward", "batch_size", "seq_len", "bytes": {...}, "host_bytes",
-      "device_bytes", "fits", "flops", "recompute_flops", "jax"}; bytes are those of one device, FLOPs those of all;
-      device_bytes is what a run may take of the device's memory.
+      {"target", "save", "remat", "update_in_backward", "optimizer_memory", "batch_size", "seq_len", "bytes": {...},
+      "host_bytes", "device_bytes", "fits", "flops", "recompute_flops", "jax"}; bytes are those of one device, FLOPs
+      those of all; device_bytes is what a run may take of the device's memory.
 
     Raises:
       ValueError: for a target of several devices and a step without a mesh of them.
@@ -279,12 +305,13 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     compiled = targets.compile_lowered(target, lowered(step, target), dump, compilation.options(target.platform))
     state, _ = local(step)
     gradients = gradient_bytes(state.trainable, step.update_in_backward) if step.backward else 0
-    state = state._replace(moved={path: leaf for path, leaf in state.moved.items() if path not in step.host})
+    state = on_device(state, step.away)
     return {
         "target": target.name,
         "save": str(step.plan),
         "remat": step.form,
         "update_in_backward": step.update_in_backward,
+        "optimizer_memory": step.optimizer_memory,
         "batch_size": step.rows,
         "seq_len": step.length,
         "bytes": account(compiled.memory, state, step.base, traced.activations // step.shards, gradients),
@@ -304,17 +331,16 @@ def lowered(step: Step, target: Target) -> Any:
         if step.mesh is None:
             device = SingleDeviceSharding(targets.devices(target)[0])
             changing, *rest = targets.abstract((*step.state.parted, step.batch), device)
-            away = device.with_memory_kind("pinned_host") if step.host and target.platform == "tpu" else device
-            moved = {path: _lying(leaf, away) for path, leaf in changing.moved.items() if path in step.host}
-            changing = changing._replace(moved={**changing.moved, **moved})
-            lowered = jax.jit(in_place(step.function), donate_argnums=0).lower(changing, *rest)
-            return targets.in_host_memory(lowered) if step.host else lowered
+            some = any(jax.tree.leaves(step.away))
+            if target.platform == "tpu":  # a described GPU shows no memories; the step itself puts arrays there
+                changing = jax.tree.map(_lying, changing, step.away._replace(frozen={}))
+            options: dict[str, Any] = {"donate_argnums": 0, "keep_unused": some}
+            lowered = jax.jit(in_place(step.function), **options).lower(changing, *rest)
+            return targets.in_host_memory(lowered) if some else lowered
         state, batch = placed(step)
         if target.platform == "tpu":
-            away = {
-                path: _lying(leaf, host.of(leaf.sharding)) for path, leaf in state.moved.items() if path in step.host
-            }
-            state = state._replace(moved={**state.moved, **away})
+            moved = {path: _lying(leaf, path in step.host) for path, leaf in state.moved.items()}
+            state = state._replace(moved=moved)
         there = jax.tree.map(lambda x: x.sharding, state.parted[0])
         with on_mesh(step):
             function = jax.jit(in_place(step.function), donate_argnums=0, out_shardings=(there, None))
@@ -322,8 +348,9 @@ def lowered(step: Step, target: Target) -> Any:
             return targets.in_host_memory(lowered) if step.host else lowered
 
 
-def _lying(x: jax.ShapeDtypeStruct, where: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+def _lying(x: jax.ShapeDtypeStruct, away: bool) -> jax.ShapeDtypeStruct:
+    """An array, in its host's memory if it lies away."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=host.of(x.sharding)) if away else x
 
 
 def placed(step: Step) -> tuple[TrainState, dict[str, jax.ShapeDtypeStruct]]:

@@ -36,7 +36,7 @@ from jaxpeft import features, prompts
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.in_front import row_bytes
-from jaxpeft.method import Method, Spec, trains
+from jaxpeft.method import Method, Spec, blind, trains
 from jaxpeft.models.layers import lookup, with_inner
 
 FACTORS = ("dept/a", "dept/b")
@@ -103,6 +103,7 @@ def dept(
 
         return prompts.attach("dept", model, length, leaves, words)
 
+    @blind
     def update(optimizer, view):
         factors = lambda leaves: {path: path in FACTORS for path in leaves}
         return optax.chain(optimizer, optax.masked(optax.scale(lr_ratio), factors))

@@ -45,7 +45,7 @@ import optax
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Leaves, Method, Moment, Spec, trains, unchanged
+from jaxpeft.method import Leaves, Method, Moment, Spec, blind, trains, unchanged
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Context
 from jaxpeft.quant import dense, matrix
@@ -168,6 +168,7 @@ def lamda(
     choose = _lora.chosen_sites("lamda", targets, rank_of)
     own = ("/lamda/e", "/lamda/d")
 
+    @blind
     def update(optimizer, view):
         return thawed(optax.with_extra_args_support(optimizer), freeze)
 

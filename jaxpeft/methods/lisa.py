@@ -18,7 +18,9 @@ too, a copy of the stack; a plan picks them again.
 
 Paper: Pan et al. 2024, "LISA", arXiv:2403.17919. Deviations: the published code keeps Adam's moments of every layer
 that was ever drawn and goes on from them; here they are gone, as the paper's memory figures say (`moments="kept"` is
-the published code's).
+the published code's). With `moments="host"` they go on too, and those of layers that are not drawn lie in the host's
+pinned memory: a switch takes gamma layers' there and brings gamma back, steps between move nothing, and the device
+holds what it does where they are dropped.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, TRAINED, Method, Spec, View, unchanged
 from jaxpeft.methods import full as _full
 
-MOMENTS = ("dropped", "kept")
+MOMENTS = ("dropped", "kept", "host")
 
 
 def lisa(count: int = 2, every: int = 20, which: str = "all", moments: str = "dropped") -> Method:
@@ -41,7 +43,8 @@ def lisa(count: int = 2, every: int = 20, which: str = "all", moments: str = "dr
       which: what trains where nothing else in the chain does: "all", "biases", "norms", or a regular expression found
         in the path; what it names outside the layers always trains.
       moments: "dropped" with each draw; or "kept", as by the published code: each layer's, and its count of steps, go
-        on when it is drawn again, and the state is that of all layers.
+        on when it is drawn again, and the state is that of all layers; or "host", the same, and what no drawn layer
+        needs lies in the host's pinned memory, from where it comes when the layer is drawn.
 
     Returns:
       The method; it trains `lisa/<path>` (count, ...) and what lies outside the layers.
@@ -64,7 +67,7 @@ def lisa(count: int = 2, every: int = 20, which: str = "all", moments: str = "dr
         sampling.check_count("lisa", count, layers)
         return {"active": sampling.uniform(key, layers, count)}
 
-    sampler = sampling.Sampler("lisa", draw, every, keeps=moments == "kept")
+    sampler = sampling.Sampler("lisa", draw, every, keeps=moments != "dropped", away=moments == "host")
     return Method(
         gradient=sampler.gradient if sampler.keeps else unchanged,
         forward=sampler.forward,
@@ -79,7 +82,9 @@ def lisa(count: int = 2, every: int = 20, which: str = "all", moments: str = "dr
 
 def state_numbers(view: View, moments: str = "dropped", **_) -> int:
     """Numbers of Adam's state: two for each trained one, and the moments of the norm that each part is told of."""
-    return sampling.kept_numbers("lisa", view) if moments == "kept" else 2 * tree.size(view.trained) + 4
+    if moments == "dropped":
+        return 2 * tree.size(view.trained) + 4
+    return sampling.kept_numbers("lisa", view, away=moments == "host")
 
 
 ABOUT = About(

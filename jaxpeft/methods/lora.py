@@ -32,7 +32,7 @@ import optax
 from jaxpeft import sites, starts, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec, layer_by_layer, trains, unchanged
+from jaxpeft.method import Method, Spec, blind, layer_by_layer, trains, unchanged
 from jaxpeft.model import Context
 from jaxpeft.peft import form
 from jaxpeft.quant import CONVOLUTION, EMBEDDING, dense, kind_of
@@ -195,6 +195,7 @@ def lora(
         chosen = [starts.Sited(site, rank_of(site), scale(site)) for site in choose(params)]
         return params if start is None else starts.put("lora", start, params, chosen, view)
 
+    @blind
     @layer_by_layer
     def update(optimizer, view):
         def of_b(leaves):

@@ -31,7 +31,7 @@ import optax
 from jaxpeft import tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec, View
+from jaxpeft.method import Method, Spec, View, blind
 from jaxpeft.methods import galore as _galore
 from jaxpeft.methods import lora as _lora
 
@@ -82,6 +82,7 @@ def natural_galore(
     base = {name: value for name, value in config.items() if name not in ("history", "damping")}
     method = _galore.projected(Spec("natural_galore", config), **base)
 
+    @blind
     def update(optimizer, view):
         return preconditioned(optax.with_extra_args_support(optimizer), history, damping, every, projection)
 

@@ -43,7 +43,7 @@ from jaxpeft.starts import probes
 from jaxpeft.starts.pair import Sited
 from jaxpeft.train.optimizer import decays
 
-SCORES = ("outliers", "norms", "uniform", "increase", "decrease")
+SCORES = ("outliers", "outliers_reverse", "norms", "uniform", "increase", "decrease")
 _LEAST = 1e-6  # of the largest score: a layer without outliers is drawn when no other is left
 
 
@@ -93,8 +93,9 @@ def owlore(
       rank: r, at most the smaller side of each kernel.
       gap: steps after which P is renewed in layers that go on.
       scale: s.
-      scores: what the draws go by: "outliers", for which `setup` has to be given batches; "norms", of each layer's
-        kernels; "uniform"; "increase" or "decrease" with the layer's number.
+      scores: what the draws go by: "outliers", for which `setup` has to be given batches; "outliers_reverse", likewise,
+        max(D) - D, the published code's `owl_reverse`; "norms", of each layer's kernels; "uniform"; "increase" or
+        "decrease" with the layer's number.
       threshold: M.
       targets: kernels that are projected: "all-linear", "attention", "mlp", a regular expression, or a list of names.
       rounding: of W in bf16: "stochastic", or "nearest".
@@ -107,7 +108,7 @@ def owlore(
 
     Raises:
       InputError: for an argument outside its range, more layers than the model has, a rank above a kernel's smaller
-        side, targets that match nothing or nothing that trains, quantized kernels, or "outliers" without batches.
+        side, targets that match nothing or nothing that trains, quantized kernels, or outliers without batches.
     """
     config = dict(locals())
     for name in ("count", "every", "gap"):
@@ -241,7 +242,7 @@ def _scores(kind: str, threshold: float, flat: tree.Flat, layers: Sequence[int],
     own = {site: leaf for site, leaf in kernels.items() if tree.stacked(site)}
     if kind == "norms":
         return _by_layer(_norms, {site: (leaf,) for site, leaf in own.items()}, layers)
-    batches = probes.batches("owlore: scores 'outliers'", view)
+    batches = probes.batches(f"owlore: scores '{kind}'", view)
     if not batches:
         return jnp.ones(count)
     sited = [Sited(site, 1, 1.0) for site in own]
@@ -252,7 +253,8 @@ def _scores(kind: str, threshold: float, flat: tree.Flat, layers: Sequence[int],
         lambda a, b: jax.tree.map(jnp.add, a, b), (of_batch(start, batch) for batch in batches)
     )
     read = {site: (leaf, jnp.sqrt(total[site]["squares"])) for site, leaf in own.items()}
-    return _by_layer(functools.partial(outliers, threshold=threshold), read, layers)
+    found = _by_layer(functools.partial(outliers, threshold=threshold), read, layers)
+    return found if kind == "outliers" else found.max() - found
 
 
 def _by_layer(

@@ -35,7 +35,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec, layer_by_layer, trains, unchanged
+from jaxpeft.method import Method, Spec, blind, layer_by_layer, trains, unchanged
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Context
 from jaxpeft.quant import dense
@@ -111,6 +111,7 @@ def paca(
     def own(path):
         return path.endswith("/paca/rows")
 
+    @blind
     @layer_by_layer
     def update(optimizer, view):
         mask = lambda leaves: {path: own(path) for path in leaves}

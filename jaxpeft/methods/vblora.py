@@ -36,7 +36,7 @@ import optax
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Spec, layer_by_layer, trains, unchanged
+from jaxpeft.method import Method, Spec, blind, layer_by_layer, trains, unchanged
 from jaxpeft.methods.lora import Targets, check_rank, chosen_sites, saved_bytes
 from jaxpeft.methods.lora import fold as fold_product
 from jaxpeft.model import Context
@@ -151,6 +151,7 @@ def vblora(
 
         return adapted._replace(init=init)
 
+    @blind
     @layer_by_layer
     def update(optimizer, view):
         def of_logits(leaves):

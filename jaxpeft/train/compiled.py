@@ -13,7 +13,7 @@ from jaxpeft.backward import passes
 from jaxpeft.compilation import compiled
 from jaxpeft.model import Batch
 from jaxpeft.train.state import TrainState
-from jaxpeft.train.step import in_place
+from jaxpeft.train.step import in_place, keeps_unused
 
 
 class Program(NamedTuple):
@@ -55,7 +55,8 @@ class Compiled:
         if not self._steps:
             return jax.jit(self._function).lower(*args)
         there = None if self._mesh is None else (jax.tree.map(lambda leaf: leaf.sharding, args[0]), None)
-        return jax.jit(in_place(self._function), donate_argnums=0, out_shardings=there).lower(*args)
+        options: dict[str, Any] = {"donate_argnums": 0, "out_shardings": there, "keep_unused": keeps_unused(args[0])}
+        return jax.jit(in_place(self._function), **options).lower(*args)
 
     def program(self, state: TrainState, batch: Batch) -> Program:
         """What runs for such a batch."""

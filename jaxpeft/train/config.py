@@ -285,6 +285,8 @@ def _meaning(name: str, value: Any) -> Any:
         return rotary.parse(value)
     if name == "remat":
         return value or "loops"  # a run from before there was a choice
+    if name == "optimizer_memory":
+        return value or "device"  # likewise
     if name in ("update_in_backward", "prune_embeddings"):
         return bool(value)  # likewise
     return recipe.read(value or ()) if name == "method_options" else value

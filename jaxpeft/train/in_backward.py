@@ -1,10 +1,7 @@
 """`update_in_backward`: a step whose layers are updated inside the backward pass (`jaxpeft.backward.in_backward`).
 
 The optimizer is the run's. It works leaf by leaf, and on a stack layer by layer, so that of its state each layer's
-part is updated with the layer, and the rest, with the counters, afterwards:
-
-    {path: leaf, ...} in the state      parts by path; below the path of a stack, arrays with an axis of layers
-    all else                            counters and the like, which every layer reads, and the last update writes
+part is updated with the layer, and the rest, with the counters, afterwards (`jaxpeft.train.places`).
 """
 
 from __future__ import annotations
@@ -22,6 +19,7 @@ from jaxpeft.backward.passes import Update
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Objective, View, is_layer_by_layer
 from jaxpeft.model import Model
+from jaxpeft.train.places import Places
 from jaxpeft.train.state import TrainState
 
 FOUND = "update_in_backward"  # in aux: `Done`
@@ -146,40 +144,6 @@ def _update_of(
         return Update(frozenset(paths), own, of_layer)
 
     return update
-
-
-class Places(NamedTuple):
-    """Where an optimizer's state has parts by path.
-
-    shared: what it has in other places; None in these.
-    treedef: of all places.
-    """
-
-    shared: list[Any]
-    treedef: Any
-
-    @classmethod
-    def of(cls, state: Any, trained: Collection[str]) -> Places:
-        """Those of a state, of leaves with the paths `trained`."""
-        known = set(trained)
-        by_path = lambda node: isinstance(node, dict) and bool(node) and node.keys() <= known
-        nodes, treedef = jax.tree.flatten(state, is_leaf=by_path)
-        return cls([None if by_path(node) else node for node in nodes], treedef)
-
-    def parts(self, state: Any, paths: Collection[str]) -> list[dict[str, Any]]:
-        """[{path: its part}, ...] of some paths, place by place, of a state of these or more."""
-        found = zip(self.shared, self.treedef.flatten_up_to(state), strict=True)
-        return [{path: node[path] for path in paths if path in node} for shared, node in found if shared is None]
-
-    def after(self, state: Any) -> Places:
-        """With what is shared as it is in another state."""
-        found = zip(self.shared, self.treedef.flatten_up_to(state), strict=True)
-        return self._replace(shared=[None if shared is None else node for shared, node in found])
-
-    def joined(self, *parts: list[dict[str, Any]]) -> Any:
-        """The state whose parts are these."""
-        whole = iter([{path: x for node in nodes for path, x in node.items()} for nodes in zip(*parts, strict=True)])
-        return self.treedef.unflatten([next(whole) if node is None else node for node in self.shared])
 
 
 def _check_apart(change: Change, shapes: Mapping[str, Any], state: Any, path: str) -> None:

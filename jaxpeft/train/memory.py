@@ -48,7 +48,7 @@ def step_memory(
     activations = activation_bytes(program.segments, model, state, batch, accumulate, loss) if backward else 0
     memory = analysed(jax.default_backend(), program.executable.memory_analysis())
     if jax.default_backend() != "cpu":  # whose memory is the host's
-        state = state._replace(moved={path: leaf for path, leaf in state.moved.items() if not host.holds(leaf)})
+        state = on_device(state, jax.tree.map(host.holds, state))
     gradients = gradient_bytes(state.trainable, update_in_backward) if backward else 0
     owners = account(memory, state, base, activations, gradients)
     return {name: owners[name] for name in (*CATEGORIES, "total")}
@@ -99,6 +99,13 @@ def _autodiff_bytes(model: Model, state: TrainState, batch: Mapping[str, Any], l
         else:
             total += tree.num_bytes(x)
     return total
+
+
+def on_device(state: TrainState, away: Any) -> TrainState:
+    """The state without what lies in the host's memory; `away`: whether an array does."""
+    moved = {path: leaf for path, leaf in state.moved.items() if not any(jax.tree.leaves(away.moved[path]))}
+    here = [x for x, other in zip(*map(jax.tree.leaves, (state.opt_state, away.opt_state)), strict=True) if not other]
+    return state._replace(moved=moved, opt_state=here)
 
 
 def gradient_bytes(trainable: Mapping[str, Any], update_in_backward: bool = False) -> int:

@@ -14,9 +14,11 @@ from jaxpeft.about import Defaults
 from jaxpeft.errors import InputError
 from jaxpeft.method import Spec, about
 from jaxpeft.train.adam8bit import scale_by_adam8bit
+from jaxpeft.train.host_state import away
 
 Schedule = Literal["constant", "linear", "cosine"]
 Direction = Literal["adam", "sgd", "adam8bit", "adafactor", "sm3", "lion"]
+Memory = Literal["device", "host"]
 # Of a default rate, which is Adam's: Lion's steps all have its length (Chen et al. 2023: 3 to 10 times smaller).
 RATES = {"lion": 0.2}
 
@@ -46,7 +48,9 @@ def make_schedule(kind: Schedule, lr: float, steps: int, warmup: int = 0) -> opt
     return optax.join_schedules([rise, after], [warmup])
 
 
-def make_direction(kind: Direction = "adam", clip: float | None = 1.0) -> optax.GradientTransformation:
+def make_direction(
+    kind: Direction = "adam", clip: float | None = 1.0, memory: Memory = "device"
+) -> optax.GradientTransformation:
     """Gradients -> the direction that a step goes against; the step itself knows the rate and the decay.
 
         kind        direction                                                       state, of a kernel (n, m)
@@ -67,12 +71,16 @@ def make_direction(kind: Direction = "adam", clip: float | None = 1.0) -> optax.
     Args:
       kind: of `Direction`.
       clip: the largest global norm of the gradients that all but `sgd` see; None leaves them as they are.
+      memory: where the state of matrices lies: "device", or "host", from where a step takes it layer by layer
+        (`jaxpeft.train.host_state`).
 
     Raises:
-      InputError: for another kind.
+      InputError: for another kind or memory.
     """
     if kind not in get_args(Direction):
         raise InputError(f"optimizer {kind!r} is not one of {', '.join(get_args(Direction))}")
+    if memory not in get_args(Memory):
+        raise InputError(f"optimizer memory {memory!r} is not one of {', '.join(get_args(Memory))}")
     if kind == "sgd":
         return optax.identity()
     own = {
@@ -82,6 +90,7 @@ def make_direction(kind: Direction = "adam", clip: float | None = 1.0) -> optax.
         "sm3": lambda: by_layer(optax.scale_by_sm3()),
         "lion": optax.scale_by_lion,
     }[kind]()
+    own = away(own) if memory == "host" else own
     return own if clip is None else optax.chain(optax.clip_by_global_norm(clip), own)
 
 

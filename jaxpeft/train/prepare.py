@@ -29,7 +29,7 @@ from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.peft import adapter_labels, import_adapter
 from jaxpeft.special import check_vocabulary
-from jaxpeft.train import config, in_backward
+from jaxpeft.train import config, host_state, in_backward
 from jaxpeft.train.base import load
 from jaxpeft.train.optimizer import Direction, direction_of, make_direction, make_schedule
 from jaxpeft.train.progress import say
@@ -143,11 +143,15 @@ def prepare(args: Run, continued: bool = False) -> Job:
         backward = objective_of(model, method, {**rest, **trainable}, task.loss).backward
         plan = residuals.default_plan(model, backward)
     model = residuals.remat(model, plan, sharding.num_shards(mesh), args.remat, method.changes)
+    if args.optimizer_memory == "host":
+        host_state.check_device(jax.devices()[0])
     if args.update_in_backward:
         in_backward.check(model, method, args.accumulate, trainable)
     schedule = make_schedule(args.schedule, args.lr, args.steps, args.warmup)
     direction = direction_of(method.specs, args.optimizer)
-    optimizer = make_direction(direction, args.clip)
+    optimizer = make_direction(direction, args.clip, args.optimizer_memory)
+    if args.optimizer_memory == "host":
+        host_state.check(model, method, optimizer, {**rest, **trainable})
     state = init_state(method, optimizer, trainable, rest, run_key, model)
     objective_of(model, method, state.leaves, task.loss)  # refuses what would have no effect
     if mesh is not None:

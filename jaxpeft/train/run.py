@@ -102,6 +102,9 @@ class Run:
     optimizer: Literal["adam", "sgd", "adam8bit", "adafactor", "sm3", "lion"] | None = None
     """What makes steps of gradients: adam, adam8bit (moments in 8 bits), adafactor, sm3, lion, or sgd, the gradients
     themselves, unclipped. Default: the method's own, else adam."""
+    optimizer_memory: Literal["device", "host"] = "device"
+    """Where the optimizer's state of matrices lies: on the device, or in the host's pinned memory, from where a step
+    takes it layer by layer."""
     clip: float | None = 1.0
     """Largest global norm of the gradients; None leaves them as they are."""
     dtype: Literal["bfloat16", "float32"] | None = None

@@ -78,7 +78,7 @@ def init_state(
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return leaf
         leaf = jax.lax.convert_element_type(leaf, leaf.dtype) if leaf.weak_type else leaf
-        leaf = jnp.copy(leaf) if id(leaf) in seen else leaf
+        leaf = host.copied(leaf) if id(leaf) in seen else leaf
         seen.add(id(leaf))
         return leaf
 

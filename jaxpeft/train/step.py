@@ -15,6 +15,7 @@ changes takes the place of what it was, and frozen leaves are only read.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import tree
+from jaxpeft import host, tree
 from jaxpeft.backward.residuals import check_kept
 from jaxpeft.errors import InputError
 from jaxpeft.method import Leaves, Method, Moment, Objective, view_of
 from jaxpeft.model import Batch, Model
-from jaxpeft.train import in_backward
+from jaxpeft.train import host_state, in_backward
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import decays
 from jaxpeft.train.reach import check_reached
@@ -85,7 +86,9 @@ def make_train_step(
         now = None if schedule is None else jnp.asarray(schedule(state.step), jnp.float32)
         view = view_of(model, method, state.leaves, now)
         state = state._replace(moved=lying(method, state.moved))  # a program for a device that is described is told
-        update = optax.with_extra_args_support(method.update(optimizer, view)).update
+        optimised = method.update(optimizer, view)
+        state = state._replace(opt_state=host_state.put(state.opt_state, host_state.lies(optimised, view.trained)))
+        update = optax.with_extra_args_support(optimised).update
 
         def change(grads, leaves, opt_state, aux):
             updates, opt_state = update(grads, opt_state, leaves, aux=aux)
@@ -143,6 +146,15 @@ def in_place(step: Step) -> Callable[[TrainState, tree.Flat, Batch], tuple[Train
     return parted
 
 
+def keeps_unused(state: TrainState) -> bool:
+    """Of a program that is given a state to keep: whether what it does not read must be an argument of it too.
+
+    JAX gives a result the place of the first argument of its shape that is left, whichever memory that lies in. Those
+    of a state and of what becomes of it pair, as long as none is missing.
+    """
+    return any(map(host.holds, jax.tree.leaves(state)))
+
+
 def jit_step(step: Step) -> Step:
     """The step, compiled: what changes is donated, so that the state given is used up; frozen leaves stay as they are.
 
@@ -150,10 +162,10 @@ def jit_step(step: Step) -> Step:
     for batch in batches:
         state, metrics = step(state, batch)
     """
-    compiled = jax.jit(in_place(step), donate_argnums=0)
+    compiled = functools.cache(lambda keeps: jax.jit(in_place(step), donate_argnums=0, keep_unused=keeps))
 
     def call(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        changed, metrics = compiled(*state.parted, batch)
+        changed, metrics = compiled(keeps_unused(state))(*state.parted, batch)
         return changed._replace(frozen=state.frozen), metrics
 
     return call

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import host, tree
 from jaxpeft.backward.residuals import remat
 from jaxpeft.memory import planner, targets
 from jaxpeft.method import view_of
@@ -128,7 +128,10 @@ def test_samples_the_layers_of_loras_leaves():
 
 
 def test_kept_moments_go_on_where_a_layer_is_drawn_again():
-    """Each layer's optimizer has made as many steps as the layer; the norm that clips is that of all gradients."""
+    """Each layer's optimizer has made as many steps as the layer; the norm that clips is that of all gradients.
+
+    So they do in the host's memory, where a layer's are the same as soon as another one is drawn in its place.
+    """
     method = jp.chain(jp.lora(rank=2, targets="qv"), jp.lisa(count=2, every=1, moments="kept"))
     model, state = start(method)
     step, drawn = jax.jit(jp.make_train_step(model, method, make_direction(), rate=LR)), []
@@ -144,6 +147,22 @@ def test_kept_moments_go_on_where_a_layer_is_drawn_again():
     view = view_of(model, method, state.leaves)
     counters = sum(x.ndim == 0 and x.dtype == np.int32 for x in jax.tree.leaves(state.opt_state))
     assert tree.size(state.opt_state) - counters == lisa.state_numbers(view, moments="kept")
+
+    method = jp.chain(jp.lora(rank=2, targets="qv"), jp.lisa(count=2, every=1, moments="host"))
+    model, own = start(method)
+    step = jax.jit(jp.make_train_step(model, method, make_direction(), rate=LR))
+    for i in range(4):
+        own, _ = step(own, tiny.batch(seed=i))
+    held = own.opt_state.masters
+    whole = held.turned((held.at + 1) % 3)  # what was drawn last is put back, but for the layer that stays
+    for x, rows, old in zip(*map(jax.tree.leaves, (whole.kept, held.rows, state.opt_state.masters)), strict=True):
+        assert host.holds(x) == (x.ndim >= 3)
+        found = np.array(jax.device_get(x))
+        np.testing.assert_allclose(found, jax.device_get(old), rtol=1e-5, atol=1e-9)
+        np.testing.assert_allclose(rows, found[np.asarray(held.at)], rtol=0)
+    for path, leaf in state.trainable.items():
+        np.testing.assert_allclose(own.trainable[path], leaf, rtol=1e-5, atol=1e-7, err_msg=path)
+    assert tree.size(own.opt_state) - counters - 2 == lisa.state_numbers(view, moments="host") - 2
 
 
 def test_merge_writes_bf16_rounded_once_into_layers_of_a_cut_stack():
@@ -168,7 +187,7 @@ def test_merge_writes_bf16_rounded_once_into_layers_of_a_cut_stack():
     [
         (lambda: jp.lisa(count=0), "count 0 must be at least 1"),
         (lambda: jp.lisa(every=0), "every 0 must be at least 1"),
-        (lambda: jp.lisa(moments="host"), "moments 'host' is not one of dropped, kept"),
+        (lambda: jp.lisa(moments="disk"), "moments 'disk' is not one of dropped, kept, host"),
         (lambda: jp.lisa(which="("), "not a regular expression"),
         (lambda: jp.lisa(count=4), "count 4: 3 layers train"),
         (lambda: jp.lisa(which="embeddings"), "nothing in the layers trains"),

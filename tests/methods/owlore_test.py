@@ -78,6 +78,19 @@ def test_scores_are_the_shares_of_outliers(calibrated):
     np.testing.assert_allclose(state.moved["owlore/scores"], expected, atol=2 / flat.size)
 
 
+@pytest.mark.slow
+def test_reversed_scores_draw_layers_as_the_published_code_does(calibrated):
+    """Its probabilities are max(p) - p over their sum, p = D over its sum: that of the largest D is zero."""
+    batches, state = calibrated
+    method = jp.owlore(count=1, rank=RANK, threshold=3.0, scores="outliers_reverse")
+    found = np.asarray(start(method, batches=lambda: batches)[1].moved["owlore/scores"], np.float64)
+    p = np.asarray(state.moved["owlore/scores"], np.float64)
+    p /= p.sum()
+    expected = (p.max() - p) / (p.max() - p).sum()
+    assert expected.min() == 0
+    np.testing.assert_allclose(found / found.sum(), expected, atol=1e-5)  # of a difference of float32 numbers near 0.01
+
+
 def test_without_batches(calibrated):
     """A run that is planned, or goes on from a checkpoint, has scores of the same shape; without data it is refused."""
     _, state = calibrated
@@ -165,7 +178,7 @@ def test_layers_are_drawn_by_their_scores():
         (lambda: jp.owlore(every=0), "every 0 must be at least 1"),
         (lambda: jp.owlore(gap=0), "gap 0 must be at least 1"),
         (lambda: jp.owlore(rank=0), "rank 0 must be at least 1"),
-        (lambda: jp.owlore(scores="owl"), "scores 'owl' is not one of outliers, norms"),
+        (lambda: jp.owlore(scores="owl"), "scores 'owl' is not one of outliers, outliers_reverse, norms"),
         (lambda: jp.owlore(threshold=0), "threshold 0 must be a finite number above 0"),
         (lambda: jp.owlore(rounding="up"), "rounding 'up' is not one of"),
         (lambda: jp.owlore(count=4, **OPTIONS), "count 4: 3 layers train"),
