@@ -166,9 +166,8 @@ def make_step(
     if any(jax.tree.leaves(away.opt_state)) and mesh is not None:
         raise InputError("--optimizer-memory host is planned for one device; leave --mesh out")
     rows = (accumulate, own, batch_size, length)
-    where: dict[str, Any] = {"mesh": mesh, "away": away, "optimizer_memory": optimizer_memory}
-    options: dict[str, Any] = {"update_in_backward": update_in_backward, "prune_embeddings": prune_embeddings}
-    return Step(function, state, batch, paths, model, plan, *rows, backward, form, **options, **where)
+    made = Step(function, state, batch, paths, model, plan, *rows, backward, form, mesh, update_in_backward)
+    return made._replace(prune_embeddings=prune_embeddings, optimizer_memory=optimizer_memory, away=away)
 
 
 def _with_rows(count: int, base: Model, shapes: tree.Flat, method: Method, optimizer: str | None) -> Model:
