@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.backprop_free import sampled_layers
+from experiments.backprop_free import full_in_24_gb, sampled_layers
 from experiments.backprop_free.__main__ import RESULTS, TOPICS
 from experiments.memory import common
 from jaxpeft.memory import targets
@@ -56,3 +56,20 @@ def test_what_the_papers_say(rows):
     assert total["owlore", 1, "which=layers"] < total["owlore", 1]
     gradients = {key: row["bytes"]["gradients"] for key, row in rows.items()}
     assert gradients["lora+ist", 16, "rank=64"] == pytest.approx(gradients["lora", 16, "rank=64"] / 4, rel=1e-3)
+
+
+def test_the_state_is_on_the_device_or_in_the_hosts_memory():
+    """Two float32 numbers of each matrix; of LISA's layers what is not drawn waits, beside what is."""
+    found = full_in_24_gb.collect(common.Figures(full_in_24_gb.NAME, folder=RESULTS))
+    rows = {(row["method"], row["update_in_backward"], row["optimizer_memory"], *row["options"]): row for row in found}
+    names = {"full": ("full", True, "host"), "galore": ("galore", True, "host", "rank=1024")}
+    for name, key in names.items():
+        here, there = rows[(*key[:2], "device", *key[3:])], rows[key]
+        assert there["host_bytes"] == pytest.approx(here["bytes"]["optimizer"], rel=0.01), name
+        assert there["bytes"]["optimizer"] < 0.01 * here["bytes"]["optimizer"], name
+    assert rows[names["full"]]["host_bytes"] == pytest.approx(8 * (LAYERS * KERNELS + OUTSIDE), rel=1e-4)
+    lisa, kept = rows["lisa", False, "device", "count=2"], rows["lisa", False, "device", "count=2", "moments=host"]
+    assert kept["host_bytes"] == pytest.approx(8 * LAYERS * KERNELS, rel=1e-4)
+    assert kept["bytes"]["optimizer"] == pytest.approx(lisa["bytes"]["optimizer"], rel=1e-3)
+    assert kept["bytes"]["total"] == pytest.approx(lisa["bytes"]["total"], rel=0.01)
+    assert rows["galore", True, "device", "rank=1024"]["bytes"]["total"] > 24 * 2**30  # the paper's 22.8 GB
