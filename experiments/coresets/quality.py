@@ -3,6 +3,11 @@
     python -m experiments.coresets.quality          # a few minutes on two CPU cores
     python -m experiments.coresets.quality --quick  # is the script sound?
 
+Perhaps. Validation, nats per completion token, mean over the sources: random half 3.185 ± 0.107, coreset 2.978 ± 0.113,
+all rows 3.006 ± 0.049; seed by seed the coreset is 0.207 ± 0.207 below the random half. It is better on e2e_nlg (0.38)
+and instruction_induction (0.34) and worse on dolly (0.10): as it keeps all rows of small sources, it trains on another
+mixture. Limits: 25 steps, three seeds, and a model that has not learnt to answer by then.
+
 Model: stories260K, a pretrained Llama of 260 thousand parameters. Data: a mixture of three sources, e2e_nlg and dolly
 (large) and instruction_induction (small), rows of at most 192 tokens, one example each. LoRA of rank 8 on all linear
 maps, AdamW at 0.01, 10 % warm-up, then linearly to zero, 25 batches of 16 rows, float32, on a CPU. Of each batch
