@@ -18,7 +18,7 @@ NAME, FOLDER = "memory", common.RESULTS.parent / "coresets"
 GEOMETRY, LENGTH, TARGET = "llama3.2-1b", 512, "h200"
 # (method, rows of the batch)
 STEPS = (("lora", 32), ("lora+colm", 32), ("lora", 16))
-PLANS = ("matmuls", "blocks")
+PLANS = ("matmuls",)
 
 
 def measure(key: common.Row) -> common.Row:

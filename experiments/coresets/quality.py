@@ -3,12 +3,17 @@
     python -m experiments.coresets.quality          # a few minutes on two CPU cores
     python -m experiments.coresets.quality --quick  # is the script sound?
 
+Perhaps. Validation, nats per completion token, mean over the sources: random half 3.185 ± 0.107, coreset 2.978 ± 0.113,
+all rows 3.006 ± 0.049; seed by seed the coreset is 0.207 ± 0.207 below the random half. It is better on e2e_nlg (0.38)
+and instruction_induction (0.34) and worse on dolly (0.10): as it keeps all rows of small sources, it trains on another
+mixture. Limits: 25 steps, three seeds, and a model that has not learnt to answer by then.
+
 Model: stories260K, a pretrained Llama of 260 thousand parameters. Data: a mixture of three sources, e2e_nlg and dolly
 (large) and instruction_induction (small), rows of at most 192 tokens, one example each. LoRA of rank 8 on all linear
-maps, AdamW at 0.01, 10 % warm-up, then linearly to zero, 40 batches of 16 rows, float32, on a CPU. Of each batch train:
-all rows; the first 8, as batches are shuffled a random half; the 8 of `colm`, with one direction and with eight.
-Validation on 32 rows of each source. A seed draws the order of the data and the adapter's start; all see the same
-batches at the same seed. Results are in results/coresets/quality.md, all losses in quality.json.
+maps, AdamW at 0.01, 10 % warm-up, then linearly to zero, 25 batches of 16 rows, float32, on a CPU. Of each batch
+train: all rows; the first 8, as batches are shuffled a random half; the 8 of `colm`. Validation on 16 rows of each
+source. A seed draws the order of the data and the adapter's start; all see the same batches at the same seed. Results
+are in results/coresets/quality.md, all losses in quality.json.
 """
 
 import dataclasses
@@ -34,10 +39,9 @@ SOURCES = ("e2e_nlg", "dolly", "instruction_induction")
 SMALL = "instruction_induction"
 ROWS = 16  # of a batch
 ARMS = {
-    "all 16 rows": (jp.lora(8, alpha=16), ROWS),
     "8 random rows": (jp.lora(8, alpha=16), ROWS // 2),
     "colm, 8 of 16": (jp.chain(jp.lora(8, alpha=16), jp.colm(0.5)), ROWS),
-    "colm, 8 of 16, 8 directions": (jp.chain(jp.lora(8, alpha=16), jp.colm(0.5, directions=8)), ROWS),
+    "all 16 rows": (jp.lora(8, alpha=16), ROWS),
 }
 
 
@@ -49,7 +53,7 @@ class Settings:
     """Folder with checkpoints/stories260K and instruct/."""
     out: Path | None = None
     """Folder of the results. By default beside the experiments, with --quick in out/."""
-    steps: int = 40
+    steps: int = 25
     """Optimizer steps of each run."""
     seq_len: int = 192
     """Tokens in a row; longer examples are left out."""
@@ -70,7 +74,7 @@ def mixture(args: Settings, tokenizer) -> tuple[list, dict[str, list]]:
         )[0]
         own = list(read("train"))[: 400 if name == SMALL else None]
         examples += [example._replace(source=number) for example in own]
-        batches = eval_batches(list(read("test"))[:32], 32, args.seq_len)
+        batches = eval_batches(list(read("test"))[:16], 16, args.seq_len)
         held_out[name] = [batch for batch, _ in batches]
     return examples, held_out
 
