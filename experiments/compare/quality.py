@@ -40,6 +40,7 @@ from experiments.tuning import by_state, place, rate, search
 from jaxpeft import assets, data, tree
 from jaxpeft.errors import InputError
 from jaxpeft.hf import load_tokenizer
+from jaxpeft.method import unchanged
 from jaxpeft.special import special_tokens
 from jaxpeft.template import choose
 from jaxpeft.train import evaluate
@@ -154,7 +155,8 @@ def _induction(protocol: Protocol) -> Rows:
 class Runner:
     """One task and one method, compiled once for all rates and seeds; for a rate, where the step's own moves leaves.
 
-    A method without a backward pass (MeZO) moves the base's leaves itself, and asks the step for its rate.
+    A method without a backward pass (MeZO) moves the base's leaves itself, and asks the step for its rate. One that
+    changes directions may begin the optimizer's state anew (LISA, with each draw), of which the rate is no part then.
     """
 
     def __init__(self, name: str, words: str):
@@ -172,6 +174,7 @@ class Runner:
         self.model, trainable, rest = self.setup(0)
         objective = objective_of(self.model, self.method, {**rest, **trainable}, self.task.loss)
         own = any(self.method.role(path).name == "moved" for path in rest) and not objective.backward
+        own = own or self.method.update is not unchanged
         self.trainer = functools.lru_cache(maxsize=1)(self.of_its_rate if own else self.of_any_rate())
         self.eval_step = Compiled(self.task.eval_step(self.model))
 

@@ -60,6 +60,16 @@ def reading(row: common.Row, full: common.Row, base: float) -> str:
     return "; ".join(parts)
 
 
+def unmeasured(rows: Rows, geometry: str, words: str) -> str:
+    """What is said of a method that has no figure on the model: why, where that is known."""
+    if words == contestants.BASE:
+        return "the model as it was"
+    if not contestants.is_for(words, classifies=False):
+        return "for models that classify rows"
+    of_method = [row for row in rows if (row["geometry"], row["method"], row["options"]) == (geometry, words, [])]
+    return next((row["refused"].replace("|", "/") for row in of_method if "refused" in row), "")
+
+
 def titles(task: str) -> list[str]:
     """Of the columns of a task."""
     scores = quality.DATA[task].scores
@@ -92,7 +102,7 @@ def _row(words: str, memories: Rows, qualities: Rows, models: Sequence[str], tas
         runs = quality.at_best(qualities, task, words)
         cells += [plus_minus(runs, score, FORM[score]) for score in quality.DATA[task].scores]
     if own is None or full is None or lora is None:
-        said = ""
+        said = unmeasured(memories, first, words)
     elif words == "full":
         said = "the measure"
     else:
@@ -118,8 +128,9 @@ def document(memories: Rows, qualities: Rows) -> str:
     )
     if tasks:
         text += (
-            "Quality at each method's best rate, mean ± standard deviation over three seeds (induction: two): loss in "
-            "nats per token (e2e_nlg too; less is better), others in per cent of the test rows. "
+            "Quality at each method's best rate, mean ± standard deviation over seeds ("
+            f"{', '.join(f'{task}: {len(quality.DATA[task].seeds)}' for task in tasks)}): loss in nats per token "
+            "(e2e_nlg too; less is better), others in per cent of the test rows. "
         )
     return f"{text}\n\n{common.table(header, body)}\n{peft_table(memories)}"
 

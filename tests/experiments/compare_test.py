@@ -63,6 +63,17 @@ def test_a_reading_says_what_the_bytes_say(row, said):
     assert table.reading(row, FULL, 100) == said
 
 
+def test_a_method_without_figures_says_why():
+    refused = {**memory.key_of("llama3.2-3b", "bitfit", "matmuls"), "refused": "bitfit: the model has no biases"}
+    said = {w: table.unmeasured([refused], "llama3.2-3b", w) for w in ("bitfit", "vqt", "base", "lora")}
+    assert said == {
+        "bitfit": "bitfit: the model has no biases",
+        "vqt": "for models that classify rows",
+        "base": "the model as it was",
+        "lora": "",
+    }
+
+
 def run(lr, seed, tune, task="qnli", method="lora", seconds=3600.0):
     own = {"task": task, "method": method, "lr": lr, "seed": seed}
     return {**own, "tune_loss": tune, "loss": tune + 1, "accuracy": 50.0, "cpu_seconds": seconds}
