@@ -82,8 +82,9 @@ class About(NamedTuple):
     twice: whether it may stand in a chain more than once.
     changes_kernels: arguments -> whether the kernels beside its leaves are others than those of the base that an
       exported adapter is for.
-    remade: path -> whether it is a frozen leaf of the method's that `setup` makes again of the base, so that no
-      adapter's file of ours holds it.
+    remade: path -> whether `setup` makes a leaf of the method's again, so that no adapter's file holds it: a frozen one
+      that follows from the base, or one of training alone, such as the masters of layers that are drawn, which after
+      each step stand in their stacks.
     shaped: path -> whether the shape of a leaf of the method's follows from the base's values (a rank from a spectrum),
       so that an adapter's file tells it.
     places: (path, the (n, m) of the kernel beside it) -> the number below which the integers of a leaf of the method's

@@ -29,13 +29,13 @@ def main() -> None:
     parser.add_argument("--draw", action="store_true", help="draw from the committed data; measure nothing")
     parser.add_argument("--count", action="store_true", help="CPU hours that are still missing; measure nothing")
     parser.add_argument("--only", choices=("memory", "quality"), help="of the two, one alone")
-    parser.add_argument("--methods", default=";".join(contestants.names()), help="recipes, with semicolons")
+    parser.add_argument("--methods", default=";".join(contestants.everybody()), help="recipes, with semicolons")
     parser.add_argument("--models", default=",".join(memory.MODELS), help="geometries, with commas")
     parser.add_argument("--tasks", default=",".join(quality.DATA), help="with commas")
     args = parser.parse_args()
     words, models, tasks = args.methods.split(";"), args.models.split(","), args.tasks.split(",")
     for option, given, known in (
-        ("--methods", words, contestants.names()),
+        ("--methods", words, contestants.everybody()),
         ("--models", models, memory.MODELS),
         ("--tasks", tasks, quality.DATA),
     ):

@@ -5,8 +5,23 @@ from __future__ import annotations
 from jaxpeft import method as contract
 from jaxpeft import recipe
 from jaxpeft.method import Method
+from jaxpeft.models.labels import SCOPE
 
-CHAINS = ("lora+lisa", "mezo+lora", "quantize+dora", "quantize+mezo+lora")
+CHAINS = ("lora+lisa", "mezo+lora", "wta_crs+lora", "quantize+dora", "quantize+mezo+lora")
+BASE = "base"  # the model as it was, which nothing trains
+PROBE = "probe"  # linear probing: of a model that classifies rows the new classifier alone
+# What a method needs to be told on a model whose kernels are smaller than its defaults: {model: {recipe: options}}.
+OPTIONS = {
+    "stories260K": {
+        "galore": ("rank=16",),
+        "lq_lora": ("rank=8",),
+        "lst": ("reduction=4",),
+        "natural_galore": ("rank=16",),
+        "oft": ("block_size=4",),
+        "owlore": ("rank=16",),
+        "shira": ("rank=16",),
+    },
+}
 
 
 def names() -> list[str]:
@@ -14,15 +29,31 @@ def names() -> list[str]:
     return [contract.about(name).within or name for name in contract.names()] + list(CHAINS)
 
 
+def everybody() -> list[str]:
+    """All of them, and what they are compared with on data."""
+    return [*names(), BASE, PROBE]
+
+
 def is_for(words: str, classifies: bool) -> bool:
     """Whether a recipe is for models that classify rows, or for those that continue texts."""
+    if words in (BASE, PROBE):
+        return classifies == (words == PROBE)
     abouts = [contract.about(name) for name in words.split("+")]
     return classifies or not any(about.promises.classifies for about in abouts)
 
 
-def make(words: str) -> Method:
-    """The method with its defaults; of a module that any rank fits, 8."""
-    return recipe.parse(words)
+def options(words: str, model: str) -> tuple[str, ...]:
+    """Those that the method needs on this model."""
+    return OPTIONS.get(model, {}).get(words, ())
+
+
+def make(words: str, model: str = "") -> Method:
+    """The method with its defaults, and with what it needs on this model."""
+    if words == BASE:  # of no steps
+        return recipe.parse("ln_tuning")
+    if words == PROBE:
+        return recipe.parse("full", {"which": f"^{SCOPE}"})
+    return recipe.parse(words, options(words, model))
 
 
 def default_rate(words: str) -> float | None:

@@ -86,7 +86,7 @@ def key_of(geometry: str, words: str, save: str, options: Sequence[str] = ()) ->
 
 def collect(figures: common.Figures, words: Iterable[str], models: Iterable[str]) -> None:
     """Compiles what is missing, the first model first, plan by plan."""
-    words = [name for name in words if contestants.is_for(name, classifies=False)]
+    words = [name for name in words if name in contestants.names() and contestants.is_for(name, classifies=False)]
     for geometry in models:
         for save in PLANS:
             for name in words:

@@ -1,16 +1,21 @@
 """What each method learns of the same data in the same number of steps: real data, real pretrained models.
 
-    task        model, data                                                            steps               scored by
-    e2e_nlg     stories260K; E2E NLG, rows of at most 256 tokens, packed                120 of 4 x 256      nats a token
-    banking77   all-MiniLM-L6-v2, its pooler and a new classifier; 10 rows an intent    2 epochs of 16      accuracy
-    qnli        the same model; the first 1,000 rows                                    2 epochs of 16      accuracy
-    mnli        the same model; the first 1,500 rows                                    2 epochs of 16      accuracy
+    task        model, data                                                           steps           scored by
+    e2e_nlg     stories260K; E2E NLG, rows of at most 256 tokens, packed              120 of 4 x 256  nats a token
+    induction   SmolLM2-135M-Instruct; 20 tasks of Instruction Induction, packed      48 of 4 x 64    nats, exact match
+    banking77   all-MiniLM-L6-v2, its pooler and a new classifier; 10 rows an intent  2 epochs of 16  accuracy
+    qnli        the same model; the first 1,000 rows                                  2 epochs of 16  accuracy
+    mnli        the same model; the first 1,500 rows                                  2 epochs of 16  accuracy
 
 One grid of rates for all, quarters of decades: the search begins at a method's default rate (else 0.003) and walks
-downhill in the loss on held-out rows of seed 0, first two grid points at a time, then one, until both neighbours of
-the best are worse. Seeds 0, 1, 2 at the best rate differ in the order of the data and in what the method draws; at the
-same seed all methods see the same batches. AdamW without weight decay (a method's own direction where it has one),
-clipped at norm 1, 10 % warm-up, then linearly to zero; float32.
+downhill in the loss on held-out rows of seed 0, first two grid points at a time, then one (induction: two alone), until
+both neighbours of the best are worse. Seeds 0, 1, 2 (induction: 0, 1) at the best rate differ in the order of the data
+and in what the method draws; at the same seed all methods see the same batches. AdamW without weight decay (a method's
+own direction where it has one), clipped at norm 1, 10 % warm-up, then linearly to zero; float32.
+
+Induction's rows have the headings of `instruction_prompt`; its test rows are every fourth of the test file, and a
+greedy answer of at most 16 tokens counts where it is the reference. `base` is the model as it was, `probe` trains the
+new classifier alone.
 """
 
 from __future__ import annotations
@@ -35,43 +40,58 @@ from experiments.tuning import by_state, place, rate, search
 from jaxpeft import assets, data, tree
 from jaxpeft.errors import InputError
 from jaxpeft.hf import load_tokenizer
+from jaxpeft.method import unchanged
+from jaxpeft.special import special_tokens
+from jaxpeft.template import choose
+from jaxpeft.train import evaluate
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.step import objective_of
 from jaxpeft.train.task import TASKS
 
-SEEDS = (0, 1, 2)
 FIRST = 3e-3
+QUESTIONS, ANSWER = 256, 16  # test rows that are answered at most, and tokens of an answer
 
 
 class Protocol(NamedTuple):
     """How a task is learned.
 
     kind: a name of jaxpeft.train.task.TASKS.
+    model: stories260K, SmolLM2-135M or MiniLM.
     rows: of the training file, the first; of each label where `per_label`; None: all.
     batch, tokens: rows of a batch, tokens of a row.
     steps: of the optimizer; None: `epochs` over the rows.
-    score: what the table shows, a key of the figures; better: whether "more" or "less" of it is.
+    scores: what the table shows, keys of the figures; the first is drawn.
     minutes: of one core for a run, measured with LoRA, for `--count`.
+    seeds: of the runs at the best rate.
+    strides: of the search for it, in grid points.
     """
 
     kind: str
+    model: str
     rows: int | None
     batch: int
     tokens: int
     steps: int | None
-    score: str
-    better: str
+    scores: tuple[str, ...]
     minutes: float
     epochs: int = 2
     per_label: bool = False
+    seeds: tuple[int, ...] = (0, 1, 2)
+    strides: tuple[int, ...] = (2, 1)
 
 
 DATA = {
-    "e2e_nlg": Protocol("lm", None, 4, 256, 120, "loss", "less", 0.3),
-    "banking77": Protocol("classify", 10, 16, 32, None, "accuracy", "more", 0.5, per_label=True),
-    "qnli": Protocol("classify", 1000, 16, 64, None, "accuracy", "more", 1.0),
-    "mnli": Protocol("classify", 1500, 16, 64, None, "accuracy", "more", 1.3),
+    "e2e_nlg": Protocol("lm", "stories260K", None, 4, 256, 120, ("loss",), 0.3),
+    "induction": Protocol("lm", "SmolLM2-135M", None, 4, 64, 48, ("loss", "exact"), 3.5, seeds=(0, 1), strides=(2,)),
+    "banking77": Protocol("classify", "MiniLM", 10, 16, 32, None, ("accuracy",), 0.5, per_label=True),
+    "qnli": Protocol("classify", "MiniLM", 1000, 16, 64, None, ("accuracy",), 1.0),
+    "mnli": Protocol("classify", "MiniLM", 1500, 16, 64, None, ("accuracy",), 1.3),
+}
+BETTER = {"loss": "less", "exact": "more", "accuracy": "more"}  # of a score
+# Whom a task is for where CPU hours are dear: those that are asked for by name. All others: everybody.
+FEW = {
+    "induction": ("base", "full", "lora", "lora_fa", "dora", "ia3", "prefix", "lst"),
 }
 
 
@@ -89,10 +109,17 @@ def shared() -> Path:
     return Path(os.environ.get("JAXPEFT_DATA", "../shared/data"))
 
 
+def place_of(model: str) -> Path:
+    """Where a model that continues texts lies."""
+    return assets.smollm2() if model == "SmolLM2-135M" else shared() / "checkpoints" / model
+
+
 @functools.cache
 def rows_of(task: str) -> Rows:
     """The rows of a task; every tenth of what may be trained on tunes the rate."""
     protocol = DATA[task]
+    if task == "induction":
+        return _induction(protocol)
     if protocol.kind == "lm":
         found = lora_fa_quality.read_data(task, lora_fa_quality.Quality(data_root=shared(), seq_len=protocol.tokens))
         return Rows(found["train"], found["tune"], found["test"])
@@ -108,10 +135,28 @@ def rows_of(task: str) -> Rows:
     return Rows([row for i, row in enumerate(few) if i % 10], few[::10], test, labels.names)
 
 
+def _induction(protocol: Protocol) -> Rows:
+    model = assets.smollm2()
+    tokenizer = load_tokenizer(model)
+    said: dict[str, Any] = {"special": special_tokens(model, tokenizer), "template": choose("alpaca", tokenizer)}
+    train, test = (
+        data.load_examples(
+            shared() / f"instruct/instruction_induction.{part}.jsonl",
+            tokenizer,
+            protocol.tokens,
+            too_long="drop",
+            **said,
+        )[0]
+        for part in ("train", "test")
+    )
+    return Rows(*lora_fa_quality.hold_out(train, 10), list(test)[::4])
+
+
 class Runner:
     """One task and one method, compiled once for all rates and seeds; for a rate, where the step's own moves leaves.
 
-    A method without a backward pass (MeZO) moves the base's leaves itself, and asks the step for its rate.
+    A method without a backward pass (MeZO) moves the base's leaves itself, and asks the step for its rate. One that
+    changes directions may begin the optimizer's state anew (LISA, with each draw), of which the rate is no part then.
     """
 
     def __init__(self, name: str, words: str):
@@ -121,13 +166,15 @@ class Runner:
             self.layout: dict[str, Any] = {"pack": True}
         else:
             self.layout = {"buckets": tuple(range(16, length + 1, 16)), "collate": data.collate_rows}
-        self.method = self.task.method(contestants.make(words))
+        self.trains = words != contestants.BASE
+        self.method = self.task.method(contestants.make(words, self.protocol.model))
         per_epoch = len(self.rows.train) / self.protocol.batch
         self.steps = self.protocol.steps or math.ceil(self.protocol.epochs * per_epoch)
         self.direction = make_direction(defaults(self.method.specs).direction or "adam")
         self.model, trainable, rest = self.setup(0)
         objective = objective_of(self.model, self.method, {**rest, **trainable}, self.task.loss)
         own = any(self.method.role(path).name == "moved" for path in rest) and not objective.backward
+        own = own or self.method.update is not unchanged
         self.trainer = functools.lru_cache(maxsize=1)(self.of_its_rate if own else self.of_any_rate())
         self.eval_step = Compiled(self.task.eval_step(self.model))
 
@@ -147,11 +194,11 @@ class Runner:
 
     def batches(self, seed: int) -> Any:
         made = data.make_batches(self.rows.train, self.protocol.batch, self.protocol.tokens, seed, **self.layout)
-        return (batch for batch, _ in itertools.islice(made, self.steps))
+        return (batch for batch, _ in itertools.islice(made, self.steps if self.trains else 0))
 
     def setup(self, seed: int) -> Any:
         if self.protocol.kind == "lm":
-            base, params = jp.load_pretrained(shared() / "checkpoints/stories260K", "float32")
+            base, params = jp.load_pretrained(place_of(self.protocol.model), "float32")
         else:
             base, params = jp.load_pretrained(
                 assets.minilm(), "float32", labels=self.rows.labels, key=jax.random.key(seed)
@@ -163,6 +210,14 @@ class Runner:
         batches = (batch for batch, _ in data.eval_batches(rows, 64, self.protocol.tokens, **self.layout))
         return self.task.scores(self.eval_step, state, batches, len(self.rows.labels))
 
+    def exact(self, state: Any) -> float:
+        """Per cent of the test rows whose greedy answer is the reference."""
+        tokenizer = load_tokenizer(place_of(self.protocol.model))
+        asked = evaluate.questions(self.rows.test, QUESTIONS, tokenizer)
+        ends = special_tokens(place_of(self.protocol.model), tokenizer).ends
+        said = evaluate.answer(self.model, state, asked, tokenizer, ends, ANSWER).texts
+        return 100 * sum(text == q.reference for text, q in zip(said, asked, strict=True)) / len(asked)
+
     def __call__(self, lr: float, seed: int) -> common.Row:
         began = time.process_time()
         _, trainable, frozen = self.setup(seed)
@@ -172,9 +227,11 @@ class Runner:
         for batch in self.batches(seed):
             state, _ = step(state, batch)
         tuned, tested = self.scores(state, self.rows.tune), self.scores(state, self.rows.test)
-        found = {"tune_loss": tuned["loss"], "loss": tested["loss"], "trained": tree.size(own)}
+        found = {"tune_loss": tuned["loss"], "loss": tested["loss"], "trained": tree.size(own) if self.trains else 0}
         if "accuracy" in tested:
             found |= {"tune_accuracy": 100 * tuned["accuracy"], "accuracy": 100 * tested["accuracy"]}
+        if "exact" in self.protocol.scores:
+            found["exact"] = self.exact(state)
         return {**found, "cpu_seconds": round(time.process_time() - began, 1)}
 
 
@@ -191,16 +248,34 @@ def measure(key: common.Row) -> common.Row:
         return {"refused": str(error)}
 
 
+def asked(task: str, words: str, **more: Any) -> common.Row:
+    """The key of a figure: the method, and the options that it has on the task's model."""
+    given = contestants.options(words, DATA[task].model)
+    return {"task": task, "method": words, **({"options": list(given)} if given else {}), **more}
+
+
+def is_for(task: str, words: str) -> bool:
+    """Whether a method is tried on a task."""
+    return words in FEW.get(task, (words,)) and contestants.is_for(words, DATA[task].kind == "classify")
+
+
+def seeds(task: str, words: str) -> tuple[int, ...]:
+    """Of the runs that count; the model as it was has one."""
+    return (0,) if words == contestants.BASE else DATA[task].seeds
+
+
 def tune(figures: common.Figures, task: str, words: str) -> float | None:
     """The best rate of the grid; None for a method that the task's model refuses."""
+    if words == contestants.BASE:
+        return 0.0
     start = place(contestants.default_rate(words) or FIRST)
-    if "refused" in figures(task=task, method=words, lr=rate(start), seed=0):
+    if "refused" in figures(**asked(task, words, lr=rate(start), seed=0)):
         return None
 
     def loss(index: int) -> float:
-        return figures(task=task, method=words, lr=rate(index), seed=0)["tune_loss"]
+        return figures(**asked(task, words, lr=rate(index), seed=0))["tune_loss"]
 
-    for stride in (2, 1):
+    for stride in DATA[task].strides:
         start = search(loss, start, stride)
     return rate(start)
 
@@ -208,35 +283,36 @@ def tune(figures: common.Figures, task: str, words: str) -> float | None:
 def collect(figures: common.Figures, words: Iterable[str], tasks: Iterable[str]) -> None:
     """Tunes and repeats what is missing, task by task."""
     for task, name in itertools.product(tasks, list(words)):
-        if contestants.is_for(name, DATA[task].kind == "classify") and (lr := tune(figures, task, name)):
-            for seed in SEEDS:
-                figures(task=task, method=name, lr=lr, seed=seed)
+        if is_for(task, name) and (lr := tune(figures, task, name)) is not None:
+            for seed in seeds(task, name):
+                figures(**asked(task, name, lr=lr, seed=seed))
 
 
 def at_best(rows: Iterable[common.Row], task: str, words: str) -> list[common.Row]:
     """The runs at the best rate of seed 0, one per seed; [] where not every seed has run."""
-    own = [row for row in rows if (row["task"], row["method"]) == (task, words) and "refused" not in row]
+    key = asked(task, words)
+    own = [row for row in rows if all(row.get(x) == y for x, y in key.items()) and "refused" not in row]
     tried = [row for row in own if row["seed"] == 0 and math.isfinite(row["tune_loss"])]
     if not tried:
         return []
     lr = min(tried, key=lambda row: (row["tune_loss"], row["lr"]))["lr"]
     runs = {row["seed"]: row for row in own if row["lr"] == lr}
-    return [runs[seed] for seed in SEEDS] if set(SEEDS) <= runs.keys() else []
+    needed = seeds(task, words)
+    return [runs[seed] for seed in needed] if set(needed) <= runs.keys() else []
 
 
 def hours(rows: Iterable[common.Row], words: Iterable[str], tasks: Iterable[str], runs: int = 9) -> dict[str, float]:
-    """CPU hours that each task still needs: `runs` for each method that has none at its best rate."""
+    """CPU hours that each task still needs: `runs` for each method that has none at its best rate, fewer where the
+    protocol has fewer seeds and strides.
+    """
     rows, left = list(rows), {}
     for task in tasks:
         own = [row["cpu_seconds"] for row in rows if row["task"] == task and "cpu_seconds" in row]
         each = sum(own) / len(own) if own else 60 * DATA[task].minutes
         refused = {row["method"] for row in rows if row["task"] == task and "refused" in row}
         missing = [
-            name
-            for name in words
-            if contestants.is_for(name, DATA[task].kind == "classify")
-            and name not in refused
-            and not at_best(rows, task, name)
+            name for name in words if is_for(task, name) and name not in refused and not at_best(rows, task, name)
         ]
-        left[task] = runs * each * len(missing) / 3600
+        fewer = 3 - len(DATA[task].seeds) + 2 * (2 - len(DATA[task].strides))
+        left[task] = (runs - fewer) * each * len(missing) / 3600
     return left

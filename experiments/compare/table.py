@@ -13,6 +13,7 @@ from jaxpeft.memory.bars import write_bars
 
 Rows = Sequence[common.Row]
 TITLE = "# What each method saves, and what it learns\n"
+FORM = {"loss": ".3f", "exact": ".1f", "accuracy": ".1f"}  # of a score's figures
 SHORT = {"llama3.2-3b": "3B", "llama2-7b": "7B"}
 
 
@@ -59,10 +60,28 @@ def reading(row: common.Row, full: common.Row, base: float) -> str:
     return "; ".join(parts)
 
 
+def unmeasured(rows: Rows, geometry: str, words: str) -> str:
+    """What is said of a method that has no figure on the model: why, where that is known."""
+    if words == contestants.BASE:
+        return "the model as it was"
+    if not contestants.is_for(words, classifies=False):
+        return "for models that classify rows"
+    of_method = [row for row in rows if (row["geometry"], row["method"], row["options"]) == (geometry, words, [])]
+    return next((row["refused"].replace("|", "/") for row in of_method if "refused" in row), "")
+
+
+def titles(task: str) -> list[str]:
+    """Of the columns of a task."""
+    scores = quality.DATA[task].scores
+    return [task] if len(scores) == 1 else [f"{task}, {score}" for score in scores]
+
+
 def plus_minus(runs: Rows, name: str, form: str) -> str:
-    """Mean ± standard deviation over the seeds; "" without runs."""
+    """Mean ± standard deviation over the seeds, of one run its own; "" without runs."""
     values = [run[name] for run in runs]
-    return f"{mean(values):{form}} ± {stdev(values):{form}}" if len(values) > 1 else ""
+    if len(values) < 2:
+        return "".join(f"{value:{form}}" for value in values)
+    return f"{mean(values):{form}} ± {stdev(values):{form}}"
 
 
 def _row(words: str, memories: Rows, qualities: Rows, models: Sequence[str], tasks: Sequence[str]) -> list[str]:
@@ -80,10 +99,10 @@ def _row(words: str, memories: Rows, qualities: Rows, models: Sequence[str], tas
             cells.append(f"{found['bytes']['total'] / GIB:.1f}" if found else "")
     cells.append(f"{own['flops'] / lora['flops']:.2f}" if own and lora else "")
     for task in tasks:
-        score = quality.DATA[task].score
-        cells.append(plus_minus(quality.at_best(qualities, task, words), score, ".3f" if score == "loss" else ".1f"))
+        runs = quality.at_best(qualities, task, words)
+        cells += [plus_minus(runs, score, FORM[score]) for score in quality.DATA[task].scores]
     if own is None or full is None or lora is None:
-        said = ""
+        said = unmeasured(memories, first, words)
     elif words == "full":
         said = "the measure"
     else:
@@ -98,8 +117,8 @@ def document(memories: Rows, qualities: Rows) -> str:
     tasks = [task for task in quality.DATA if any(row["task"] == task for row in qualities)]
     header = ["method", "trained, millions", "file, MiB"]
     header += [f"{SHORT[name]}, {save}" for name in models for save in memory.PLANS]
-    header += ["FLOPs / LoRA's", *tasks, "reading"]
-    body = [_row(words, memories, qualities, models, tasks) for words in contestants.names()]
+    header += ["FLOPs / LoRA's", *(title for task in tasks for title in titles(task)), "reading"]
+    body = [_row(words, memories, qualities, models, tasks) for words in contestants.everybody()]
     body = [cells for cells in body if any(cells[1:])]
     jax = ", ".join(sorted({row["jax"] for row in memories}))
     text = (
@@ -109,8 +128,9 @@ def document(memories: Rows, qualities: Rows) -> str:
     )
     if tasks:
         text += (
-            f"Quality at each method's best rate, mean ± standard deviation over {len(quality.SEEDS)} seeds: "
-            "e2e_nlg in nats per token (less is better), others in per cent of the test rows. "
+            "Quality at each method's best rate, mean ± standard deviation over seeds ("
+            f"{', '.join(f'{task}: {len(quality.DATA[task].seeds)}' for task in tasks)}): loss in nats per token "
+            "(e2e_nlg too; less is better), others in per cent of the test rows. "
         )
     return f"{text}\n\n{common.table(header, body)}\n{peft_table(memories)}"
 
@@ -150,14 +170,14 @@ def pareto(memories: Rows, qualities: Rows, path: Path) -> None:
         for words in contestants.names():
             runs, own = quality.at_best(qualities, task, words), shown(memories, memory.MODELS[0], words)
             if runs and own:
-                points.append((own["bytes"]["total"] / GIB, mean(run[protocol.score] for run in runs), words))
-        sign = 1 if protocol.better == "less" else -1
+                points.append((own["bytes"]["total"] / GIB, mean(run[protocol.scores[0]] for run in runs), words))
+        sign = 1 if quality.BETTER[protocol.scores[0]] == "less" else -1
         front = [p for p in points if not any(q[0] <= p[0] and sign * q[1] < sign * p[1] for q in points)]
         axes.plot(*zip(*sorted(front)[:], strict=True), color="tab:red", linewidth=1, zorder=1) if front else None
         for x, y, words in points:
             axes.scatter(x, y, s=14, color="tab:red" if (x, y, words) in front else "#4c6a92")
             axes.annotate(words, (x, y), (3, 2), textcoords="offset points", fontsize=7)
-        unit = "nats per token" if protocol.score == "loss" else "accuracy, per cent"
+        unit = "nats per token" if protocol.scores[0] == "loss" else "accuracy, per cent"
         axes.set(xscale="log", ylabel=f"{task}: {unit}", xlabel=f"GiB of a step of {memory.MODELS[0]}")
         axes.grid(alpha=0.3)
     figure.savefig(path)

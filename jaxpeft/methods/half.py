@@ -118,4 +118,5 @@ ABOUT = About(
     promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),
     defaults=Defaults(lr=2e-5),
     stored="base",
+    remade=lambda path: path.startswith("half/"),
 )

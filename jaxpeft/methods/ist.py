@@ -177,4 +177,6 @@ ABOUT = About(
     promises=Promises(block_bytes=lambda *_, **__: 0, state=lambda view, **_: sampling.kept_numbers("ist", view)),
     defaults=Defaults(lr_with={"lora": 2e-4}),
     within="lora+ist",
+    stored="host",
+    remade=lambda path: path.startswith("ist/"),
 )

@@ -234,4 +234,5 @@ ABOUT = About(
     promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),
     defaults=Defaults(lr=2e-5, lr_with={"lora": 2e-4, "lora_fa": 2e-4}),
     stored="base",
+    remade=lambda path: path.startswith("slimfit/"),
 )

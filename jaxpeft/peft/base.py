@@ -214,7 +214,7 @@ def is_added(path: str, method: Method, config: Any) -> bool:
 
 
 def is_written(path: str, method: Method, config: Any) -> bool:
-    """Whether our form holds a parameter: one of the adapter's that does not follow from the base."""
+    """Whether an adapter's file holds a parameter: one of the adapter's that `setup` does not make again."""
     return is_added(path, method, config) and not any(about(spec.name).remade(path) for spec in method.specs)
 
 

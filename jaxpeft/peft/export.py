@@ -95,7 +95,7 @@ def export_adapter(
         config["peft_type"] = NATIVE
     else:
         at, form = found
-        written = _written(params, method.specs[at], form, base_config)
+        written = _written(params, method, method.specs[at], form, base_config)
         own |= {"spec": at, **written.facts}
         classifier = _classifier(params, method, base_config)
         tensors = written.tensors | {f"{form.root}{name}": leaf for name, leaf in classifier.items()}
@@ -140,15 +140,17 @@ def adapter_of(method: Method, params: Mapping[str, Any], config: Any) -> tuple[
     if isinstance(config, Foreign) and not config.names:
         return None
     leaves = [path for path in added if isinstance(config, Foreign) or not path.startswith(SCOPE)]
+    leaves = [path for path in leaves if is_written(path, method, config)]
     forms = {at: form for at, spec in enumerate(method.specs) if (form := form_of(spec.name))}
     owners = [(at, form) for at, form in forms.items() if leaves and all(form.owns(path) for path in leaves)]
     return owners[0] if len(owners) == 1 else None
 
 
-def _written(params: Mapping[str, Any], spec: Spec, form: Form, config: Any) -> Written:
-    """The method's leaves in PEFT's form."""
+def _written(params: Mapping[str, Any], method: Method, spec: Spec, form: Form, config: Any) -> Written:
+    """The method's leaves in PEFT's form, which is that of a part of it."""
     flat = tree.flatten(params)
-    leaves = {path: leaf for path, leaf in flat.items() if not is_own(path, config) and form.owns(path)}
+    own = (path for path in flat if is_written(path, method, config) and not is_own(path, config))
+    leaves = {path: flat[path] for path in own if form.owns(path)}
     try:
         return form.write(spec.config, leaves, base_of(config, params))
     except InputError as error:

@@ -63,6 +63,17 @@ def test_a_reading_says_what_the_bytes_say(row, said):
     assert table.reading(row, FULL, 100) == said
 
 
+def test_a_method_without_figures_says_why():
+    refused = {**memory.key_of("llama3.2-3b", "bitfit", "matmuls"), "refused": "bitfit: the model has no biases"}
+    said = {w: table.unmeasured([refused], "llama3.2-3b", w) for w in ("bitfit", "vqt", "base", "lora")}
+    assert said == {
+        "bitfit": "bitfit: the model has no biases",
+        "vqt": "for models that classify rows",
+        "base": "the model as it was",
+        "lora": "",
+    }
+
+
 def run(lr, seed, tune, task="qnli", method="lora", seconds=3600.0):
     own = {"task": task, "method": method, "lr": lr, "seed": seed}
     return {**own, "tune_loss": tune, "loss": tune + 1, "accuracy": 50.0, "cpu_seconds": seconds}
@@ -91,8 +102,41 @@ def test_a_method_that_the_model_refuses_is_not_tuned():
     assert quality.tune(lambda **key: {**key, "refused": "no"}, "qnli", "prefix") is None
 
 
+def test_a_method_has_the_options_that_fit_the_model():
+    """Each of them, and its key on data tells them."""
+    for model, of_model in contestants.OPTIONS.items():
+        for words, options in of_model.items():
+            for spec in contestants.make(words, model).specs:
+                named = dict(option.split("=") for option in options)
+                assert {name: str(spec.config[name]) for name in named} == named
+            assert contestants.make(words).specs != contestants.make(words, model).specs
+    assert quality.asked("e2e_nlg", "oft", lr=1.0) == {
+        "task": "e2e_nlg", "method": "oft", "options": ["block_size=4"], "lr": 1.0
+    }  # fmt: skip
+    assert quality.asked("qnli", "oft") == {"task": "qnli", "method": "oft"}
+
+
+def test_who_is_asked_where():
+    assert quality.is_for("qnli", "probe") and not quality.is_for("e2e_nlg", "probe")
+    assert quality.is_for("induction", "base") and not quality.is_for("qnli", "base")
+    assert not quality.is_for("induction", "vera")
+    assert set(quality.FEW["induction"]) <= set(contestants.everybody())
+
+
+def test_the_model_as_it_was_is_one_run_of_no_steps():
+    asked = []
+    figures = lambda **key: asked.append(key) or {**run(key["lr"], key["seed"], 3.0), **key, "exact": 1.0}
+    quality.collect(figures, ["base"], ["induction"])
+    assert asked == [{"task": "induction", "method": "base", "lr": 0.0, "seed": 0}]
+    rows = [{**run(0.0, 0, 3.0), **asked[0], "exact": 1.25}]
+    runs = quality.at_best(rows, "induction", "base")
+    assert [table.plus_minus(runs, score, table.FORM[score]) for score in ("loss", "exact")] == ["4.000", "1.2"]
+
+
 def test_hours_are_those_of_the_methods_that_lack_runs():
-    rows = [run(2e-3, seed, 0.5) for seed in quality.SEEDS] + [{**run(1e-3, 0, 0.5, method="ia3"), "refused": "no"}]
+    rows = [run(2e-3, seed, 0.5) for seed in quality.DATA["qnli"].seeds] + [
+        {**run(1e-3, 0, 0.5, method="ia3"), "refused": "no"}
+    ]
     assert quality.hours(rows, ["lora", "ia3", "full", "dora"], ["qnli"], runs=5) == {"qnli": 10.0}
 
 

@@ -4,12 +4,14 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 import jaxpeft as jp
 from jaxpeft import files, tree
 from jaxpeft.errors import InputError
 from jaxpeft.peft import attach, export_adapter, import_adapter
+from tests import tiny
 from tests.peft import reference
 
 METHODS = {
@@ -73,6 +75,38 @@ def test_peft_computes_the_same_and_it_comes_back_bit_for_bit(name, llama, tmp_p
     for path, leaf in before.items():
         assert leaf.dtype == after[path].dtype
         np.testing.assert_array_equal(leaf, after[path], err_msg=path)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        pytest.param(jp.lisa(count=1, every=2), id="lisa"),
+        pytest.param(jp.ist(share=0.5, every=2), id="ist", marks=pytest.mark.slow),
+    ],
+)
+def test_layers_that_were_drawn_leave_an_ordinary_lora(sampler, llama, tmp_path):
+    """After steps with draws between them: masters and numbers of layers are no part of the file."""
+    method = jp.chain(jp.lora(rank=2), sampler)
+    base, original = reference.load(llama)
+    model, trainable, frozen = jp.setup(method, base, original, jax.random.key(1))
+    optimizer = optax.sgd(10.0)
+    state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(2), model)
+    step = jax.jit(jp.make_train_step(model, method, optimizer))
+    for _ in range(3):
+        state, _ = step(state, tiny.batch(rows=2, length=4, vocab=base.config.vocab_size))
+    export_adapter(tmp_path / "adapter", state.params, method, base.config, llama)
+    ours = reference.logits(model, state.params)
+    reference.assert_close(ours, reference.with_adapter(llama, tmp_path / "adapter"))
+    assert np.abs(ours - reference.logits(base, original)).max() > 0.01
+    again, restored, chain = attach(tmp_path / "adapter", base, original)
+    assert json.dumps(chain.specs) == json.dumps(method.specs)
+    reference.assert_close(reference.logits(again, restored), ours)
+    _, together, adapters = jp.attach_several({"drawn": tmp_path / "adapter"}, base, original)
+    alone = tree.flatten(jp.adapters.alone(together, adapters, "drawn"))
+    own = {path: leaf for path, leaf in state.leaves.items() if "/lora/" in path and path.startswith("layers/")}
+    assert len(own) == 14
+    for path, leaf in own.items():
+        np.testing.assert_array_equal(leaf, alone[path], err_msg=path)
 
 
 def test_a_family_with_biases(tmp_path):
