@@ -68,6 +68,11 @@ def nests() -> bool:
     return traced_for() == "cuda"
 
 
+def flows() -> bool:
+    """Whether a stream whose inputs to all layers are kept lies among them, and is copied nowhere: on one GPU."""
+    return nests() and not sharding.divides()
+
+
 def divide(x, groups):
     """(B, ...) -> (G, B / G, ...); group g takes rows g, g + G, ..., so that sharded rows stay where they are.
 
