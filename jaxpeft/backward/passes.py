@@ -258,8 +258,9 @@ def forward(loop, plan, leaves, key, nests=False):
     (end, kept), out = loop.scan(body, (apart, start), leaves, enter=enter)
     for n, name in flowing.items():
         # The last block has written into the place of the first one's input.
-        end[n], kept[name] = jax.lax.optimization_barrier((kept[name][: loop.groups], kept[name]))
-        kept[name] = _first(loop, kept[name], streams[n])
+        last, kept[name] = jax.lax.optimization_barrier((kept[name][: loop.groups], kept[name]))
+        # Before anything reads what leaves the layers: what has entered them need not live on.
+        end[n], kept[name] = jax.lax.optimization_barrier((last, _first(loop, kept[name], streams[n])))
     kept |= {name: x.reshape(len(loop.steps), *shapes[name].shape) for name, x in out.items()}
     kept = [kept[name] for name in actions]
     leaves = [None if i in loop.streams else leaf for i, leaf in enumerate(leaves)]

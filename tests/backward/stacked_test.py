@@ -45,7 +45,7 @@ def test_a_stream_that_lies_in_what_is_kept_changes_nothing(monkeypatch, save, t
         y = jp.planned_scan(block, params, x, Context(), save=f"{save},tokens={tokens}")
         return jnp.sum(y**2), y
 
-    monkeypatch.setattr(loop, "nests", lambda: True)
+    monkeypatch.setattr(loop, "nests", lambda: True)  # as on a GPU
     found = []
     for flows in (True, False):
         monkeypatch.setattr(passes, "flows", lambda flows=flows: flows)
