@@ -35,6 +35,7 @@ from pallas_kernels.divided import Dims
 # The platform that JAX calls so, and what its kernels are called here.
 KERNELS = {"cuda": "mosaic_gpu", "tpu": "tpu"}
 PLAIN = "xla"
+HOPPER = "9."  # the beginning of the compute capability of GPUs that they run on
 
 
 class Implementation(NamedTuple):
@@ -86,6 +87,7 @@ PARTS: dict[str, Part] = {}
 INTO: dict[str, Callable[..., Any]] = {}
 
 _traced_for = jax.make_user_context(default_value=None)  # a part of what JAX knows kept traces by
+_of_parts = jax.make_user_context(default_value=False)  # likewise
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 _said: set[str] = set()
 
@@ -105,9 +107,14 @@ def forced(implementation: str | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def tracing_for(platform: str) -> Iterator[None]:
-    """What is traced inside is compiled for "cuda", "tpu" or "cpu", whatever is attached; see `traced_for`."""
-    with _traced_for(platform):
+def tracing_for(platform: str, device: Any = None) -> Iterator[None]:
+    """What is traced inside is compiled for "cuda", "tpu" or "cpu", whatever is attached; see `traced_for`.
+
+    Args:
+      platform: its name.
+      device: one of those that it is compiled for; None: one that the platform's kernels run on.
+    """
+    with _traced_for((platform, str(getattr(device, "compute_capability", HOPPER)))):
         yield
 
 
@@ -117,7 +124,29 @@ def traced_for() -> str:
     Unlike an implementation, what depends on it is chosen where a program is traced; lowered for another platform, it
     computes the same.
     """
-    return _traced_for.value or {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+    if _traced_for.value is not None:
+        return _traced_for.value[0]
+    return {"gpu": "cuda"}.get(jax.default_backend(), jax.default_backend())
+
+
+def traced_for_hopper() -> bool:
+    """Whether what is traced now is for a GPU that our kernels run on; as `traced_for`."""
+    if _traced_for.value is not None:
+        platform, capability = _traced_for.value
+        return platform == "cuda" and capability.startswith(HOPPER)
+    return traced_for() == "cuda" and str(getattr(jax.devices()[0], "compute_capability", HOPPER)).startswith(HOPPER)
+
+
+@contextlib.contextmanager
+def tracing_parts() -> Iterator[None]:
+    """What is traced inside reads its input as a part of a larger array, if it can (`reads_parts`)."""
+    with _of_parts(True):
+        yield
+
+
+def reads_parts() -> bool:
+    """Whether what is traced is given a part of an array, which XLA's Triton kernels would have copied: on Hopper."""
+    return _of_parts.value and traced_for_hopper()
 
 
 def writes_in_place() -> bool:

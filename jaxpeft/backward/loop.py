@@ -20,7 +20,7 @@ from jaxpeft.backward.places import empty
 from jaxpeft.backward.programs import Programs, trace
 from jaxpeft.model import Context
 from jaxpeft.quant import is_packed
-from pallas_kernels.platform import traced_for
+from pallas_kernels.platform import traced_for, traced_for_hopper
 from pallas_kernels.stacked import Stacked
 
 
@@ -66,6 +66,15 @@ def nests() -> bool:
     `matmuls`, 16 x 1024 tokens), and there is little to take: its kernels read stacks.
     """
     return traced_for() == "cuda"
+
+
+def flows() -> bool:
+    """Whether a stream whose inputs to all layers are kept lies among them, and is copied nowhere: on one Hopper GPU.
+
+    In plain JAX on other GPUs it costs an MLP's array at the peak: 17.09 GiB in place of 17.03 for Llama-3.1-8B on an
+    RTX 4090, and spares no bytes that XLA does not move elsewhere.
+    """
+    return nests() and traced_for_hopper() and not sharding.divides()
 
 
 def divide(x, groups):

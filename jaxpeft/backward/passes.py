@@ -26,6 +26,8 @@ Rows don't see each other inside a block, so both loops take a few of them at a 
 kept arrays shrinks with the group, and no product is computed twice for it. On GPUs groups are a loop within that over
 layers (`loop.nests`): adapters, and kernels where products cannot read stacks, are taken once per layer and pass. A
 kernel that the backward pass reads once is taken where it is read, or it would stay beside what is live elsewhere.
+Where x is saved, the forward pass there has no stream besides: x_g of layer l is keep_x[l, g], and the block writes
+keep_x[l + 1, g]; the last one writes in the place of the first one's input, which is put back.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ from jax.extend.core import jaxpr_as_fun
 
 from jaxpeft import host, sharding, tree
 from jaxpeft.backward.kept import fetch, has_codes, room, seed_of, store, stored
-from jaxpeft.backward.loop import Loop, Static, replaced
+from jaxpeft.backward.loop import Loop, Static, flows, replaced
 from jaxpeft.backward.options import options
 from jaxpeft.backward.places import compute, makers
 from jaxpeft.backward.plan import CODES, INPUT, action_of, codes_of
@@ -198,6 +200,9 @@ def forward(loop, plan, leaves, key, nests=False):
     numbers = {name: n for name, n in numbers.items() if n in placed}
     # What comes into a layer is kept for all groups at once, where they are a loop of their own.
     entering = {name for name, action in actions.items() if loop.nested and name[0] == INPUT and action not in CODES}
+    # A stream whose inputs are all kept lies in them: a block writes what comes into the next one.
+    flowing = {n: (INPUT, n) for n in range(len(streams)) if flows() and actions.get((INPUT, n)) == "save"}
+    entering -= set(flowing.values())
     record(loop.name, Segment(traced, len(loop.steps), actions, shapes))
 
     def enter(carry, layer):
@@ -216,6 +221,9 @@ def forward(loop, plan, leaves, key, nests=False):
     def body(carry, parts, step):
         streams, kept = carry
         inputs = loop.inputs(parts, streams, step, key)
+        for n, name in flowing.items():
+            with jax.named_scope(f"read:{name[0]}"):
+                inputs[loop.streams[n]] = loop.at(kept[name], "steps", step)
         stacks = {n: kept[name] for name, n in numbers.items()}
         called = {n: f"save:{name}/in_place" for (name, _), n in numbers.items()}
         results = compute(traced.forward, inputs, stacks, step.number, called)
@@ -225,7 +233,7 @@ def forward(loop, plan, leaves, key, nests=False):
         seed = seed_of(step.number, key)
         kept, out = dict(kept), {}
         for name, action in actions.items():
-            if name in entering:
+            if name in entering or name in flowing.values():
                 continue
             with jax.named_scope(f"save:{name[0]}"):
                 if name in numbers:
@@ -236,18 +244,35 @@ def forward(loop, plan, leaves, key, nests=False):
                     out[name] = value  # a loop's results may lie in the host's memory, what it carries may not
                 else:
                     kept[name] = jax.tree.map(lambda x, part: loop.put(x, part, "steps", step), kept[name], value)
+        for n, name in flowing.items():
+            with jax.named_scope(f"save:{name[0]}"):
+                kept[name] = replaced(kept[name], ys[n], (step.number + loop.groups) % len(loop.steps))
         with jax.named_scope("stream"):
-            streams = [loop.put(x, y, "rows", step) for x, y in zip(streams, ys, strict=True)]
+            streams = [None if x is None else loop.put(x, y, "rows", step) for x, y in zip(streams, ys, strict=True)]
             return (streams, kept), out
 
     rooms = {name: room(shapes[name], action, len(loop.steps)) for name, action in actions.items()}
-    start = (streams, {name: x for name, x in rooms.items() if x is not None})
-    (end, kept), out = loop.scan(body, start, leaves, enter=enter)
+    start = {name: x for name, x in rooms.items() if x is not None}
+    start |= {name: _first(loop, start[name], streams[n]) for n, name in flowing.items()}
+    apart = [None if n in flowing else x for n, x in enumerate(streams)]
+    (end, kept), out = loop.scan(body, (apart, start), leaves, enter=enter)
+    for n, name in flowing.items():
+        # The last block has written into the place of the first one's input.
+        last, kept[name] = jax.lax.optimization_barrier((kept[name][: loop.groups], kept[name]))
+        # Before anything reads what leaves the layers: what has entered them need not live on.
+        end[n], kept[name] = jax.lax.optimization_barrier((last, _first(loop, kept[name], streams[n])))
     kept |= {name: x.reshape(len(loop.steps), *shapes[name].shape) for name, x in out.items()}
     kept = [kept[name] for name in actions]
     leaves = [None if i in loop.streams else leaf for i, leaf in enumerate(leaves)]
     back = loop.holding(_read_again(loop, closed, used).__contains__)
     return end, (Static([back, *perturbed]), leaves, key, kept, [jnp.zeros((0,), x.dtype) for x in streams])
+
+
+def _first(loop, kept, x):
+    """What is kept of all steps, with a stream (groups, ...) in the place of those of the first layer."""
+    with jax.named_scope(f"save:{INPUT}"):
+        whole = kept.reshape(len(loop.layers), *x.shape)
+        return replaced(whole, x, 0).reshape(kept.shape)
 
 
 def _nested(loop, plan, leaves, streams, key, perturbed, nests=False):

@@ -15,7 +15,7 @@ from jaxpeft import tree
 from jaxpeft.backward.flops import equation_bytes, equation_flops
 from jaxpeft.backward.plan import INPUT, Plan, action_of, codes_of, without_codes
 from jaxpeft.errors import InputError
-from pallas_kernels.platform import part_of
+from pallas_kernels.platform import part_of, tracing_parts
 
 Kept = tuple[str, int]  # a name, and which of the activations with that name
 Price = Callable[[float, float], float]  # of a product's (FLOPs, bytes that it reads and writes)
@@ -158,7 +158,8 @@ def trace(function: Callable[..., Any], inputs: list[Any], perturbed: list[bool]
     def flat(*inputs):
         return jax.tree.leaves(function(*inputs))
 
-    forward = jax.make_jaxpr(flat)(*inputs)
+    with tracing_parts():  # the forward loop reads a step's part of the stream; the backward one what is made again
+        forward = jax.make_jaxpr(flat)(*inputs)
     ys = [jax.ShapeDtypeStruct(y.shape, y.dtype) for y in forward.out_avals]
 
     def pull(*args):

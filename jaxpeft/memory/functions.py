@@ -119,7 +119,7 @@ def _traced(where: targets.Target, function: Any, args: tuple[Any, ...], donate:
     jitted = function
     if not hasattr(function, "trace") or _numbers(donate) or fixed:
         jitted = jax.jit(function, donate_argnums=donate, static_argnums=static)
-    with tracing_for(where.platform):
+    with tracing_for(where.platform, targets.devices(where)[0]):
         return shapes, jitted.trace(*shapes)
 
 

@@ -326,7 +326,7 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
 
 def lowered(step: Step, target: Target) -> Any:
     """The step as a run lowers it, for a target's devices: what changes takes the place, and lies, as what it was."""
-    with tracing_for(target.platform):
+    with tracing_for(target.platform, targets.devices(target)[0]):
         if step.mesh is None:
             device = SingleDeviceSharding(targets.devices(target)[0])
             changing, *rest = targets.abstract((*step.state.parted, step.batch), device)

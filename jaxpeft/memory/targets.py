@@ -274,7 +274,7 @@ def compile(
     shardings = {"in_shardings": in_shardings} if in_shardings is not None else {}
     shardings |= {"out_shardings": out_shardings} if out_shardings is not None else {}
     default = None if in_shardings is not None else SingleDeviceSharding(devices(target)[0])
-    with tracing_for(target.platform):
+    with tracing_for(target.platform, devices(target)[0]):
         lowered = jax.jit(function, donate_argnums=donate_argnums, **shardings).lower(*abstract(args, default))
     return compile_lowered(target, lowered, dump, options)
 
