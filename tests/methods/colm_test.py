@@ -170,6 +170,7 @@ def test_a_step_is_the_ordinary_one_on_the_chosen_rows(run):
         assert after.moved["colm/steps"] == 10 + i
 
 
+@pytest.mark.slow
 def test_a_weighted_row_counts_for_those_that_it_stands_for():
     """So that what counts of the chosen rows is as much as what counts of the batch, whose rows are alike in that."""
     method = jp.chain(jp.lora(rank=2), jp.colm(ratio=0.25, weighted=True, small=0))
