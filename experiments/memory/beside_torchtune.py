@@ -14,8 +14,9 @@ numbers, in bfloat16 with their gradients and AdamW's moments; block inputs are 
 so that 16.2 leaves room for offloaded inputs, not for kept ones; which flags were set the README does not say.
 
 Ours: the train step with Adam, bfloat16 weights, where what trains is float32, with gradients and moments (16 bytes a
-number). With the same sites 16.66 GiB with inputs kept, 15.67 offloaded. On all seven maps that is 21 M numbers and 0.31 GiB, on q_proj and v_proj 3.4 M and 0.05. Table in
-results/memory/beside_torchtune.md, data in beside_torchtune.json.
+number). With the same sites 16.66 GiB with inputs kept, 15.67 offloaded. On all seven maps that is 21 M numbers and
+0.31 GiB, on q_proj and v_proj 3.4 M and 0.05. Table in results/memory/beside_torchtune.md, data in
+beside_torchtune.json.
 """
 
 from __future__ import annotations
