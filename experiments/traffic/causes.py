@@ -10,7 +10,7 @@ of the stream) has the rest of it. A second floor lets nothing ride along but z 
 own that reads its inputs and writes its results once, a sum together with the norm after it, and a gradient's program
 makes again what the gradients of A read.
 
-Of 999 GB the floor has 615, the second floor 774 (ratios 1.62 and 1.29).
+Of 999 GB the floor has 615, the second floor 773 (ratios 1.62 and 1.29).
 
 Data in results/traffic/causes.json, table in causes.md and docs/profile.md.
 """
