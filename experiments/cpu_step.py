@@ -1,11 +1,15 @@
 """A LoRA step on a CPU beside torch's: which type is the better default there?
 
-    python -m experiments.cpu_step           # eight minutes on two CPU cores; needs the extra `test`
+    python -m experiments.cpu_step           # ten minutes on two CPU cores; needs the extra `test`
     python -m experiments.cpu_step --draw    # table from the data
 
 float32: 6.6 CPU seconds where bfloat16 takes 9.1 (SmolLM2-135M, 2 x 256 tokens), 1.15 and 1.25 on the embedded model.
 Beside torch in float32 that is 0.89 and 1.12 of its time, on a processor of AMD's with AVX2; bfloat16, for which that
 processor has no instructions, takes torch 18 s where it takes us 1.3.
+
+On one of Intel's that has them (AMX), 30M, 2 x 256 tokens: 1.41 s in float32 and 1.27 in bfloat16, 0.17 and 0.23 of
+torch's 8.5 and 5.6. That machine was not idle (its load is in the data; 2 cores, one round), and torch's threads wait
+by spinning, which counts as time of CPU.
 
 Each side is a process of its own that takes the same steps: LoRA of rank 8 on every linear map, AdamW, random tokens
 of full length, everything kept for the backward pass. torch's side is transformers with peft, eager, `sdpa` attention,
@@ -32,8 +36,8 @@ from typing import Any
 from experiments.memory.common import table
 
 RESULTS = Path(__file__).resolve().parent / "results/cpu_step"
-# Name -> rows and tokens of a row.
-MODELS = {"embedded, 4M": (8, 256), "SmolLM2-135M-Instruct": (2, 256)}
+# Name -> rows and tokens of a row; a row with a load is of the second processor.
+MODELS = {"embedded, 4M": (8, 256), "30M": (2, 256), "SmolLM2-135M-Instruct": (2, 256)}
 SIDES = [(library, dtype) for library in ("jaxpeft", "torch") for dtype in ("float32", "bfloat16")]
 LEFT_OUT = {("SmolLM2-135M-Instruct", "torch", "bfloat16")}
 STEPS, ROUNDS, RANK, RATE = 3, 2, 8, 1e-4
@@ -114,23 +118,35 @@ def measure_here(folder: str, library: str, dtype: str, rows: int, length: int) 
     return statistics.median(seconds)
 
 
-def measure() -> list[dict[str, Any]]:
-    """A row for each model and side, with the seconds of every round."""
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+def _written(name: str, folder: str) -> str:
+    """The folder of a model, which is written there unless it lies in the package; of 30M weights are random."""
     import jaxpeft as jp
+    from experiments.traffic.planned_cpu import SMALL
     from jaxpeft import assets, hf
 
+    if name == "embedded, 4M":
+        return str(assets.MODEL)
+    if name == "30M":
+        import transformers
+
+        config = transformers.LlamaConfig(**{key: value for key, value in SMALL.items() if key != "model_type"})
+        transformers.LlamaForCausalLM(config).save_pretrained(folder)
+        return folder
+    params = jp.load_pretrained(assets.smollm2(), "float32")[1]
+    jp.save_pretrained(folder, hf.load_config(assets.smollm2()), params)
+    return folder
+
+
+def measure(name: str, rounds: int) -> list[dict[str, Any]]:
+    """A row for each side of a model, with the seconds of every round."""
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     found = []
-    for name, (rows, length) in MODELS.items():
+    for rows, length in [MODELS[name]]:
         with tempfile.TemporaryDirectory() as temporary:
-            folder = str(assets.MODEL)
-            if name != "embedded, 4M":
-                folder = f"{temporary}/model"
-                params = jp.load_pretrained(assets.smollm2(), "float32")[1]
-                jp.save_pretrained(folder, hf.load_config(assets.smollm2()), params)
+            folder = _written(name, f"{temporary}/model")
             sides = [side for side in SIDES if (name, *side) not in LEFT_OUT]
             seconds: dict[tuple[str, str], list[float]] = {side: [] for side in sides}
-            for _ in range(ROUNDS):
+            for _ in range(rounds):
                 for side in sides:
                     flags = [folder, *side, str(rows), str(length)]
                     command = [sys.executable, "-m", "experiments.cpu_step", "--here", *flags]
@@ -138,8 +154,10 @@ def measure() -> list[dict[str, Any]]:
                     said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment)
                     seconds[side].append(float(said.stdout.split()[-1]))
                     print(name, side, seconds[side][-1], file=sys.stderr, flush=True)
+            load = round(os.getloadavg()[1], 1)
+            sizes = {"model": name, "rows": rows, "length": length}
             found += [
-                {"model": name, "rows": rows, "length": length, "library": library, "dtype": dtype, "cpu_seconds": each}
+                {**sizes, "library": library, "dtype": dtype, "cpu_seconds": each, "load": load}
                 for (library, dtype), each in seconds.items()
             ]
     return found
@@ -170,6 +188,8 @@ def draw(rows: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="make the table from the data alone")
+    parser.add_argument("--models", nargs="+", default=list(MODELS), help="models to measure; others stay as they are")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often the sides take turns")
     parser.add_argument("--here", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.here:
@@ -177,9 +197,12 @@ def main() -> None:
         print(measure_here(folder, library, dtype, int(rows), int(length)))
         return
     file = RESULTS / "cpu_step.json"
-    rows = json.loads(file.read_text()) if args.draw else measure()
+    rows = json.loads(file.read_text()) if file.exists() else []
     RESULTS.mkdir(parents=True, exist_ok=True)
-    file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
+    for name in [] if args.draw else args.models:
+        rows = [row for row in rows if row["model"] != name] + measure(name, args.rounds)
+        rows.sort(key=lambda row: list(MODELS).index(row["model"]))
+        file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     (RESULTS / "cpu_step.md").write_text("# A LoRA step on a CPU\n\n" + draw(rows))
     print(draw(rows), end="")
 

@@ -7,7 +7,8 @@
 Every byte that the compiled steps read and write (`jaxpeft profile --traffic`) beside the floor (floor.py): the
 reference step of Llama-2-7B (value and gradient, 16 x 1024 tokens, LoRA of rank 64 on all seven maps, adapters in
 bfloat16, `matmuls`), and the train step of Llama-3.1-8B (2 x 2048, rank 8, Adam) with block inputs kept and with block
-inputs offloaded. A state is the code that was measured; a new one is added without touching the others. Figures in
+inputs offloaded. A state is the code that was measured; a new one is added without touching the others, and may have
+the devices alone whose programs have changed ("in place": the stream lies in what is kept of it, on Hopper). Figures in
 results/traffic/ledger.json, by kind and by array in ledger.md; the first table is in docs/profile.md, too.
 
 - before, 7B: of a floor of 615 GB h200 1,167 GB (1.90, copies and fills 15.1%, 59.72 GiB), v5p 1,569 GB (2.55, copies
@@ -24,6 +25,9 @@ results/traffic/ledger.json, by kind and by array in ledger.md; the first table 
 - after, 8B, offloaded: of a floor of 220 GB h200 330 GB (1.50, copies and fills 1.6%, 15.59 GiB), rtx4090 457 GB
   (2.08, copies and fills 15.0%, 16.05 GiB), v5p 366 GB (1.66, copies and fills 11.3%, 15.79 GiB), v5e 247 GB (1.13,
   copies and fills 0.1%, 15.68 GiB).
+- in place, 7B: of a floor of 615 GB h200 999 GB (1.62, copies and fills 2.6%, 59.60 GiB).
+- in place, 8B: of a floor of 218 GB h200 328 GB (1.51, copies and fills 0.3%, 16.64 GiB).
+- in place, 8B, offloaded: of a floor of 220 GB h200 330 GB (1.50, copies and fills 0.9%, 15.59 GiB).
 """
 
 from __future__ import annotations
@@ -135,13 +139,15 @@ def measure(key: common.Row) -> common.Row:
 
 
 def collect(figures: common.Figures, states: Sequence[str], names: Sequence[str]) -> list[common.Row]:
-    """Every case on every target, in every state."""
-    return [
-        {"case": case, **figures(state=state, target=name, **key)}
+    """Every case on every target, in every state; where nothing is measured, those that there are."""
+    keys = [
+        (case, {"state": state, "target": name, **key})
         for state in states
         for case, key in CASES.items()
         for name in names
     ]
+    known = lambda key: any(all(row.get(name) == value for name, value in key.items()) for row in figures.rows)
+    return [{"case": case, **figures(**key)} for case, key in keys if figures.measure is not None or known(key)]
 
 
 def states(rows: Sequence[common.Row]) -> list[str]:
@@ -223,6 +229,8 @@ def verdicts(rows: Sequence[common.Row]) -> list[str]:
     for state in states(rows):
         for case in CASES:
             own = [row for row in rows if (row["case"], row["state"]) == (case, state)]
+            if not own:
+                continue
             fit = [
                 f"{row['target']} {row['bytes'] / 1e9:,.0f} GB ({ratio(row):.2f}, copies and fills "
                 f"{row['avoidable_bytes'] / row['bytes']:.1%}, {row['peak'] / GIB:.2f} GiB)"
@@ -250,10 +258,10 @@ def document(rows: Sequence[common.Row]) -> str:
 
 
 def page(text: str, rows: Sequence[common.Row]) -> str:
-    """A page with the totals of the last state between its marks."""
+    """A page with the totals between its marks, each device's of the last state in which it was measured."""
     before, _, rest = text.partition(BEGIN)
     _, _, after = rest.partition(END)
-    own = [row for row in rows if row["state"] == states(rows)[-1]]
+    own = list({(row["case"], row["target"]): row for row in rows}.values())
     return f"{before}{BEGIN}\n\n{totals(own, named=False)}\n{END}{after}"
 
 
@@ -269,7 +277,7 @@ def main() -> None:
         known = [*known, args.state] if args.state else known or ["before"]
     if not args.draw:
         collect(figures, known[-1:] if args.state is None else [args.state], args.targets.split(","))
-    rows = collect(figures, known, TARGETS.split(","))
+    rows = collect(common.Figures(NAME, None, RESULTS), known, TARGETS.split(","))
     common.write(f"{NAME}.md", document(rows), RESULTS)
     PAGE.write_text(page(PAGE.read_text(), rows))
     print(common.bullets(verdicts(rows)))  # for the docstring

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from experiments.memory import common
-from experiments.traffic import floor, ledger
+from experiments.traffic import causes, floor, ledger
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
 
@@ -114,3 +114,22 @@ def test_figures_add_up(rows):
             assert sum(row[field].values()) - row["host_bytes"] <= row["bytes"] * (1 + 1e-9)
         assert row["bytes"] == pytest.approx(row["read"] + row["written"])
         assert row["bound_s"] >= max(row["bandwidth_s"], row["rate_s"])
+
+
+def test_causes_add_up_to_the_step_and_to_its_floor(rows):
+    found = json.loads((ledger.RESULTS / f"{causes.NAME}.json").read_text())
+    row = next(r for r in reversed(rows) if (r["case"], r["target"]) == (causes.CASE, causes.TARGET))
+    assert sum(found["moved"].values()) == pytest.approx(row["bytes"], rel=1e-3)
+    assert sum(found["floor"].values()) == pytest.approx(row["floor"]["total"], rel=1e-9)
+    text = causes.table(found)
+    assert text in ledger.PAGE.read_text() and text in (ledger.RESULTS / f"{causes.NAME}.md").read_text()
+
+
+def test_what_rides_along_costs_more_by_modules():
+    work = floor.Work(TOKENS, GROUP, RANK, KEPT)
+    least, modules = causes.least(CONFIG, work), causes.by_modules(CONFIG, work)
+    assert sum(least.values()) == pytest.approx(floor.floor(CONFIG, work)["total"])
+    each = LAYERS * TOKENS * work.dtype
+    assert modules["rotations of q and k"] == 12 * D * each  # three times q and k, read and written
+    assert modules["SwiGLU"] - least["SwiGLU"] == 4 * F * each  # its product and that's gradient, written and read
+    assert all(least[name] <= size for name, size in modules.items())
