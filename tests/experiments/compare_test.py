@@ -133,6 +133,20 @@ def test_the_model_as_it_was_is_one_run_of_no_steps():
     assert [table.plus_minus(runs, score, table.FORM[score]) for score in ("loss", "exact")] == ["4.000", "1.2"]
 
 
+@pytest.mark.slow
+def test_a_rate_is_the_same_after_layers_are_drawn_anew(shared_data, monkeypatch):
+    """Steps of a tiny rate leave the base's loss where it was, beyond LISA's first draw after 20 of them."""
+    monkeypatch.setenv("JAXPEFT_DATA", str(shared_data))
+    monkeypatch.setitem(quality.DATA, "e2e_nlg", quality.DATA["e2e_nlg"]._replace(steps=24))
+    whole = quality.rows_of("e2e_nlg")
+    few = whole._replace(tune=whole.tune[:8], test=whole.test[:8])
+    monkeypatch.setattr(quality, "rows_of", lambda task: few)
+    key = {"task": "e2e_nlg", "seed": 0}
+    base = quality.measure({**key, "method": "base", "lr": 0.0})
+    lisa = quality.measure({**key, "method": "lisa", "lr": 1e-9})
+    assert lisa["loss"] == pytest.approx(base["loss"], abs=1e-3)
+
+
 def test_hours_are_those_of_the_methods_that_lack_runs():
     rows = [run(2e-3, seed, 0.5) for seed in quality.DATA["qnli"].seeds] + [
         {**run(1e-3, 0, 0.5, method="ia3"), "refused": "no"}
