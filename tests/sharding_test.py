@@ -29,7 +29,7 @@ ALIKE = {"dora", "ia3", "int21", "lamda", "llm_qfa", "loha", "lokr", "lq_lora", 
 ALIKE |= {"svfit", "velora", "vera", "welore", "ba_lora", "owlore", "sparse_mezo", "dept", "unipt"}
 ALIKE |= {"bitfit", "direft", "ln_tuning", "parallel", "pfeiffer", "natural_galore", "half", "ist", "randlora", "sherl"}
 ALIKE |= {"pst", "qzo", "sara", "shira", "snell", "snella", "vblora", "loreft", "houlsby", "lora_fa", "mixlora"}
-ALIKE |= {"wta_crs", "meft", "zo2", "lemo", "slimfit", "lst", "prefix", "loraprune"}
+ALIKE |= {"wta_crs", "meft", "zo2", "lemo", "slimfit", "lst", "prefix", "loraprune", "light_peft"}
 METHODS = [name for name in methods_test.METHODS if name not in ALIKE]
 
 # Prints {name: {mesh: {"losses", "leaves": largest difference, relative to the largest number, "hlo"}}}.
