@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxpeft import pruning, sites, tree
 from jaxpeft.errors import InputError
-from jaxpeft.method import Spec
+from jaxpeft.method import Method, Spec, setup
 from jaxpeft.methods import lora as _lora
 from jaxpeft.model import Batch, Context, Model
 from jaxpeft.quant import dot
@@ -66,12 +66,13 @@ def _telling(y: jax.Array, p: jax.Array, value: jax.Array) -> jax.Array:
 _telling.defvjp(lambda y, p, value: (y, value), lambda value, dy: (dy, value, jnp.zeros_like(value)))
 
 
-def importance(model: Model, params: Mapping[str, Any], batches: Iterable[Batch]) -> Parts:
+def importance(base: Model, method: Method, params: Mapping[str, Any], batches: Iterable[Batch]) -> Parts:
     """How much the parts of a LoRA matter to the loss of some batches.
 
     Args:
-      model: the adapted model.
-      params: all of its leaves, nested; masks are taken as 1.
+      base: the model before the method.
+      method: with `lora` in it.
+      params: of the base, with the method's leaves, nested; masks are taken as 1.
       batches: of training.
 
     Raises:
@@ -80,8 +81,9 @@ def importance(model: Model, params: Mapping[str, Any], batches: Iterable[Batch]
     flat = tree.flatten(params)
     flat = {path: jnp.ones_like(leaf) if "/light_peft/" in path else leaf for path, leaf in flat.items()}
     found = [path.removesuffix("/lora/a") for path in flat if path.endswith("/lora/a")]
-    probed = sites.attach(model, "probe", lambda site: _Probe(), lambda params: found)
-    flat = tree.flatten(probed.init(jax.random.key(0), tree.unflatten(flat)))
+    outermost = sites.attach(base, "probe", lambda site: _Probe(), lambda params: found)
+    probed, *leaves = setup(method, outermost, tree.unflatten(flat), jax.random.key(0), batches=lambda: ())
+    flat = {**leaves[0], **leaves[1]}
     asked = {path: leaf for path, leaf in flat.items() if path.endswith(("/probe/p", "/lora/a", "/lora/b"))}
     rest = {path: leaf for path, leaf in flat.items() if path not in asked}
 

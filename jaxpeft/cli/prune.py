@@ -139,10 +139,7 @@ def _estimated(args: Prune, name: str, model: Any, params: Any) -> Any:
     Raises:
       InputError: for an adapter of another base or method, or a LoRA that cannot be cut.
     """
-    import jax
-
     from jaxpeft import early, peft, tree
-    from jaxpeft.method import setup
     from jaxpeft.peft.export import changes_kernels
 
     assert args.adapter is not None
@@ -153,8 +150,7 @@ def _estimated(args: Prune, name: str, model: Any, params: Any) -> Any:
     if changes_kernels(spec):
         raise InputError(f"--adapter {args.adapter}: its start, {spec.config['init']}, changes the base's kernels")
     nested = tree.unflatten({**tree.flatten(params), **leaves})
-    adapted, trainable, rest = setup(method, model, nested, jax.random.key(0), batches=lambda: ())
-    return spec, leaves, early.importance(adapted, tree.combine(trainable, rest), _batches(args, name))
+    return spec, leaves, early.importance(model, method, nested, _batches(args, name))
 
 
 def show(document: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -124,6 +124,7 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
         return tokenizer_of(folder, gguf.read_header(folder).fields)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")):
         raise InputError(f"{folder}: has no tokenizer (tokenizer.json, tokenizer.model, vocab.json or vocab.txt)")
+    config: Mapping[str, Any] = {}
     if (folder / "config.json").is_file():  # which transformers reads too, and says less of what is wrong in it
         config = load_config(folder)
         models.family(config).from_hf(config)
@@ -133,8 +134,11 @@ def load_tokenizer(path_or_hub_id: str | os.PathLike[str]) -> Any:
         tokenizing.check_rules(file, documents.read_json(file, f"{file}: no such file"))
     import transformers
 
+    how: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    if config.get("hidden_size", 0) % config.get("num_attention_heads", 1):  # which transformers refuses in any model
+        how["config"] = transformers.PretrainedConfig()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **how)
         ids = tokenizing.tokenize(tokenizer, ["a"])["input_ids"]  # damage may show in the use alone
         tokenizer.decode(ids[0], skip_special_tokens=True)
     except (KeyboardInterrupt, SystemExit):
