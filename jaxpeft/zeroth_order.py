@@ -30,6 +30,7 @@ import numpy as np
 import optax
 
 from jaxpeft import host, noise, tree
+from jaxpeft.backward import forwards
 from jaxpeft.errors import InputError
 from jaxpeft.method import Leaves, Method, Moment, Objective, Role, View, shapes_of
 from jaxpeft.model import Context, Model, reads_stacks, runs_through_blocks
@@ -39,7 +40,7 @@ from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import mean_over
 from pallas_kernels.stacked import taken
 
-VARIANTS = ("sgd", "one_sided", "sign", "momentum", "adam", "conservative", "blockwise")
+VARIANTS = ("sgd", "one_sided", "sign", "momentum", "adam", "conservative", "blockwise", "forward")
 MOMENTS = {  # with their numbers per trained one
     "momentum": (functools.partial(optax.trace, decay=0.9), 1),
     "adam": (optax.scale_by_adam, 2),
@@ -106,6 +107,23 @@ def one_by_one(
     return lambda words, amounts: jax.lax.scan(evaluate, None, (words, amounts))[1]
 
 
+def derivatives(
+    objective: Objective, paths: frozenset[str], settings: Settings, trainable: Any, rest: Any, batch: Any, key: Any
+) -> Callable[[jax.Array], Any]:
+    """draws (n, 3) -> (losses at theta (n,), aux of each, derivatives along each direction (n,)), each in one pass."""
+
+    def evaluate(_, words):
+        def value(amount):
+            noisy = objective.on(lambda model: perturbed(model, paths, words, amount, settings))
+            part = lambda batch, key: noisy.value(trainable, rest, batch, None)
+            return mean_over(part, batch, key, objective.parts)
+
+        loss, slope, aux = forwards.derivative(value, jnp.float32(0), jnp.float32(1))
+        return None, (loss, aux, slope)
+
+    return lambda draws: jax.lax.scan(evaluate, None, draws)[1]
+
+
 def estimated(settings: Settings, evaluations: Callable[..., Losses] = one_by_one) -> Method:
     """The slots `gradient`, `update` and `move` of a method that estimates; it gives `OWN` to what it moves itself.
 
@@ -128,8 +146,12 @@ def estimated(settings: Settings, evaluations: Callable[..., Losses] = one_by_on
         def value_and_grad(trainable, rest, batch, key, opt_state):
             del opt_state
             draws = noise.draw(key, n)
-            losses = evaluations(objective, paths, settings, trainable, rest, batch, key)
-            values, aux, slopes = _slopes(losses, draws, held, settings)
+            told = (objective, paths, settings, trainable, rest, batch, key)
+            losses = evaluations(*told)
+            if settings.variant == "forward":
+                values, aux, slopes = derivatives(*told)(draws)
+            else:
+                values, aux, slopes = _slopes(losses, draws, held, settings)
             if settings.variant == "conservative":
                 if view.rate is None:
                     raise InputError(f"{name}: a conservative step tries its learning rate: give the step a rate")

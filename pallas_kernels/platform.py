@@ -83,6 +83,9 @@ PARTS: dict[str, Part] = {}
 # operation's name -> the operation that takes a `Stacked` last, and writes its first result there; see `operation`.
 INTO: dict[str, Callable[..., Any]] = {}
 
+# operation's name -> (arrays, **parameters of its equation) -> its results by the plain implementation.
+PLAINLY: dict[str, Callable[..., list[Any]]] = {}
+
 _traced_for = jax.make_user_context(default_value=None)  # a part of what JAX knows kept traces by
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
 _said: set[str] = set()
@@ -164,6 +167,12 @@ def operation(
     """
     primitive = Primitive(name)
     primitive.multiple_results = True
+
+    def plainly(leaves, treedef, static, **params):
+        del params
+        return jax.tree.leaves(default(*treedef.unflatten(leaves), **dict(static)))
+
+    PLAINLY[name] = plainly
     if flops is not None:
         FLOPS[name] = flops
     if into is not None:

@@ -20,10 +20,13 @@ Variants, of ZO-Bench (Zhang et al. 2024, arXiv:2402.11592), by `variant` and `s
     conservative   of theta - rate slope z, theta + rate slope z and theta what has the least loss; 5 evaluations
     blockwise      a slope for each layer, and one for what lies outside, each of two evaluations in which nothing else
                    is perturbed; the update follows when all are known
+    forward        slope = <grad L(theta), z>, by one forward pass that carries its derivative along z, without eps
+                   (`jaxpeft.backward.forwards`)
     sparsity       z is 0 at a share of the elements, chosen by the same counter: nothing is stored, nothing rescaled
 
-All have the memory of one evaluation, but for the moments. The forward gradient of the same paper is left out: kernels
-that have their own backward rules cannot be differentiated forwards. So is a first-order half of the model (hybrid).
+All have the memory of one evaluation, but for the moments, and for the tangents, of which there is one beside each
+array of the pass; plain implementations take the kernels' place in it. A first-order half of the model (hybrid) is
+left out.
 
 Alone, a run is the base and a slope and a rate of each step: `jaxpeft export --replay` makes any step's weights again
 of them, without a checkpoint or a forward pass. (Not of `blockwise`, whose slopes are not among a step's metrics.)
@@ -64,7 +67,7 @@ def mezo(
         prefixes.
       rounding: of moved bfloat16 weights: "stochastic", or "nearest".
       seeds: n, directions per step, each of two evaluations.
-      variant: as above: "sgd", "one_sided", "sign", "momentum", "adam", "conservative" or "blockwise".
+      variant: as above: "sgd", "one_sided", "sign", "momentum", "adam", "conservative", "blockwise" or "forward".
       sparsity: share of the elements, chosen anew at random for each direction, that z is 0 at.
 
     Returns:

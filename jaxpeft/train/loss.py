@@ -11,7 +11,6 @@ adapters on it, tied embeddings and final norms need no special case.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,6 +23,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
 from jaxpeft import sharding, tree
+from jaxpeft.backward import forwards
 from jaxpeft.model import Batch, Model
 
 LOGIT_BYTES = 1 << 26  # of the logits that exist at once, in the type of the stream, at most
@@ -60,7 +60,8 @@ def completion_loss(
     vocabulary = jax.eval_shape(model.head, params, x[0]).shape[-1]
     x, targets, shares = in_chunks(vocabulary, x, batch["targets"], shares, chunk=chunk)
     head, leaves = _traced(model.head, for_head(params), x[0])
-    return _total(head, leaves, [x, targets, shares]), {"weight": weight}
+    total = _sum if forwards.taken() else _total
+    return total(head, leaves, [x, targets, shares]), {"weight": weight}
 
 
 def in_chunks(vocabulary: int, x: jax.Array, *others: jax.Array, chunk: int | None = None) -> list[jax.Array]:
@@ -124,8 +125,7 @@ def _traced(head: Callable[..., jax.Array], params: tree.Params, x: jax.Array) -
     return ClosedJaxpr(pruned, ()), [leaf for leaf, use in zip(leaves, used, strict=False) if use]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _total(head: ClosedJaxpr, leaves: list[Any], rows: list[jax.Array]) -> jax.Array:
+def _sum(head: ClosedJaxpr, leaves: list[Any], rows: list[jax.Array]) -> jax.Array:
     """sum_t w_t (logsumexp(head(h_t)) - head(h_t)[target_t]), () float32.
 
     Args:
@@ -141,6 +141,9 @@ def _total(head: ClosedJaxpr, leaves: list[Any], rows: list[jax.Array]) -> jax.A
         return total + jnp.sum(weight * losses), None
 
     return jax.lax.scan(add, jnp.zeros((), jnp.float32), rows)[0]
+
+
+_total = jax.custom_jvp(_sum, nondiff_argnums=(0,))
 
 
 def _losses(logits, target, weight):

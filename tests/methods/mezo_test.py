@@ -311,6 +311,57 @@ def test_conservative_takes_the_best_of_three(weights):
         assert_steps(found, {path: float(metrics["slope"]) * z[path] for path in z})
 
 
+FORWARD = {
+    "alone": lambda mezo: mezo,
+    "int4": lambda mezo: jp.chain(jp.quantize("int4", group=8), mezo, jp.lora(2)),
+    "full": lambda mezo: jp.chain(mezo, jp.full()),
+    "lora": lambda mezo: jp.chain(mezo, jp.lora(2)),
+    "nf4": lambda mezo: jp.chain(jp.quantize("nf4"), mezo, jp.lora(2)),
+}
+LATER = [pytest.param(name, marks=pytest.mark.slow) for name in ("int4", "full", "lora", "nf4")]
+
+
+@pytest.mark.parametrize("name", ["alone", *LATER])
+def test_the_forward_gradient_is_the_gradients_projection(name):
+    """Through loss, loops, kernels and tables; of moved and of trained leaves, whose gradient is slope z."""
+    method = FORWARD[name](jp.mezo(variant="forward"))
+    model, state = start(method, num_hidden_layers=1, tie_word_embeddings=True)
+    state = state._replace(trainable=beside.moved(state.trainable))
+    leaves = {**state.trainable, **state.moved}
+    z = z_of_step(leaves)
+    loss = lambda leaves: jp.completion_loss(model, tree.unflatten({**state.leaves, **leaves}), BATCH)[0]
+    expected, dense = jax.jit(jax.value_and_grad(loss))(leaves)
+    rest = {path: leaf for path, leaf in state.leaves.items() if path not in state.trainable}
+    one = jax.jit(objective_of(model, method, state.leaves).value_and_grad)
+    (value, aux), grads = one(state.trainable, rest, BATCH, jax.random.fold_in(RUN, 0), None)
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
+    size = np.sqrt(sum(np.sum(np.square(dense[path] * z[path])) for path in z))
+    slope = sum(np.sum(np.float64(dense[path]) * z[path]) for path in z)
+    np.testing.assert_allclose(aux["slope"], slope, rtol=1e-5, atol=1e-5 * size)
+    for path, grad in grads.items():
+        np.testing.assert_allclose(grad, float(aux["slope"]) * z[path], rtol=1e-5, atol=1e-6, err_msg=path)
+
+
+@pytest.mark.slow
+def test_forward_gradients_under_a_plan_and_in_parts():
+    """A loop in groups of rows, and micro-batches: the same; and the mean of two directions."""
+    adapter = jp.lora(2, targets="q_proj,up_proj")
+    model, state = start(jp.chain(jp.mezo(), adapter), num_hidden_layers=2)
+    trainable = beside.moved(state.trainable)
+
+    def slope(model, seeds=1, accumulate=1):
+        made = jp.chain(jp.mezo(variant="forward", seeds=seeds), adapter)
+        objective = objective_of(model, made, state.leaves, accumulate=accumulate)
+        (_, aux), _ = jax.jit(objective.value_and_grad)(trainable, state.frozen, BATCH, RUN, None)
+        return aux
+
+    whole = float(slope(model)["slope"])
+    np.testing.assert_allclose(slope(jp.remat(model, "blocks,tokens=16"))["slope"], whole, rtol=1e-5)
+    np.testing.assert_allclose(slope(model, accumulate=2)["slope"], whole, rtol=1e-5)
+    two = slope(model, seeds=2)
+    np.testing.assert_allclose([two["slope_0"], np.mean(two["slopes"])], [whole, two["slope"]], rtol=1e-5)
+
+
 @pytest.mark.parametrize(("variant", "numbers"), [("momentum", 1), ("adam", 2)])
 def test_moments_are_the_optimizers(weights, variant, numbers):
     """The run's direction is that of the estimates themselves; the state is that of what trains, as the file says."""
