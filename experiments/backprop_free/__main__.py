@@ -9,11 +9,11 @@ in results/backprop_free/NAME.json, pages in NAME.md.
 
 from __future__ import annotations
 
-from experiments.backprop_free import full_in_24_gb, sampled_layers
+from experiments.backprop_free import forward_passes, full_in_24_gb, sampled_layers
 from experiments.memory import common
 
 RESULTS = common.RESULTS.parent / "backprop_free"
-TOPICS = (sampled_layers, full_in_24_gb)
+TOPICS = (sampled_layers, forward_passes, full_in_24_gb)
 
 
 if __name__ == "__main__":
