@@ -130,7 +130,13 @@ def main() -> None:
             return runners[keep](key["lr"], key["seed"])
 
         collect(common.Figures(NAME, measure, FOLDER))
-    print(table(common.load(NAME, FOLDER), common.load("quality", FOLDER)))
+    found = table(common.load(NAME, FOLDER), common.load("quality", FOLDER))
+    about = (
+        "stories260K on E2E NLG, LoRA for 120 steps, nats a token of the test rows: mean of three seeds ± half of the"
+    )
+    text = f"# LoRA trained beside a pruned base\n\n{about} range.\n\n{found}\n"
+    (FOLDER / f"{NAME}.md").write_text(text, encoding="utf-8")
+    print(found)
 
 
 if __name__ == "__main__":
