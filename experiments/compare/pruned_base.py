@@ -33,6 +33,7 @@ from jaxpeft.train.compiled import Compiled
 FOLDER = Path(__file__).resolve().parent.parent / "results/compare"
 NAME, TASK, METHOD = "pruned_base", "e2e_nlg", "lora"
 KEEPS = (0.75, 0.5)
+SEEDS = quality.DATA[TASK].seeds
 RATES = (0.003, 0.006, 0.01, 0.02)
 
 
@@ -42,7 +43,7 @@ class Runner(quality.Runner):
     def __init__(self, keep: float):
         self.rows, self.protocol = quality.rows_of(TASK), quality.DATA[TASK]
         self.layout: dict[str, Any] = {"pack": True}
-        self.steps = 8
+        self.steps, self.trains = 8, True
         folder = quality.shared() / "checkpoints/stories260K"
         self.whole, self.params = jp.load_pretrained(folder, "float32")
         scores = pruning.importance(self.whole, self.params, "taylor", self.batches(0))
@@ -86,7 +87,7 @@ def collect(figures: common.Figures) -> None:
     """The rates of seed 0, then the other seeds at the best of them."""
     for keep in KEEPS:
         tried = {lr: figures(keep=keep, lr=lr, seed=0)["tune_loss"] for lr in RATES}
-        for seed in quality.SEEDS[1:]:
+        for seed in SEEDS[1:]:
             figures(keep=keep, lr=min(tried, key=lambda lr: tried[lr]), seed=seed)
 
 
@@ -96,7 +97,7 @@ def at_best(rows: Iterable[common.Row], keep: float) -> list[common.Row]:
     tried = [row for row in own if row["seed"] == 0 and math.isfinite(row["tune_loss"])]
     lr = min(tried, key=lambda row: row["tune_loss"])["lr"] if tried else None
     runs = {row["seed"]: row for row in own if row["lr"] == lr}
-    return [runs[seed] for seed in quality.SEEDS] if set(quality.SEEDS) <= runs.keys() else []
+    return [runs[seed] for seed in SEEDS] if set(SEEDS) <= runs.keys() else []
 
 
 def table(rows: Iterable[common.Row], of_whole: Iterable[common.Row]) -> str:
