@@ -3,6 +3,7 @@
 #
 #     experiments/launch/local.sh 4 train --model path/to/llama --data rows.jsonl --mesh fsdp=4 --out run
 #
+# PYTHON is the interpreter (default: python3), PORT one that is free (default: any).
 # One process sees all GPUs of a machine, too, and needs no launcher: this is to try what a cluster does.
 set -euo pipefail
 
