@@ -86,4 +86,4 @@ def test_what_a_run_leaves_is_what_the_exporter_makes():
             left = "base"
         assert left == (row["peft"] or row["stored"]), row["name"]
         seen.add(left)
-    assert seen == {"LORA", "base"}
+    assert seen == {"LORA", "base", "own"}

@@ -83,7 +83,6 @@ def test_adapters_that_cannot_share_a_base(base, of_peft, tmp_path):
     cases = {
         "dora": (jp.dora(rank=2), "'x': .*dora: is of dora; several at once are LoRA's kind"),
         "ia3": (jp.ia3(), "'x': .*is of ia3"),
-        "lisa": (jp.chain(jp.lora(rank=2), jp.lisa(count=1)), "'x': .*is of lora\\+lisa"),
         "prefix": (jp.prefix(length=2), "'x': .*is of prefix"),
         "quantized": (jp.chain(jp.quantize(), jp.lora(rank=2)), "for one base prepared differently: none and quantize"),
     }
