@@ -6,6 +6,7 @@ from experiments.memory import common, remat_forms
 from jaxpeft import assets
 
 
+@pytest.mark.slow
 def test_tiny_steps_compiled_on_a_cpu(monkeypatch, tmp_path):
     """Both forms keep and compute the same; what the table and the verdicts say is what was measured."""
     monkeypatch.setattr(common, "RESULTS", tmp_path)

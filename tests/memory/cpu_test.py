@@ -61,7 +61,7 @@ def test_what_is_planned_is_what_runs(narrow):
     assert planned["temporaries"] == executable.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_step_takes_what_was_planned(capsys, dtype):
     """At a size beside which the few MiB do not count that a process takes for its threads and its allocator."""
     flags = ["--target", "cpu", "--check", "--json", "--rank", "8", "--batch-size", "16", "--seq-len", "256"]

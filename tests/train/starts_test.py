@@ -19,7 +19,7 @@ from jaxpeft.train import prepare as preparing
 from tests import runs
 
 
-@pytest.mark.parametrize("init", ["eva", "lora_ga"])
+@pytest.mark.parametrize("init", ["eva", pytest.param("lora_ga", marks=pytest.mark.slow)])
 def test_a_resumed_run_starts_no_more_and_ends_with_the_same_bits(init, files, cache, tmp_path, monkeypatch):
     started = []
     gradients = probes.gradients
