@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -54,6 +55,13 @@ def flat_draw(key: jax.Array, n: int, m: int, count: int) -> jax.Array:
 def entries(density: float, n: int, m: int) -> int:
     """k of a kernel."""
     return int(density * n * m)
+
+
+def parameters(module: nn.Module, density: float, shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """(index (k,) int32, of entries drawn at random; values (k,) float32, zeros) of a kernel of this shape."""
+    count = entries(density, *shape)
+    index = module.param("index", lambda key: flat_draw(key, *shape, count))
+    return index, module.param("values", nn.initializers.zeros, (count,))
 
 
 def most(salience: jax.Array, count: int) -> jax.Array:

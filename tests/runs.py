@@ -10,6 +10,7 @@ import jax
 import tokenizers
 import transformers
 
+import jaxpeft as jp
 from jaxpeft import hf
 from jaxpeft.cli.train import Train
 from jaxpeft.models import decoder
@@ -110,3 +111,16 @@ def run(args: Train, cache: Path | None = None, **options) -> subprocess.Complet
     """A whole train process."""
     argv, environment = command(args, cache)
     return subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def assert_continues(folder: Path, **fields) -> dict:
+    """The report of a run of full fine-tuning; one that ends after two steps and goes on leaves the same bytes."""
+    whole = jp.run(**fields, out=folder / "whole")
+    jp.run(**{**fields, "steps": 2}, out=folder / "parts")
+    parts = jp.run(**fields, out=folder / "parts", resume=True)
+    assert (parts["resumed_from"], parts["train_loss"]) == (2, whole["train_loss"])
+    left = sorted((folder / "whole" / "model").glob("*.safetensors"))
+    assert left
+    for path in left:
+        assert path.read_bytes() == (folder / "parts" / "model" / path.name).read_bytes()
+    return whole

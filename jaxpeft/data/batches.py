@@ -127,6 +127,13 @@ class Batches:
         batch = self._collate(rows, **how)
         return {**batch, "example_ids": _numbers(batch, rows, numbers), "sources": _sources(batch, rows)}, lines
 
+    def _check_same(self, state: dict[str, Any]) -> None:
+        if state.get("identity") != self._identity:
+            raise InputError(
+                "the saved data position is of other data or other batch settings"
+                f" (saved {state.get('identity')}, now {self._identity})"
+            )
+
     def get_state(self) -> dict[str, Any]:
         """The position of the next batch; plain JSON."""
         return {"identity": self._identity, "rows": self._rows.get_state()}
@@ -137,11 +144,7 @@ class Batches:
         Raises:
           InputError: the state is of other examples or other settings.
         """
-        if state.get("identity") != self._identity:
-            raise InputError(
-                "the saved data position is of other data or other batch settings"
-                f" (saved {state.get('identity')}, now {self._identity})"
-            )
+        self._check_same(state)
         # A new iterator: grain's flat map keeps its old buffer if the state is the end of the data.
         self._rows = iter(self._dataset)
         self._rows.set_state(state["rows"])

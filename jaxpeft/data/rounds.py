@@ -92,11 +92,7 @@ class Rounds(Batches):
         Raises:
           InputError: the state is of other examples or other settings.
         """
-        if state.get("identity") != self._identity:
-            raise InputError(
-                "the saved data position is of other data or other batch settings"
-                f" (saved {state.get('identity')}, now {self._identity})"
-            )
+        self._check_same(state)
         self.round, self.chosen = state["round"], state["chosen"]
         self.base = None if state["base"] is None else np.array(state["base"])
         self._begin()

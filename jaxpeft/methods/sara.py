@@ -58,13 +58,10 @@ class SaRA(nn.Module):
 
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
-        n, m = site.kernel.shape
-        count = sparse.entries(self.density, n, m)
-        index = self.param("index", lambda key: sparse.flat_draw(key, n, m, count))  # `prepare` has chosen
-        values = self.param("values", nn.initializers.zeros, (count,))
-        trains = self.param("trains", nn.initializers.ones, (count,), bool)
+        index, values = sparse.parameters(self, self.density, site.kernel.shape)  # `prepare` has chosen
+        trains = self.param("trains", nn.initializers.ones, values.shape, bool)
         values = jnp.where(trains, values, jax.lax.stop_gradient(values))
-        return inner(x) + sparse.product(x, index, values, (n, m))
+        return inner(x) + sparse.product(x, index, values, site.kernel.shape)
 
 
 def sara(

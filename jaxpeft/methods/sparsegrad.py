@@ -62,15 +62,12 @@ class SparseGrad(nn.Module):
 
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
-        n, m = site.kernel.shape
-        count = sparse.entries(self.density, n, m)
-        index = self.param("index", lambda key: sparse.flat_draw(key, n, m, count))
-        values = self.param("values", nn.initializers.zeros, (count,))
+        index, values = sparse.parameters(self, self.density, site.kernel.shape)
         if "sparsegrad" not in ctx.shared:
             return inner(x)
         u, v = (ctx.shared["sparsegrad"][_called(site.path)][name].astype(x.dtype) for name in "uv")
         whole = entries.own_dense(self, "sparsegrad", site, ctx, x.dtype)
-        return inner(x) + sparse.product(x @ u, index, values, (n, m), whole) @ v.T
+        return inner(x) + sparse.product(x @ u, index, values, site.kernel.shape, whole) @ v.T
 
 
 def _called(site: str) -> str:

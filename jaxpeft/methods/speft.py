@@ -71,12 +71,9 @@ class SPEFT(nn.Module):
 
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
-        n, m = site.kernel.shape
-        count = sparse.entries(self.density, n, m)
-        index = self.param("index", lambda key: sparse.flat_draw(key, n, m, count))
-        values = self.param("values", nn.initializers.zeros, (count,))
+        index, values = sparse.parameters(self, self.density, site.kernel.shape)
         whole = entries.own_dense(self, "speft", site, ctx, x.dtype)
-        return inner(x) + sparse.product(x, index, values, (n, m), whole)
+        return inner(x) + sparse.product(x, index, values, site.kernel.shape, whole)
 
 
 def speft(density: float = 0.01, metric: str = "gradient", targets: Targets = "all-linear", refresh: int = 0) -> Method:

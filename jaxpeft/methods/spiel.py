@@ -64,10 +64,8 @@ class SpIEL(nn.Module):
 
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
-        n, m = site.kernel.shape
-        count, zeros = sparse.entries(self.density, n, m), nn.initializers.zeros
-        index = self.param("index", lambda key: sparse.flat_draw(key, n, m, count))
-        values = self.param("values", zeros, (count,))
+        index, values = sparse.parameters(self, self.density, site.kernel.shape)
+        (n, m), count, zeros = site.kernel.shape, len(index), nn.initializers.zeros
         if self.grow == "gradient":
             candidates = self.param("candidates", zeros, (count,), jnp.int32)
             self.param("sum", zeros, (count,))
@@ -79,7 +77,7 @@ class SpIEL(nn.Module):
             index = jnp.concatenate([index, candidates])
             values = jnp.concatenate([values, self.get_variable("params", "probe")])
         whole = entries.own_dense(self, "spiel", site, ctx, x.dtype)
-        return inner(x) + sparse.product(x, index, values, (n, m), whole)
+        return inner(x) + sparse.product(x, index, values, site.kernel.shape, whole)
 
 
 def spiel(

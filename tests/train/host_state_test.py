@@ -13,7 +13,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, targets
 from jaxpeft.train import host_state
 from jaxpeft.train.optimizer import make_direction
-from tests import tiny
+from tests import runs, tiny
 
 LEAVES = {"embed_tokens/embedding": (192, 128), "layers/mlp/kernel": (3, 64, 128), "layers/norm/scale": (3, 64)}
 SIZES = {**tiny.CONFIG, "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 2, "vocab_size": 256}
@@ -93,12 +93,7 @@ def test_sampled_layers_begin_anew_there():
 def test_a_run_continues_bit_for_bit(tmp_path):
     fields = {"method": "full", "optimizer": "adam8bit", "optimizer_memory": "host", "steps": 4, "save": "blocks"}
     fields |= {"batch_size": 2, "seq_len": 64, "samples": 0, "eval_every": 0, "schedule": "constant"}
-    whole = jp.run(**fields, out=tmp_path / "whole")
-    jp.run(**{**fields, "steps": 2}, out=tmp_path / "parts")
-    parts = jp.run(**fields, out=tmp_path / "parts", resume=True)
-    assert (parts["resumed_from"], parts["train_loss"]) == (2, whole["train_loss"])
-    for path in sorted((tmp_path / "whole" / "model").glob("*.safetensors")):
-        assert path.read_bytes() == (tmp_path / "parts" / "model" / path.name).read_bytes()
+    runs.assert_continues(tmp_path, **fields)
     with pytest.raises(InputError, match="--optimizer-memory host -> device"):
         jp.run(**{**fields, "optimizer_memory": "device"}, out=tmp_path / "parts", resume=True)
 

@@ -17,7 +17,7 @@ from jaxpeft.models import geometries
 from jaxpeft.train.memory import gradient_bytes
 from jaxpeft.train.optimizer import make_direction
 from jaxpeft.train.step import in_place
-from tests import tiny
+from tests import runs, tiny
 
 KEY = jax.random.key(0)
 WIDE = {"hidden_size": 64, "intermediate_size": 64}  # layers of 4096 numbers have codes
@@ -111,12 +111,7 @@ def test_a_run_continues_bit_for_bit(tmp_path):
     fields = {"method": "full", "optimizer": "adam8bit", "update_in_backward": True, "clip": None, "steps": 4}
     fields |= {"batch_size": 2, "seq_len": 32, "samples": 0, "eval_every": 0, "schedule": "constant"}
     fields |= {"save": "blocks", "dtype": "float32"}
-    whole = jp.run(**fields, out=tmp_path / "whole")
-    jp.run(**{**fields, "steps": 2}, out=tmp_path / "parts")
-    parts = jp.run(**fields, out=tmp_path / "parts", resume=True)
-    assert (parts["resumed_from"], parts["train_loss"]) == (2, whole["train_loss"])
-    for path in sorted((tmp_path / "whole" / "model").glob("*.safetensors")):
-        assert path.read_bytes() == (tmp_path / "parts" / "model" / path.name).read_bytes()
+    whole = runs.assert_continues(tmp_path, **fields)
     assert whole["memory_bytes"]["gradients"] < 0.6 * whole["memory_bytes"]["weights"]
     with pytest.raises(InputError, match="--update-in-backward True -> False"):
         jp.run(**{**fields, "update_in_backward": False}, out=tmp_path / "parts", resume=True)
