@@ -25,7 +25,7 @@ from jaxpeft import source
 from jaxpeft.backward.flops import equation_flops
 from jaxpeft.backward.programs import name_of
 
-Change = Callable[[Any, list[Any]], list[Any] | Any | None]
+Change = Callable[[Any, list[Any]], Any]
 
 _CALLS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2")
 _MODULE = re.compile(r"[A-Za-z_]\w*")  # in a name stack; other words say how something is computed

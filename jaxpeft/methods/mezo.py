@@ -45,14 +45,17 @@ from __future__ import annotations
 
 from jaxpeft import zeroth_order
 from jaxpeft.about import About, Defaults, Promises
+from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, Method, Spec
 from jaxpeft.methods.full import full
 from jaxpeft.zeroth_order import OWN, Settings
 
+EPS = 1e-3
+
 
 def mezo(
     which: str = "all",
-    eps: float = 1e-3,
+    eps: float = EPS,
     rounding: str = "stochastic",
     seeds: int = 1,
     variant: str = "sgd",
@@ -66,8 +69,8 @@ def mezo(
         prefixes.
       rounding: of moved bfloat16 weights: "stochastic", or "nearest".
       seeds: n, directions per step, each of two evaluations.
-      variant: as above: "sgd", "one_sided", "sign", "momentum", "adam", "conservative", "blockwise"
-        or "forward".
+      variant: as above: "sgd", "one_sided", "sign", "momentum", "adam", "conservative", "blockwise" or
+        "forward".
       sparsity: share of the elements, chosen anew at random for each direction, that z is 0 at.
 
     Returns:
@@ -75,10 +78,12 @@ def mezo(
 
     Raises:
       InputError: for an eps that is not above 0, an unknown rounding or variant, no seeds, several of a conservative
-        step, a sparsity outside [0, 1), or what `full` refuses. When a step is traced: for weights that are quantized,
-        moments of weights that move, or a step without a learning rate of its own.
+        step, a sparsity outside [0, 1), an eps of a forward gradient, or what `full` refuses. When a step is traced:
+        for weights that are quantized, moments of weights that move, or a step without a learning rate of its own.
     """
     config = dict(locals())
+    if variant == "forward" and eps != EPS:
+        raise InputError(f"mezo: eps {eps} has no effect with variant=forward, which evaluates at the parameters alone")
     weights = full(which)
     return zeroth_order.estimated(Settings("mezo", eps, seeds, rounding, 1 - sparsity, variant=variant))._replace(
         prepare=weights.prepare,

@@ -416,7 +416,13 @@ def test_tables_are_those_of_whole_leaves(monkeypatch):
 def test_refusals():
     several = {"variant": "conservative", "seeds": 2}
     bad_values = ({"eps": 0.0}, {"eps": float("nan")}, {"rounding": "up"}, {"seeds": 0}, {"which": "last:0"}, several)
-    for bad in (*bad_values, {"variant": "best"}, {"sparsity": 1.0}, {"sparsity": -0.5}):
+    for bad in (
+        *bad_values,
+        {"variant": "best"},
+        {"sparsity": 1.0},
+        {"sparsity": -0.5},
+        {"variant": "forward", "eps": 1.0},
+    ):
         with pytest.raises(jp.InputError):
             jp.mezo(**bad)
     method = jp.mezo("norms")
