@@ -79,13 +79,13 @@ def parse(text: str) -> dict[str, int]:
     """
     found: dict[str, int] = {}
     for part in text.split(","):
-        name, _, count = part.strip().partition("=")
-        if name not in AXES:
+        name, equals, count = part.strip().partition("=")
+        if name not in AXES or not equals:
             raise InputError(f"--mesh {text}: {part.strip()!r} should be AXIS=DEVICES with one of {', '.join(AXES)}")
         if name in found:
             raise InputError(f"--mesh {text}: {name} stands twice")
         if not re.fullmatch(r"[1-9]\d{0,6}", count):
-            raise InputError(f"--mesh {text}: {name}={count or '...'} should be a number of devices, at least 1")
+            raise InputError(f"--mesh {text}: {part.strip()} should have a number of devices, at least 1")
         found[name] = int(count)
     return {axis: found.get(axis, 1) for axis in AXES}
 

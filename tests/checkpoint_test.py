@@ -17,7 +17,7 @@ from jaxpeft import checksums
 from jaxpeft.checkpoint import Checkpoints, faults, foreign, not_in_base, on_disk
 from jaxpeft.errors import RunError
 from jaxpeft.train.state import TrainState
-from tests import runs
+from tests import virtual
 
 OPTIMIZER = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-2))
 
@@ -215,10 +215,8 @@ print(len(jax.devices()))
 def test_a_checkpoint_of_one_device_is_restored_onto_four(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(make(1, seed=5), {})
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "PYTHONPATH": str(runs.ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED, str(tmp_path)], env=environment, cwd=runs.ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-c", SHARDED, str(tmp_path)]
+    done = subprocess.run(command, env=virtual.devices(4), cwd=virtual.ROOT, capture_output=True, text=True)
     assert done.stdout == "4\n", done.stderr
 
 

@@ -1,6 +1,5 @@
 """The sketches of docs/contract.md, executed: each slot does what the page says."""
 
-import os
 import re
 import subprocess
 import sys
@@ -14,7 +13,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
-from tests import residuals, tiny
+from tests import residuals, tiny, virtual
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "contract.md"
 BATCH = tiny.batch()
@@ -201,9 +200,6 @@ for method in (jp.lora_fa(2, projected=True), jp.full()):  # adapters beside spl
 @pytest.mark.slow
 def test_a_sharded_run_passes_through_unchanged():
     """The same step on a 2 x 2 mesh of (host) devices gives the same numbers, with the kernels left split."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = str(PAGE.parent.parent)
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, cwd=PAGE.parent.parent
-    )
+    command = [sys.executable, "-c", SHARDED]
+    done = subprocess.run(command, env=virtual.devices(4), capture_output=True, text=True, cwd=virtual.ROOT)
     assert done.returncode == 0, done.stderr[-3000:]

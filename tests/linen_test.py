@@ -108,7 +108,10 @@ METHODS = (
 
 @pytest.mark.parametrize(
     ("method", "name"),
-    [*((METHODS[0], name) for name in MODULES), *((method, "scanned") for method in METHODS[1:])],
+    [
+        *((METHODS[0], name) for name in MODULES),
+        *(pytest.param(method, "scanned", marks=pytest.mark.slow) for method in METHODS[1:]),
+    ],
     ids=lambda x: x if isinstance(x, str) else x.name,
 )
 def test_every_linear_map_that_runs_is_a_site(name, method):

@@ -49,7 +49,7 @@ def own(leaves, name):
     return {path.replace(f"/several/{name}/", f"/{scope}/"): x for path, x in leaves.items() if f"/{name}/" in path}
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_gradients_are_those_of_training_alone(made, accumulate):
     """Of each adapter on its rows; rows without one count for none; also in micro-batches."""
     method, model, trainable, rest = made

@@ -3,11 +3,9 @@
 import itertools
 import json
 import math
-import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,8 @@ import pytest
 from jaxpeft import sharding, tree
 from jaxpeft.errors import InputError
 from jaxpeft.models import FAMILIES, geometries
-from tests import methods_test
+from tests import methods_test, virtual
 
-ROOT = Path(__file__).parent.parent
 MESHES = ("data=8", "fsdp=8", "tensor=8", "seq=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,seq=2")
 PLANS = ("compressed", "offload", "compressed12")
 OPTIMIZERS = ("adam8bit", "adafactor", "sm3")
@@ -99,11 +96,9 @@ def head_of_a_table():
 
 def on_meshes(wanted):
     """What the worker finds of {name: meshes}; LLVM, which is half of the time, is asked for no speed."""
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    flags += " --xla_llvm_disable_expensive_passes=true"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    environment = virtual.devices(8, "--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true")
     arguments = [sys.executable, "-c", WORKER, json.dumps(wanted)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, cwd=virtual.ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -246,8 +241,9 @@ def test_factors_follow_their_kernel():
         ("data=3,seq=2", "--mesh data=3,seq=2: 3 x 2 = 6 devices, there are 1"),
         ("rows=2", "--mesh rows=2: 'rows=2' should be AXIS=DEVICES with one of data, fsdp, tensor, seq"),
         ("data=2,data=2", "--mesh data=2,data=2: data stands twice"),
-        ("data=0", "--mesh data=0: data=0 should be a number of devices, at least 1"),
-        ("data", "--mesh data: data=... should be a number of devices, at least 1"),
+        ("data=0", "--mesh data=0: data=0 should have a number of devices, at least 1"),
+        ("data", "--mesh data: 'data' should be AXIS=DEVICES with one of data, fsdp, tensor, seq"),
+        ("data=", "--mesh data=: data= should have a number of devices, at least 1"),
     ],
 )
 def test_a_mesh_that_is_none(text, message):

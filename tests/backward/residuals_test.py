@@ -1,10 +1,8 @@
 """Residuals by name: the gradients of plain autodiff, what is kept for them counted by hand, and plans as text."""
 
 import functools
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -23,11 +21,10 @@ from jaxpeft.models import layers
 from pallas_kernels import packed as quantized
 from pallas_kernels.platform import tracing_for
 from pallas_kernels.stacked import Stacked
-from tests import contract_test, tiny
+from tests import contract_test, tiny, virtual
 from tests.residuals import bytes_per_token, saved
 
 page = contract_test.page  # the namespace of docs/contract.md
-REPOSITORY = Path(__file__).resolve().parent.parent.parent
 D, F, HEADS, LAYERS, RANK = 32, 56, 4, 3, 4  # of tiny.CONFIG
 MHA = {"num_key_value_heads": HEADS}
 QWEN2 = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 2}
@@ -106,7 +103,8 @@ def same(found, wanted, tolerance=1e-5):
         ("lora", "qwen3", "matmuls"),
         ("lora", "windows by layer", "matmuls"),
         ("lora", "mistral", "blocks,tokens=16"),
-        ("dropout", "llama", "matmuls"),  # all rows in one group: the masks of plain autodiff
+        # All rows in one group: the masks of plain autodiff.
+        pytest.param("dropout", "llama", "matmuls", marks=pytest.mark.slow),
     ],
 )
 def test_gradients_are_those_of_plain_autodiff(method, family, save):
@@ -150,14 +148,14 @@ def test_a_block_reads_frozen_kernels_in_their_stacks(monkeypatch, name):
 @pytest.mark.parametrize(
     ("method", "save"),
     [
-        ("lora", "matmuls,tokens=32"),
+        pytest.param("lora", "matmuls,tokens=32", marks=pytest.mark.slow),
         pytest.param("lora", "blocks,tokens=16", marks=pytest.mark.slow),  # the backward pass holds kernels
         pytest.param("lora", "compressed,block_input=compress,tokens=16", marks=pytest.mark.slow),
         ("lora", "compressed12,tokens=16"),  # whose codes are made without a seed
         ("lora", "blocks,block_input=offload,tokens=16"),
         pytest.param("lora", "offload,tokens=32", marks=pytest.mark.slow),  # one loop: what is made goes to the host
         ("dropout", "matmuls,tokens=16"),
-        ("qlora", "blocks,tokens=16"),
+        pytest.param("qlora", "blocks,tokens=16", marks=pytest.mark.slow),
         pytest.param("last:1", "blocks,tokens=16", marks=pytest.mark.slow),
         pytest.param("full", "matmuls,tokens=16", marks=pytest.mark.slow),
     ],
@@ -255,11 +253,8 @@ assert frozen["layers/mlp/up_proj/kernel"].addressable_shards[0].data.shape[-1] 
 @pytest.mark.slow
 def test_sharded():
     """Parameters split over a 2 x 2 mesh of host devices, rows over all four."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True, cwd=REPOSITORY
-    )
+    command = [sys.executable, "-c", SHARDED]
+    done = subprocess.run(command, env=virtual.devices(4), capture_output=True, text=True, cwd=virtual.ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -147,7 +147,7 @@ def test_gradients_with_small_factors(lam, beta, swap):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize("layers", [24, 48])
+@pytest.mark.parametrize("layers", [24, pytest.param(48, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("lam, beta, swap", [(EIGHTH, ONE, True), (Fraction(3, 8), Fraction(1, 256), False)])
 def test_rebuilt_streams_are_the_stored_ones(lam, beta, swap, layers, dtype):
     """In one program, and in two: with `every=1` the backward pass reads stored streams, and gradients are the same."""

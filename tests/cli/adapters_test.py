@@ -289,7 +289,12 @@ def test_export_of_a_run_that_trained_the_base_itself(method, options, capsys, t
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("mezo", ("seeds=2",)), ("sparse_mezo", ()), ("quantize+qzo", ("format=int8", "group=8")), ("zo2", ())],
+    [
+        ("mezo", ("seeds=2",)),
+        pytest.param("sparse_mezo", (), marks=pytest.mark.slow),
+        ("quantize+qzo", ("format=int8", "group=8")),
+        pytest.param("zo2", (), marks=pytest.mark.slow),
+    ],
     ids=["mezo", "sparse_mezo", "qzo", "zo2"],
 )
 def test_export_takes_the_steps_again_without_a_checkpoint(method, options, capsys, tmp_path):

@@ -71,7 +71,13 @@ def compiled(target, function, args, dump=None, donate=()):
 
 
 @pytest.mark.parametrize(
-    ("target", "method"), [("h200", None), ("v5p", None), ("h200", jp.lora(16)), ("v5p", jp.lora(16))]
+    ("target", "method"),
+    [
+        pytest.param("h200", None, marks=pytest.mark.slow),
+        ("v5p", None),
+        ("h200", jp.lora(16)),
+        pytest.param("v5p", jp.lora(16), marks=pytest.mark.slow),
+    ],
 )
 def test_a_token_moves_the_weights_once_the_cache_once_and_a_slot(tmp_path, target, method):
     _, (step, args) = parts(method)

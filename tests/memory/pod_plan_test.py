@@ -327,9 +327,12 @@ def test_the_best_mesh_is_the_fastest_that_fits(monkeypatch):
     assert len(made["tried"]) == made["meshes"] == len(seen) == len(said) == len(meshes.candidates(8, ROWS))
     assert seen[0] == "data=8"  # nothing to gather, and little to sum up
     assert said[0] == "v5p:2x2x2, data=8: 1.00 GiB, does not fit, 3000.0 ms at least"
+    # None is begun that would end too late if it took as long as the longest before it: 30, 50 seconds, 20.
+    clock = iter([0, 0, 30, 30, 80, 80])
+    monkeypatch.setattr(meshes.time, "monotonic", lambda: next(clock))
     seen.clear()
-    meshes.best(make, target, ROWS, most_seconds=0.0)
-    assert len(seen) == 1
+    meshes.best(make, target, ROWS, most_seconds=100.0)
+    assert len(seen) == 2
 
 
 def test_no_mesh_is_one_line(monkeypatch):

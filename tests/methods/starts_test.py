@@ -206,7 +206,12 @@ def test_eva_of_a_module_of_one_s_own_that_is_computed_again():
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"direction": "A2rBr", "scale": "unit"}, {"direction": "ArBr", "scale": "gd_scale"}, {"scale": "weight_svd"}],
+    [
+        {},
+        {"direction": "A2rBr", "scale": "unit"},
+        pytest.param({"direction": "ArBr", "scale": "gd_scale"}, marks=pytest.mark.slow),
+        pytest.param({"scale": "weight_svd"}, marks=pytest.mark.slow),
+    ],
     ids=str,
 )
 def test_lora_ga_starts_where_peft_s_does(llama, options, tmp_path):

@@ -75,7 +75,7 @@ def test_lora_finds_the_sites(targets, tmp_path):
 
 
 PLANS = [
-    ("bert, classifier", "blocks"),
+    pytest.param("bert, classifier", "blocks", marks=pytest.mark.slow),
     ("roberta, masked LM", "matmuls"),
     ("opt, causal LM", "matmuls"),
     ("vit", "matmuls"),
@@ -108,7 +108,14 @@ THEIR_TARGETS = {
 
 
 @pytest.mark.parametrize(
-    "case", ["bert", "bert, classifier", "roberta, classifier", "opt, causal LM", "opt, classifier"]
+    "case",
+    [
+        pytest.param("bert", marks=pytest.mark.slow),
+        "bert, classifier",
+        "roberta, classifier",
+        "opt, causal LM",
+        pytest.param("opt, classifier", marks=pytest.mark.slow),
+    ],
 )
 def test_adapters_are_pefts(case, tmp_path):
     """Exported, PEFT computes the same; imported, they come back; and PEFT's own are read."""

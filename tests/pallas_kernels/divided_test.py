@@ -1,10 +1,8 @@
 """Operations on a mesh of eight host devices: each device computes on its part, the whole is one device's."""
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import jax
 import pytest
@@ -12,8 +10,7 @@ from jax.sharding import AbstractMesh
 
 from pallas_kernels.divided import Dims, Divided, fits
 from pallas_kernels.packed import quantize
-
-ROOT = Path(__file__).parent.parent.parent
+from tests import virtual
 
 PRODUCTS = {
     "rows": {"b": ("x", "y")},
@@ -39,6 +36,7 @@ from pallas_kernels.attention import Where, attention
 from pallas_kernels.divided import Divided
 from pallas_kernels.lora_matmul import forward_into, lora_matmul
 from pallas_kernels.packed import quantize
+from tests import virtual
 from pallas_kernels.quant_lora_matmul import quant_lora_matmul
 from pallas_kernels.stacked import Stacked
 from tests.pallas_kernels import divided_test as cases
@@ -110,9 +108,8 @@ print(json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found():
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", WORKER], env=environment, capture_output=True, text=True, cwd=ROOT)
+    command = [sys.executable, "-c", WORKER]
+    done = subprocess.run(command, env=virtual.devices(8), capture_output=True, text=True, cwd=virtual.ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.splitlines()[-1])
 

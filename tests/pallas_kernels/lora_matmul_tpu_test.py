@@ -97,10 +97,10 @@ def test_the_pipeline_copies_no_more_than_it_must(monkeypatch):
 # (device, rows, n, m, rank, dtype, rate)
 COMPILED = [
     ("v5e", 8192, 4096, 4096, 16, jnp.bfloat16, 0.0),
-    ("v5p", 8191, 4096, 11008, 8, jnp.bfloat16, 0.1),
+    pytest.param("v5p", 8191, 4096, 11008, 8, jnp.bfloat16, 0.1, marks=pytest.mark.slow),
     ("v6e", 8192, 8192, 128, 64, jnp.bfloat16, 0.1),
     ("v5p", 8192, 8192, 28672, 256, jnp.bfloat16, 0.0),
-    ("v5p", 2047, 3584, 8192, 4, jnp.float32, 0.1),
+    pytest.param("v5p", 2047, 3584, 8192, 4, jnp.float32, 0.1, marks=pytest.mark.slow),
     ("v5e", 192, 256, 512, 4, jnp.bfloat16, 0.0),  # of a mask of few rows, in two tiles of lanes
 ]
 

@@ -52,11 +52,11 @@ def expected(function, given, rate):
     ("function", "format", "group", "shape", "rate", "config"),
     [
         ("forward", "nf4", 64, (200, 256, 192, 16), 0.0, None),
-        ("forward", "int4", 128, (136, 128, 128, 72), 0.25, None),
+        pytest.param("forward", "int4", 128, (136, 128, 128, 72), 0.25, None, marks=pytest.mark.slow),
         ("forward", "int8", 128, (392, 128, 192, 8), 0.0, gpu.Config(256, 6, 2, 4, 1)),
         ("input_gradient", "nf4", 128, (130, 256, 128, 16), 0.25, None),
         ("input_gradient", "int4", 64, (264, 256, 128, 8), 0.0, gpu.Config(256, 3, 2, 4, 1)),
-        ("input_gradient", "int8", 64, (7, 256, 192, 16), 0.25, None),
+        pytest.param("input_gradient", "int8", 64, (7, 256, 192, 16), 0.25, None, marks=pytest.mark.slow),
     ],
 )
 def test_a_kernel_is_right(function, format, group, shape, rate, config):

@@ -49,7 +49,7 @@ def ours(checkpoint, adapter, rows, dtype):
     return log_probabilities(jax.jit(model.apply)(params, {"tokens": rows}), rows)
 
 
-@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+@pytest.mark.parametrize("name", ["lora", pytest.param("dora", marks=pytest.mark.slow), "ia3"])
 def test_what_is_served_is_within_twice_the_noise_of_bfloat16(name, checkpoint, rows, tmp_path):
     """The noise is what bfloat16 itself does to transformers and peft's log-probabilities, mean over the tokens; on a
     CPU another batch shape changes no bit of theirs. In float32 both are equal.

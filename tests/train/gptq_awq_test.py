@@ -5,7 +5,6 @@ What is written here follows the formats number by number; what it is worth is c
 
 import dataclasses
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from jaxpeft.models.quantized import Scheme, scheme_of
 from jaxpeft.quant import Affine, dense, is_packed
 from jaxpeft.train import loop
 from jaxpeft.train import prepare as preparing
-from tests import runs
+from tests import runs, virtual
 
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
@@ -341,7 +340,8 @@ print("same")
 @pytest.mark.slow
 def test_on_a_mesh(files, tmp_path):
     folder = quantized_folder(files, tmp_path, SAID["gptq"])
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(runs.ROOT)}
     command = [sys.executable, "-c", MESH, str(folder / "model"), str(files / "model")]
-    done = subprocess.run(command, env=environment, cwd=runs.ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=virtual.devices(8), cwd=virtual.ROOT, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0 and done.stdout.strip() == "same", done.stderr[-2000:]

@@ -1,7 +1,6 @@
 """Whole runs on eight host devices: the losses and the adapter of one device, continued on another mesh."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -10,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from jaxpeft.train.metrics import read
-from tests import runs
+from tests import virtual
 
 WORKER = """
 import json, sys
@@ -35,9 +34,7 @@ print(json.dumps({name: run(words) for name, words in json.loads(sys.argv[1]).it
 
 def process():
     """How a process of eight devices is started."""
-    flags = "--xla_force_host_platform_device_count=8"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
-    return {"env": environment, "capture_output": True, "text": True}
+    return {"env": virtual.devices(8), "capture_output": True, "text": True}
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import jaxpeft as jp
 from jaxpeft import errors, launched
 from jaxpeft.cli import main
 from jaxpeft.train.metrics import read
-from tests import runs
+from tests import runs, virtual
 
 # The command, in which the process gets a signal once step 4 has been accounted for.
 WORKER = """
@@ -40,8 +40,7 @@ sys.exit(main(flags))
 
 def start(args, count, devices=1, struck=None, number=0, differ=None):
     """The processes of a run; `struck` gets the signal `number`, process 1 other fields if some differ."""
-    environment = runs.command(args)[1]
-    environment["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    environment = {**runs.command(args)[1], **virtual.devices(devices)}
     changed = [differ if differ and index == 1 else {} for index in range(count)]
     words = [runs.command(replaced(args, **own))[0][3:] for own in changed]
     return launch([["-c", WORKER, str(number if i == struck else 0), *own] for i, own in enumerate(words)], environment)

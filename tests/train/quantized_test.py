@@ -34,9 +34,10 @@ def stored(folder):
 
 
 ANOTHER_ORDER = pytest.param("lora_fa+quantize", marks=pytest.mark.slow)
+SCALES_TRAIN = pytest.param("peqa", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("name", ["quantize+lora", ANOTHER_ORDER, "peqa"])
+@pytest.mark.parametrize("name", ["quantize+lora", ANOTHER_ORDER, SCALES_TRAIN])
 def test_packed_kernels_are_made_again_and_a_run_continues_bit_by_bit(name, files, cache, tmp_path, monkeypatch):
     def arguments(out, **changes):
         return runs.arguments(files, tmp_path / out, method=name, samples=0, **METHODS[name], **changes)

@@ -30,7 +30,7 @@ def batch_of(labels, rows=6, seed=0):
 # The loss.
 
 
-@pytest.mark.parametrize("labels", [1, 2, 5])
+@pytest.mark.parametrize("labels", [1, pytest.param(2, marks=pytest.mark.slow), 5])
 def test_the_loss_is_the_mean_over_the_rows_that_count(labels):
     model, params = model_of(labels)
     batch = batch_of(labels)

@@ -1,7 +1,6 @@
 """Runs whose method starts from data: its first batches are still trained on, and a resumed run starts no more."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -16,7 +15,7 @@ from jaxpeft.peft import import_adapter
 from jaxpeft.starts import probes
 from jaxpeft.train import loop
 from jaxpeft.train import prepare as preparing
-from tests import runs
+from tests import runs, virtual
 
 
 @pytest.mark.parametrize("init", ["eva", pytest.param("lora_ga", marks=pytest.mark.slow)])
@@ -118,7 +117,6 @@ print(json.dumps({init: far(init) for init in ("eva", "lora_ga")}))
 
 @pytest.mark.slow
 def test_on_a_mesh_the_start_is_one_device_s():
-    flags = "--xla_force_host_platform_device_count=4"
-    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(runs.ROOT)}
-    done = subprocess.run([sys.executable, "-c", WORKER], env=environment, capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", WORKER]
+    done = subprocess.run(command, env=virtual.devices(4), capture_output=True, text=True, check=True)
     assert max(json.loads(done.stdout.splitlines()[-1]).values()) < 1e-4
