@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.galore import galore
     from jaxpeft.methods.half import half
     from jaxpeft.methods.houlsby import houlsby
+    from jaxpeft.methods.hybrid import hybrid
     from jaxpeft.methods.ia3 import ia3
     from jaxpeft.methods.int21 import int21
     from jaxpeft.methods.ist import ist
@@ -125,6 +126,7 @@ _MODULE_OF = {
     "galore": "methods.galore",
     "half": "methods.half",
     "houlsby": "methods.houlsby",
+    "hybrid": "methods.hybrid",
     "import_adapter": "peft",
     "init_state": "train.state",
     "int21": "methods.int21",

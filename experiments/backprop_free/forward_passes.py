@@ -19,8 +19,19 @@ STEPS: tuple[tuple[str, int, int, str, tuple[str, ...]], ...] = (
     ("llama2-7b", 4, 512, "mezo", ()),
     ("llama2-13b", 1, 512, "quantize+qzo", ("format=int4",)),
     ("llama2-7b", 4, 512, "mezo", ("variant=forward",)),
+    ("opt-13b", 4, 512, FORWARD, ()),
+    ("opt-13b", 4, 512, "mezo", ()),
+    ("opt-30b", 4, 512, FORWARD, ()),
+    ("opt-30b", 4, 512, "mezo", ()),
 )
 TARGETS = ("h200", "v5p")
+# Beside full fine-tuning on an H200: what is compared, whose paper's claim it is, and its two figures in GB. MeZO's are
+# of A100s and rows of 400 tokens on average (MultiRC), one at a time; QZO's of 16-bit weights, gradients and moments of
+# 7B parameters, and of int4 weights.
+CLAIMS = (
+    ("opt-13b", 1, 400, "mezo", (), "MeZO", 316, 26),
+    ("llama2-7b", 1, 512, "quantize+qzo", ("format=int4",), "QZO", 56, 3.5),
+)
 
 
 def measure(key: common.Row) -> common.Row:
@@ -44,7 +55,9 @@ def measure(key: common.Row) -> common.Row:
 
 
 def collect(figures: common.Figures) -> list[common.Row]:
-    """A figure for each step on each target."""
+    """A figure for each step on each target, then those of the papers' claims, each before full fine-tuning's."""
+    beside = [step for *of, words, options, _, _, _ in CLAIMS for step in ((*of, words, options), (*of, "full", ()))]
+    asked = [(target, *step) for target in TARGETS for step in STEPS] + [(TARGETS[0], *step) for step in beside]
     return [
         figures(
             geometry=geometry,
@@ -55,8 +68,7 @@ def collect(figures: common.Figures) -> list[common.Row]:
             dtype="bfloat16",
             target=target,
         )
-        for target in TARGETS
-        for geometry, batch, length, words, options in STEPS
+        for target, geometry, batch, length, words, options in asked
     ]
 
 
@@ -64,8 +76,8 @@ def document(rows: Sequence[common.Row]) -> str:
     """The table under its title, each step beside the forward pass of the same batch on the same device."""
     same = ("geometry", "batch_size", "seq_len", "target")
     passes = {tuple(row[name] for name in same): row for row in rows if row["method"] == FORWARD}
-    body = []
-    for row in rows:
+    body, claims = [], rows[len(TARGETS) * len(STEPS) :]
+    for row in rows[: len(TARGETS) * len(STEPS)]:
         beside = passes.get(tuple(row[name] for name in same))
         body.append(
             [
@@ -79,4 +91,26 @@ def document(rows: Sequence[common.Row]) -> str:
         )
     header = ["step", "of", "GiB", "GB", "times the forward pass's", "its FLOPs"]
     jax = ", ".join(sorted({row["jax"] for row in rows}))
-    return f"# Steps without a backward pass\n\nbfloat16; JAX {jax}.\n\n{common.table(header, body)}"
+    table = common.table(header, body)
+    return f"# Steps without a backward pass\n\nbfloat16; JAX {jax}.\n\n{table}\n{beside_full(claims)}"
+
+
+def beside_full(rows: Sequence[common.Row]) -> str:
+    """The papers' claims with our figures: rows of each step and of full fine-tuning, in turn."""
+    body = []
+    for step, full, (*_, source, theirs, least) in zip(rows[::2], rows[1::2], CLAIMS, strict=True):
+        body.append(
+            [
+                f"{step['method']} {' '.join(step['options'])}".strip(),
+                f"{step['geometry']}, {step['batch_size']} x {step['seq_len']}",
+                *(f"{row['total'] / 1e9:.1f}" for row in (full, step)),
+                f"{full['total'] / step['total']:.1f}",
+                f"{source}: {theirs} and {least}, {theirs / least:.1f}",
+            ]
+        )
+    header = ["step", "of", "full fine-tuning, GB", "GB", "times less", "as its paper has it"]
+    how = (
+        "On an H200; full fine-tuning by Adam with masters, gradients and moments in float32, 16 bytes a number, under "
+        "`matmuls`."
+    )
+    return f"## Beside full fine-tuning\n\n{how}\n\n{common.table(header, body)}"

@@ -25,7 +25,7 @@ Variants, of ZO-Bench (Zhang et al. 2024, arXiv:2402.11592), by `variant` and `s
     sparsity       z is 0 at a share of the elements, chosen by the same counter: nothing is stored, nothing rescaled
 
 All have the memory of one evaluation, but for the moments, and the tangents of `forward` (Llama-3.2-1B, 4 x 1024, h200:
-0.47 GiB of workspace in place of 0.30). A first-order half of the model (hybrid) is left out.
+0.47 GiB of workspace in place of 0.30). A first-order part of the model is `hybrid`.
 
 Alone, a run is the base and a slope and a rate of each step: `jaxpeft export --replay` makes any step's weights again
 of them, without a checkpoint or a forward pass. (Not of `blockwise`, whose slopes are not among a step's metrics.)

@@ -198,9 +198,11 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "roberta-large": _encoder(1024, 4096, 24, 16, **_ROBERTA),
     # sentence-transformers/all-MiniLM-L6-v2
     "minilm": _encoder(384, 1536, 6, 12, **_BERT | {"architectures": ["BertModel"]}),
-    # facebook/opt-1.3b, -6.7b
+    # facebook/opt-1.3b, -6.7b, -13b, -30b
     "opt-1.3b": _opt(2048, 24, 32),
     "opt-6.7b": _opt(4096, 32, 32),
+    "opt-13b": _opt(5120, 40, 40),
+    "opt-30b": _opt(7168, 48, 56),
     # google/vit-base-patch16-224, -large-patch16-224
     "vit-b-16": _encoder(768, 3072, 12, 12, **_VIT),
     "vit-l-16": _encoder(1024, 4096, 24, 16, **_VIT),

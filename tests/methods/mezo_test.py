@@ -49,9 +49,10 @@ def z_of(words, path, shape):
         return np.sqrt(2) * erfinv((2 * (bits >> np.uint32(9)).astype(np.float64) + 1) / 2**23 - 1).reshape(shape)
 
     keys = hashed(words ^ np.uint32(zlib.crc32(path.encode())))
-    if not path.startswith("layers/"):
+    if not tree.stacked(path):
         return one(keys, shape)
-    return np.stack([one(hashed(keys + np.uint32(1 + layer)), shape[1:]) for layer in range(shape[0])])
+    first = int((*path.split("/")[0].split("_"), "0")[1])
+    return np.stack([one(hashed(keys + np.uint32(1 + first + layer)), shape[1:]) for layer in range(shape[0])])
 
 
 def z_of_step(leaves, step=0):
