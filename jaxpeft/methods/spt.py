@@ -275,8 +275,9 @@ class Sparse:
 
 def _check_alone(mlp: Any, params: Mapping[str, Any]) -> None:
     """Refuses a chain's other adapters in a routed MLP, whose blocks they would not see."""
-    known = {"gate_proj", "up_proj", "down_proj", "kernel", "bias", NAME}
-    others = {name for own in (params, *params.values()) for name in own if name not in known | {"router", "codebooks"}}
+    kernels = params.keys() & {"gate_proj", "up_proj", "down_proj"}
+    others = params.keys() - kernels - {NAME}
+    others |= {name for kernel in kernels for name in params[kernel]} - {"kernel", "bias", NAME}
     path = "/".join(mlp.path)
     for entry in sites.in_force():
         if entry.chosen is not None and any(f"/{path}/" in f"/{site}" for site in entry.chosen):
@@ -382,6 +383,6 @@ ABOUT = About(
     trains="A and B, r(n+m) numbers per kernel, a router, d G numbers per MLP, and codebooks, a head's E words",
     saves="gradients and optimizer state of all but these; gate and up of the blocks that a token does not take",
     reference="Gui et al. 2023, arXiv:2312.10365",
-    example={"rank": 4, "keep": 0.25, "code_size": 4, "codewords": 4, "blocks": 4},
+    example={"rank": 4, "keep": 0.25, "code_size": 4, "codewords": 4, "blocks": 2},
     promises=Promises(block_bytes=block_bytes, row_bytes=row_bytes, starts_at_base=False, merges=False),
 )

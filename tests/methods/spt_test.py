@@ -1,5 +1,6 @@
 """SPT: against its equations in numpy, the dense model where nothing is left out, what is kept, and mistakes."""
 
+import functools
 import math
 import re
 
@@ -10,6 +11,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import few_keys, tree
+from jaxpeft import method as contract
 from jaxpeft.backward.residuals import remat
 from jaxpeft.methods import spt
 from jaxpeft.train.loss import completion_loss
@@ -19,6 +21,7 @@ from pallas_kernels import attention as attention_op
 from tests import beside, by_hand, residuals, tiny
 
 KEY = jax.random.key(0)
+once = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})  # what runs once
 LENGTH, BLOCKS, WORDS, PART = 18, 4, 5, 4
 OPTIONS = {"rank": 2, "keep": 0.25, "code_size": PART, "codewords": WORDS, "blocks": BLOCKS, "capacity": 1.0}
 METHOD = jp.spt(alpha=4, **OPTIONS)
@@ -93,7 +96,7 @@ def routed(w, x, live, room, scale=2.0):
         if not live[t]:
             continue
         p = 1 / (1 + np.exp(-x[t] @ w["mlp/spt/router"]))
-        base, low = 0, 0
+        base, low = np.zeros(x.shape[1]), np.zeros(2)
         for b in sorted(range(BLOCKS), key=lambda b: -p[b])[:2]:
             chose, own = chose + 1, slice(b * size, (b + 1) * size)
             if taken[b] == room:
@@ -130,7 +133,7 @@ def test_a_step_equals_the_equations(moved):
     """Each layer of each row: the stream of what is no padding, and what layers say."""
     model, trainable, frozen = moved
     batch = packed()
-    _, found, sums = jax.jit(lambda params: ((out := model.ran(params, batch, KEY))[1], *out[1:]))(
+    _, found, sums = once(lambda params: ((out := model.ran(params, batch, KEY))[1], *out[1:]))(
         jp.combine(trainable, frozen)
     )
     room = math.ceil(LENGTH * 2 / BLOCKS)
@@ -144,10 +147,11 @@ def test_a_step_equals_the_equations(moved):
     assert min(dropped[:6]) > 0.01  # of whole rows; a half of a row leaves room
 
 
+@pytest.mark.slow
 def test_evaluation_reads_all_keys_and_drops_nothing(moved):
     model, trainable, frozen = moved
     batch = packed()
-    found = jax.jit(lambda params: model.hidden(params, batch))(jp.combine(trainable, frozen))
+    found = once(lambda params: model.hidden(params, batch))(jp.combine(trainable, frozen))
     for row, (segments, positions) in enumerate(zip(batch["segment_ids"], batch["positions"], strict=True)):
         x, _ = row_of({**frozen, **trainable}, batch["tokens"][row], positions, segments, 1, LENGTH)
         live = segments > 0
@@ -155,16 +159,18 @@ def test_evaluation_reads_all_keys_and_drops_nothing(moved):
 
 
 def test_decoding_gives_what_a_whole_row_gives(moved):
-    """A first pass of ten tokens, then three, then one."""
+    """A first pass of ten tokens, then one."""
     model, trainable, frozen = moved
     params = jp.combine(trainable, frozen)
-    ids = tiny.batch(2, 14)["tokens"]
-    whole = model.hidden(params, {"tokens": ids})
+    ids = tiny.batch(2, 11)["tokens"]
+    whole = once(lambda params: model.hidden(params, {"tokens": ids}))(params)
     cache = model.stack.init_cache(2, 16)
-    for first, end in ((0, 10), (10, 13), (13, 14)):
+    for first, end in ((0, 10), (10, 11)):
         at = np.tile(np.arange(first, end, dtype=np.int32), (2, 1))
         part = {"tokens": ids[:, first:end], "positions": at, "segment_ids": np.ones_like(at)}
-        x, cache = model.stack.run(model.stack, params, part, None, cache)
+        x, cache = once(lambda params, part=part, cache=cache: model.stack.run(model.stack, params, part, None, cache))(
+            params
+        )
         np.testing.assert_allclose(x, whole[:, first:end], rtol=1e-3, atol=1e-4)
 
 
@@ -173,30 +179,30 @@ def test_a_step_sees_no_later_token(moved):
     model, trainable, frozen = moved
     params, batch = jp.combine(trainable, frozen), tiny.batch(3, LENGTH)
     other = {**batch, "tokens": np.where(np.arange(LENGTH) < 9, batch["tokens"], (batch["tokens"] + 31) % 97)}
-    run = jax.jit(lambda batch: model.hidden(params, batch, KEY))
+    run = once(lambda batch: model.hidden(params, batch, KEY))
     np.testing.assert_array_equal(run(batch)[:, :9], run(other)[:, :9])
 
 
 # With nothing left out.
 
 
-def program(method, key=KEY):
+def program(method):
     """The gradient's program, as text."""
     model, trainable, rest = jp.setup(method, *tiny.model(), KEY)
-    value = lambda trainable: completion_loss(model, jp.combine(trainable, rest), tiny.batch(), key)[0]
+    value = lambda trainable: completion_loss(model, jp.combine(trainable, rest), tiny.batch(), KEY)[0]
     return re.sub(r"0x[0-9a-f]+", "", str(jax.make_jaxpr(jax.grad(value))(trainable)))
 
 
 def test_with_all_keys_and_all_blocks_it_is_lora():
     """The very program."""
     assert program(jp.spt(2, keep=1.0, active=1.0)) == program(jp.lora(2))
-    assert program(jp.spt(2, keep=1.0, active=1.0), key=None) == program(jp.lora(2), key=None)
 
 
 def test_all_keys_are_dense_attention():
     """By the way of codes, with every key kept: outputs and gradients of the fused kernel's."""
+    shapes = [(2, LENGTH, heads, 8) for heads in (4, 2, 2, 4)]
     q, k, v, d_out = (
-        jax.random.normal(key, (2, LENGTH, heads, 8)) for key, heads in zip(jax.random.split(KEY, 4), (4, 2, 2, 4))
+        jax.random.normal(key, shape) for key, shape in zip(jax.random.split(KEY, 4), shapes, strict=True)
     )
     segments = jnp.asarray(packed()["segment_ids"][1:])
     where = attention_op.Where(None, None, segments, segments)
@@ -204,8 +210,12 @@ def test_all_keys_are_dense_attention():
     dense = lambda *qkv: attention_op.attention(*qkv, where, 8**-0.5, 5)
     coded = lambda *qkv: few_keys.attend(*qkv, where, books, 1.0, 5)[0]
     live = (segments > 0)[..., None, None]
-    outs = [jax.jit(lambda *qkv, f=f: jax.vjp(f, *qkv)[1](jnp.where(live, d_out, 0)) + (f(*qkv) * live,))(q, k, v)
-            for f in (dense, coded)]  # fmt: skip
+
+    def both(f):
+        out, pull = jax.vjp(f, q, k, v)
+        return out * live, *pull(d_out * live)
+
+    outs = [once(functools.partial(both, f))() for f in (dense, coded)]
     for one, other in zip(*outs, strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
 
@@ -215,7 +225,7 @@ def test_all_blocks_are_the_dense_mlp():
     base, params = tiny.model()
     model, trainable, rest = jp.setup(jp.spt(2, keep=1.0, active=0.9, blocks=BLOCKS, capacity=2.0), base, params, KEY)
     flat = {path: 0 * leaf if path.endswith("router") else leaf for path, leaf in {**trainable, **rest}.items()}
-    found = jax.jit(lambda flat: model.hidden(tree.unflatten(flat), tiny.batch(), KEY))(flat)
+    found = once(lambda flat: model.hidden(tree.unflatten(flat), tiny.batch(), KEY))(flat)
     np.testing.assert_allclose(found, base.hidden(params, tiny.batch()), rtol=1e-4, atol=1e-5)
 
 
@@ -227,45 +237,58 @@ def test_places_are_the_first_that_choose():
 # What trains.
 
 
-def test_the_codebooks_follow_keys_and_change_no_loss(moved):
-    """The loss's value is the task's; all that trains has a gradient, the codebooks' that of what they lose alone."""
-    model, trainable, frozen = moved
-    batch = packed()
-    objective = objective_of(model, METHOD, {**frozen, **trainable})
-    (value, aux), found = jax.jit(lambda t: objective.value_and_grad(t, frozen, batch, KEY, None))(trainable)
+def test_the_codebooks_follow_keys_and_change_no_loss():
+    """The loss's value is the task's; all that trains has a gradient."""
+    method = jp.spt(**{**OPTIONS, "blocks": 2, "targets": "down_proj,q_proj"})
+    model, trainable, frozen = beside.start(method, num_hidden_layers=1)
+    trainable, batch = beside.moved(trainable), packed()
+    objective = objective_of(model, method, {**frozen, **trainable})
 
-    def lost(trainable):
-        _, _, sums = model.ran(jp.combine(trainable, frozen), batch, KEY)
-        weights = batch["loss_weights"].sum(-1)
-        return jnp.sum(weights * sums["spt"][..., 0].mean(0)) / weights.sum()
+    @once
+    def every(trainable):
+        plain = completion_loss(model, jp.combine(trainable, frozen), batch, KEY)[0]
+        return objective.value_and_grad(trainable, frozen, batch, KEY, None), plain
 
-    def task(trainable):
-        return completion_loss(model, jp.combine(trainable, frozen), batch, KEY)[0]
-
-    (off, of_books), (plain, of_task) = jax.jit(lambda t: (jax.value_and_grad(lost)(t), jax.value_and_grad(task)(t)))(
-        trainable
-    )
-    np.testing.assert_allclose([value, aux["pq"]], [plain, off], rtol=1e-6)
+    ((value, aux), found), plain = every(trainable)
+    np.testing.assert_allclose(value, plain, rtol=1e-6)
+    assert aux["pq"] > 0
     for path, leaf in found.items():
         assert np.abs(leaf).max() > 0, path
-        own = of_books if path.endswith("codebooks") else of_task
-        np.testing.assert_allclose(leaf, own[path], rtol=1e-4, atol=1e-6, err_msg=path)
-        assert path.endswith("codebooks") or not np.any(of_books[path]), path
+
+
+def test_what_codebooks_lose_moves_them_alone():
+    """Its gradient with respect to a codeword is that of its formula, and none reaches queries and keys."""
+    z = jax.random.normal(KEY, (2, 7, 2, 2, 8))
+    live = jnp.arange(7) < jnp.array([[7], [4]])
+    books = jax.random.normal(jax.random.key(1), (2, 2, WORDS, PART))
+    lost = lambda z, books: jnp.sum(few_keys.quantized(z, live, books)[1])
+    of_z, of_books = once(jax.grad(lost, (0, 1)))(z, books)
+    assert not np.any(of_z)
+    z, books = np.asarray(z, np.float64), np.asarray(books, np.float64)
+
+    def summed(books):
+        at = [(b, t, n, g) for b in range(2) for t in range(7) if live[b, t] for n in range(2) for g in range(2)]
+        return sum(coded(z[place], books[place[2]])[1] for place in at) / 4
+
+    for place in [(0, 0, 0, 0), (0, 1, 2, 3), (1, 0, 4, 1), (1, 1, 3, 2)]:
+        step = np.zeros_like(books)
+        step[place] = 1e-5
+        slope = (summed(books + step) - summed(books - step)) / 2e-5
+        np.testing.assert_allclose(of_books[place], slope, rtol=1e-3, atol=1e-5)
 
 
 def test_codebooks_are_renewed_every_so_many_steps():
-    method = jp.spt(**{**OPTIONS, "refresh": 3, "active": 1.0})
-    optimizer = make_direction()
-    model, trainable, rest = jp.setup(method, *tiny.model(num_hidden_layers=1), KEY)
-    state = jp.init_state(method, optimizer, trainable, rest, KEY, model)
-    step = jax.jit(jp.make_train_step(model, method, optimizer, rate=1e-2))
-    path, changed = "layers/self_attn/spt/codebooks", []
-    for _ in range(5):
-        before, (state, _) = state.trainable[path], step(state, tiny.batch())
-        changed.append(bool(np.any(before != state.trainable[path])))
-    assert changed == [True, False, False, True, False]
+    """Between them they are put back, and all else stays as the step has left it."""
+    method, leaves = jp.spt(**{**OPTIONS, "refresh": 3}), ("layers/self_attn/spt/codebooks", "layers/mlp/spt/router")
+    view = contract.View(tiny.model()[0], method.specs, method.role, {})
+    for step in range(5):
+        before, after = (dict.fromkeys(leaves, jnp.full(2, x)) for x in (1.0, 2.0))
+        moment = contract.Moment(jnp.int32(step), KEY, None, 0.0, {}, {}, view, before)
+        moved = method.move(contract.Leaves(after, {}), moment).trained
+        assert [float(moved[path][0]) for path in leaves] == [2.0 if step % 3 == 0 else 1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_merged_is_lora_without_a_router():
     method = jp.spt(**{**OPTIONS, "active": 1.0})
     base, params = tiny.model()
@@ -280,8 +303,8 @@ def test_merged_is_lora_without_a_router():
 
 
 def kept_bytes(method, save, length=64):
-    """Per token and layer, of the loss in a training step, by two numbers of rows."""
-    model, trainable, rest = jp.setup(method, *tiny.model(), KEY)
+    """Per token, of one layer and the loss in a training step, by two numbers of rows."""
+    model, trainable, rest = jp.setup(method, *tiny.model(num_hidden_layers=1), KEY)
     model = remat(model, save)
 
     def kept(rows):
@@ -289,11 +312,11 @@ def kept_bytes(method, save, length=64):
         return tree.num_bytes([leaf for leaf in found if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)])
 
     few, many = kept(2), kept(6)
-    return (many - few) / 4 / length / 3
+    return (many - few) / 4 / length
 
 
 def test_keeps_gate_and_up_of_the_blocks_room():
-    """Under a plan that keeps products: gate and up are those of half of the tokens in each block, in the place of f."""
+    """Under a plan that keeps products: gate and up of half of the tokens in each block, in the place of all."""
     options = {**OPTIONS, "targets": "attention", "keep": 1.0}
     lora, half = kept_bytes(jp.lora(2, targets="attention"), "matmuls"), kept_bytes(jp.spt(**options), "matmuls")
     gate_and_up, x, router = 2 * 56 * 4, 32 * 4, BLOCKS * (4 + 4)  # logits, and whose turn it is
@@ -333,7 +356,7 @@ def test_refusals(options, message):
         (lambda: jp.chain(METHOD, jp.ia3()), "ia3 is in mlp, of which each token takes some blocks"),
         (lambda: jp.chain(jp.houlsby(2), METHOD), "houlsby is in mlp"),
         (lambda: jp.chain(jp.wta_crs(0.5, 2), METHOD), "wta_crs is in mlp"),
-        (lambda: jp.chain(METHOD, jp.lst(2)), "loses what the codebooks say"),
+        (lambda: jp.chain(jp.spt(**{**OPTIONS, "active": 1.0}), jp.meft()), "loses what the codebooks say"),
         (lambda: jp.chain(jp.lemo(0.5, 4), METHOD), "spt: a member before it takes 8 of 16 tokens"),
     ],
 )
@@ -365,3 +388,17 @@ def traced(method, **config):
 def test_chains_make_steps(make):
     """Traced; what runs them is the conformance test's."""
     traced(make())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("save", ["everything", "matmuls", "blocks"])
+def test_the_claimed_memory(save):
+    """Llama-2-7B, one row of 8192. A half is claimed, against attention that keeps its scores; LoRA here keeps none,
+    so what is spared is gate and up of 3/8 of each block's tokens, where a plan keeps them."""
+    if not importlib.util.find_spec("jax_plugins"):
+        pytest.skip("no CUDA plugin")
+    config = {**geometries.load("llama2-7b"), "max_position_embeddings": 8192}
+    target = targets.target("h200")
+    rows = [planner.row(planner.make_step(config, method, 1, 8192, save), target) for method in (jp.lora(), jp.spt())]
+    for name, row in zip(("lora", "spt"), rows, strict=True):
+        print(save, name, {key: round(x / 2**30, 2) for key, x in row["bytes"].items()}, row["flops"] / 1e12)
