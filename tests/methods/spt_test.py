@@ -1,6 +1,7 @@
 """SPT: against its equations in numpy, the dense model where nothing is left out, what is kept, and mistakes."""
 
 import functools
+import importlib.util
 import math
 import re
 
@@ -13,7 +14,9 @@ import jaxpeft as jp
 from jaxpeft import few_keys, tree
 from jaxpeft import method as contract
 from jaxpeft.backward.residuals import remat
+from jaxpeft.memory import planner, targets
 from jaxpeft.methods import spt
+from jaxpeft.models import geometries
 from jaxpeft.train.loss import completion_loss
 from jaxpeft.train.optimizer import make_direction
 from jaxpeft.train.step import objective_of
@@ -237,6 +240,7 @@ def test_places_are_the_first_that_choose():
 # What trains.
 
 
+@pytest.mark.slow
 def test_the_codebooks_follow_keys_and_change_no_loss():
     """The loss's value is the task's; all that trains has a gradient."""
     method = jp.spt(**{**OPTIONS, "blocks": 2, "targets": "down_proj,q_proj"})
