@@ -73,6 +73,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.sparsegrad import sparsegrad
     from jaxpeft.methods.speft import speft
     from jaxpeft.methods.spiel import spiel
+    from jaxpeft.methods.spt import spt
     from jaxpeft.methods.spt_lora import spt_lora
     from jaxpeft.methods.svfit import svfit
     from jaxpeft.methods.unipt import unipt
@@ -188,6 +189,7 @@ _MODULE_OF = {
     "sparsegrad": "methods.sparsegrad",
     "speft": "methods.speft",
     "spiel": "methods.spiel",
+    "spt": "methods.spt",
     "spt_lora": "methods.spt_lora",
     "sparse_mezo": "methods.sparse_mezo",
     "svfit": "methods.svfit",

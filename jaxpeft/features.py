@@ -145,6 +145,12 @@ def segments_in(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:
     return ids
 
 
+def mean_of_rows(values: jax.Array, batch: Batch) -> jax.Array:
+    """The mean of a number of each row (B,), as rows count in the loss: one of micro-batches is that of the batch."""
+    weights = batch["weights"] if "weights" in batch else jnp.sum(batch["loss_weights"], axis=-1, dtype=jnp.float32)
+    return jnp.sum(weights * values) / jnp.maximum(jnp.sum(weights), 1e-9)
+
+
 def decodes(model: Model) -> bool:
     """Whether a model is causal: whether it has a cache for decoding."""
     return model.stack.init_cache is not None

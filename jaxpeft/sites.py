@@ -61,6 +61,7 @@ __all__ = [
     "attach",
     "chooses",
     "factor_gradient",
+    "factor_gradient_of",
     "find",
     "first_match",
     "in_force",
@@ -144,6 +145,12 @@ def factor_gradient(name: str = "", change: Callable[..., jax.Array] | None = No
         yield
     finally:
         _factor_gradient.reset(token)
+
+
+def factor_gradient_of() -> str | None:
+    """Whose `factor_gradient` is in force; None outside."""
+    found = _factor_gradient.get()
+    return None if found is None else found[0]
 
 
 class Bound(NamedTuple):

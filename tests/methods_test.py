@@ -26,7 +26,7 @@ from tests import residuals, tiny
 # What is for encoders that classify alone is held to the same in its own test.
 METHODS = [name for name in contract.names() if not contract.about(name).promises.classifies]
 # What takes a compiler longest is asked of one method of each level, and of the others by `make test-slow`.
-OF_LEVEL = sorted({contract.about(name).level: name for name in (*METHODS, "lora")}.values())
+OF_LEVEL = sorted({contract.about(name).level: name for name in (*METHODS, "pfeiffer", "lora")}.values())
 OTHERS = [name for name in METHODS if name not in OF_LEVEL]
 LAYERS = tiny.CONFIG["num_hidden_layers"]
 KEY = jax.random.key(0)

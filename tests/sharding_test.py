@@ -28,7 +28,7 @@ ALIKE |= {"svfit", "velora", "vera", "welore", "ba_lora", "owlore", "sparse_mezo
 ALIKE |= {"bitfit", "direft", "ln_tuning", "parallel", "pfeiffer", "natural_galore", "half", "ist", "randlora", "sherl"}
 ALIKE |= {"pst", "qzo", "sara", "shira", "snell", "snella", "vblora", "loreft", "houlsby", "lora_fa", "mixlora"}
 ALIKE |= {"wta_crs", "meft", "zo2", "lemo", "slimfit", "lst", "prefix", "loraprune"}
-ALIKE |= {"pockengine", "sparsegrad", "spt_lora", "colm", "light_peft", "hybrid"}
+ALIKE |= {"colm", "hybrid", "light_peft", "pockengine", "sparsegrad", "spt", "spt_lora"}
 METHODS = [name for name in methods_test.METHODS if name not in ALIKE]
 
 # Prints {name: {mesh: {"losses", "leaves": largest difference, relative to the largest number, "hlo"}}}.

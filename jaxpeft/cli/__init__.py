@@ -49,6 +49,7 @@ COMMANDS = {
     "combine": ("combine:Combine", "make one adapter of several, weighted"),
     "prune": ("prune:Prune", "cut heads and neurons out of a base, to train on what is left"),
     "recover": ("recover:Recover", "make an adapter of a pruned base one of the whole base"),
+    "scheme": ("scheme:Scheme", "find what pockengine is to train within a limit of memory"),
     "export": ("export:Export", "write a run's checkpoint as a Hugging Face PEFT adapter"),
     "import": ("import_:Import", "read a Hugging Face PEFT adapter and check it against its base"),
     "methods": ("methods:Methods", "list the fine-tuning methods"),

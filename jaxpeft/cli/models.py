@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,3 +84,15 @@ def labels_of(adapter: Path | None) -> tuple[str, ...]:
     from jaxpeft import peft
 
     return () if adapter is None else peft.adapter_labels(adapter)
+
+
+def some_batches(data: str, model: str, count: int, batch_size: int, seq_len: int, seed: int) -> Iterator[Any]:
+    """The first batches of a file of examples, packed into rows."""
+    import itertools
+
+    from jaxpeft import hf
+    from jaxpeft.data import load_examples, make_batches
+
+    examples, _ = load_examples(data, hf.load_tokenizer(model), seq_len)
+    made = make_batches(examples, batch_size, seq_len, seed, pack=True)
+    return (batch for batch, _ in itertools.islice(made, count))

@@ -75,14 +75,15 @@ def run(args: Prune) -> dict[str, Any]:
     from jaxpeft.train.run import check_seed
 
     check_seed(args.seed)
+    for flag in ("keep", "keep_heads", "keep_neurons", "keep_modules", "keep_ranks"):
+        if (share := getattr(args, flag)) is not None:
+            pruning.check_share(f"--{flag.replace('_', '-')}", share)
     check_target(args.out)
     shares = [args.keep if own is None else own for own in (args.keep_heads, args.keep_neurons)]
     name = model_or_default(args.model)
     model, params, _ = load(name, dtype=hf.STORED)
     spec, leaves = None, {}
     if args.adapter is not None:
-        pruning.check_share("--keep-modules", args.keep_modules)
-        pruning.check_share("--keep-ranks", args.keep_ranks)
         spec, leaves, parts = _estimated(args, name, model, params)
         scores = early.masks(leaves)
     else:
@@ -168,10 +169,6 @@ def show(document: dict[str, Any]) -> None:
 
 def _batches(args: Prune, name: str) -> Any:
     """Batches of --data, packed."""
-    import itertools
+    from jaxpeft.cli.models import some_batches
 
-    from jaxpeft import data, hf
-
-    examples, _ = data.load_examples(str(args.data), hf.load_tokenizer(name), args.seq_len)
-    made = data.make_batches(examples, args.batch_size, args.seq_len, args.seed, pack=True)
-    return (batch for batch, _ in itertools.islice(made, args.batches))
+    return some_batches(str(args.data), name, args.batches, args.batch_size, args.seq_len, args.seed)

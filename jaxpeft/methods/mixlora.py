@@ -329,8 +329,7 @@ def _balanced(
     if balance == "batch":
         term = balance_of(jnp.sum(own, axis=1), k)
     else:
-        weights = batch["weights"] if "weights" in batch else jnp.sum(batch["loss_weights"], axis=-1, dtype=jnp.float32)
-        term = jnp.sum(weights * balance_of(own, k)) / jnp.maximum(jnp.sum(weights), 1e-9)
+        term = features.mean_of_rows(balance_of(own, k), batch)
     return value + coef * term, {**aux, "balance": term}
 
 

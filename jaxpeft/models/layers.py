@@ -173,16 +173,20 @@ class Attention(nn.Module):
         segments = ctx.rows.get("segment_ids")
         window = ctx.shared["window"][ctx.layer] if "window" in ctx.shared else None
         where = attention_op.Where(None, None, segments, segments, window)
-        options = (self.head_dim**-0.5, self.window, self.causal)
         if cache is not None and decodes:
-            out, cache = decoding.attend(q, k, v, where, cache, *options)
+            out, cache = decoding.attend(q, k, v, where, cache, self.head_dim**-0.5, self.window, self.causal)
         else:
             if cache:
                 k, v, where = _with_others(k, v, where, cache)
             elif cache is not None:
                 cache = {"k": k, "v": v, "segment_ids": jnp.ones((b, s), jnp.int32) if segments is None else segments}
-            out = attention_op.attention(q, k, v, where, *options, sharding.of_attention())
+            out = self.attended(q, k, v, where)
         return Dense(d, self.use_out_bias, self.param_dtype, name="o_proj")(out.reshape(b, s, -1)), cache
+
+    def attended(self, q: jax.Array, k: jax.Array, v: jax.Array, where: attention_op.Where) -> jax.Array:
+        """What o_proj reads, (B, S, H, D), of a pass without a cache that is written (see `jaxpeft.methods.spt`)."""
+        options = (self.head_dim**-0.5, self.window, self.causal)
+        return attention_op.attention(q, k, v, where, *options, sharding.of_attention())
 
 
 def _with_others(k, v, where, cache):

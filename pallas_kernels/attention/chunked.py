@@ -51,18 +51,24 @@ class _Tiles(NamedTuple):
     sizes: tuple[int, int]
 
 
+def filled(where: Where, rows: int, queries: int, keys: int, window: int | None = None) -> Where:
+    """The mask with the indices and segments that it leaves out, and with a window of all layers."""
+    if where.query_index is None:
+        own = [jnp.arange(count, dtype=jnp.int32) for count in (queries, keys)]
+        where = where._replace(query_index=own[0], key_index=own[1])
+    if where.query_segment is None:
+        ones = [jnp.ones((rows, count), jnp.int32) for count in (queries, keys)]
+        where = where._replace(query_segment=ones[0], key_segment=ones[1])
+    return where if window is None else where._replace(window=jnp.asarray(window, jnp.int32))
+
+
 def _tiled(query, key, value, where, window, tile):
     b, s = query.shape[:2]
     k, n = key.shape[1:3]
     tile = tile or 256
     tile_q, tile_k = min(tile, s), _one_querys_tile(k) if s == 1 else min(tile, k)
     pad_q, pad_k = -s % tile_q, -k % tile_k
-    if where.query_index is None:
-        where = where._replace(query_index=jnp.arange(s, dtype=jnp.int32), key_index=jnp.arange(k, dtype=jnp.int32))
-    if where.query_segment is None:
-        where = where._replace(query_segment=jnp.ones((b, s), jnp.int32), key_segment=jnp.ones((b, k), jnp.int32))
-    if window is not None:
-        where = where._replace(window=jnp.asarray(window, jnp.int32))
+    where = filled(where, b, s, k, window)
     # Padding: keys that no query sees, at an index that no causal query reaches.
     where = where._replace(
         query_index=jnp.pad(where.query_index, (0, pad_q), constant_values=-1),
@@ -115,6 +121,16 @@ def _rows(x, start, size, axis=1):
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis)
 
 
+def sees(qi, ki, qs, ks, window=None, causal=True):
+    """Whether queries see keys, by their indices and segments (of `Where`), all of shapes that broadcast."""
+    seen = (qs == ks) | (ks == EVERYONE)
+    if causal:
+        seen &= ki <= qi
+    if window is not None:
+        seen &= (qi - ki < window) | (ks == EVERYONE)
+    return seen
+
+
 def _scores(q, k, where, i, j, scale, causal, tiles):
     """Tile (i, j) of the masked scores: (B, N, G, tq, tk) float32."""
     tq, tk = tiles
@@ -124,11 +140,7 @@ def _scores(q, k, where, i, j, scale, causal, tiles):
     )
     qs = _rows(where.query_segment, i * tq, tq)[:, :, None]
     ks = _rows(where.key_segment, j * tk, tk)[:, None]
-    seen = (qs == ks) | (ks == EVERYONE)
-    if causal:
-        seen &= ki <= qi
-    if where.window is not None:
-        seen &= (qi - ki < where.window) | (ks == EVERYONE)
+    seen = sees(qi, ki, qs, ks, where.window, causal)
     scores = scale * jnp.einsum("bqngd,bknd->bngqk", q, k, preferred_element_type=jnp.float32)
     return jnp.where(seen[:, None, None], scores, MASKED)
 
