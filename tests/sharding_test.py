@@ -17,7 +17,7 @@ from jaxpeft.models import FAMILIES, geometries
 from tests import methods_test, virtual
 
 MESHES = ("data=8", "fsdp=8", "tensor=8", "seq=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=2,seq=2")
-PLANS = ("compressed", "offload", "compressed12")
+PLANS = ("compressed", "offload", "compressed12", "compressed4")
 OPTIMIZERS = ("adam8bit", "adafactor", "sm3")
 SIZES = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 8, "num_hidden_layers": 2}
@@ -123,8 +123,8 @@ def found(request):
 
 
 # One plan and one optimizer that keep what no other does; the others are slow tests.
-SLOWLY = [f"lora {PLANS[-1]}", *(f"full {kind}" for kind in OPTIMIZERS[1:])]
-HOW = ["lora in groups", *(f"lora {plan}" for plan in PLANS[:-1]), f"full {OPTIMIZERS[0]}"]
+SLOWLY = [*(f"lora {plan}" for plan in PLANS[2:]), *(f"full {kind}" for kind in OPTIMIZERS[1:])]
+HOW = ["lora in groups", *(f"lora {plan}" for plan in PLANS[:2]), f"full {OPTIMIZERS[0]}"]
 HOW += [pytest.param(name, marks=pytest.mark.slow) for name in SLOWLY]
 
 

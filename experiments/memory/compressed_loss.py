@@ -1,26 +1,17 @@
-"""Does keeping activations in 8 bits change training?
+"""Does keeping activations in 8 or 4 bits change training?
 
-    python -m experiments.memory.compressed_loss          # a few minutes on two CPU cores
+    python -m experiments.memory.compressed_loss          # what runs.json lacks; about ten minutes on two CPU cores
     python -m experiments.memory.compressed_loss --quick  # is the script sound?
+    python -m experiments.memory.compressed_loss --draw   # the table from runs.json
 
-Not beyond the spread over seeds. Nats per completion token, mean ± standard deviation over three seeds:
+RESULT
 
-    validation, matmuls                       2.394 ± 0.035
-    validation, compressed                    2.422 ± 0.059
-    compressed minus matmuls, seed by seed   +0.028 ± 0.041
-    training loss, largest difference         0.025           (of means over 10 steps, at one seed)
-    its deviation over seeds                  0.041           (under matmuls, the mean over the curve)
-
-Limits: three seeds would not show a difference in validation loss below about 0.05. The test file is mostly about
-restaurants that the training file does not name, which is why seeds differ more there than in training. Measured when a
-completion was tokenized by itself; it now is with its prompt, a token's difference in every row, and was not measured
-again.
-
-Model: stories260K, a pretrained Llama of 260 thousand parameters. Data: e2e_nlg as instruction rows of at most 256
-tokens, packed; validation on the first 64 packed rows of its test file. LoRA of rank 8 on all linear maps, alpha 16,
-AdamW at 0.01, 10 % warm-up, then linearly to zero, 150 steps of 8 x 256 tokens, float32, on a CPU. A seed draws the
-order of the data, the adapter's start, and the rounding; plans see the same batches at the same seed. Results are in
-results/compressed_loss/table.md, all losses in runs.json.
+Models: stories260K, a pretrained Llama of 260 thousand parameters, 150 steps of 8 x 256 tokens at 0.01; and the
+embedded one of 4 million, 60 steps of 4 x 256 at 0.005. Data: e2e_nlg as instruction rows of at most 256, packed;
+validation on the first 64 (embedded: 16) packed rows of its test file, which is mostly about restaurants that the
+training file does not name. LoRA of rank 8 on all linear maps, alpha 16, AdamW, 10 % warm-up, then linearly to zero,
+float32, on a CPU. A seed draws the order of the data, the adapter's start, and the rounding; plans see the same batches
+at the same seed. Results are in results/compressed_loss/table.md, all losses in runs.json.
 """
 
 import dataclasses
@@ -29,6 +20,7 @@ import json
 import os
 import statistics
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +29,7 @@ import optax
 import tyro
 
 import jaxpeft as jp
+from jaxpeft import assets
 from jaxpeft.backward import residuals
 from jaxpeft.data import eval_batches, load_examples, make_batches
 from jaxpeft.hf import load_tokenizer
@@ -44,123 +37,129 @@ from jaxpeft.method import view_of
 from jaxpeft.train.optimizer import make_direction, make_schedule
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-PLANS = ("matmuls", "compressed")
+RESULTS = REPOSITORY / "experiments/results/compressed_loss"
+PLANS = ("matmuls", "compressed", "compressed4")
+SEQ_LEN = 256
+Runs = dict[str, dict[str, list[dict]]]  # model -> plan -> of each seed {"train": the losses, "validation": one}
+
+
+class Task(NamedTuple):
+    """A model's training: steps of rows, the highest rate, and packed rows of validation."""
+
+    steps: int
+    rows: int
+    rate: float
+    held_out: int
+
+
+TASKS = {"stories260K": Task(150, 8, 0.01, 64), "embedded": Task(60, 4, 0.005, 16)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Compare training under `matmuls` and `compressed`."""
+    """Compare training under plans that round what is kept with `matmuls`."""
 
     data_root: Path = Path(os.environ.get("JAXPEFT_DATA") or REPOSITORY.parent / "shared" / "data")
     """Folder with checkpoints/stories260K and instruct/."""
-    out: Path | None = None
-    """Folder of the results. By default beside the experiments, with --quick in out/."""
-    steps: int = 150
-    """Optimizer steps of each run."""
-    batch_size: int = 8
-    """Packed rows in a batch."""
-    seq_len: int = 256
-    """Tokens in a row; longer examples are left out."""
-    lr: float = 0.01
-    """The highest learning rate."""
     seeds: int = 3
     """Runs of each plan."""
     quick: bool = False
-    """Two steps, two seeds."""
+    """Two steps, two seeds; into out/."""
+    draw: bool = False
+    """The table from runs.json alone."""
 
 
-def run_all(args: Settings) -> dict[str, list[dict]]:
-    """plan -> per seed {"train": the loss of each step, "validation": the loss at the end}."""
-    checkpoint = args.data_root / "checkpoints/stories260K"
-    base, params = jp.load_pretrained(checkpoint, jnp.float32)
-    tokenizer = load_tokenizer(checkpoint)
-    examples = {}
-    for part in ("train", "test"):
-        file = args.data_root / f"instruct/e2e_nlg.{part}.jsonl"
-        examples[part], _ = load_examples(file, tokenizer, args.seq_len, too_long="drop")
-    method = jp.lora(8, alpha=16)
-    optimizer = optax.chain(
-        make_direction(),
-        optax.scale_by_learning_rate(make_schedule("linear", args.lr, args.steps, warmup=args.steps // 10)),
-    )
-    held_out = [batch for batch, _ in eval_batches(examples["test"], 8, args.seq_len, pack=True)][:8]
-    found: dict[str, list[dict]] = {}
-    for plan in PLANS:
-        model = residuals.remat(method.forward(base, view_of(base, method, {})), plan)
+def run_all(args: Settings, out: Path, tasks: dict[str, Task]) -> Runs:
+    """Runs what runs.json lacks, and writes it after each run."""
+    file = out / "runs.json"
+    found: Runs = json.loads(file.read_text()) if file.exists() else {}
+    for name, task in tasks.items():
+        own = found.setdefault(name, {plan: [] for plan in PLANS})
+        missing = {plan: range(len(own[plan]), args.seeds) for plan in PLANS}
+        if not any(missing.values()):
+            continue
+        checkpoint = args.data_root / "checkpoints/stories260K" if name == "stories260K" else assets.MODEL
+        base, params = jp.load_pretrained(checkpoint, jnp.float32)
+        tokenizer = load_tokenizer(checkpoint)
+        examples = {}
+        for part in ("train", "test"):
+            path = args.data_root / f"instruct/e2e_nlg.{part}.jsonl"
+            examples[part], _ = load_examples(path, tokenizer, SEQ_LEN, too_long="drop")
+        method = jp.lora(8, alpha=16)
+        schedule = make_schedule("linear", task.rate, task.steps, warmup=task.steps // 10)
+        optimizer = optax.chain(make_direction(), optax.scale_by_learning_rate(schedule))
+        rows = eval_batches(examples["test"], 8, SEQ_LEN, pack=True)
+        held_out = [batch for batch, _ in itertools.islice(rows, max(task.held_out // 8, 1))]
+        for plan, seeds in missing.items():
+            model = residuals.remat(method.forward(base, view_of(base, method, {})), plan)
 
-        @jax.jit
-        def train(state, batches, model=model):
-            state, metrics = jax.lax.scan(jp.make_train_step(model, method, optimizer), state, batches)
-            return state, metrics["loss"]
+            @jax.jit
+            def train(state, batches, model=model, method=method, optimizer=optimizer):
+                state, metrics = jax.lax.scan(jp.make_train_step(model, method, optimizer), state, batches)
+                return state, metrics["loss"]
 
-        @jax.jit
-        def evaluate(params, batch, model=model):
-            value, aux = jp.completion_loss(model, params, batch)
-            return value * aux["weight"], aux["weight"]
+            @jax.jit
+            def evaluate(params, batch, model=model):
+                value, aux = jp.completion_loss(model, params, batch)
+                return value * aux["weight"], aux["weight"]
 
-        for seed in range(args.seeds):
-            _, trainable, frozen = jp.setup(method, base, params, jax.random.key(seed))
-            endless = make_batches(examples["train"], args.batch_size, args.seq_len, seed, pack=True)
-            batches = [batch for batch, _ in itertools.islice(endless, args.steps)]
-            stacked = {name: jnp.asarray(np.stack([batch[name] for batch in batches])) for name in batches[0]}
-            state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(100 + seed))
-            state, losses = train(state, stacked)
-            sums = np.sum([evaluate(state.params, batch) for batch in held_out], axis=0)
-            row = {"train": [round(float(loss), 6) for loss in losses], "validation": float(sums[0] / sums[1])}
-            found.setdefault(plan, []).append(row)
-            print(plan, seed, row["train"][-1], row["validation"], flush=True)
+            for seed in seeds:
+                _, trainable, frozen = jp.setup(method, base, params, jax.random.key(seed))
+                endless = make_batches(examples["train"], task.rows, SEQ_LEN, seed, pack=True)
+                batches = [batch for batch, _ in itertools.islice(endless, task.steps)]
+                stacked = {name: jnp.asarray(np.stack([batch[name] for batch in batches])) for name in batches[0]}
+                state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(100 + seed))
+                state, losses = train(state, stacked)
+                sums = np.sum([evaluate(state.params, batch) for batch in held_out], axis=0)
+                row = {"train": [round(float(loss), 6) for loss in losses], "validation": float(sums[0] / sums[1])}
+                own[plan].append(row)
+                file.write_text(json.dumps(found, indent=1) + "\n")
+                print(name, plan, seed, row["train"][-1], row["validation"], flush=True)
     return found
 
 
-def summarise(found: dict[str, list[dict]]) -> dict[str, float]:
+def curve(row: dict) -> np.ndarray:
+    """Means over 10 steps of a run's losses."""
+    return np.convolve(row["train"], np.ones(10) / 10, "valid" if len(row["train"]) >= 10 else "same")
+
+
+def table(found: Runs) -> str:
     """Validation losses, and how far the plans' curves are apart beside how far seeds are.
 
-    Curves are means over 10 steps; `difference` is the largest between the plans at one seed, `spread` the standard
-    deviation over the seeds of `matmuls`, the mean over the curve.
+    Curves are means over 10 steps; their difference is the largest between the plans at one seed, their spread the
+    standard deviation over the seeds of `matmuls`, the mean over the curve.
     """
-    curves = {
-        plan: np.array(
-            [
-                np.convolve(row["train"], np.ones(10) / 10, "valid" if len(row["train"]) >= 10 else "same")
-                for row in rows
-            ]
-        )
-        for plan, rows in found.items()
-    }
-    summary = {}
-    for plan, rows in found.items():
-        values = [row["validation"] for row in rows]
-        summary |= {f"{plan}_mean": statistics.fmean(values), f"{plan}_std": statistics.stdev(values)}
-    pairs = zip(found["matmuls"], found["compressed"], strict=True)
-    apart = [theirs["validation"] - ours["validation"] for ours, theirs in pairs]
-    summary |= {
-        "validation_difference_mean": statistics.fmean(apart),
-        "validation_difference_std": statistics.stdev(apart),
-    }
-    summary["curve_difference"] = float(np.abs(curves["compressed"] - curves["matmuls"]).max())
-    summary["curve_spread"] = float(curves["matmuls"].std(axis=0, ddof=1).mean())
-    return summary
+    lines = ["Nats per completion token; mean ± standard deviation over seeds. Curves are means over 10 steps.", ""]
+    lines += [
+        "| model, plan | validation | minus `matmuls`, seed by seed | curves: largest difference | spread over seeds |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|"]
+    for name, plans in found.items():
+        exact = plans["matmuls"]
+        curves = np.array([curve(row) for row in exact])
+        for plan, rows in plans.items():
+            values = [row["validation"] for row in rows]
+            cells = [f"{name}, `{plan}`", f"{statistics.fmean(values):.4f} ± {statistics.stdev(values):.4f}"]
+            if plan == "matmuls":
+                cells += ["", "", f"{curves.std(axis=0, ddof=1).mean():.4f}"]
+            else:
+                apart = [ours["validation"] - theirs["validation"] for ours, theirs in zip(rows, exact, strict=True)]
+                largest = np.abs(np.array([curve(row) for row in rows]) - curves).max()
+                cells += [f"{statistics.fmean(apart):+.4f} ± {statistics.stdev(apart):.4f}", f"{largest:.4f}", ""]
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def main(args: Settings) -> None:
     """Runs and writes runs.json and table.md."""
+    tasks, out = TASKS, RESULTS
     if args.quick:
-        args = dataclasses.replace(args, steps=2, seeds=2)
-    default = REPOSITORY / ("out/compressed_loss" if args.quick else "experiments/results/compressed_loss")
-    out = args.out or default
+        args, out = dataclasses.replace(args, seeds=2), REPOSITORY / "out/compressed_loss"
+        tasks = {name: task._replace(steps=2, held_out=8) for name, task in TASKS.items()}
     out.mkdir(parents=True, exist_ok=True)
-    found = run_all(args)
-    summary = summarise(found)
-    (out / "runs.json").write_text(json.dumps({"summary": summary, "runs": found}, indent=1) + "\n")
-    lines = ["Nats per completion token; mean ± standard deviation over seeds:", "", "| | |", "|---|---|"]
-    for plan in PLANS:
-        lines.append(f"| validation, {plan} | {summary[f'{plan}_mean']:.4f} ± {summary[f'{plan}_std']:.4f} |")
-    mean, std = summary["validation_difference_mean"], summary["validation_difference_std"]
-    lines.append(f"| compressed minus matmuls, seed by seed | {mean:+.4f} ± {std:.4f} |")
-    lines.append(f"| training loss (means over 10 steps): largest difference | {summary['curve_difference']:.4f} |")
-    lines.append(f"| its standard deviation over seeds | {summary['curve_spread']:.4f} |")
-    (out / "table.md").write_text("\n".join(lines) + "\n")
-    print("\n".join(lines))
+    found = json.loads((out / "runs.json").read_text()) if args.draw else run_all(args, out, tasks)
+    (out / "table.md").write_text(table(found))
+    print(table(found))
 
 
 if __name__ == "__main__":

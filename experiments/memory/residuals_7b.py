@@ -53,6 +53,8 @@ PLANS = (
     "matmuls,attention=recompute",
     "compressed",
     "compressed,attention=recompute",
+    "compressed12",
+    "compressed4",
     "offload",
     "blocks",
 )
@@ -66,6 +68,8 @@ GOALS = {
     "matmuls,attention=recompute": (42.8, 42.8),
     "compressed": (30.5, 30.5),
     "compressed,attention=recompute": (27.0, 27.0),
+    "compressed12": (35.5, 35.5),
+    "compressed4": (15.0, 15.0),
     "offload": (14.0, 14.0),
     "blocks": (8.6, 9.9),
 }

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.backward.blocks import tokens_axis
+
 
 class Compressed(NamedTuple):
     """An array (B, S, ..., n).
@@ -43,31 +45,31 @@ def compress(x: jax.Array, seed: jax.Array) -> Compressed:
       x: (B, S, ..., n) of any floating dtype, below 1e30 in magnitude.
       seed: () uint32.
     """
-    tokens = min(1, x.ndim - 2)
+    tokens = tokens_axis(x.shape)
     wide = x.astype(jnp.float32)
     mean = jnp.mean(wide, tokens, keepdims=True).astype(jnp.bfloat16)
     wide = wide - mean
     size = jnp.sqrt(jnp.mean(wide * wide, tokens, keepdims=True))
-    size = jnp.minimum(_not_zero(size), 1e30).astype(jnp.bfloat16)  # squares of the largest numbers are infinite
+    size = jnp.minimum(not_zero(size), 1e30).astype(jnp.bfloat16)  # squares of the largest numbers are infinite
     wide = wide / size
     scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
-    codes = jnp.floor(wide / _not_zero(scale) + _uniform(x.shape, seed))
+    codes = jnp.floor(wide / not_zero(scale) + uniform(x.shape, seed))
     return Compressed(jnp.clip(codes, -127, 127).astype(jnp.int8), scale, mean, size, seed)
 
 
 def decompress(stored: Compressed, dtype: Any) -> jax.Array:
     """The values that the codes stand for."""
     codes, scale, mean, size, seed = stored
-    steps = codes.astype(jnp.float32) - (_uniform(codes.shape, seed) - 0.5)
+    steps = codes.astype(jnp.float32) - (uniform(codes.shape, seed) - 0.5)
     return (mean + size * (scale * steps)).astype(dtype)
 
 
-def _not_zero(x):
+def not_zero(x):
     """x, or 1 where it is too small to divide by."""
     return jnp.where(x > 1e-30, x, 1.0)
 
 
-def _uniform(shape, seed):
+def uniform(shape, seed):
     """Multiples of 2^-24 in (0, 1) by an integer hash of position and seed (lowbias32, C. Wellons 2018).
 
     It fuses into whatever reads it; jax.random would cost more than the rounding itself.

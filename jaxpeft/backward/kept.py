@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.backward.compressed import compress, decompress
+from jaxpeft.backward.four_bits import quarter, whole
 from jaxpeft.backward.places import empty
 from jaxpeft.backward.plan import CODES
 from jaxpeft.backward.programs import Kept
@@ -24,8 +25,9 @@ def seed_of(step, key):
 
 def store(x, action: str, name: Kept, seed):
     """An activation as it is kept; `seed` is that of its rounding."""
-    if action == "compress":
-        return compress(x, seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode())))
+    if action in ("compress", "compress4"):
+        own = seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode()))
+        return compress(x, own) if action == "compress" else quarter(x, own)
     if action == "compress12":
         return shorten(x)
     return jax.device_put(x, jax.memory.Space.Host) if action == "offload" else x
@@ -50,7 +52,8 @@ def stored(shape, action: str):
         return shape
     if action == "compress12":
         return jax.eval_shape(shorten, shape)
-    return jax.eval_shape(compress, shape, jax.ShapeDtypeStruct((), jnp.uint32))
+    make = compress if action == "compress" else quarter
+    return jax.eval_shape(make, shape, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
 def fetch(kept, step, action: str, name: Kept, shape):
@@ -59,6 +62,8 @@ def fetch(kept, step, action: str, name: Kept, shape):
         own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), kept)
         if action == "compress":
             return decompress(own, shape.dtype)
+        if action == "compress4":
+            return whole(own, shape.dtype)
         if action == "compress12":
             return lengthen(own, shape.dtype)
         return jax.device_put(own, jax.memory.Space.Device) if action == "offload" else own

@@ -17,6 +17,8 @@ read is not kept. The names are those that the model gives (`jax.ad_checkpoint.c
                 backward pass reads the rounded one (as in ActNN, Chen et al. 2021, arXiv:2104.14129)
     compress12  bfloat16 in 12 bits, the exponent as its distance from a block's largest (twelve_bits.py), of the same
                 activations
+    compress4   4-bit codes, a step and the largest number of each block of channels (four_bits.py), of the same
+                activations; rounded as with compress
     offload     the array in the host's pinned memory
 
 A block gets its frozen kernels as layers of the stacks that they lie in (`pallas_kernels.stacked`): the fused products

@@ -17,6 +17,8 @@ The presets:
                   from them, as its weights must be those of the rounded queries and keys
     compressed12  as matmuls, layers' inputs, projections and attention's output in 12 bits, a quarter fewer bytes than
                   bfloat16; nothing but elementwise work is computed again
+    compressed4   as compressed, queries and keys in 8 bits, layers' inputs, the other projections and what is added to
+                  the stream in 4; attention is computed again
 """
 
 from __future__ import annotations
@@ -27,16 +29,20 @@ from typing import NamedTuple
 
 from jaxpeft.errors import InputError
 
-ACTIONS = ("save", "recompute", "compress", "compress12", "offload")
-CODES = ("compress", "compress12")  # of these, those that change what is stored
-PRESETS = ("everything", "matmuls", "blocks", "offload", "compressed", "compressed12")
+ACTIONS = ("save", "recompute", "compress", "compress12", "compress4", "offload")
+CODES = ("compress", "compress12", "compress4")  # of these, those that change what is stored
+PRESETS = ("everything", "matmuls", "blocks", "offload", "compressed", "compressed12", "compressed4")
 INPUT = "block_input"
 
-_COMPRESSED = ("gate_proj", "up_proj", "q_proj", "k_proj", "v_proj")
+_SCORES = ("q_proj", "k_proj")  # whose products go through an exponential
+_READ = ("gate_proj", "up_proj", "v_proj")
+_ADDED = ("o_proj", "down_proj")
 _AGAIN = ("attention", "attention_lse")
+# Of presets that make codes, which of what.
 _CODED = {
-    "compressed": ("compress", _COMPRESSED),
-    "compressed12": ("compress12", (INPUT, *_COMPRESSED, "attention", "o_proj", "down_proj")),
+    "compressed": dict.fromkeys((*_SCORES, *_READ), "compress"),
+    "compressed12": dict.fromkeys((INPUT, *_SCORES, *_READ, "attention", *_ADDED), "compress12"),
+    "compressed4": dict.fromkeys(_SCORES, "compress") | dict.fromkeys((INPUT, *_READ, *_ADDED), "compress4"),
 }
 _ON_DEVICE = (INPUT, "lora_low", "attention_lse")  # small beside what they would save
 
@@ -107,18 +113,18 @@ def keeps(plan: Plan) -> bool:
 
 def without_codes(plan: Plan, names: Iterable[str]) -> bool:
     """Whether a plan's preset makes codes, and none of these is a name of which it does."""
-    return plan.preset in _CODED and not {*names, *dict(plan.actions)}.intersection(_CODED[plan.preset][1])
+    return plan.preset in _CODED and not {*names, *dict(plan.actions)}.intersection(_CODED[plan.preset])
 
 
 def codes_of(preset: str) -> str | None:
-    """The action of a preset that makes codes."""
-    return _CODED[preset][0] if preset in _CODED else None
+    """The action of a preset that makes codes: that of most of them."""
+    return _CODED[preset]["up_proj"] if preset in _CODED else None
 
 
 def action_of(preset: str, name: str) -> str:
     """What a preset does with an activation, if the backward pass would read it."""
-    if preset in _CODED and name in _CODED[preset][1]:
-        return _CODED[preset][0]
-    if preset == "compressed" and name in _AGAIN:
+    if name in _CODED.get(preset, ()):
+        return _CODED[preset][name]
+    if preset in ("compressed", "compressed4") and name in _AGAIN:
         return "recompute"
     return "offload" if preset == "offload" and name not in _ON_DEVICE else "save"

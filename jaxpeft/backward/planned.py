@@ -37,7 +37,8 @@ def planned_scan(
     """x after all layers, x <- block(layer, x, ctx); what each layer keeps for its backward pass is under a plan.
 
     It stands where `lax.scan(jax.checkpoint(block), x, params)` would, and gives the same values and gradients
-    (`compress` and `compress12` round them). What the block calls through `jax.checkpoint` is opened: the plan decides.
+    (`compress`, `compress12` and `compress4` round them). What the block calls through `jax.checkpoint` is opened: the
+    plan decides.
 
     Args:
       block: (layer, x, ctx) -> x, of the same shapes and types; pure. It may read other arrays, and they may be
@@ -53,7 +54,7 @@ def planned_scan(
       key: with a Context: layer i gets `fold_in(key, i)`, and groups of rows keys of their own.
       budget: bytes of what all layers keep on the device, at most: the plan with the least recomputation under it is
         taken, of those that only save (with `save="offload"`: also offload; "compressed": also compress;
-        "compressed12": also compress12).
+        "compressed12": also compress12; "compressed4": also compress4).
       shards: devices over which the rows of x are divided.
       name: of these layers, in tables and profiles.
 
@@ -102,8 +103,8 @@ def _within(plan: Plan, budget: int | None) -> Plan:
         return plan
     if plan.actions or plan.preset in ("everything", "blocks"):
         raise InputError(
-            f"planned_scan: save={str(plan)!r} leaves a budget no choice; use matmuls, offload, compressed "
-            "or compressed12"
+            f"planned_scan: save={str(plan)!r} leaves a budget no choice; use matmuls, offload, compressed, "
+            "compressed12 or compressed4"
         )
     if not isinstance(budget, numbers.Integral) or isinstance(budget, bool) or budget < 1:
         raise InputError(f"planned_scan: budget={budget!r} should be bytes, a whole number above 0")

@@ -54,9 +54,9 @@ def checkpoint_policy(plan: str | Plan, block: Callable[..., Any] | None = None,
       The policy.
 
     Raises:
-      InputError: for a plan that cannot be read, or asks for what a policy cannot do: compress and compress12, tokens=,
-        another action for `block_input`; a name that a preset is to recompute where no block says which products it is
-        of; with a block, for a name that none of its activations has, or results that are not one array.
+      InputError: for a plan that cannot be read, or asks for what a policy cannot do: compress, compress12, compress4,
+        tokens=, another action for `block_input`; a name that a preset is to recompute where no block says which
+        products it is of; with a block, for a name that none of its activations has, or results that are not one array.
     """
     plan = checked(parse(plan))
     if block is not None and not args:

@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpeft.backward.blocks import blocks, of_each, paired, unpaired
+
 BLOCK = 128  # channels with one largest exponent
 _ZERO = 15  # the offset of what is too small
 
@@ -42,52 +44,21 @@ class Short(NamedTuple):
 
 def shorten(x: jax.Array) -> Short:
     """Codes of x (B, S, ..., n), or (S, n), of any floating dtype."""
-    tokens = _tokens(x)
     # The type of the operand is bfloat16, so that XLA has to round: it may leave out a conversion there and back.
     bits = jax.lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
     exponents = ((bits >> 7) & 0xFF).astype(jnp.uint8)
-    largest = jnp.max(_blocks(exponents), axis=-1)
-    offsets = jnp.minimum(_of_each(largest, x.shape[-1]) - exponents, _ZERO)
+    largest = jnp.max(blocks(exponents, BLOCK), axis=-1)
+    offsets = jnp.minimum(of_each(largest, x.shape[-1], BLOCK) - exponents, _ZERO)
     signs = (bits >> 8).astype(jnp.uint8) & 0x80
     digits = jnp.where(offsets == _ZERO, signs, signs | (bits & 0x7F).astype(jnp.uint8))
-    low, high = jnp.split(_even(offsets, tokens), 2, axis=tokens)
-    return Short(digits, low | (high << 4), largest)
+    return Short(digits, paired(offsets), largest)
 
 
 def lengthen(stored: Short, dtype: Any) -> jax.Array:
     """The values that the codes stand for."""
     digits, pairs, largest = stored
-    tokens = _tokens(digits)
-    offsets = jnp.concatenate([pairs & 0xF, pairs >> 4], axis=tokens)
-    offsets = jax.lax.slice_in_dim(offsets, 0, digits.shape[tokens], axis=tokens)
-    exponents = jnp.where(offsets == _ZERO, 0, _of_each(largest, digits.shape[-1]) - offsets)
+    offsets = unpaired(pairs, digits.shape)
+    exponents = jnp.where(offsets == _ZERO, 0, of_each(largest, digits.shape[-1], BLOCK) - offsets)
     wide = digits.astype(jnp.uint16)
     bits = (wide & 0x80) << 8 | exponents.astype(jnp.uint16) << 7 | wide & 0x7F
     return jax.lax.bitcast_convert_type(bits, jnp.bfloat16).astype(dtype)
-
-
-def _tokens(x: jax.Array) -> int:
-    """The axis of tokens."""
-    return min(1, x.ndim - 2)
-
-
-def _even(x: jax.Array, axis: int) -> jax.Array:
-    """x, with a 0 at the end of an axis of odd length."""
-    widths = [(0, x.shape[axis] % 2 if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, widths) if x.shape[axis] % 2 else x
-
-
-def _blocks(x: jax.Array) -> jax.Array:
-    """(..., n) -> (..., blocks, channels of a block), zeros after the last."""
-    n = x.shape[-1]
-    width = min(BLOCK, n)
-    count = -(-n // width)
-    if padding := count * width - n:
-        x = jnp.pad(x, [*[(0, 0)] * (x.ndim - 1), (0, padding)])
-    return x.reshape(*x.shape[:-1], count, width)
-
-
-def _of_each(blocks: jax.Array, n: int) -> jax.Array:
-    """(..., blocks) -> (..., n): each channel's."""
-    width = min(BLOCK, n)
-    return jnp.broadcast_to(blocks[..., None], (*blocks.shape, width)).reshape(*blocks.shape[:-1], -1)[..., :n]

@@ -53,9 +53,9 @@ class StepArguments:
     rope_scaling: str | None = None
     """Scales rotary positions for texts longer than the model's: linear|dynamic|yarn=FACTOR."""
     save: str | None = None
-    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, compressed12, and
-    NAME=ACTION. Default: matmuls; everything where the method runs the layers in its own way; blocks where there is
-    no backward pass, with which alone it goes, tokens=N beside it."""
+    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, compressed12,
+    compressed4, and NAME=ACTION. Default: matmuls; everything where the method runs the layers in its own way; blocks
+    where there is no backward pass, with which alone it goes, tokens=N beside it."""
     remat: Literal["loops", "policy"] = "loops"
     """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
     takes all rows at once and cannot compress."""

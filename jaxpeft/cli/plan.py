@@ -29,7 +29,8 @@ class Plan(StepArguments):
     by: Literal["flops", "time"] = "flops"
     """What --budget finds the least of: products computed again, or the step's least time on the target."""
     actions: str | None = None
-    """What --budget may do besides recomputing, with commas: save, compress, compress12, offload. Default: save."""
+    """What --budget may do besides recomputing, with commas: save, compress, compress12, compress4, offload. Default:
+    save."""
     traffic: bool = False
     """Say what each step moves and its least time on the target, too; see `profile --traffic`."""
     largest: bool = False

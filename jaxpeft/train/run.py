@@ -114,9 +114,9 @@ class Run:
     """Scales rotary positions, for longer texts: linear|dynamic|yarn=FACTOR. Default: as the model, or --adapter, has
     them."""
     save: str | None = None
-    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, compressed12, and
-    NAME=ACTION, as `jaxpeft plan` prints it. Default: matmuls; everything where the method runs the layers in its
-    own way; blocks where there is no backward pass, with which alone it goes, tokens=N beside it."""
+    """What is kept for the backward pass: everything, matmuls, blocks, offload, compressed, compressed12,
+    compressed4, and NAME=ACTION, as `jaxpeft plan` prints it. Default: matmuls; everything where the method runs the
+    layers in its own way; blocks where there is no backward pass, with which alone it goes, tokens=N beside it."""
     remat: Literal["loops", "policy"] = "loops"
     """How a plan is carried out: loops of our own, or a scan over jax.checkpoint with the plan as its policy, which
     takes all rows at once and cannot compress."""

@@ -10,7 +10,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import data, hf, tree
 from jaxpeft.backward import kept, residuals
-from jaxpeft.backward.compressed import Compressed, _uniform, compress, decompress
+from jaxpeft.backward.compressed import Compressed, compress, decompress, uniform
 from tests import tiny
 
 
@@ -46,7 +46,7 @@ def test_the_mean_over_seeds_is_exact():
 def test_errors_of_neighbours_are_independent():
     """Also from seed to seed, as those of consecutive layers and groups are."""
     shape = (4, 64, 64)
-    u = np.stack([np.asarray(_uniform(shape, jnp.uint32(seed)), np.float64) for seed in range(8)])
+    u = np.stack([np.asarray(uniform(shape, jnp.uint32(seed)), np.float64) for seed in range(8)])
     assert abs(u.mean() - 0.5) < 5 / np.sqrt(12 * u.size)
     centred = (u - 0.5) * np.sqrt(12)
     for axis in range(4):
@@ -56,7 +56,7 @@ def test_errors_of_neighbours_are_independent():
 
 def test_dither_is_never_0_or_1():
     """Also where all bits of the hash are set, which with 24 of them would round to 1."""
-    u = _uniform((1 << 22,), jnp.uint32(1))
+    u = uniform((1 << 22,), jnp.uint32(1))
     assert u.min() > 0 and u.max() < 1
     assert not np.asarray(round_trip(jnp.zeros((1, 2048, 2048)), 5)).any()
 

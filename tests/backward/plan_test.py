@@ -32,7 +32,8 @@ def test_a_table_without_a_preset_recomputes_the_rest():
     [
         (
             "matmul",
-            "unknown preset 'matmul'; known: everything, matmuls, blocks, offload, compressed, compressed12, or NAME=",
+            "unknown preset 'matmul'; known: everything, matmuls, blocks, offload, compressed, compressed12, "
+            "compressed4, or NAME=",
         ),
         ("", "unknown preset ''"),
         (
