@@ -20,7 +20,6 @@ from typing import Any, Literal
 from jaxpeft import launched
 from jaxpeft.errors import InputError, did_you_mean, shown
 from jaxpeft.launched import Place
-from jaxpeft.train import several
 
 # The least value of a field that is a number.
 _LEAST = {
@@ -224,6 +223,8 @@ class Run:
         if run.resume and run.out is None:
             raise InputError("--resume: needs --out, the folder of the run to continue")
         if run.adapters:
+            from jaxpeft.train import several
+
             several.check(run)
         run.make_method()
 
@@ -244,6 +245,8 @@ class Run:
         from jaxpeft.train.optimizer import RATES, defaults, direction_of
 
         if self.adapters:
+            from jaxpeft.train import several
+
             specs = several.specs(self)
         else:
             method = self.make_method()
@@ -272,6 +275,8 @@ class Run:
         from jaxpeft import recipe
 
         if self.adapters:
+            from jaxpeft.train import several
+
             found = several.made(self)
             return None if found is None else found.method
         common = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
