@@ -10,9 +10,14 @@ from jaxpeft.models.labels import SCOPE
 CHAINS = ("lora+lisa", "mezo+lora", "wta_crs+lora", "quantize+dora", "quantize+mezo+lora")
 BASE = "base"  # the model as it was, which nothing trains
 PROBE = "probe"  # linear probing: of a model that classifies rows the new classifier alone
-# What a method needs to be told on a model whose kernels are smaller than its defaults: {model: {recipe: options}}.
+# What a method needs to be told on a model, as its kernels are smaller than the defaults, or there are none (of
+# PockEngine's scheme, here the last layers): {model: {recipe: options}}.
 OPTIONS = {
+    "llama3.2-3b": {"pockengine": ('scheme={"layers/2[3-7]/": 1.0}',)},
+    "llama2-7b": {"pockengine": ('scheme={"layers/(27|28|29|30|31)/": 1.0}',)},
+    "MiniLM": {"pockengine": ('scheme={"layers/5/": 1.0}',)},
     "stories260K": {
+        "pockengine": ('scheme={"layers/4/": 1.0}',),
         "galore": ("rank=16",),
         "lq_lora": ("rank=8",),
         "lst": ("reduction=4",),

@@ -80,6 +80,8 @@ def file_bytes(step: planner.Step, method: Method) -> int | None:
 
 
 def key_of(geometry: str, words: str, save: str, options: Sequence[str] = ()) -> common.Row:
+    """The key of a figure: the method with options, by default those that it needs on the model."""
+    options = options or contestants.options(words, geometry)
     fixed = {"geometry": geometry, "batch_size": BATCH, "seq_len": LENGTH, "dtype": "bfloat16", "target": TARGET}
     return {**fixed, "method": words, "options": list(options), "save": save}
 

@@ -66,7 +66,8 @@ def unmeasured(rows: Rows, geometry: str, words: str) -> str:
         return "the model as it was"
     if not contestants.is_for(words, classifies=False):
         return "for models that classify rows"
-    of_method = [row for row in rows if (row["geometry"], row["method"], row["options"]) == (geometry, words, [])]
+    own = (geometry, words, list(contestants.options(words, geometry)))
+    of_method = [row for row in rows if (row["geometry"], row["method"], row["options"]) == own]
     return next((row["refused"].replace("|", "/") for row in of_method if "refused" in row), "")
 
 

@@ -8,13 +8,14 @@ from jaxpeft.files import from_yaml, read_text, to_yaml
 from jaxpeft.train.run import flag
 
 _MOST_BYTES = 2**20
+_REPEATED = ("adapter",)  # flags that stand once for each value
 
 
 def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
     """Reads a run's YAML file as command-line arguments: {field name: arguments that set it}.
 
     Values pass through the same parser as flags, so that both accept and refuse the same things. Lists become several
-    values; a mapping becomes NAME=VALUE pairs; null is the flag's None.
+    values; a mapping becomes NAME=VALUE pairs, or of adapters NAME where there is no folder; null is the flag's None.
 
     Args:
         path: the file; keys are flags' names, with dashes or underscores.
@@ -49,6 +50,11 @@ def _as_arguments(name: str, value: Any) -> list[str]:
     """One YAML value as command-line arguments."""
     if isinstance(value, bool):
         return [flag(name) if value else "--no-" + name.replace("_", "-")]
+    if name in _REPEATED and isinstance(value, dict | list):
+        words = value if isinstance(value, list) else [f"{key}={item}" for key, item in value.items()]
+        return [f"{flag(name)}={word}" for word in words]
+    if isinstance(value, dict) and name == "adapters":
+        return [flag(name), *(str(key) if item is None else f"{key}={item}" for key, item in value.items())]
     if isinstance(value, dict):
         return [flag(name), *(f"{key}={to_yaml(f'{name}: {key}', item)}" for key, item in value.items())]
     if isinstance(value, list):

@@ -20,7 +20,7 @@ class Export(ProcessArguments):
     run: Path
     """Folder of the run, the --out of `jaxpeft train`."""
     out: Path
-    """Folder to make (it may exist if it is empty), or NAME.gguf."""
+    """Folder to make (it may exist if it is empty), or NAME.gguf. Of several adapters, it has a folder of each."""
     format: Literal["peft", "gguf"] | None = None
     """PEFT's format, or a file for llama.cpp (LoRA alone). Default: gguf where --out ends so."""
     step: int | None = None
@@ -70,14 +70,17 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
     from jaxpeft.method import from_specs, setup
     from jaxpeft.models.labels import SCOPE
     from jaxpeft.template import from_document
-    from jaxpeft.train import result
+    from jaxpeft.train import result, several
     from jaxpeft.train.base import load
     from jaxpeft.unused_rows import TABLE, filled
     from jaxpeft.unused_rows import read as read_rows
 
     arguments = document["arguments"]
     name = model_or_default(args.model or arguments.get("model"))
-    method = from_specs(document["method"])
+    adapters = several.from_document(document["adapters"]) if document.get("adapters") else None
+    if adapters is not None and gguf:
+        raise InputError(f"--out {args.out}: {args.run} trains several adapters, and a file for llama.cpp holds one")
+    method = from_specs(document["method"]) if adapters is None else adapters.method
     labels = document.get("labels", [])
     scaling = arguments.get("rope_scaling")
     placement = shares.placement(mesh, lambda path: method.role(path).host)
@@ -102,7 +105,9 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
         from_document(document["text"], f"{args.run / config.FILE}: text:").beside() if document.get("text") else {}
     )
     what = method, changed, own, base.config, name, labels, scaling, beside
-    if gguf:
+    if adapters is not None:
+        several.write(args.out, adapters, changed, base.config, name, rope_scaling=scaling, beside=beside)
+    elif gguf:
         with tempfile.TemporaryDirectory() as scratch:
             written = result.write((Path(scratch) / "adapter", Path(scratch) / "model"), *what)
             if written.name == "adapter":

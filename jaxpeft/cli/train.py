@@ -9,8 +9,11 @@ wins over the file. There `method_options` may be a mapping, of a method's name 
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import tyro
+
+from jaxpeft.cli import named
 from jaxpeft.train import run as of_train
 from jaxpeft.train.run import Run
 
@@ -19,6 +22,9 @@ from jaxpeft.train.run import Run
 class Train(Run):
     """Fine-tune a model on a file of examples; without arguments, the embedded ones."""
 
+    adapter: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()  # type: ignore[assignment]
+    """PEFT adapter to train on; it brings its method with it: rank, targets, default rate. NAME=FOLDER, once for each,
+    is one of several, as in --adapters."""
     config: Path | None = None
     """YAML file whose keys are these flags' names."""
     json: bool = False
@@ -32,7 +38,12 @@ def run(args: Train) -> dict[str, Any]:
         InputError: for arguments or input that cannot be used.
         RunError: for a run that cannot go on.
     """
-    return of_train.run(Run(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Run)}))
+    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Run)}
+    if isinstance(args.adapter, tuple):
+        given = named.read(args.adapter)
+        of_several = (f"{name}={folder}" for name, folder in given.named.items())
+        fields |= {"adapter": given.one, "adapters": (*of_several, *args.adapters)}
+    return of_train.run(Run(**fields))
 
 
 def show(report: dict[str, Any]) -> None:

@@ -78,6 +78,10 @@ class Examples(Sequence[Example]):
         self.lines, self.sources = encodings.lines[rows], encodings.sources[rows]
         self.digest = hashlib.sha256(f"{encodings.digest}:{limit}:".encode() + rows.tobytes()).hexdigest()
 
+    def of_source(self, number: int) -> "Examples":
+        """Those of one source, in this order."""
+        return Examples(self._encodings, self._rows[self.sources == number], self._limit)
+
     def __len__(self) -> int:
         return len(self._rows)
 
@@ -171,6 +175,7 @@ def load_examples(
     special: SpecialTokens | None = None,
     template: Template | None = None,
     cache: bool = True,
+    adapters: Sequence[str] = (),
 ) -> tuple[Examples, Report]:
     """Reads and tokenizes rows (kinds of files: see `records.py`; shapes of rows: `formats.py`).
 
@@ -184,6 +189,7 @@ def load_examples(
       special: the model's special tokens (`jaxpeft.special`); None: those that the tokenizer names.
       template: what makes conversations and instructions text (`jaxpeft.template`); None: what `auto` chooses, today.
       cache: keep the tokens of long data in the user's cache folder, and take them from there (see `cache.py`).
+      adapters: of which each row has to name its own; an example's `source` is then that one's number, from 1.
 
     Returns:
       The examples in the file's order, and the report.
@@ -196,7 +202,7 @@ def load_examples(
         raise InputError(f"sequence length must be at least 1, got {seq_len}")
     special = from_parts(tokenizer) if special is None else special
     template = choose("auto", tokenizer) if template is None else template
-    source, encoder = find(path), Encoder(tokenizer, special, template, skip_bad_lines)
+    source, encoder = find(path), Encoder(tokenizer, special, template, skip_bad_lines, tuple(adapters))
     folder = disk.place(source, tokenizer, encoder.identity()) if cache else None
     encodings, report = _read(source, encoder, folder)
     examples = _fit(encodings, seq_len, too_long, report)
@@ -273,6 +279,7 @@ class Encoder(NamedTuple):
     special: SpecialTokens
     template: Template
     skip_bad_lines: bool
+    adapters: tuple[str, ...] = ()
 
     def part(self, records: Sequence[Record]) -> tuple[Chunk, Report]:
         """The good rows among a file's records as tokens, and what became of all of them.
@@ -283,7 +290,7 @@ class Encoder(NamedTuple):
         """
         report = Report("")
         with limits.many() as span:
-            rows = list(_read_rows(records, self.tokenizer, self.template, self.skip_bad_lines, report, span.look))
+            rows = list(_read_rows(records, self, report, span.look))
         if self.special.end is None:
             report.without_end += sum(isinstance(row.content, Text) for row in rows)
         return pack(_encode(rows, self.tokenizer, self.special)), report
@@ -292,7 +299,8 @@ class Encoder(NamedTuple):
         """All but the tokenizer, as plain JSON."""
         special = {name: sorted(x) if isinstance(x, frozenset) else x for name, x in self.special._asdict().items()}
         template = dataclasses.asdict(self.template)
-        return {"special": special, "template": template, "skip_bad_lines": self.skip_bad_lines}
+        own = {"skip_bad_lines": self.skip_bad_lines, "adapters": list(self.adapters)}
+        return {"special": special, "template": template, **own}
 
     @classmethod
     def of_settings(cls, tokenizer: "PreTrainedTokenizerBase", settings: dict[str, Any]) -> "Encoder":
@@ -300,7 +308,8 @@ class Encoder(NamedTuple):
         special |= {name: tuple(x) for name, x in special.items() if isinstance(x, list)}
         special["blanks"] = frozenset(special["blanks"])
         template = Template(**settings["template"])
-        return cls(tokenizer, SpecialTokens(**special), template, settings["skip_bad_lines"])
+        own = settings["skip_bad_lines"], tuple(settings["adapters"])
+        return cls(tokenizer, SpecialTokens(**special), template, *own)
 
     def identity(self) -> dict[str, Any]:
         """What good rows' tokens follow from besides the tokenizer; the day only where a template asks for it."""
@@ -311,18 +320,12 @@ class Encoder(NamedTuple):
         return settings
 
 
-def _read_rows(
-    records: Iterable[Record],
-    tokenizer: "PreTrainedTokenizerBase",
-    template: Template,
-    skip_bad_lines: bool,
-    report: Report,
-    look: Callable[[], None],
-) -> Iterator[_Row]:
+def _read_rows(records: Iterable[Record], encoder: Encoder, report: Report, look: Callable[[], None]) -> Iterator[_Row]:
     """The good lines as rows to tokenize; counts lines, shapes, bad lines and what else there is to say of them.
 
     `look` is called before each (see `limits.many`).
     """
+    tokenizer, template, skip_bad_lines = encoder.tokenizer, encoder.template, encoder.skip_bad_lines
     checked = False
     for source_record in records:
         look()
@@ -331,6 +334,7 @@ def _read_rows(
         try:
             record = source_record.fields()
             shape, content = read_record(record, where)
+            source = source_record.source(record, encoder.adapters)
         except InputError as error:
             count_bad_line(error, skip_bad_lines, report)
             continue
@@ -343,11 +347,11 @@ def _read_rows(
             count_bad_line(error, skip_bad_lines, report)
             continue
         report.formats[shape] += 1
-        report.ignored.update({*ignored_fields(record, shape, content), *unread})
+        report.ignored.update({*ignored_fields(record, shape, content, bool(encoder.adapters)), *unread})
         report.templated += not isinstance(content, Text)
         report.split += len(rows) - 1
         for row in rows:
-            yield _Row(line, source_record.source(record), where, row)
+            yield _Row(line, source, where, row)
 
 
 def _is_chat(content: Content, template: Template) -> bool:

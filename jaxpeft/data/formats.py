@@ -9,15 +9,15 @@
     text                       text                                    everything, EOS
 
 A record that has the fields of several shapes is read as the first of them in this order. A text in the field `source`
-says which data it is of, for a method that chooses rows by that (`colm`). Of other fields those that
-would change what is trained on are refused, and the rest are ignored; which, the file's report says. What turns may
-hold is in `jaxpeft.data.messages`.
+says which data it is of, for a method that chooses rows by that (`colm`); where several adapters are trained at once,
+one in the field `adapter` names a record's own. Of other fields those that would change what is trained on are refused,
+and the rest are ignored; which, the file's report says. What turns may hold is in `jaxpeft.data.messages`.
 """
 
 from typing import Any, Literal, NamedTuple
 
 from jaxpeft.data.messages import Conversation, check_text, read_conversation, read_system
-from jaxpeft.data.records import SOURCE
+from jaxpeft.data.records import ADAPTER, SOURCE
 from jaxpeft.errors import InputError
 
 Format = Literal["messages", "conversations", "prompt/completion", "instruction/input/output", "text"]
@@ -114,13 +114,14 @@ def read_record(record: dict[str, Any], where: str) -> tuple[Format, Content]:
     raise InputError(f"{where}: fields must be {SHAPES}; this line has: {found}{preferences}")
 
 
-def ignored_fields(record: dict[str, Any], shape: Format, content: Content) -> list[str]:
-    """The fields of a record that reading it made nothing of."""
+def ignored_fields(record: dict[str, Any], shape: Format, content: Content, adapters: bool = False) -> list[str]:
+    """The fields of a record that reading it made nothing of; `adapters`: whether its adapter is no such."""
     read = (*FIELDS[shape], *(_OF_CONVERSATIONS if isinstance(content, Conversation) else ()))
+    named = (SOURCE, ADAPTER) if adapters else (SOURCE,)
     return [
         name
         for name, value in record.items()
-        if name not in read and value is not None and not (name == SOURCE and isinstance(value, str))
+        if name not in read and value is not None and not (name in named and isinstance(value, str))
     ]
 
 

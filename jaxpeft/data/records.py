@@ -20,19 +20,20 @@ import itertools
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple, cast
 
 from jaxpeft.data import jsonl
 from jaxpeft.data.jsonl import as_object, check_length, number_lines, parse_line
-from jaxpeft.errors import InputError, first_line
+from jaxpeft.errors import InputError, did_you_mean, first_line
 
 _MOST_WHOLE = 2**31  # bytes of an array, which is read whole
 ROWS = 1000  # of a columnar file in memory at once
 _MOST_CELLS = 4  # of the greatest size in a row
 _JSON_COLUMNS = ("messages", "tools")
 SOURCE = "source"  # the field that says which data a record is of
+ADAPTER = "adapter"  # the field that names the adapter which is trained on it, of several
 _WHOLE = re.compile(r"[-+]?(0|[1-9]\d*)")
 _DECIMAL = re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+(?=[eE]))([eE][-+]?\d+)?")
 
@@ -61,11 +62,31 @@ class Record(NamedTuple):
             raise self.content
         return parse_line(self.content, self.where) if isinstance(self.content, bytes) else self.content
 
-    def source(self, fields: dict[str, Any]) -> int:
-        """A number, from 1, of the data that a record is of: its field `source`, else its file; 0 without either."""
+    def source(self, fields: dict[str, Any], adapters: Sequence[str] = ()) -> int:
+        """A number, from 1, of the data that a record is of: its field `source`, else its file; 0 without either.
+
+        Where several adapters are trained, it is that of the one which the record names.
+
+        Raises:
+          InputError: for a record that names none of them.
+        """
+        if adapters:
+            return 1 + self._adapter(fields, adapters)
         named = fields.get(SOURCE)
         name = named if isinstance(named, str) else self.file
         return 1 + zlib.crc32(name.encode("utf-8", "replace")) % (2**31 - 1) if name else 0
+
+    def _adapter(self, fields: dict[str, Any], adapters: Sequence[str]) -> int:
+        name = fields.get(ADAPTER)
+        if name is None:
+            raise InputError(
+                f"{self.where}: field {ADAPTER} is missing: of several, each row names one of {', '.join(adapters)}"
+            )
+        if not isinstance(name, str):
+            raise InputError(f"{self.where}: field {ADAPTER} must be a name, a string, found {jsonl.json_type(name)}")
+        if name not in adapters:
+            raise InputError(f"{self.where}: no adapter is called {name!r}" + did_you_mean(name, adapters))
+        return list(adapters).index(name)
 
 
 # Text.

@@ -2,7 +2,8 @@
 
     {"jax": version, "arguments": {flag's field: value}, "method": [[name, arguments], ...], "content": {name: digest},
      "labels": [names of what rows are classified as], "text": what `jaxpeft.template` keeps beside a result, or null,
-     "rows": with --prune-embeddings, the ids of the tokens whose rows are there}
+     "rows": with --prune-embeddings, the ids of the tokens whose rows are there,
+     "adapters": with --adapters, {name: [[method's name, arguments], ...]}}
 
 Files are compared by content, so that a run continues where its model and data have been moved to.
 """
@@ -29,13 +30,14 @@ from jaxpeft.models import rotary
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.template import Document as Text
 from jaxpeft.template import Template
+from jaxpeft.train import several
 from jaxpeft.train.report import SCORES
 from jaxpeft.train.run import Run, flag
 
 FILE = "config.json"
 REPORT = "report.json"
 # What a run leaves in its folder; one of these there, and the folder holds a run.
-TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "model", "tensorboard")
+TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "adapters", "model", "tensorboard")
 # Fields that may differ when a run is continued: they don't bear on its numbers ...
 _FREE = {"out", "resume", "data_cache", "compile_cache", "mesh", "profile_steps", "profile_process", *launched.FLAGS}
 # ... or are compared by what the files hold ...
@@ -53,16 +55,18 @@ def describe(
     labels: Sequence[str] = (),
     template: Template | None = None,
     rows: str | None = None,
+    adapters: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document of a run.
 
     Args:
       args: the run.
-      specs: `Method.specs`.
+      specs: `Method.specs`; of several adapters those of all of them.
       content: digests of "model", "adapter", "data", "eval_data" and "template" (None without).
       labels: names of what rows are classified as, in order; none where none are.
       template: what conversations and instructions became text by; None where there are none.
       rows: ids of the rows of the embedding table that are there (`unused_rows.spelt`); None: all.
+      adapters: of several, `several.Adapters.document`; None: there is one, or none.
     """
     names = [field.name for field in dataclasses.fields(Run) if field.name not in _FREE]
     arguments = {name: getattr(args, name) for name in names}
@@ -75,6 +79,7 @@ def describe(
         "text": template.document() if template else None,
     }
     document |= {"rows": rows} if rows is not None else {}
+    document |= {"adapters": adapters} if adapters is not None else {}
     return json.loads(json.dumps(document, default=str))  # as it will be read: tuples are lists, paths text
 
 
@@ -99,6 +104,7 @@ class Document(TypedDict):
     labels: NotRequired[list[documents.Text]]
     text: NotRequired[Text | None]
     rows: NotRequired[documents.Text]
+    adapters: NotRequired[dict[documents.Text, documents.Specs]]
 
 
 class _Sample(TypedDict):
@@ -268,6 +274,8 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
         changes.append(f"the labels {old.get('labels')} -> {new.get('labels')}")
     if not changes and old.get("rows") != new.get("rows"):
         changes.append("the tokens of its data, and so the rows of --prune-embeddings")
+    if not changes and old.get("adapters") != new.get("adapters"):
+        changes.append(f"the adapters' methods {old.get('adapters')} -> {new.get('adapters')}")
     if not changes and not same_method:
         changes.append(f"the method's defaults {old.get('method')} -> {new['method']}")
     if changes:
@@ -287,6 +295,8 @@ def _meaning(name: str, value: Any) -> Any:
         return value or "loops"  # a run from before there was a choice
     if name == "optimizer_memory":
         return value or "device"  # likewise
+    if name == "adapters":
+        return [*several.read(value or ())]  # by name: folders by what they hold
     if name in ("update_in_backward", "prune_embeddings"):
         return bool(value)  # likewise
     return recipe.read(value or ()) if name == "method_options" else value

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxpeft import tree
-from jaxpeft.train import result
+from jaxpeft.train import result, several
 from jaxpeft.train.prepare import Job
 from jaxpeft.train.state import TrainState
 
 
 def write_result(out: Path, job: Job, params: tree.Params, rope_scaling: str | None) -> Path:
-    """Writes OUT/adapter/ or OUT/model/, and returns it; see `result.write`."""
+    """Writes OUT/adapter/, OUT/adapters/ or OUT/model/, and returns it; see `result.write`, `several.write`."""
+    if job.adapters is not None:
+        how = {"labels": job.data.labels, "rope_scaling": rope_scaling}
+        beside = job.data.template.beside() if job.data.template else {}
+        return several.write(
+            out / "adapters", job.adapters, params, job.model.config, job.source.model, beside=beside, **how
+        )
     where = (out / "adapter", out / "model")
     of_base = (job.base, job.model.config, job.source.model, job.data.labels, rope_scaling)
     beside = job.data.template.beside() if job.data.template else {}
@@ -23,6 +31,14 @@ def counts(job: Job, state: TrainState) -> dict[str, int]:
     changed = {path: leaf for path, leaf in state.moved.items() if tree.canonical(path) in job.base}
     numbers = tree.size(state.trainable) + tree.size(changed)
     return {"trainable_parameters": numbers, "frozen_parameters": tree.size(state.leaves) - numbers}
+
+
+def of_adapters(job: Job, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:
+    """{"adapters": {name: its validation loss before and after}} of several; {} of a run with one."""
+    if job.adapters is None:
+        return {}
+    of = lambda name: {"eval_loss_before": before.get(f"loss/{name}"), "eval_loss_after": after.get(f"loss/{name}")}
+    return {"adapters": {name: of(name) for name in job.adapters.methods}}
 
 
 def sample(job: Job, before: list[str], after: list[str]) -> dict[str, str] | None:

@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from jaxpeft import shares
+from jaxpeft.adapters import FIELD
 from jaxpeft.generate import generate
 from jaxpeft.model import Batch, Model
 from jaxpeft.train import scores
@@ -32,8 +33,23 @@ def make_eval_step(model: Model, loss: Callable[..., Any] = completion_loss) -> 
 
 def mean_loss(step: Callable[..., Any], state: TrainState, batches: Iterable[Batch]) -> float:
     """Nats per token over all tokens of the batches that count, each with the same weight."""
-    sums = [step(state, batch) for batch in batches]
-    total, weight = (sum(float(x) for x in column) for column in zip(*jax.device_get(sums), strict=True))
+    return _mean(jax.device_get([step(state, batch) for batch in batches]))
+
+
+def losses(step: Callable[..., Any], state: TrainState, batches: Iterable[Batch]) -> dict[str, float | None]:
+    """{"loss": `mean_loss`}, and "loss/g" of adapter g where each batch is of one of several."""
+    whose, sums = [], []
+    for batch in batches:
+        whose.append(int(batch[FIELD][0]) if FIELD in batch else None)
+        sums.append(step(state, batch))
+    found = jax.device_get(sums)
+    own = sorted({g for g in whose if g is not None})
+    of = {f"loss/{g}": _mean([x for x, other in zip(found, whose, strict=True) if other == g]) for g in own}
+    return {"loss": _mean(found), **of}
+
+
+def _mean(sums: Sequence[tuple[Any, Any]]) -> float:
+    total, weight = (sum(float(x) for x in column) for column in zip(*sums, strict=True))
     return total / weight if weight else float("nan")
 
 
@@ -71,15 +87,22 @@ def classification_scores(
 
 
 class Question(NamedTuple):
-    """A validation example as a prompt to answer: its token ids, the text of its own completion, the tokens of that."""
+    """A validation example as a prompt to answer: its token ids, the text of its own completion, the tokens of that.
+
+    adapter: its number, of several; None: there are not several.
+    """
 
     prompt: list[int]
     reference: str
     length: int
+    adapter: int | None = None
 
 
-def questions(examples: Sequence[Example], count: int, tokenizer: Any) -> list[Question]:
-    """Up to `count` examples, evenly spread, each cut before its first completion; without a prompt it is left out."""
+def questions(examples: Sequence[Example], count: int, tokenizer: Any, several: bool = False) -> list[Question]:
+    """Up to `count` examples, evenly spread, each cut before its first completion; without a prompt it is left out.
+
+    With `several` an example's source is the number of its adapter, from 1.
+    """
     prompted = [i for i, example in enumerate(examples) if not example.completion[0]]
     places = np.linspace(0, len(prompted) - 1, min(count, len(prompted))).round().astype(int)
     asked = []
@@ -87,7 +110,8 @@ def questions(examples: Sequence[Example], count: int, tokenizer: Any) -> list[Q
         start = int(np.argmax(example.completion))
         end = start + int(np.argmin(np.append(example.completion[start:], False)))
         reference = tokenizer.decode(example.ids[start:end].tolist(), skip_special_tokens=True)
-        asked.append(Question(example.ids[:start].tolist(), reference.strip(), end - start))
+        whose = example.source - 1 if several else None
+        asked.append(Question(example.ids[:start].tolist(), reference.strip(), end - start, whose))
     return asked
 
 
@@ -117,7 +141,8 @@ def answer(
     max_new_tokens = min(most_tokens, max(question.length for question in asked) * 5 // 4 + 1)
     room = model.config.max_position_embeddings - max_new_tokens
     prompts = [question.prompt[-max(room, 1) :] for question in asked]  # the end of a prompt that leaves no room
-    new = generate(model, params, prompts, max_new_tokens, eos=ends)
+    own = None if asked[0].adapter is None else [question.adapter for question in asked]
+    new = generate(model, params, prompts, max_new_tokens, eos=ends, adapters=own)  # type: ignore[arg-type]
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
     scores = [rouge_l(text, question.reference) for text, question in zip(texts, asked, strict=True)]
     return Answers(texts, sum(scores) / len(scores))

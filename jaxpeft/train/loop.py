@@ -4,7 +4,7 @@
     OUT/metrics.jsonl    a row per step and evaluation; as events in OUT/tensorboard/, as a picture in OUT/loss.png
     OUT/checkpoints/     see `jaxpeft.checkpoint`
     OUT/adapter/         the result, in PEFT's form or, where PEFT has none, in ours (see `jaxpeft.peft`); OUT/model/, a
-                         whole checkpoint, where the base itself trained
+                         whole checkpoint, where the base itself trained; OUT/adapters/NAME/, of each of several
     OUT/trace/           what the devices did in the steps of --profile-steps
     OUT/report.json      written last: the run is finished
 
@@ -38,14 +38,14 @@ from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
 from jaxpeft.peft import adapter_rope_scaling
-from jaxpeft.train import config, ending, folder, memory
+from jaxpeft.train import config, ending, folder, memory, several
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.evaluate import Answers, answer
 from jaxpeft.train.metrics import MetricsLog, Unwritten
 from jaxpeft.train.metrics import read as read_metrics
 from jaxpeft.train.prepare import Job, asked_method, prepare, sources
 from jaxpeft.train.progress import Progress, ranges, say
-from jaxpeft.train.report import build_report, write_curve
+from jaxpeft.train.report import SCORES, build_report, write_curve
 from jaxpeft.train.run import Run, flag
 from jaxpeft.train.signals import Signals
 from jaxpeft.train.state import TrainState
@@ -89,13 +89,15 @@ def train(args: Run) -> dict[str, Any]:
     out = args.out
     if args.adapter is not None:
         args = dataclasses.replace(args, rope_scaling=adapter_rope_scaling(args.adapter, args.rope_scaling))
+    if args.adapters:
+        args = dataclasses.replace(args, rope_scaling=several.scaling_of(args))
     old = None
     if args.resume:
         old = config.read(out)
         day = args.template_date or config.stored_date(old)
         args = dataclasses.replace(args, dtype=args.dtype or old.get("arguments", {}).get("dtype"), template_date=day)
         method = asked_method(args)
-        asked = config.describe(args, method.specs if method else (), {})
+        asked = config.describe(args, method.specs if method and not args.adapters else (), {})
         config.check_arguments(out, old, asked)
         if (finished := _report_of(out)) is not None and finished["steps"] >= args.steps:
             say(f"{out}: the run is finished; this is its report")
@@ -368,7 +370,8 @@ class _Run:
         self.log.write({"step": self.done, "split": "eval", **self.scores})
 
     def _score(self, batches: Iterable[Batch]) -> dict[str, Any]:
-        return self.job.task.scores(self.eval_step, self.state, batches, len(self.job.data.labels))
+        scores = self.job.task.scores(self.eval_step, self.state, batches, len(self.job.data.labels))
+        return scores if self.job.adapters is None else several.named(self.job.adapters, scores)
 
     def _loss(self) -> float | None:
         """The validation loss of the last evaluation."""
@@ -445,16 +448,17 @@ class _Run:
         best = self.checkpoints.best()
         report = build_report(
             out=self.out,
-            method=recipe.spell(job.method.specs, " + "),
+            method=recipe.spell(job.method.specs, " + ") if job.adapters is None else job.adapters.spelled(),
             steps=self.done,
             tokens=self.tokens,
             seconds=time.monotonic() - started,
             train_loss=self.loss,
             eval_loss=(self.before["scores"].get("loss"), self._loss()),
             overlap=(self.before["overlap"], answers.overlap),
-            scores={name: (self.before["scores"].get(name), x) for name, x in self.scores.items() if name != "loss"},
+            scores={name: (self.before["scores"].get(name), x) for name, x in self.scores.items() if name in SCORES},
             sample=ending.sample(job, self.before["texts"], answers.texts),
             **ending.counts(job, state),
+            **ending.of_adapters(job, self.before["scores"], self.scores),
             memory=memory.step_memory(
                 program,
                 job.model,

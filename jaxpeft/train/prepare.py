@@ -22,6 +22,7 @@ from jax.sharding import Mesh
 from jaxpeft import checkpoint, hf, sharding, shares, template, tree, unused_rows
 from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import parse
+from jaxpeft.data.records import ADAPTER
 from jaxpeft.data.sources import find, is_named
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, setup
@@ -29,7 +30,7 @@ from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.peft import adapter_labels, import_adapter
 from jaxpeft.special import check_vocabulary
-from jaxpeft.train import config, host_state, in_backward
+from jaxpeft.train import config, host_state, in_backward, several
 from jaxpeft.train.base import load
 from jaxpeft.train.optimizer import Direction, direction_of, make_direction, make_schedule
 from jaxpeft.train.progress import say
@@ -49,6 +50,7 @@ class Job(NamedTuple):
     mesh: that the state lies on; None: one device.
     rows: of a batch, those that this process holds; None: all of them.
     pruned: the embedding table's rows; None: all are in the state.
+    adapters: the several that the run trains; None: one, or none.
     """
 
     source: Source
@@ -68,6 +70,7 @@ class Job(NamedTuple):
     mesh: Mesh | None = None
     rows: shares.Rows | None = None
     pruned: unused_rows.Pruned | None = None
+    adapters: several.Adapters | None = None
 
     def whole(self, state: TrainState) -> TrainState:
         """A state with all rows of the embedding table, on its devices."""
@@ -119,7 +122,11 @@ def prepare(args: Run, continued: bool = False) -> Job:
     flat = tree.flatten(params)
     own_of_base = {path: leaf for path, leaf in flat.items() if not path.startswith(SCOPE)}
     added: tree.Flat = {}
-    if method is None:
+    adapters = several.made(args) if args.adapters else None
+    if method is None and args.adapters:
+        adapters, added = several.going_on(args, base, params)
+        method = adapters.method
+    elif method is None:
         assert args.adapter is not None
         method, added = import_adapter(args.adapter, base.config, params)
         method = task.method(method)
@@ -158,7 +165,7 @@ def prepare(args: Run, continued: bool = False) -> Job:
         state = shares.placed(state, sharding.of_state(mesh, state, own_of_base))
     rows = shares.rows_of(mesh, args.batch_size)
     if plan.actions:
-        _check_names(task, model, state, args.batch_size // args.accumulate, args.seq_len)
+        _check_names(task, model, state, args.batch_size // args.accumulate, args.seq_len, bool(args.adapters))
     return Job(
         source=source,
         task=task,
@@ -175,15 +182,17 @@ def prepare(args: Run, continued: bool = False) -> Job:
         base=jax.eval_shape(lambda: own_of_base),
         document=config.describe(
             args,
-            method.specs,
+            method.specs if adapters is None else adapters.specs,
             content,
             data.labels,
             data.template,
             None if pruned is None else unused_rows.spelt(pruned.ids),
+            None if adapters is None else adapters.document(),
         ),
         mesh=mesh,
         rows=rows,
         pruned=pruned,
+        adapters=adapters,
     )
 
 
@@ -200,10 +209,12 @@ def _pruned(args: Run, method: Method, base: Model, params: tree.Params, data: D
     return pruned
 
 
-def _check_names(task: Task, model: Model, state: TrainState, rows: int, length: int) -> None:
+def _check_names(task: Task, model: Model, state: TrainState, rows: int, length: int, several: bool) -> None:
     """Traces the loss, which refuses a plan that names an unknown activation."""
     value = lambda trainable, rest, batch: task.loss(model, tree.combine(trainable, rest), batch)[0]
-    batch = task.shapes(model.config, rows, length)
+    batch = task.shapes(model.config, rows, length) | (
+        {ADAPTER: jax.ShapeDtypeStruct((rows,), jnp.int32)} if several else {}
+    )
     jax.eval_shape(jax.grad(value), state.trainable, {**state.frozen, **state.moved}, batch)
 
 

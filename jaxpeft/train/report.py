@@ -108,6 +108,11 @@ def print_report(report: Mapping[str, Any]) -> None:
         before, after = report.get(f"{key}_before"), report.get(f"{key}_after")
         if after is not None:
             scores.add_row(label, "-" if before is None else f"{before:.4f}", f"{after:.4f}")
+    for name, own in report.get("adapters", {}).items():
+        if own["eval_loss_after"] is not None:
+            before = own["eval_loss_before"]
+            said = "-" if before is None else f"{before:.4f}"
+            scores.add_row(f"{SCORES['eval_loss']}, {name}", said, f"{own['eval_loss_after']:.4f}")
     if scores.row_count:
         console.print(scores, "")
 

@@ -81,6 +81,9 @@ class Run:
     more than one method takes the name."""
     adapter: Path | None = None
     """PEFT adapter to train on; it brings its method with it: rank, targets, default rate."""
+    adapters: tuple[str, ...] = ()
+    """Several adapters on one base, each for the rows whose field `adapter` names it: NAME is begun, NAME=FOLDER goes
+    on. An option of --method-options for one alone is NAME.rank=4; the run leaves OUT/adapters/NAME."""
 
     steps: int = 120
     """Optimizer steps to take. With --resume it may grow if --schedule is constant."""
@@ -219,6 +222,10 @@ class Run:
                 raise InputError(f"--buckets {length}: must be from 2 to --seq-len {run.seq_len}")
         if run.resume and run.out is None:
             raise InputError("--resume: needs --out, the folder of the run to continue")
+        if run.adapters:
+            from jaxpeft.train import several
+
+            several.check(run)
         run.make_method()
 
     def place(self) -> Place | None:
@@ -237,8 +244,13 @@ class Run:
         """The run with the rate and the decay of its method where it names none."""
         from jaxpeft.train.optimizer import RATES, defaults, direction_of
 
-        method = self.make_method()
-        specs = self._specs_of_adapter() if method is None else method.specs
+        if self.adapters:
+            from jaxpeft.train import several
+
+            specs = several.specs(self)
+        else:
+            method = self.make_method()
+            specs = self._specs_of_adapter() if method is None else method.specs
         own, direction = defaults(specs), direction_of(specs, self.optimizer)
         if direction == "sgd" and self.clip not in (None, Run.clip):
             of = "--optimizer sgd" if self.optimizer else "+".join(spec.name for spec in specs)
@@ -255,13 +267,18 @@ class Run:
         return dataclasses.replace(self, lr=lr if self.lr is None else self.lr, weight_decay=decay)
 
     def make_method(self) -> Any:
-        """The `Method` that is named, with its arguments; None where an adapter brings its own.
+        """The `Method` that is named, with its arguments; None where an adapter brings its own, or one of several does.
 
         Raises:
           InputError: for what makes no method, or names another one than the adapter's.
         """
         from jaxpeft import recipe
 
+        if self.adapters:
+            from jaxpeft.train import several
+
+            found = several.made(self)
+            return None if found is None else found.method
         common = {"rank": self.rank, "alpha": self.alpha, "targets": self.targets}
         if self.adapter is None:
             return recipe.parse(self.method, self.method_options, **common)
@@ -408,7 +425,9 @@ def _in_type(values: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = os.fspath(value)
         elif name == "method_options" and isinstance(value, Mapping):
             found[name] = tuple(f"{key}={to_yaml(f'method option {key}', item)}" for key, item in value.items())
-        elif name in ("buckets", "method_options") and isinstance(value, list):
+        elif name == "adapters" and isinstance(value, Mapping):
+            found[name] = tuple(key if item is None else f"{key}={os.fspath(item)}" for key, item in value.items())
+        elif name in ("buckets", "method_options", "adapters") and isinstance(value, list):
             found[name] = tuple(value)
     return found
 

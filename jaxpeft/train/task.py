@@ -20,7 +20,7 @@ from jaxpeft.models import for_classification
 from jaxpeft.models.labels import SCOPE, names
 from jaxpeft.special import special_tokens
 from jaxpeft.template import Template, choose, find
-from jaxpeft.train import evaluate
+from jaxpeft.train import evaluate, several
 from jaxpeft.train.loss import classification_loss, completion_loss
 from jaxpeft.train.run import Run
 
@@ -100,17 +100,24 @@ class Task(NamedTuple):
 
 def _read_texts(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
     from jaxpeft import data
+    from jaxpeft.data import by_adapter
 
     del order
     assert args.seq_len is not None
-    template = choose(args.template, tokenizer, args.template_date, find(args.adapter, hf.resolve(source.model)))
+    own = several.template_of(args) if args.adapters else args.adapter
+    names = tuple(several.read(args.adapters))
+    template = choose(args.template, tokenizer, args.template_date, find(own, hf.resolve(source.model)))
     special = special_tokens(source.model, tokenizer)  # after `choose`, which may give the tokenizer another template
     read: dict[str, Any] = {"skip_bad_lines": args.skip_bad_lines, "too_long": args.too_long}
-    read |= {"special": special, "template": template, "cache": args.data_cache}
+    read |= {"special": special, "template": template, "cache": args.data_cache, "adapters": names}
     layout: dict[str, Any] = {"pack": args.pack, "buckets": args.buckets}
     examples, report = data.load_examples(source.train, tokenizer, args.seq_len, **read)
     make = lambda some, seed: data.make_batches(some, args.batch_size, args.seq_len, seed, **layout)
-    if args.rounds is None:
+    train: data.Batches
+    if names:
+        part = lambda some, rows: data.make_batches(some, rows, args.seq_len, args.seed, **layout)
+        train = by_adapter.make(examples, names, args.batch_size, args.pack, part, source.train)
+    elif args.rounds is None:
         train = make(examples, args.seed)
     else:
         train = data.Rounds(examples, make, args.rounds, args.round_size or ROUND_SIZE, args.seed)
@@ -118,8 +125,9 @@ def _read_texts(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
     if not source.validation:
         return Data(train, None, [], (), {"data": report}, special.ends, used)
     held_out, other = data.load_examples(source.validation, tokenizer, args.seq_len, **read)
-    asked = evaluate.questions(held_out, args.samples, tokenizer)
-    validation = functools.partial(data.eval_batches, held_out, args.batch_size, args.seq_len, **layout)
+    asked = evaluate.questions(held_out, args.samples, tokenizer, bool(names))
+    evaluation = by_adapter.evaluation if names else data.eval_batches
+    validation = functools.partial(evaluation, held_out, args.batch_size, args.seq_len, **layout)
     return Data(train, validation, asked, (), {"data": report, "eval_data": other}, special.ends, used)
 
 
@@ -133,7 +141,7 @@ def _text_shapes(config: Any, rows: int, length: int, packed: bool = True) -> di
 
 def _text_scores(step: Any, state: Any, batches: Any, labels: int) -> dict[str, float | None]:
     del labels
-    return {"loss": evaluate.mean_loss(step, state, batches)}
+    return evaluate.losses(step, state, batches)
 
 
 # Rows that are classified.
