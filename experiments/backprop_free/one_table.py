@@ -214,7 +214,7 @@ def equal_flops(figures: common.Figures, entry: Entry, best: Sequence[common.Row
 
 
 def collect(figures: common.Figures, compared: Sequence[common.Row] | None = None) -> list[common.Row]:
-    """A row for each entry: {"entry", "plans": {plan: figure}, "steps": runs, "flops": runs}.
+    """A row for each entry: {"entry", "plans": {plan: figure}, "steps": runs, "flops": runs, "rates": tried here}.
 
     compared: the figures of `experiments.compare`.
     """
@@ -225,6 +225,9 @@ def collect(figures: common.Figures, compared: Sequence[common.Row] | None = Non
         steps = equal_steps(figures, entry, compared)
         rows.append({"entry": entry, "plans": plans[entry], "steps": steps})
         rows[-1]["flops"] = equal_flops(figures, entry, steps)
+        own = {"what": "run", "method": entry.words, "options": _small(entry), "steps": PROTOCOL.steps}
+        ran = [row for row in figures.rows if all(row.get(name) == x for name, x in own.items())]
+        rows[-1]["rates"] = sorted({row["lr"] for row in ran if row["optimizer"] == entry.optimizer})
     for entry in ENTRIES:
         if plan_of(entry) != "blocks":
             plans[entry]["blocks"] = memory_of(figures, entry, "blocks")
@@ -260,6 +263,8 @@ def document(rows: Sequence[common.Row]) -> str:
         f"nats per token of stories260K on E2E NLG, mean ± standard deviation of three seeds: after {PROTOCOL.steps} "
         f"steps, and after the FLOPs that LoRA's {PROTOCOL.steps} have. Empty: not measured. JAX {jax}."
     )
+    rates = [f"`{row['entry'].words}` {', '.join(map(str, row['rates']))}" for row in rows if row["rates"]]
+    text += f" Rates that were tried here: {'; '.join(rates)}." if rates else ""
     said = [f"`{row['entry'].title}`: {row['entry'].said}." for row in rows if row["entry"].said]
     return f"# One table\n\n{text}\n\n{common.table(header, body)}\n{common.bullets(said)}"
 
