@@ -40,7 +40,7 @@ from experiments.tuning import by_state, place, rate, search
 from jaxpeft import assets, data, tree
 from jaxpeft.errors import InputError
 from jaxpeft.hf import load_tokenizer
-from jaxpeft.method import unchanged
+from jaxpeft.method import Method, unchanged
 from jaxpeft.special import special_tokens
 from jaxpeft.template import choose
 from jaxpeft.train import evaluate
@@ -157,9 +157,13 @@ class Runner:
 
     A method without a backward pass (MeZO) moves the base's leaves itself, and asks the step for its rate. One that
     changes directions may begin the optimizer's state anew (LISA, with each draw), of which the rate is no part then.
+
+    method, steps, direction: in the place of the contestant's, the protocol's and the method's own.
     """
 
-    def __init__(self, name: str, words: str):
+    def __init__(
+        self, name: str, words: str, method: Method | None = None, steps: int | None = None, direction: Any = None
+    ):
         self.protocol, self.rows, self.task = DATA[name], rows_of(name), TASKS[DATA[name].kind]
         length = self.protocol.tokens
         if self.protocol.kind == "lm":
@@ -167,10 +171,10 @@ class Runner:
         else:
             self.layout = {"buckets": tuple(range(16, length + 1, 16)), "collate": data.collate_rows}
         self.trains = words != contestants.BASE
-        self.method = self.task.method(contestants.make(words, self.protocol.model))
+        self.method = self.task.method(method or contestants.make(words, self.protocol.model))
         per_epoch = len(self.rows.train) / self.protocol.batch
-        self.steps = self.protocol.steps or math.ceil(self.protocol.epochs * per_epoch)
-        self.direction = make_direction(defaults(self.method.specs).direction or "adam")
+        self.steps = steps or self.protocol.steps or math.ceil(self.protocol.epochs * per_epoch)
+        self.direction = make_direction(direction or defaults(self.method.specs).direction or "adam")
         self.model, trainable, rest = self.setup(0)
         objective = objective_of(self.model, self.method, {**rest, **trainable}, self.task.loss)
         own = any(self.method.role(path).name == "moved" for path in rest) and not objective.backward
