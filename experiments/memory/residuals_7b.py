@@ -22,7 +22,8 @@ could be computed again, the former from the layer's input at the price of the l
 attention. The rest does not grow with depth: the gradient of the stream (128 MiB), what one layer computes for 2048
 tokens (tokens=... in a plan sets how many), and on the H200 the current layer's kernels, which XLA copies out of their
 stacks (86 MiB for each of the MLP's); residuals_7b.md lists the largest. Below the floor there is only what compresses,
-offloads or recomputes products. `compressed` and `compressed4` compute attention again by themselves, from the rounded q, k, v.
+offloads or recomputes products. `compressed` and `compressed4` compute attention again by themselves, from
+the rounded q, k, v; a TPU's compiler was not asked about `compressed4`.
 """
 
 from __future__ import annotations
