@@ -16,9 +16,9 @@ any other.
 
 Paper: Ardakani et al. 2023, "SlimFit: Memory-Efficient Fine-Tuning of Transformer-based Models Using Training
 Dynamics", arXiv:2305.18513. Deviations: layers are chosen of each stack, so that shapes are static, where the paper
-sorts all tensors of the model together. Of its stored activations 4 bits of GELU's inputs and a norm's largest tenth
-are not here: 8 and 12 bits are, without bias. It keeps a second copy of all weights to compare with; d is calculated
-here from a step's own leaves.
+sorts all tensors of the model together. Of its stored activations a norm's largest tenth is not here; 4 bits of GELU's
+inputs are `--save matmuls,up_proj=compress4`, in steps of each block, without bias, where the paper's are of one size
+and clipped at 8. It keeps a second copy of all weights to compare with; d is calculated here from a step's own leaves.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ ON_DEVICE = {
     "offload": INPUT + LOW + LSE,
     "compressed": INPUT + STREAM + CODES + LOW,
     "compressed12": (INPUT + STREAM + ATTENTION + READ) * (12 + 8 / 128) / 16 + LOW + LSE,
+    "compressed4": (INPUT + STREAM + READ - 4 * D) * 4.5 / 16 + 2 * (D + 4 + 4 * D / LENGTH) + LOW,
 }
 # While one group passes one layer: all that it computes (12 arrays of d, 3 of f), with cotangents, in float32.
 WORK = GROUP * 2 * 4 * (12 * D + 3 * F)
@@ -127,6 +128,14 @@ def test_the_7b_reference_step(name):
     assert 45.8 < kept / GiB < 46
     found = memory(name, geometries.load("llama2-7b"), "matmuls")
     assert kept / GiB < found.temporaries / GiB <= 46.8
+    assert found.host == 0
+
+
+@pytest.mark.slow
+def test_the_7b_reference_step_in_4_bits():
+    """28,424 bytes per token and layer (docs/bytes.md), 13.9 GiB, and what is left to 15 for work and loss."""
+    found = memory("h200", geometries.load("llama2-7b"), "compressed4")
+    assert 13.8 < found.temporaries / GiB <= 15
     assert found.host == 0
 
 
