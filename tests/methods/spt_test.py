@@ -414,3 +414,15 @@ def test_the_claimed_memory(save):
         product = 11008 * 2 * 32 * 8192 if save == "everything" else 0  # down's LoRA reads it; here it is made again
         assert 0.9 * spared < found < 1.1 * spared + product
         assert 1.1 < lora["bytes"]["total"] / ours["bytes"]["total"] < 1.25
+
+
+@pytest.mark.slow
+def test_attention_alone_spares_nothing():
+    """The same, with whole MLPs: no plan keeps scores, and to choose keys takes operations that LoRA does not."""
+    if not importlib.util.find_spec("jax_plugins"):
+        pytest.skip("no CUDA plugin")
+    config = {**geometries.load("llama2-7b"), "max_position_embeddings": 8192}
+    target, methods = targets.target("h200"), (jp.lora(), jp.spt(active=1.0))
+    lora, ours = (planner.row(planner.make_step(config, m, 1, 8192, "matmuls"), target) for m in methods)
+    assert abs(lora["bytes"]["total"] - ours["bytes"]["total"]) < 0.01 * lora["bytes"]["total"]
+    assert ours["flops"] > 1.1 * lora["flops"]
