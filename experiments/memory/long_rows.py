@@ -12,9 +12,10 @@ results/memory/long_rows.json, tables in long_rows.md.
 
 - rtx4090, NF4: tokens 2,048 under everything, 4,096 matmuls, 34,816 blocks, 47,104 with the MLP by tiles.
 - h100, NF4: tokens 14,336 under everything, 22,528 matmuls, 159,744 blocks, 223,232 with the MLP by tiles.
-- h200, NF4: tokens 26,624 under everything, 43,008 matmuls, 299,008 blocks.
+- h200, NF4: tokens 26,624 under everything, 43,008 matmuls, 299,008 blocks, 421,888 with the MLP by tiles, at least
+  1,228,800 with the layers' inputs in the host's memory too (2,068,480 do not fit).
 
-The rest of the tables is not compiled yet: tiles on an H200, inputs in the host's memory or in 8 bits, a base in
+The rest of the tables is not compiled yet: inputs in the host's memory on the other cards, those in 8 bits, a base in
 bfloat16, and what stands beside Unsloth's figures.
 """
 
@@ -86,14 +87,22 @@ def longest(
     while True:
         line = _through(sorted(rows, key=lambda row: abs(row["bytes"]["total"] - room)), like)
         best = max((row for row in rows if row["bytes"]["total"] <= room), key=lambda row: row["seq_len"], default=None)
-        length = FIRST if line is None else _on(line, room if rows else int(0.98 * room))
-        # What does not fit makes way for the next smaller one at least.
-        length = min([length, *(row["seq_len"] - STEP for row in rows if row["bytes"]["total"] > room)])
-        near = best is not None and length <= max(best["seq_len"] + STEP - 1, (1 + NEAR) * best["seq_len"])
-        if near or length < STEP or figure is None or compiles == MOST:
+        length = FIRST if line is None else _next(rows, line, room)
+        if is_near(best, length) or length < STEP or figure is None or compiles == MOST:
             return best, line
         rows.append(figure(length))
         compiles += 1
+
+
+def _next(rows: list[common.Row], line: Line, room: int) -> int:
+    """The next length to try; what does not fit makes way for the next smaller one at least."""
+    length = _on(line, room if rows else int(0.98 * room))
+    return min([length, *(row["seq_len"] - STEP for row in rows if row["bytes"]["total"] > room)])
+
+
+def is_near(best: common.Row | None, length: int) -> bool:
+    """Whether a length is not enough beyond the longest that fits to be tried."""
+    return best is not None and length <= max(best["seq_len"] + STEP - 1, (1 + NEAR) * best["seq_len"])
 
 
 def _on(line: Line, room: int) -> int:
@@ -130,7 +139,9 @@ def collect(figures: common.Figures, names: list[str]) -> list[common.Row]:
         if line is None or (figure is None and (open_ or not known)):
             return
         lines[base, save] = line
-        rows.append({**key, "best": best, **more})
+        found = known if figure is None else [row for row in figures.rows if row.items() >= key.items()]
+        closed = is_near(best, _next(found, line, room))
+        rows.append({**key, "best": best, "closed": closed, **more})
 
     for base, plans in PLANS:
         for save in plans:
@@ -144,7 +155,10 @@ def collect(figures: common.Figures, names: list[str]) -> list[common.Row]:
 
 
 def _tokens(row: common.Row) -> str:
-    return f"{row['best']['seq_len']:,}" if row["best"] else "none"
+    """The longest row; one whose search has not come to its end is said to be no more than a row that fits."""
+    if not row["best"]:
+        return "none"
+    return f"{'' if row['closed'] else 'at least '}{row['best']['seq_len']:,}"
 
 
 def table(rows: list[common.Row]) -> str:
@@ -181,7 +195,7 @@ def beside(rows: list[common.Row]) -> str:
 def verdicts(rows: list[common.Row]) -> list[str]:
     """What tiles are worth, and where that leaves this library beside Unsloth."""
     own = [row for row in rows if "card" not in row and row["best"]]
-    tokens = {(row["target"], row["base"], row["save"]): f"{row['best']['seq_len']:,}" for row in own}
+    tokens = {(row["target"], row["base"], row["save"]): _tokens(row) for row in own}
     words = {
         "everything": "under everything",
         "matmuls": "matmuls",

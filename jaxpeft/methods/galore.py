@@ -166,6 +166,8 @@ def projected(
     _lora.check_rank(own_name, rank)
     if every < 1:
         raise InputError(f"{own_name}: every {every} must be at least 1")
+    if not 0 < scale < float("inf"):
+        raise InputError(f"{own_name}: scale {scale} must be a finite number above 0")
     for name, value, known in (("projection", projection, PROJECTIONS), ("rounding", rounding, ROUNDINGS)):
         if value not in known:
             raise InputError(f"{own_name}: {name} {value!r} is not one of {', '.join(known)}")

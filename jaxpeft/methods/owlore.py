@@ -118,8 +118,9 @@ def owlore(
     for name, value, known in (("scores", scores, SCORES), ("rounding", rounding, _galore.ROUNDINGS)):
         if value not in known:
             raise InputError(f"owlore: {name} {value!r} is not one of {', '.join(known)}")
-    if not 0 < threshold < float("inf"):
-        raise InputError(f"owlore: threshold {threshold} must be a finite number above 0")
+    for name, number in (("threshold", threshold), ("scale", scale)):
+        if not 0 < number < float("inf"):
+            raise InputError(f"owlore: {name} {number} must be a finite number above 0")
     pattern = patterns.compiled(_full.WHICH.get(which, which), "owlore: which")
 
     def draw(key, stacks, moved):

@@ -12,10 +12,11 @@ that trains. What the compiler still finds unused, it drops.
 Kept for the backward pass, from that layer on: what a frozen backbone keeps, and of a kernel x, or x[:, i] alone.
 Merging writes P over W's rows and joins the layers; whole tensors are ordinary weights already.
 
-`search` finds a scheme under a limit of bytes. Contributions are measured: by how much the loss on some batches falls
-after one sign step of a tensor's channels alone, all else as it is. Bytes are those of what trains, 16 a number (its
-master, gradient, Adam's two moments), and of residuals. For each deepest layer, channels are taken by contribution per
-byte while they fit; the best sum of contributions wins, and its bytes are then counted on the traced step itself.
+`search`, and `jaxpeft scheme`, find a scheme under a limit of bytes. Contributions are measured: by how much the loss
+on some batches falls after one sign step of a tensor's channels alone, all else as it is. Bytes are those of what
+trains, 16 a number (its master, gradient, Adam's two moments), and of residuals. For each deepest layer, channels are
+taken by contribution per byte while they fit; the best sum of contributions wins, and its bytes are then counted on the
+traced step itself.
 
 Paper: Zhu et al. 2023, "PockEngine: Sparse and Efficient Fine-tuning in a Pocket", arXiv:2310.17752, with the scheme
 search of Lin et al. 2022, "On-Device Training Under 256KB Memory", arXiv:2206.15472. Deviations: its schemes of
@@ -90,7 +91,9 @@ def pockengine(scheme: Mapping[str, float] | None = None) -> Method:
     """
     config = {"scheme": dict(scheme or {})}
     if not scheme:
-        raise InputError("pockengine: scheme says what trains, as {'layers/31/self_attn': 1.0}; search finds one")
+        raise InputError(
+            "pockengine: scheme says what trains, as {'layers/31/self_attn': 1.0}; `jaxpeft scheme` finds one"
+        )
     for pattern, value in scheme.items():
         patterns.compiled(pattern, "pockengine: scheme")
         if not 0 < value <= 1:

@@ -223,6 +223,7 @@ def test_rounding_is_unbiased_where_bf16_would_lose_the_change():
     [
         (lambda: jp.galore(0), "rank 0 must be at least 1"),
         (lambda: jp.galore(17), "rank 17 is above the smaller side of layers/self_attn/k_proj"),
+        (lambda: jp.galore(4, scale=-1.0), "scale -1.0 must be a finite number above 0"),
         (lambda: jp.galore(4, every=0), "every 0 must be at least 1"),
         (lambda: jp.galore(4, projection="random"), "projection 'random' is not one of sketch, svd"),
         (lambda: jp.galore(4, rounding="up"), "rounding 'up' is not one of"),

@@ -180,6 +180,7 @@ def test_layers_are_drawn_by_their_scores():
         (lambda: jp.owlore(rank=0), "rank 0 must be at least 1"),
         (lambda: jp.owlore(scores="owl"), "scores 'owl' is not one of outliers, outliers_reverse, norms"),
         (lambda: jp.owlore(threshold=0), "threshold 0 must be a finite number above 0"),
+        (lambda: jp.owlore(scale=0), "scale 0 must be a finite number above 0"),
         (lambda: jp.owlore(rounding="up"), "rounding 'up' is not one of"),
         (lambda: jp.owlore(count=4, **OPTIONS), "count 4: 3 layers train"),
         (lambda: jp.owlore(count=1, **{**OPTIONS, "rank": 17}), "rank 17 is above the smaller side of"),

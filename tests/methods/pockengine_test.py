@@ -165,7 +165,7 @@ def test_a_search_fits_and_more_room_takes_off_more(gains, monkeypatch):
 @pytest.mark.parametrize(
     ("scheme", "message"),
     [
-        (None, "pockengine: scheme says what trains, as {'layers/31/self_attn': 1.0}; search finds one"),
+        (None, "pockengine: scheme says what trains, as {'layers/31/self_attn': 1.0}; `jaxpeft scheme` finds one"),
         ({"layers/1": 0.0}, "pockengine: scheme 'layers/1': share 0.0 must be above 0 and at most 1"),
         ({"layers/1": 1.5}, "pockengine: scheme 'layers/1': share 1.5 must be above 0 and at most 1"),
         ({"layers/(": 1.0}, "pockengine: scheme"),
