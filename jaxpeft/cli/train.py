@@ -30,6 +30,16 @@ class Train(Run):
     json: bool = False
     """Print the report as one JSON document on stdout and nothing else there."""
 
+    def __post_init__(self):
+        words: Any = self.adapter
+        if isinstance(words, tuple):  # as flags are parsed; a run has one, or several with names
+            given = named.read(words)
+            object.__setattr__(self, "adapter", given.one)
+            if given.named:
+                of_several = (f"{name}={folder}" for name, folder in given.named.items())
+                object.__setattr__(self, "adapters", (*of_several, *self.adapters))
+        super().__post_init__()
+
 
 def run(args: Train) -> dict[str, Any]:
     """Checks the arguments, trains, and returns the report as a JSON-able dict.
@@ -38,12 +48,7 @@ def run(args: Train) -> dict[str, Any]:
         InputError: for arguments or input that cannot be used.
         RunError: for a run that cannot go on.
     """
-    fields = {field.name: getattr(args, field.name) for field in dataclasses.fields(Run)}
-    if isinstance(args.adapter, tuple):
-        given = named.read(args.adapter)
-        of_several = (f"{name}={folder}" for name, folder in given.named.items())
-        fields |= {"adapter": given.one, "adapters": (*of_several, *args.adapters)}
-    return of_train.run(Run(**fields))
+    return of_train.run(Run(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Run)}))
 
 
 def show(report: dict[str, Any]) -> None:

@@ -147,6 +147,7 @@ def test_the_command_line_and_yaml_say_what_python_says(files, tmp_path, monkeyp
     found = several._options(seen[-1].method_options, ["a", "b"])
     assert found == several._options(("b.rank=3",), ["a", "b"]) == ({}, {"a": {}, "b": {"rank": 3}})
     assert cli.main(["train", "--adapter", str(tmp_path)]) == 0 and seen[-1].adapter == tmp_path
+    assert cli.main(["train", "--adapter", "a=x", "--adapter", "y"]) == 2 and len(seen) == 7
 
 
 @pytest.mark.parametrize(
