@@ -13,7 +13,7 @@ results/memory/long_rows.json, tables in long_rows.md.
 - rtx4090, NF4: tokens 2,048 under everything, 4,096 matmuls, 34,816 blocks, 47,104 with the MLP by tiles.
 - h100, NF4: tokens 14,336 under everything, 22,528 matmuls, 159,744 blocks, 223,232 with the MLP by tiles.
 - h200, NF4: tokens 26,624 under everything, 43,008 matmuls, 299,008 blocks, 421,888 with the MLP by tiles, at least
-  1,228,800 with the layers' inputs in the host's memory too (2,068,480 do not fit).
+  1,228,800 and the layers' inputs in the host's memory. (2,068,480 do not fit.)
 
 The rest of the tables is not compiled yet: inputs in the host's memory on the other cards, those in 8 bits, a base in
 bfloat16, and what stands beside Unsloth's figures.
