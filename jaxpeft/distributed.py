@@ -193,7 +193,7 @@ class Group:
     def _end_for(self, dead: list[str]) -> None:
         known = {key.rpartition("/")[2]: text for key, text in self._client.key_value_dir_get(f"{self._name}/who/")}
         names = ", ".join(f"process {index} ({known.get(index, 'which never came')})" for index in dead)
-        line = f"{names}: died, or hangs; the others have stopped; --resume goes on from the last checkpoint"
+        line = f"{names}: died, or hangs; the others have stopped; --resume goes on from the last whole checkpoint"
         if self._claim(1, line):
             print_line(line)
         leave(1, self, without=dead)

@@ -102,7 +102,8 @@ def make_mesh(text: str, devices: Any = None) -> Mesh:
         several = [size for size in sizes.values() if size > 1]
         product = f"{' x '.join(map(str, several))} = " if len(several) > 1 else ""
         count = math.prod(several)
-        raise InputError(f"--mesh {text}: {product}{count} devices, there are {len(devices)}")
+        there = f"there {'is' if len(devices) == 1 else 'are'} {len(devices)}"
+        raise InputError(f"--mesh {text}: {product}{count} devices, {there}")
     auto = (jax.sharding.AxisType.Auto,) * len(AXES)
     # An axis may be a part of a dimension of a slice, such as fsdp=2 of 4 x 4 x 4 chips.
     placed = mesh_utils.create_device_mesh(
@@ -295,7 +296,7 @@ def check_rows(mesh: Mesh | None, rows: int, accumulate: int = 1, length: int | 
         raise InputError(f"--seq-len {length}: must be a multiple of the mesh's seq = {parts} devices")
     count = num_shards(mesh)
     if rows % (count * accumulate):
-        parts = f" and --accumulate {accumulate}" if accumulate > 1 else ""
+        parts = f", times --accumulate {accumulate}: {count * accumulate}" if accumulate > 1 else ""
         raise InputError(f"--batch-size {rows}: must be a multiple of the mesh's data x fsdp = {count} devices{parts}")
 
 

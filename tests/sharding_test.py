@@ -237,8 +237,8 @@ def test_factors_follow_their_kernel():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("data=3", "--mesh data=3: 3 devices, there are 1"),
-        ("data=3,seq=2", "--mesh data=3,seq=2: 3 x 2 = 6 devices, there are 1"),
+        ("data=3", "--mesh data=3: 3 devices, there is 1"),
+        ("data=3,seq=2", "--mesh data=3,seq=2: 3 x 2 = 6 devices, there is 1"),
         ("rows=2", "--mesh rows=2: 'rows=2' should be AXIS=DEVICES with one of data, fsdp, tensor, seq"),
         ("data=2,data=2", "--mesh data=2,data=2: data stands twice"),
         ("data=0", "--mesh data=0: data=0 should have a number of devices, at least 1"),

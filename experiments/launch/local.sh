@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 port=${PORT:-$("$python" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}
 
 started=()
-trap 'kill -TERM "${started[@]}" 2>/dev/null || true' TERM INT # each saves where it is, and ends
+trap 'again=1; kill -TERM "${started[@]}" 2>/dev/null || true' TERM INT # each saves where it is, and ends
 for ((index = 0; index < count; index++)); do
     if [ -e /dev/nvidia0 ]; then
         export CUDA_VISIBLE_DEVICES=$index
@@ -25,6 +25,11 @@ done
 
 status=0
 for process in "${started[@]}"; do
-    wait "$process" || status=$?
+    again=1
+    while [ "$again" ]; do # a signal ends a wait, not the process
+        again='' own=0
+        wait "$process" || own=$?
+    done
+    [ "$own" = 0 ] || status=$own
 done
 exit "$status"

@@ -80,7 +80,7 @@ def best(
     """
     begun, names = time.monotonic(), candidates(target.chips, rows, accumulate)
     if not names:
-        parts = f" and --accumulate {accumulate}" if accumulate > 1 else ""
+        parts = f", times --accumulate {accumulate}" if accumulate > 1 else ""
         raise InputError(
             f"--batch-size {rows}: must be a multiple of the {target.chips} devices of {target.name}, or of a half, a "
             f"fourth or an eighth of them{parts}"

@@ -40,6 +40,7 @@ REPORT = "report.json"
 TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "adapters", "model", "tensorboard")
 # Fields that may differ when a run is continued: they don't bear on its numbers ...
 _FREE = {"out", "resume", "data_cache", "compile_cache", "mesh", "profile_steps", "profile_process", *launched.FLAGS}
+_FREE |= {"checkpoint_every", "keep"}
 # ... or are compared by what the files hold ...
 _BY_CONTENT = {"model", "data", "eval_data", "adapter", "template"}
 # ... or by what the run began with, where the one that continues it doesn't say ...
@@ -239,19 +240,30 @@ def with_steps(document: Mapping[str, Any], steps: int) -> dict[str, Any]:
     return {**document, "arguments": {**document.get("arguments", {}), "steps": steps}}
 
 
+def named_otherwise(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What is compared by content and has another name than it had (old -> new)."""
+    before, now = old.get("arguments", {}), new["arguments"]
+    return [_renamed(name, before, now) for name in sorted(_BY_CONTENT) if before.get(name) != now.get(name)]
+
+
+def _renamed(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    return f"{flag(name)} {before.get(name) or 'the default'} -> {now.get(name) or 'the default'}"
+
+
 def check_arguments(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """`check_same` of what the arguments alone say, before anything is read; new["method"] is [] if they name none."""
     before, now = old.get("arguments", {}), new["arguments"]
     as_before = all(_meaning(name, before.get(name)) == _meaning(name, now[name]) for name in _OF_METHOD)
     method = old.get("method") if as_before or not new["method"] else new["method"]
-    check_same(out, old, {**old, "arguments": now, "method": method})
+    check_same(out, old, {**old, "arguments": now, "method": method}, named_otherwise(old, new))
 
 
-def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], named_otherwise: Sequence[str] = ()) -> None:
     """Raises InputError with every field in which a run is to be continued otherwise than it began (old -> new).
 
     A method may be spelt otherwise: `--rank 4`, `rank=4` and `lora.rank=4` are the same. More steps are no difference
-    where the schedule is constant; a falling one has the number of steps in every rate.
+    where the schedule is constant; a falling one has the number of steps in every rate. What is named otherwise is said
+    beside a difference, which may be another model's default.
     """
     before, now = old.get("arguments", {}), new["arguments"]
     same_method = old.get("method") == new["method"]
@@ -261,15 +273,15 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
     changes = [
         f"{flag(name)} {_words(before.get(name))} -> {_words(now.get(name))}"
         for name in [*now, *(name for name in before if name not in now)]
-        if name not in _BY_CONTENT
+        if name not in _BY_CONTENT | _FREE
         and not (name in _FROM_BEGIN and now.get(name) is None)
         and not (same_method and name in _OF_METHOD)
         and _meaning(name, before.get(name)) != _meaning(name, now.get(name))
     ]
-    for name in sorted(_BY_CONTENT):
-        if old.get("content", {}).get(name) != new["content"].get(name):
-            where = f"{before.get(name) or 'the default'} -> {now.get(name) or 'the default'}"
-            changes.append(f"{flag(name)} {where} (other content)")
+    other = {name for name in _BY_CONTENT if old.get("content", {}).get(name) != new["content"].get(name)}
+    if "model" in other:  # whose tokenizer makes other tokens of the same texts
+        other -= {name for name in ("data", "eval_data") if before.get(name) == now.get(name)}
+    changes += [f"{_renamed(name, before, now)} (other content)" for name in sorted(other)]
     if not changes and old.get("labels", []) != new.get("labels", []):
         changes.append(f"the labels {old.get('labels')} -> {new.get('labels')}")
     if not changes and old.get("rows") != new.get("rows"):
@@ -284,7 +296,8 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> Non
             ends = (
                 f" (the {before.get('schedule')} schedule ends at step {before.get('steps')}; a constant one goes on)"
             )
-        raise InputError(f"--resume {out}: the run was begun otherwise: {'; '.join(changes)}{ends}")
+        beside = f"; named otherwise, too: {'; '.join(named_otherwise)}" if named_otherwise else ""
+        raise InputError(f"--resume {out}: the run was begun otherwise: {'; '.join(changes)}{ends}{beside}")
 
 
 def _meaning(name: str, value: Any) -> Any:

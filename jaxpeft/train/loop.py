@@ -91,7 +91,7 @@ def train(args: Run) -> dict[str, Any]:
         args = dataclasses.replace(args, rope_scaling=adapter_rope_scaling(args.adapter, args.rope_scaling))
     if args.adapters:
         args = dataclasses.replace(args, rope_scaling=several.scaling_of(args))
-    old = None
+    old = finished = None
     if args.resume:
         old = config.read(out)
         day = args.template_date or config.stored_date(old)
@@ -99,15 +99,15 @@ def train(args: Run) -> dict[str, Any]:
         method = asked_method(args)
         asked = config.describe(args, method.specs if method and not args.adapters else (), {})
         config.check_arguments(out, old, asked)
-        if (finished := _report_of(out)) is not None and finished["steps"] >= args.steps:
-            say(f"{out}: the run is finished; this is its report")
+        finished = _report_of(out, args.steps)
+        if finished is not None and not config.named_otherwise(old, asked):
             return finished
         old = config.with_steps(old, args.steps)
     elif distributed.is_first():  # which is making it, while others may look
         config.check_folder(out)
     try:
         with folder.alone(out):
-            return _alone(args, out, old)
+            return _alone(args, out, old, finished)
     except OSError as error:
         if isinstance(error.__context__, RunError):  # a log that could not be closed after it
             raise error.__context__ from None
@@ -120,8 +120,11 @@ def train(args: Run) -> dict[str, Any]:
         raise
 
 
-def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
-    """`train`, where no other process runs in the folder; `old` is the document of a run that is continued."""
+def _alone(args: Run, out: Path, old: dict[str, Any] | None, finished: dict[str, Any] | None) -> dict[str, Any]:
+    """`train`, where no other process runs in the folder; `old` is the document of a run that is continued.
+
+    `finished`: its report, if it has no more steps to take; its files have other names then, and are compared.
+    """
     if old is None and distributed.is_first():
         config.check_new(out)
     if (group := distributed.group()) is not None:
@@ -136,6 +139,8 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
         group.agree({flag(name): digest for name, digest in job.document["content"].items()})
     if old is not None:
         config.check_same(out, old, job.document)
+    if finished is not None:
+        return finished
     for report in job.data.reports.values():
         say(report.summary())
     if distributed.is_first():
@@ -155,15 +160,21 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None) -> dict[str, Any]:
         return _Run(args, job, old or job.document, checkpoints, signals).whole(started)
 
 
-def _report_of(out: Path) -> dict[str, Any] | None:
-    """The report of a run that is finished; None where there is none, or a damaged one, which is made again."""
+def _report_of(out: Path, steps: int) -> dict[str, Any] | None:
+    """The report of a run that is finished, wherever it lies by now; None where there is none, a damaged one, which is
+    made again, or one of fewer steps.
+    """
     if not (out / config.REPORT).exists():
         return None
     try:
-        return config.read_report(out)
+        report = config.read_report(out)
     except InputError as error:
         say(f"{error}; it is made again")
         return None
+    if report["steps"] < steps:
+        return None
+    say(f"{out}: the run is finished; this is its report")
+    return {**report, "out": str(out)}
 
 
 class _Run:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import pytest
 import yaml
@@ -92,6 +93,24 @@ def test_slurm(files, tmp_path):
     finished(out, done.stdout)
     done = subprocess.run(["bash", LAUNCH / "slurm.sbatch"], env=variables, capture_output=True, text=True)
     assert done.returncode and "needs --out" in done.stderr
+
+
+SAVES = """#!/bin/sh
+trap 'sleep 1; touch "saved $JAX_PROCESS_ID"; exit $JAX_PROCESS_ID' TERM
+touch "began $JAX_PROCESS_ID"
+while :; do sleep 0.1; done
+"""
+
+
+def test_after_a_signal_local_processes_are_waited_for(tmp_path):
+    """The script ends behind the last of them, with the status of one that has failed."""
+    known = environment(tmp_path, saves=SAVES) | {"PYTHON": str(tmp_path / "saves"), "PORT": "1"}
+    with subprocess.Popen(["bash", LAUNCH / "local.sh", "3", "train"], env=known, cwd=tmp_path) as script:
+        while len([*tmp_path.glob("began *")]) < 3:
+            time.sleep(0.05)
+        script.terminate()
+        assert script.wait(timeout=60) == 2
+    assert len([*tmp_path.glob("saved *")]) == 3
 
 
 def test_queued_resource(tmp_path):

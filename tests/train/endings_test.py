@@ -1,6 +1,8 @@
 """How runs end: finished, finished again, with a loss that is not finite, on a full disk; what other methods leave."""
 
+import functools
 import json
+import shutil
 import subprocess
 
 import jax
@@ -10,7 +12,7 @@ import pytest
 
 from jaxpeft import hf, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
-from jaxpeft.errors import RunError
+from jaxpeft.errors import InputError, RunError
 from jaxpeft.train import loop
 from jaxpeft.train.metrics import read
 from jaxpeft.train.prepare import prepare
@@ -105,6 +107,21 @@ def test_full_leaves_a_model_and_a_finished_run_is_not_run_again(files, tmp_path
     again = loop.train(runs.arguments(files, tmp_path, **{**changes_of(args), "resume": True}))
     assert again == json.loads(json.dumps(report))
     assert "the run is finished" in capsys.readouterr().err
+    # By other names: its own data is no other run's, what others hold is.
+    rows = (files / "train.jsonl").read_text()
+    asked = functools.partial(runs.arguments, files, tmp_path, **{**changes_of(args), "resume": True})
+    (tmp_path / "moved.jsonl").write_text(rows)
+    assert loop.train(asked(data=str(tmp_path / "moved.jsonl"))) == again
+    (tmp_path / "other.jsonl").write_text(rows.replace("ab", "ba"))
+    with pytest.raises(InputError, match=r"other.jsonl \(other content\)$"):
+        loop.train(asked(data=str(tmp_path / "other.jsonl")))
+    with pytest.raises(InputError, match=r"--lr 0.01 -> 0.1; named otherwise, too: --data .*other.jsonl$"):
+        loop.train(asked(data=str(tmp_path / "other.jsonl"), lr=0.1))
+    assert json.loads((tmp_path / "report.json").read_text()) == again
+    # How often it is saved is not what it is.
+    shutil.copytree(tmp_path, tmp_path.parent / "elsewhere")
+    elsewhere = runs.arguments(files, tmp_path.parent / "elsewhere", **{**changes_of(args), "resume": True}, keep=1)
+    assert loop.train(elsewhere) == {**again, "out": str(tmp_path.parent / "elsewhere")}
 
 
 def changes_of(args):

@@ -71,7 +71,7 @@ def test_the_adapter_is_that_of_one_device(trained):
 REFUSED = {
     "--mesh data=3": "--mesh data=3: 3 devices, there are 8",
     "--mesh data=8 --batch-size 12": "--batch-size 12: must be a multiple of the mesh's data x fsdp = 8",
-    "--mesh data=8 --batch-size 16 --accumulate 4": "= 8 devices and --accumulate 4",
+    "--mesh data=8 --batch-size 16 --accumulate 4": "data x fsdp = 8 devices, times --accumulate 4: 32",
     "--mesh seq=8 --seq-len 30": "--seq-len 30: must be a multiple of the mesh's seq = 8 devices",
     "--mesh rows=8": "'rows=8' should be AXIS=DEVICES with one of data, fsdp, tensor, seq",
 }

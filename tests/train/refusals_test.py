@@ -111,7 +111,7 @@ def test_resume_lists_every_field_that_differs(begun, files, capsys):
     changed = runs.arguments(files, begun.out, resume=True, lr=0.5, steps=9, rank=None, buckets=())
     line = refused(changed, capsys)
     assert "the run was begun otherwise: --rank 2 -> None; --steps 6 -> 9; --lr 0.01 -> 0.5" in line
-    assert line.endswith("(the cosine schedule ends at step 6; a constant one goes on)")
+    assert "(the cosine schedule ends at step 6; a constant one goes on); named otherwise, too: --data " in line
     assert [path.name for path in begun.out.iterdir()] == ["config.json"]
 
 
