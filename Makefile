@@ -23,9 +23,10 @@ NEXT_TESTS = tests/tree_test.py tests/model_test.py tests/methods_test.py tests/
     test_counters_constants_and_collections_pass test_scanned_stacks_of_flax_run_under_a_plan) \
   $(wildcard tests/pallas_kernels)
 # Of the methods one of each kind: a site's, one without a backward pass, one whose leaves move, one that feeds attention.
-# Not twice what takes long and says the same of any JAX: kernels on a mesh, micro-batches, other people's optimizers.
+# Not twice what takes long and says the same of any JAX: kernels on a mesh or of any shape, micro-batches, other people's
+# optimizers.
 NEXT_ONLY = (not methods_test or [lora] or [mezo] or lisa or prefix) \
-  and not (divided or accumulation or packed_rows or optimizer_of_your_own)
+  and not (divided or accumulation or packed_rows or optimizer_of_your_own or any_shape)
 # Once more under the flag with which JAX will make another thing of `checkpoint_name`: what finds names on the trace,
 # plans over the names of one family of models, and reversible layers, which have them in branches. Other families and
 # methods, types, dropout and sharding meet names in the same place. Not before JAX 0.12: under
