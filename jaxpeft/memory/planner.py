@@ -163,8 +163,6 @@ def make_step(
     paths = frozenset(path for path in tree.flatten(of_base) if not path.startswith(SCOPE))
     length = seq_len if "tokens" in batch else base.config.num_patches + 1
     objective_of(model, method, state.leaves, own.loss)  # refuses a plan that would have no effect
-    if any(jax.tree.leaves(away.opt_state)) and mesh is not None:
-        raise InputError("--optimizer-memory host is planned for one device; leave --mesh out")
     rows = (accumulate, own, batch_size, length)
     made = Step(function, state, batch, paths, model, plan, *rows, backward, form, mesh, update_in_backward)
     return made._replace(prune_embeddings=prune_embeddings, optimizer_memory=optimizer_memory, away=away)
@@ -338,13 +336,13 @@ def lowered(step: Step, target: Target) -> Any:
             return targets.in_host_memory(lowered) if some else lowered
         state, batch = placed(step)
         if target.platform == "tpu":
-            moved = {path: _lying(leaf, path in step.host) for path, leaf in state.moved.items()}
-            state = state._replace(moved=moved)
+            lying = jax.tree.map(_lying, state._replace(frozen={}), step.away._replace(frozen={}))
+            state = lying._replace(frozen=state.frozen)
         there = jax.tree.map(lambda x: x.sharding, state.parted[0])
         with on_mesh(step):
             function = jax.jit(in_place(step.function), donate_argnums=0, out_shardings=(there, None))
             lowered = function.lower(*state.parted, batch)
-            return targets.in_host_memory(lowered) if step.host else lowered
+            return targets.in_host_memory(lowered) if any(jax.tree.leaves(step.away)) else lowered
 
 
 def _lying(x: jax.ShapeDtypeStruct, away: bool) -> jax.ShapeDtypeStruct:

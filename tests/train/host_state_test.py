@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import host, tree
+from jaxpeft import host, sharding, tree
 from jaxpeft.backward.residuals import remat
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, targets
@@ -122,6 +122,24 @@ def test_a_device_has_no_state_of_matrices(name):
     assert one["arguments"] - two["arguments"] > 0.99 * state
     assert two["temporaries"] - one["temporaries"] < 2 * layer
     assert (rows["host"]["optimizer_memory"], rows["device"]["optimizer_memory"]) == ("host", "device")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["h200x4", "v5e:2x2"])
+def test_on_a_mesh_each_device_has_its_part_in_its_hosts_memory(name):
+    """A quarter of what one device has there."""
+    target, rows = targets.target(name), {}
+    mesh = sharding.make_mesh("fsdp=4", targets.devices(target))
+    for where in ("device", "host"):
+        step = planner.make_step(SIZES, jp.full(), 4, 128, "blocks", mesh=mesh, optimizer_memory=where)
+        rows[where] = planner.row(step, target)
+    leaves = step.state.trainable
+    matrices = {path: leaf for path, leaf in leaves.items() if leaf.ndim - tree.layered(path) >= 2}
+    state = 2 * tree.num_bytes(matrices) / 4
+    one, two = rows["device"]["bytes"], rows["host"]["bytes"]
+    assert one["optimizer"] - two["optimizer"] == state
+    assert state <= rows["host"]["host_bytes"] <= 1.02 * state and rows["device"]["host_bytes"] == 0
+    assert one["arguments"] - two["arguments"] > 0.98 * state
 
 
 @pytest.mark.parametrize(
