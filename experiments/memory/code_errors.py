@@ -31,7 +31,6 @@ NAME = "code_errors"
 MODELS = {"stories260K": (8, 256), "SmolLM2-135M": (2, 128)}  # rows, tokens
 NAMES = ("block_input", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
 ACTIONS = ("compress12", "compress", "compress4")
-BITS = {"compress12": 12, "compress": 8, "compress4": 4}
 Table = dict[str, dict[str, dict[str, float]]]  # model -> action -> name -> per cent
 
 
@@ -48,7 +47,7 @@ class Step:
         self.model, trainable, self.frozen = jp.setup(jp.lora(8, alpha=16), base, params, jax.random.key(0))
         keys = jax.random.split(jax.random.key(7), len(trainable))
         draw = lambda path, x, key: 0.02 * jax.random.normal(key, x.shape) if path.endswith("/b") else x
-        self.trainable = {path: draw(path, x, key) for (path, x), key in zip(sorted(trainable.items()), keys)}
+        self.trainable = {path: draw(path, x, key) for (path, x), key in zip(sorted(trainable.items()), keys, strict=True)}
         self.exact = self.gradient("")
 
     def gradient(self, more: str) -> np.ndarray:

@@ -7,6 +7,7 @@ import pytest
 
 from experiments.memory import (
     budgets_7b,
+    code_errors,
     common,
     does_lora_reduce_memory,
     long_rows,
@@ -47,6 +48,16 @@ def drawn(script):
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
 def test_document_is_drawn_from_the_data(script) -> None:
     assert script.document(drawn(script)) == (common.RESULTS / f"{script.NAME}.md").read_text()
+
+
+def test_the_errors_of_codes_are_drawn_from_the_data() -> None:
+    """And fewer bits move the gradient more, but for layers' inputs in 8, which share a scale with one large number."""
+    found = code_errors.collect(common.Figures(code_errors.NAME))
+    assert code_errors.document(found) == (common.RESULTS / f"{code_errors.NAME}.md").read_text()
+    for actions in found.values():
+        assert all(actions["compress4"][name] > actions["compress"][name] for name in code_errors.NAMES[1:])
+    large = found["SmolLM2-135M"]
+    assert large["compress"]["block_input"] > large["compress4"]["block_input"] > large["compress12"]["block_input"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)
