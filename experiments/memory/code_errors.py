@@ -47,7 +47,9 @@ class Step:
         self.model, trainable, self.frozen = jp.setup(jp.lora(8, alpha=16), base, params, jax.random.key(0))
         keys = jax.random.split(jax.random.key(7), len(trainable))
         draw = lambda path, x, key: 0.02 * jax.random.normal(key, x.shape) if path.endswith("/b") else x
-        self.trainable = {path: draw(path, x, key) for (path, x), key in zip(sorted(trainable.items()), keys, strict=True)}
+        self.trainable = {
+            path: draw(path, x, key) for (path, x), key in zip(sorted(trainable.items()), keys, strict=True)
+        }
         self.exact = self.gradient("")
 
     def gradient(self, more: str) -> np.ndarray:
