@@ -243,11 +243,13 @@ def with_steps(document: Mapping[str, Any], steps: int) -> dict[str, Any]:
 def named_otherwise(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What is compared by content and has another name than it had (old -> new)."""
     before, now = old.get("arguments", {}), new["arguments"]
-    return [_renamed(name, before, now) for name in sorted(_BY_CONTENT) if before.get(name) != now.get(name)]
+    names = sorted({*_BY_CONTENT, "adapters"})  # these by their folders' contents, too
+    return [_renamed(name, before, now) for name in names if (before.get(name) or None) != (now.get(name) or None)]
 
 
 def _renamed(name: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    return f"{flag(name)} {before.get(name) or 'the default'} -> {now.get(name) or 'the default'}"
+    was, is_ = (_words(arguments.get(name)) or "the default" for arguments in (before, now))
+    return f"{flag(name)} {was} -> {is_}"
 
 
 def check_arguments(out: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:

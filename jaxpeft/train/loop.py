@@ -101,7 +101,7 @@ def train(args: Run) -> dict[str, Any]:
         config.check_arguments(out, old, asked)
         finished = _report_of(out, args.steps)
         if finished is not None and not config.named_otherwise(old, asked):
-            return finished
+            return _said(finished)
         old = config.with_steps(old, args.steps)
     elif distributed.is_first():  # which is making it, while others may look
         config.check_folder(out)
@@ -140,7 +140,7 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None, finished: dict[str,
     if old is not None:
         config.check_same(out, old, job.document)
     if finished is not None:
-        return finished
+        return _said(finished)
     for report in job.data.reports.values():
         say(report.summary())
     if distributed.is_first():
@@ -173,8 +173,12 @@ def _report_of(out: Path, steps: int) -> dict[str, Any] | None:
         return None
     if report["steps"] < steps:
         return None
-    say(f"{out}: the run is finished; this is its report")
     return {**report, "out": str(out)}
+
+
+def _said(report: dict[str, Any]) -> dict[str, Any]:
+    say(f"{report['out']}: the run is finished; this is its report")
+    return report
 
 
 class _Run:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxpeft import method as contract
 from jaxpeft import recipe
 from jaxpeft.errors import InputError
 from jaxpeft.files import from_yaml
@@ -290,6 +291,10 @@ def _options(words: recipe.Options, names: Sequence[str]) -> tuple[dict[str, Any
         whose = max((name for name in names if head == name or head.startswith(f"{name}.")), key=len, default=None)
         if whose is None:
             common.append(word)
+        elif whose in contract.names():
+            raise InputError(
+                f"--adapters {whose}: {word} could be of the method {whose} or of the adapter; call that otherwise"
+            )
         elif head == whose:
             value = from_yaml(f"method option {word!r}", text)
             if not isinstance(value, Mapping):
@@ -298,6 +303,3 @@ def _options(words: recipe.Options, names: Sequence[str]) -> tuple[dict[str, Any
         else:
             own[whose] |= recipe.read([word.removeprefix(f"{whose}.")])
     return recipe.read(common), own
-
-
-__all__ = ["Adapters", "begun", "check", "from_document", "going_on", "made", "read", "specs", "template_of", "write"]

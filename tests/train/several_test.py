@@ -166,6 +166,7 @@ def test_the_command_line_and_yaml_say_what_python_says(files, tmp_path, monkeyp
         ({"adapters": ["a"], "method_options": ["a.rnk=3"]}, "adapter 'a': method lora takes no rnk"),
         ({"adapters": ["a"], "method_options": ["a=3"]}, "method option a: should be a mapping of its options"),
         ({"adapters": ["a", "b"], "method_options": ["a.method=quantize+lora"]}, "by quantize and by nothing"),
+        ({"adapters": ["lora", "b"], "method_options": ["lora.rank=3"]}, "of the method lora or of the adapter"),
         ({"adapters": ["a={files}"], "rank": 3}, "--adapters: each brings its own rank"),
         ({"adapters": ["a={files}", "b"], "method_options": ["a.rank=3"]}, "brings its own rank; leave these out"),
     ],
