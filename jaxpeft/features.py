@@ -145,6 +145,23 @@ def segments_in(name: str, ctx: Context, x: jax.Array) -> jax.Array | None:
     return ids
 
 
+def said_by_layers(
+    name: str, who: str, otherwise: str, model: Model, params: tree.Params, batch: Batch, key: jax.Array | None
+) -> tuple[Model, jax.Array]:
+    """(the model after a forward pass, for the loss put around it; what its layers say under a name (L, B, n)).
+
+    Raises:
+      InputError: for a chain whose layers run so that it is lost; `who` says it, `otherwise` is what does without.
+    """
+    ran, _, sums = model.ran(params, batch, key)
+    if not sums or name not in sums:
+        raise InputError(
+            f"{name}: the chain's layers run in a way that loses what {who} say; leave that method out, put {name} "
+            f"behind it, or give {otherwise}"
+        )
+    return ran, sums[name]
+
+
 def mean_of_rows(values: jax.Array, batch: Batch) -> jax.Array:
     """The mean of a number of each row (B,), as rows count in the loss: one of micro-batches is that of the batch."""
     weights = batch["weights"] if "weights" in batch else jnp.sum(batch["loss_weights"], axis=-1, dtype=jnp.float32)

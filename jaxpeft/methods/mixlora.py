@@ -318,14 +318,8 @@ def _balanced(
     inner: Callable[..., Any], coef: float, balance: str, k: int, model: Model, params, batch: Batch, key=None
 ):
     """(loss, aux) with the balance term, which aux has too."""
-    ran, _, sums = model.ran(params, batch, key)
-    if not sums or NAME not in sums:
-        raise InputError(
-            "mixlora: the chain's layers run in a way that loses what routers say; leave that method out, put mixlora "
-            "behind it, or give router_aux_loss_coef=0"
-        )
+    ran, own = features.said_by_layers(NAME, "routers", "router_aux_loss_coef=0", model, params, batch, key)
     value, aux = inner(ran, params, batch, key)
-    own = sums[NAME]
     if balance == "batch":
         term = balance_of(jnp.sum(own, axis=1), k)
     else:

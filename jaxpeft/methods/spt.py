@@ -336,14 +336,9 @@ def _loss(inner: Callable[..., Any], model: Model, params: tree.Params, batch: B
     """(loss, aux): its value is `inner`'s, its gradient that with the codebooks' own loss too."""
     if key is None:
         return inner(model, params, batch, key)
-    ran, _, sums = model.ran(params, batch, key)
-    if not sums or NAME not in sums:
-        raise InputError(
-            "spt: the chain's layers run in a way that loses what the codebooks say; leave that method out, put spt "
-            "behind it, or give keep=1 and active=1"
-        )
+    ran, said = features.said_by_layers(NAME, "the codebooks", "keep=1 and active=1", model, params, batch, key)
     value, aux = inner(ran, params, batch, key)
-    off, dropped = (features.mean_of_rows(jnp.mean(sums[NAME][..., i], axis=0), batch) for i in range(2))
+    off, dropped = (features.mean_of_rows(jnp.mean(said[..., i], axis=0), batch) for i in range(2))
     return value + off - jax.lax.stop_gradient(off), {**aux, "pq": off, "dropped": dropped}
 
 
