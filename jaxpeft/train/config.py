@@ -283,6 +283,8 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], named_
     other = {name for name in _BY_CONTENT if old.get("content", {}).get(name) != new["content"].get(name)}
     if "model" in other:  # whose tokenizer makes other tokens of the same texts
         other -= {name for name in ("data", "eval_data") if before.get(name) == now.get(name)}
+    if now.get("adapters"):  # of several, whose contents are one
+        other = {"adapters" if name == "adapter" else name for name in other}
     changes += [f"{_renamed(name, before, now)} (other content)" for name in sorted(other)]
     if not changes and old.get("labels", []) != new.get("labels", []):
         changes.append(f"the labels {old.get('labels')} -> {new.get('labels')}")

@@ -1,6 +1,7 @@
 """`train --adapters`: each adapter learns of its own rows as in a run of its own, and leaves in PEFT's form."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -103,6 +104,17 @@ def test_a_run_that_is_continued_is_the_same_run(files, tmp_path):
         assert {min(x.shape) for x in one.values()} == {rank} and any(x.any() for key, x in one.items() if "_B" in key)
         assert all(np.array_equal(x, other[key]) for other in others for key, x in one.items())
         assert specs_of(folders[0])[0].config["dropout"] == 0.1
+    # One that went on is finished for those that it went on from, and for no others.
+    start = {"tidy": tmp_path / "whole/adapters/tidy", "wide": None}
+    asked = {**fields(files, steps=1, lr=1e-2), "out": tmp_path / "on"}
+    once = jp.run(**asked, adapters=start)
+    assert jp.run(**asked, adapters=start, resume=True) == json.loads(json.dumps(once, default=str))
+    shutil.copytree(start["tidy"], tmp_path / "moved")
+    assert jp.run(**asked, adapters={**start, "tidy": tmp_path / "moved"}, resume=True)["steps"] == 1
+    with pytest.raises(
+        InputError, match=r"begun otherwise: --adapters tidy=.*tidy wide -> tidy=.*on.* \(other content"
+    ):
+        jp.run(**asked, adapters={**start, "tidy": tmp_path / "on/adapters/tidy"}, resume=True)
 
 
 @pytest.mark.slow
