@@ -95,6 +95,20 @@ def test_slurm(files, tmp_path):
     assert done.returncode and "needs --out" in done.stderr
 
 
+@pytest.mark.parametrize("words", [["--out", "a run"], ["--out=a run"]])
+def test_a_slurm_job_that_is_there_goes_on(tmp_path, words):
+    """However its folder is named."""
+    known = environment(tmp_path, srun='#!/bin/sh\necho "$@"\n')
+    command = ["bash", LAUNCH / "slurm.sbatch", *words, "--steps", "3"]
+    begins = subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    (tmp_path / "a run").mkdir()
+    (tmp_path / "a run/config.json").touch()
+    goes_on = subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert begins.endswith("--steps 3\n") and goes_on == begins.replace("\n", " --resume\n")
+    done = subprocess.run(["bash", LAUNCH / "slurm.sbatch", "--out"], env=known, capture_output=True, text=True)
+    assert done.returncode and "needs --out" in done.stderr
+
+
 SAVES = """#!/bin/sh
 trap 'sleep 1; touch "saved $JAX_PROCESS_ID"; exit $JAX_PROCESS_ID' TERM
 touch "began $JAX_PROCESS_ID"
