@@ -265,7 +265,7 @@ def document(rows: Sequence[common.Row]) -> str:
     )
     rates = [f"`{row['entry'].words}` {', '.join(map(str, row['rates']))}" for row in rows if row["rates"]]
     text += f" Rates that were tried here: {'; '.join(rates)}." if rates else ""
-    said = [f"`{row['entry'].title}`: {row['entry'].said}." for row in rows if row["entry"].said]
+    said = [f"`{row['entry'].title}`: {row['entry'].said}." for row in rows if any(row["plans"].values())]
     return f"# One table\n\n{text}\n\n{common.table(header, body)}\n{common.bullets(said)}"
 
 

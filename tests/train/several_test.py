@@ -126,7 +126,8 @@ def test_each_learns_as_in_a_run_of_its_own(files, tmp_path):
     jp.run(**begun, out=tmp_path / "begun")
     start = {name: tmp_path / "begun/adapters" / name for name in ("tidy", "wide")}
     own = fields(files, clip=None, rank=None)
-    report = jp.run(**own, adapters=start, out=tmp_path / "both", eval_data=str(files / "eval.jsonl"), samples=3)
+    both = {**own, "adapters": start, "out": tmp_path / "both", "eval_data": str(files / "eval.jsonl"), "samples": 3}
+    report = jp.run(**both)
     assert report["overlap_after"] is not None and report["sample"]["prompt"] == "4+0="
     for name, rows in (("tidy", 2), ("wide", 4)):
         alone = {**own, "data": str(files / f"{name}.jsonl"), "batch_size": rows, "adapter": start[name]}
