@@ -36,7 +36,7 @@ from jaxpeft.cli.output import print_error, print_json
 from jaxpeft.errors import Elsewhere, InputError, Notice, RunError, did_you_mean, is_utf8, printable, shown
 from jaxpeft.interrupts import Interrupted
 from jaxpeft.memory.kinds import GPU_FRACTION
-from jaxpeft.train.run import in_words
+from jaxpeft.train.hints import in_words
 
 # Command name -> the module in this package and its dataclass, and a line for the help.
 COMMANDS = {

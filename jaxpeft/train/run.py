@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import os
-import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any, Literal
 from jaxpeft import launched
 from jaxpeft.errors import InputError, did_you_mean, shown
 from jaxpeft.launched import Place
+from jaxpeft.train.hints import fits, in_words
 
 # The least value of a field that is a number.
 _LEAST = {
@@ -42,7 +42,6 @@ _LEAST = {
 }
 MOST = 2**31 - 1  # of steps, tokens and whatever is counted
 MOST_SEED = 2**32 - 1  # JAX's keys hold 32 bits, and grain shuffles by as many
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -434,32 +433,5 @@ def _in_type(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_kind(name: str, value: Any, hint: Any) -> None:
     """Refuses a value that is not of its field's type, which the command line's parser never makes."""
-    if not _fits(value, hint):
+    if not fits(value, hint):
         raise InputError(f"{flag(name)} {value!r}: must be {in_words(hint)}")
-
-
-def in_words(hint: Any) -> str:
-    """A field's type as an error says it: "a number or None"."""
-    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
-    wanted = []
-    for kind in kinds:
-        if typing.get_origin(kind) is Literal:
-            wanted.append(f"one of {', '.join(map(str, typing.get_args(kind)))}")
-        elif typing.get_origin(kind) is tuple:
-            wanted.append(f"a list, each {_KINDS[typing.get_args(kind)[0]]}")
-        else:
-            wanted.append(_KINDS.get(kind, "None"))
-    return " or ".join(wanted)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, kind) for kind in arguments)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(item, arguments[0]) for item in value)
-    if hint in (int, float):
-        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
-    return isinstance(value, hint)

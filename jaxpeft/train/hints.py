@@ -1,0 +1,36 @@
+"""Values against the types of a run's fields."""
+
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+
+def in_words(hint: Any) -> str:
+    """A field's type as an error says it: "a number or None"."""
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    wanted = []
+    for kind in kinds:
+        if typing.get_origin(kind) is Literal:
+            wanted.append(f"one of {', '.join(map(str, typing.get_args(kind)))}")
+        elif typing.get_origin(kind) is tuple:
+            wanted.append(f"a list, each {_KINDS[typing.get_args(kind)[0]]}")
+        else:
+            wanted.append(_KINDS.get(kind, "None"))
+    return " or ".join(wanted)
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a field's type; whole numbers are numbers, and neither is true or false."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, kind) for kind in arguments)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, arguments[0]) for item in value)
+    if hint in (int, float):
+        return isinstance(value, int if hint is int else int | float) and not isinstance(value, bool)
+    return isinstance(value, hint)
