@@ -92,7 +92,7 @@ ENTRIES = (
     ),
     Entry("hybrid+lora", ("which=last:4",), ("which=last:1",), said="the same of LoRA's factors"),
     Entry("mezo", said="the memory of a forward pass; many steps for little"),
-    variant("one_sided", "one pass at the weights themselves: the same memory, a coarser slope"),
+    variant("one_sided", "one of the two passes is at the weights themselves: the same memory, a coarser slope"),
     variant("sign", "only the slope's sign counts"),
     variant("conservative", "five passes, of three candidates the best"),
     variant("blockwise", "a slope for each layer: two passes for each of them"),
