@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from jaxpeft.data.examples import load_examples as load_examples
     from jaxpeft.data.formats import instruction_prompt as instruction_prompt
     from jaxpeft.data.rounds import Rounds as Rounds
+    from jaxpeft.data.shots import in_context as in_context
+    from jaxpeft.data.shots import shown as shown
 
 _MODULES = {
     "batches": ("Batch", "Batches", "Lines", "eval_batches", "make_batches", "power_of_two_buckets"),
@@ -37,6 +39,7 @@ _MODULES = {
     "examples": ("Example", "Examples", "Report", "load_examples"),
     "formats": ("instruction_prompt",),
     "rounds": ("Rounds",),
+    "shots": ("in_context", "shown"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [*_MODULE_OF]

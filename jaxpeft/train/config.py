@@ -122,6 +122,18 @@ _Judged = TypedDict(  # type: ignore[misc]
 )
 
 
+_Scores = dict[documents.Text, documents.Number | None]
+
+
+class _InContext(TypedDict):
+    """How it was with examples in context (`Run.shots`)."""
+
+    shots: documents.Whole
+    eval_loss: documents.Number | None
+    overlap: documents.Number | None
+    exact: documents.Number | None
+
+
 class Report(TypedDict):
     """OUT/report.json, as far as it is read again."""
 
@@ -135,13 +147,11 @@ class Report(TypedDict):
     total_parameters: documents.Whole
     memory_bytes: dict[documents.Text, documents.Number]
     sample: _Sample | None
+    in_context: NotRequired[_InContext | None]
     dtype: NotRequired[documents.Text | None]
     remat: NotRequired[documents.Text]
     optimizer: NotRequired[documents.Text]
     compile_cache: NotRequired[documents.Text | None]
-
-
-_Scores = dict[documents.Text, documents.Number | None]
 
 
 class _Before(TypedDict):
@@ -149,7 +159,9 @@ class _Before(TypedDict):
 
     scores: _Scores
     overlap: documents.Number | None
+    exact: NotRequired[documents.Number | None]
     texts: list[documents.Text]
+    in_context: NotRequired[_InContext | None]
 
 
 class Progress(TypedDict):
@@ -312,6 +324,8 @@ def _meaning(name: str, value: Any) -> Any:
         return value or "loops"  # a run from before there was a choice
     if name == "optimizer_memory":
         return value or "device"  # likewise
+    if name == "shots":
+        return value or 0  # likewise
     if name == "adapters":
         return [*several.read(value or ())]  # by name: folders by what they hold
     if name in ("update_in_backward", "prune_embeddings"):

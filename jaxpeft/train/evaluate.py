@@ -116,10 +116,13 @@ def questions(examples: Sequence[Example], count: int, tokenizer: Any, several: 
 
 
 class Answers(NamedTuple):
-    """What the model said to each question, and the mean overlap with what it should have said."""
+    """What the model said to each question, and the means over all: overlap with what it should have said, and 1 where
+    it said that.
+    """
 
     texts: list[str]
     overlap: float | None
+    exact: float | None
 
 
 def answer(
@@ -130,13 +133,13 @@ def answer(
     ends: Sequence[int] | None = None,
     most_tokens: int = 64,
 ) -> Answers:
-    """Greedy answers to the questions, scored by `rouge_l`; the overlap is None without questions.
+    """Greedy answers to the questions, scored by `rouge_l` and by equality; scores are None without questions.
 
     An answer may be a quarter longer than the longest reference, and has at most `most_tokens`; `ends` are the tokens
     that end it, by default those of the model's configuration.
     """
     if not asked:
-        return Answers([], None)
+        return Answers([], None, None)
     params = state.params
     max_new_tokens = min(most_tokens, max(question.length for question in asked) * 5 // 4 + 1)
     room = model.config.max_position_embeddings - max_new_tokens
@@ -144,5 +147,6 @@ def answer(
     own = None if asked[0].adapter is None else [question.adapter for question in asked]
     new = generate(model, params, prompts, max_new_tokens, eos=ends, adapters=own)  # type: ignore[arg-type]
     texts = [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in new]
-    scores = [rouge_l(text, question.reference) for text, question in zip(texts, asked, strict=True)]
-    return Answers(texts, sum(scores) / len(scores))
+    said = [(text, question.reference) for text, question in zip(texts, asked, strict=True)]
+    mean = lambda scores: sum(scores) / len(said)
+    return Answers(texts, mean([rouge_l(*pair) for pair in said]), mean([a == b for a, b in said]))

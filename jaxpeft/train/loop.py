@@ -1,59 +1,42 @@
-"""The loop around the pure step: from a `Run` to its report.
-
-    OUT/config.json      how the run was begun
-    OUT/metrics.jsonl    a row per step and evaluation; as events in OUT/tensorboard/, as a picture in OUT/loss.png
-    OUT/checkpoints/     see `jaxpeft.checkpoint`
-    OUT/adapter/         the result, in PEFT's form or, where PEFT has none, in ours (see `jaxpeft.peft`); OUT/model/, a
-                         whole checkpoint, where the base itself trained; OUT/adapters/NAME/, of each of several
-    OUT/trace/           what the devices did in the steps of --profile-steps
-    OUT/report.json      written last: the run is finished
-
-A run is a function of its configuration alone: killed at any moment and resumed, it ends with the same bits. Everything
-that a step reads is in the state or follows from the data position, both saved together; rows of metrics.jsonl beyond
-the checkpoint are taken back and made again.
+"""The loop around the pure step: from the newest checkpoint, or the first step, to the report.
 
 A step's metrics are fetched while the next step runs. A checkpoint is written only after the loss *of the state that it
 holds* has been seen to be finite (in the evaluation that is due there, or on the batch just trained on), so that there
-is always something good to go back to.
+is always something good to go back to. Everything that a step reads is in the state or follows from the data position,
+both saved together; rows of metrics.jsonl beyond the checkpoint are taken back and made again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import errno
 import functools
 import io
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
-from jaxpeft import compilation, data, distributed, documents, files, hf, models, recipe, shares
-from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign, on_disk
+from jaxpeft import compilation, data, distributed, documents, files, recipe, shares
+from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.model import Batch
-from jaxpeft.peft import adapter_rope_scaling
-from jaxpeft.train import config, ending, folder, memory, several
+from jaxpeft.train import config, ending, memory, several
 from jaxpeft.train.compiled import Compiled
-from jaxpeft.train.evaluate import Answers, answer
+from jaxpeft.train.evaluate import Answers, Question, answer
 from jaxpeft.train.metrics import MetricsLog, Unwritten
 from jaxpeft.train.metrics import read as read_metrics
-from jaxpeft.train.prepare import Job, asked_method, prepare, sources
+from jaxpeft.train.prepare import Job
 from jaxpeft.train.progress import Progress, ranges, say
 from jaxpeft.train.report import SCORES, build_report, write_curve
-from jaxpeft.train.run import Run, flag
+from jaxpeft.train.run import Run
 from jaxpeft.train.signals import Signals
 from jaxpeft.train.state import TrainState
 from jaxpeft.train.step import make_train_step
 from jaxpeft.train.trace import Trace
 from jaxpeft.train.uncertainty import PASSES, make_uncertainty, uncertainties
-
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class _Pending(NamedTuple):
@@ -73,115 +56,7 @@ class _Stopped(Exception):
     """A signal came in during an evaluation."""
 
 
-def train(args: Run) -> dict[str, Any]:
-    """Trains, or continues, and returns the report (see `jaxpeft.train.report`).
-
-    Args:
-      args: the run, settled and checked, with `out` set (`jaxpeft.train.run.run` sees to these). Without a dtype it has
-        that of the run to be continued, else `models.compute_dtype`'s.
-
-    Raises:
-      InputError: for arguments or files that cannot be used; nothing has been written then.
-      RunError: for a run that cannot go on: a loss that is not finite (status 1), a full disk (2), SIGTERM (143),
-        SIGINT (130), a folder that is gone (2).
-    """
-    assert args.out is not None
-    out = args.out
-    if args.adapter is not None:
-        args = dataclasses.replace(args, rope_scaling=adapter_rope_scaling(args.adapter, args.rope_scaling))
-    if args.adapters:
-        args = dataclasses.replace(args, rope_scaling=several.scaling_of(args))
-    old = finished = None
-    if args.resume:
-        old = config.read(out)
-        day = args.template_date or config.stored_date(old)
-        args = dataclasses.replace(args, dtype=args.dtype or old.get("arguments", {}).get("dtype"), template_date=day)
-        method = asked_method(args)
-        asked = config.describe(args, method.specs if method and not args.adapters else (), {})
-        config.check_arguments(out, old, asked)
-        finished = _report_of(out, args.steps)
-        if finished is not None and not config.named_otherwise(old, asked):
-            return _said(finished)
-        old = config.with_steps(old, args.steps)
-    elif distributed.is_first():  # which is making it, while others may look
-        config.check_folder(out)
-    try:
-        with folder.alone(out):
-            return _alone(args, out, old, finished)
-    except OSError as error:
-        if isinstance(error.__context__, RunError):  # a log that could not be closed after it
-            raise error.__context__ from None
-        if error.errno in _NO_ROOM:
-            good = on_disk(out / "checkpoints")
-            left = f"last good checkpoint: step {good[-1]}" if good else "no checkpoint has been written yet"
-            raise RunError(f"{error.filename or out}: not written: {error.strerror}; {left}", 2) from error
-        if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
-            raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
-        raise
-
-
-def _alone(args: Run, out: Path, old: dict[str, Any] | None, finished: dict[str, Any] | None) -> dict[str, Any]:
-    """`train`, where no other process runs in the folder; `old` is the document of a run that is continued.
-
-    `finished`: its report, if it has no more steps to take; its files have other names then, and are compared.
-    """
-    if old is None and distributed.is_first():
-        config.check_new(out)
-    if (group := distributed.group()) is not None:
-        group.agree(config.shared(args))
-    started = time.monotonic()
-    if args.dtype is None:
-        chosen: Any = models.compute_dtype(hf.load_config(sources(args).model))
-        args = dataclasses.replace(args, dtype=chosen)
-    continued = args.resume and bool(on_disk(out / "checkpoints"))
-    job = prepare(args, continued)
-    if group is not None:
-        group.agree({flag(name): digest for name, digest in job.document["content"].items()})
-    if old is not None:
-        config.check_same(out, old, job.document)
-    if finished is not None:
-        return _said(finished)
-    for report in job.data.reports.values():
-        say(report.summary())
-    if distributed.is_first():
-        files.clear_leftovers(out)
-        files.write_json(out / config.FILE, old or job.document, allow_nan=False)
-        (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
-    folder.check_shared(out / config.FILE)
-    on_mesh = contextlib.nullcontext() if job.mesh is None else jax.set_mesh(job.mesh)
-    with (
-        Signals() as signals,
-        Checkpoints(out / "checkpoints", args.keep) as checkpoints,
-        on_mesh,
-        distributed.failing(),
-    ):
-        if continued and checkpoints.latest() is None:  # all of them are damaged
-            job = prepare(args)
-        return _Run(args, job, old or job.document, checkpoints, signals).whole(started)
-
-
-def _report_of(out: Path, steps: int) -> dict[str, Any] | None:
-    """The report of a run that is finished, wherever it lies by now; None where there is none, a damaged one, which is
-    made again, or one of fewer steps.
-    """
-    if not (out / config.REPORT).exists():
-        return None
-    try:
-        report = config.read_report(out)
-    except InputError as error:
-        say(f"{error}; it is made again")
-        return None
-    if report["steps"] < steps:
-        return None
-    return {**report, "out": str(out)}
-
-
-def _said(report: dict[str, Any]) -> dict[str, Any]:
-    say(f"{report['out']}: the run is finished; this is its report")
-    return report
-
-
-class _Run:
+class Loop:
     """One run in this process: what its parts share."""
 
     def __init__(self, args: Run, job: Job, document: Mapping[str, Any], checkpoints: Checkpoints, signals: Signals):
@@ -205,7 +80,7 @@ class _Run:
         self.done, self.tokens, self.loss = 0, 0, float("nan")
         self.eval_step_number: int | None = None
         self.scores: dict[str, float | None] = {}  # of the last evaluation
-        self.before: dict[str, Any] = {"scores": {}, "overlap": None, "texts": []}
+        self.before: dict[str, Any] = {"scores": {}, "overlap": None, "exact": None, "texts": [], "in_context": None}
 
     def whole(self, started: float) -> dict[str, Any]:
         """From where the newest checkpoint is to the report."""
@@ -267,10 +142,10 @@ class _Run:
             say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
         if self.job.data.validation or self.job.data.asked:
             say("before the first step: compiling, and scoring the model as it is")
-        answers = self._answer()
+        answers = self._answer(self.job.data.asked)
         if self.job.data.validation:
             self._evaluate()
-        self.before = {"scores": self.scores, "overlap": answers.overlap, "texts": answers.texts}
+        self.before = {**answers._asdict(), "scores": self.scores, "in_context": self._in_context()}
 
     def _steps(self) -> None:
         """The steps that are left."""
@@ -388,6 +263,10 @@ class _Run:
         scores = self.job.task.scores(self.eval_step, self.state, batches, len(self.job.data.labels))
         return scores if self.job.adapters is None else several.named(self.job.adapters, scores)
 
+    def _classified(self) -> dict[str, tuple[float | None, float | None]]:
+        """Scores of rows that are classified, before and now."""
+        return {name: (self.before["scores"].get(name), x) for name, x in self.scores.items() if name in SCORES}
+
     def _loss(self) -> float | None:
         """The validation loss of the last evaluation."""
         return self.scores.get("loss")
@@ -410,10 +289,20 @@ class _Run:
                 raise _Stopped
             yield batch
 
-    def _answer(self) -> Answers:
-        data = self.job.data
-        state = self.job.whole(self.state) if data.asked else self.state
-        return answer(self.job.model, state, data.asked, self.job.tokenizer, data.ends)
+    def _answer(self, asked: Sequence[Question]) -> Answers:
+        state = self.job.whole(self.state) if asked else self.state
+        return answer(self.job.model, state, asked, self.job.tokenizer, self.job.data.ends)
+
+    def _in_context(self) -> dict[str, Any] | None:
+        """What the model does that is shown the examples of --shots; None without."""
+        if self.job.data.in_context is None:
+            return None
+        given = self.job.data.in_context(self.job.model.config.max_position_embeddings)
+        if given.fewer:
+            say(f"--shots {self.args.shots}: {given.fewer} of {given.examples} validation examples have room for fewer")
+        answers = self._answer(given.asked)
+        loss = self._score(batch for batch, _ in given.batches())["loss"]
+        return {"shots": self.args.shots, "eval_loss": loss, "overlap": answers.overlap, "exact": answers.exact}
 
     def _evaluation_due(self) -> bool:
         every = self.args.eval_every
@@ -452,7 +341,7 @@ class _Run:
     def _finish(self, started: float, resumed: int | None) -> dict[str, Any]:
         """The result, the report and the curve."""
         self.checkpoints.wait()
-        answers = self._answer()
+        answers = self._answer(self.job.data.asked)
         self._check_there()
         state, job = self.state, self.job
         ending.write_result(self.out, job, job.whole(state).params, self.args.rope_scaling)
@@ -470,7 +359,8 @@ class _Run:
             train_loss=self.loss,
             eval_loss=(self.before["scores"].get("loss"), self._loss()),
             overlap=(self.before["overlap"], answers.overlap),
-            scores={name: (self.before["scores"].get(name), x) for name, x in self.scores.items() if name in SCORES},
+            scores={"exact": (self.before.get("exact"), answers.exact), **self._classified()},
+            in_context=self.before.get("in_context"),
             sample=ending.sample(job, self.before["texts"], answers.texts),
             **ending.counts(job, state),
             **ending.of_adapters(job, self.before["scores"], self.scores),

@@ -19,6 +19,7 @@ MEMORY = ("weights", "adapters", "optimizer", "gradients", "activations", "works
 SCORES = {
     "eval_loss": "validation loss",
     "overlap": "overlap (ROUGE-L)",
+    "exact": "exact match",
     "accuracy": "accuracy",
     "f1": "F1 (macro)",
     "mse": "mean squared error",
@@ -103,16 +104,21 @@ def print_report(report: Mapping[str, Any]) -> None:
             made.add_column(column, justify="right" if number else "left")
         return made
 
-    scores = table("", "before", "after")
+    in_context = report.get("in_context")
+    scores = table("", "before", *([f"{in_context['shots']} in context"] if in_context else []), "after")
+    said = lambda value: "-" if value is None else f"{value:.4f}"
     for key, label in SCORES.items():
-        before, after = report.get(f"{key}_before"), report.get(f"{key}_after")
-        if after is not None:
-            scores.add_row(label, "-" if before is None else f"{before:.4f}", f"{after:.4f}")
+        shown = [
+            report.get(f"{key}_before"),
+            *([in_context.get(key)] if in_context else []),
+            report.get(f"{key}_after"),
+        ]
+        if shown[-1] is not None and (key != "exact" or any(shown)):
+            scores.add_row(label, *map(said, shown))
     for name, own in report.get("adapters", {}).items():
         if own["eval_loss_after"] is not None:
-            before = own["eval_loss_before"]
-            said = "-" if before is None else f"{before:.4f}"
-            scores.add_row(f"{SCORES['eval_loss']}, {name}", said, f"{own['eval_loss_after']:.4f}")
+            before, after = own["eval_loss_before"], own["eval_loss_after"]
+            scores.add_row(f"{SCORES['eval_loss']}, {name}", said(before), said(after))
     if scores.row_count:
         console.print(scores, "")
 

@@ -33,6 +33,7 @@ _LEAST = {
     "checkpoint_every": 0,
     "keep": 1,
     "samples": 0,
+    "shots": 0,
     "rounds": 1,
     "round_size": 1,
     "rank": 1,
@@ -176,6 +177,9 @@ class Run:
     """Newest checkpoints to keep, besides the one with the lowest validation loss."""
     samples: int = 32
     """Validation examples to answer before and after the run, for the overlap score."""
+    shots: int = 0
+    """Training examples to put before each validation example, once before the run: what the model does with them in
+    context, without training."""
     profile_steps: str | None = None
     """Steps to record with JAX's profiler in OUT/trace, FIRST-LAST. Default: none."""
     profile_process: int = 0
@@ -213,6 +217,7 @@ class Run:
                 raise InputError(f"{flag(name)} {getattr(self, name)}: has no effect with --task classify")
         check_profile(run)
         check_rounds(run)
+        check_shots(run)
         if run.buckets and run.pack and run.task == "lm":
             raise InputError("--buckets: packed sequences all have --seq-len; add --no-pack")
         assert run.seq_len is not None
@@ -309,7 +314,7 @@ def run(run: Run | None = None, /, **fields: Any) -> dict[str, Any]:
 
     Raises:
       InputError: for an unknown field, or arguments or files that cannot be used; nothing has been written then.
-      RunError: for a run that cannot go on (see `jaxpeft.train.loop`).
+      RunError: for a run that cannot go on (see `jaxpeft.train.begin`).
     """
     names = [field.name for field in dataclasses.fields(Run)]
     for name in fields:
@@ -321,8 +326,8 @@ def run(run: Run | None = None, /, **fields: Any) -> dict[str, Any]:
         settled.check()
 
     from jaxpeft import compilation, distributed
+    from jaxpeft.train.begin import train
     from jaxpeft.train.folder import Taken
-    from jaxpeft.train.loop import train
 
     with distributed.joined(where) as group, compilation.cached(settled.compile_cache):
         settled.check()
@@ -392,6 +397,18 @@ def check_rounds(args: Any) -> None:
         raise InputError(f"--rounds {args.rounds}: has no effect with --task classify")
     if args.rounds > args.steps:
         raise InputError(f"--rounds {args.rounds}: the run has {args.steps} steps; give at most as many")
+
+
+def check_shots(args: Any) -> None:
+    """Raises InputError for examples in context where there is nothing that they could stand before."""
+    if not args.shots:
+        return
+    if args.task == "classify":
+        raise InputError(f"--shots {args.shots}: has no effect with --task classify, whose rows have no context")
+    if args.adapters:
+        raise InputError(f"--shots {args.shots}: of a run with one adapter; --adapters has its own rows for each")
+    if args.data is not None and args.eval_data is None:
+        raise InputError(f"--shots {args.shots}: needs --eval-data, the examples to show them with")
 
 
 def check_rope_scaling(args: Any) -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # grain takes long to import, and planning reads no data
 
 
 ROUND_SIZE = 500  # as STAR's
+_WIDTH = 64  # a multiple of it are tokens in context, which a mesh may divide
 
 
 class Source(NamedTuple):
@@ -39,6 +40,24 @@ class Source(NamedTuple):
     validation: str | None
 
 
+class InContext(NamedTuple):
+    """Validation examples behind those of the training data that a model is shown.
+
+    batches: one pass over them, anew each time.  asked: of them, to answer.
+    examples, fewer: how many there are, and before how many not all that is shown has room.
+    """
+
+    batches: Callable[[], data.Batches]
+    asked: list[evaluate.Question]
+    examples: int
+    fewer: int
+
+    def held(self, rows: Sequence[int]) -> InContext:
+        """The same, of which batches are made of some rows alone."""
+        whole = self.batches
+        return self._replace(batches=lambda: whole().hold(rows))
+
+
 class Data(NamedTuple):
     """What was read.
 
@@ -46,6 +65,7 @@ class Data(NamedTuple):
     asked: validation examples to answer.  labels: names of what rows are classified as, () for texts.
     reports: what became of the files' lines.  ends: tokens that end an answer.
     template: what conversations and instructions became text by; None where there are none.
+    in_context: positions of the model -> what is evaluated with training examples before it; None without.
     """
 
     train: data.Batches
@@ -55,12 +75,15 @@ class Data(NamedTuple):
     reports: dict[str, data.Report]
     ends: tuple[int, ...] = ()
     template: Template | None = None
+    in_context: Callable[[int], InContext] | None = None
 
     def held(self, rows: Sequence[int]) -> Data:
         """The same, of which batches are made of some rows alone."""
         whole = self.validation
         validation = None if whole is None else lambda: whole().hold(rows)
-        return self._replace(train=self.train.hold(rows), validation=validation)
+        shown = self.in_context
+        in_context = None if shown is None else lambda most: shown(most).held(rows)
+        return self._replace(train=self.train.hold(rows), validation=validation, in_context=in_context)
 
     def batches(self, count: int = 8) -> Iterator[dict[str, Any]]:
         """The first batches of the training data, for a method that calibrates on some; the position stays."""
@@ -128,7 +151,26 @@ def _read_texts(args: Run, source: Source, tokenizer: Any, order: Any) -> Data:
     asked = evaluate.questions(held_out, args.samples, tokenizer, bool(names))
     evaluation = by_adapter.evaluation if names else data.eval_batches
     validation = functools.partial(evaluation, held_out, args.batch_size, args.seq_len, **layout)
-    return Data(train, validation, asked, (), {"data": report, "eval_data": other}, special.ends, used)
+    reports = {"data": report, "eval_data": other}
+    if not args.shots:
+        return Data(train, validation, asked, (), reports, special.ends, used)
+    chat = used is not None and used.kind == "chat"
+    blank = tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    before = data.shown(examples, args.shots, args.seed, special, blank, whole=chat)
+    in_context = functools.partial(_in_context, args, tokenizer, held_out, before, special)
+    return Data(train, validation, asked, (), reports, special.ends, used, in_context)
+
+
+def _in_context(
+    args: Run, tokenizer: Any, held_out: Sequence[Any], before: Sequence[Any], special: Any, most: int
+) -> InContext:
+    from jaxpeft import data
+
+    examples, fewer = data.in_context(held_out, before, most, special)
+    longest = max(example.positions for example in examples)
+    length = min(-(-longest // _WIDTH) * _WIDTH, most)
+    batches = functools.partial(data.eval_batches, examples, args.batch_size, length)
+    return InContext(batches, evaluate.questions(examples, args.samples, tokenizer), len(examples), fewer)
 
 
 def _text_shapes(config: Any, rows: int, length: int, packed: bool = True) -> dict[str, jax.ShapeDtypeStruct]:

@@ -16,7 +16,7 @@ import jaxpeft as jp
 from jaxpeft import cli, files, tree
 from jaxpeft.gguf import read_header
 from jaxpeft.peft import attach, import_adapter
-from jaxpeft.train import loop, result
+from jaxpeft.train import begin, result
 from tests import runs
 from tests.peft import reference
 
@@ -280,7 +280,7 @@ def test_export_of_a_run_that_trained_the_base_itself(method, options, capsys, t
     made = runs.make_files(tmp_path / "files")
     settings = {"rank": None, "method_options": options, "steps": 2, "samples": 0, "eval_every": 0}
     args = runs.arguments(made, tmp_path / "run", method=method, **settings)
-    loop.train(args)
+    begin.train(args)
     assert cli.main(["export", "--run", str(args.out), "--out", str(tmp_path / "x")]) == 0
     capsys.readouterr()
     name = "model.safetensors"
@@ -302,7 +302,7 @@ def test_export_takes_the_steps_again_without_a_checkpoint(method, options, caps
     made = runs.make_files(tmp_path / "files")
     settings = {"rank": None, "method_options": options, "steps": 3, "samples": 0, "eval_every": 0, "lr": 1e-3}
     args = runs.arguments(made, tmp_path / "run", method=method, **settings)
-    loop.train(args)
+    begin.train(args)
     shutil.rmtree(args.out / "checkpoints")
     assert cli.main(["export", "--run", str(args.out), "--out", str(tmp_path / "x"), "--replay"]) == 0
     capsys.readouterr()

@@ -15,9 +15,9 @@ from jaxpeft.train.run import Run
 def seen(monkeypatch, tmp_path):
     """The runs that reach the loop, which does nothing; the working directory is empty."""
     found = []
-    loop = types.ModuleType("jaxpeft.train.loop")
-    loop.train = lambda run: found.append(run) or {"steps": run.steps}
-    monkeypatch.setitem(sys.modules, "jaxpeft.train.loop", loop)
+    begin = types.ModuleType("jaxpeft.train.begin")
+    begin.train = lambda run: found.append(run) or {"steps": run.steps}
+    monkeypatch.setitem(sys.modules, "jaxpeft.train.begin", begin)
     monkeypatch.chdir(tmp_path)
     return found
 

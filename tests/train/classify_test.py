@@ -12,7 +12,7 @@ import jaxpeft as jp
 from jaxpeft import cli, hf
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.peft import adapter_labels, import_adapter
-from jaxpeft.train import loop
+from jaxpeft.train import begin, loop
 from jaxpeft.train.metrics import read
 from jaxpeft.train.prepare import prepare
 from tests import runs
@@ -55,7 +55,7 @@ def arguments(files, rows, out, **changes):
 def trained(files, rows, cache, tmp_path_factory):
     """(arguments, report) of a run."""
     args = arguments(files, rows, tmp_path_factory.mktemp("run") / "run", steps=40, eval_every=20, checkpoint_every=20)
-    return args, loop.train(args)
+    return args, begin.train(args)
 
 
 def test_a_run_learns_its_labels_and_says_so(trained, capsys):
@@ -99,7 +99,7 @@ def test_the_adapter_keeps_the_classifier_and_its_labels(trained, files):
 def test_an_adapter_trains_on_and_asks_for_its_labels(trained, files, rows, tmp_path, capsys):
     args, report = trained
     changes = {"adapter": args.out / "adapter", "rank": None, "steps": 1, "seed": 5}
-    further = loop.train(arguments(files, rows, tmp_path / "on", **changes))
+    further = begin.train(arguments(files, rows, tmp_path / "on", **changes))
     assert further["eval_loss_before"] == pytest.approx(report["eval_loss_after"], rel=1e-6)
     assert further["accuracy_before"] == report["accuracy_after"]
     other = tmp_path / "other.jsonl"
@@ -122,19 +122,19 @@ def test_export_writes_what_the_run_left_and_generate_refuses_it(trained, files,
 
 def test_a_run_that_ended_early_ends_with_the_same_bits(files, rows, tmp_path, monkeypatch):
     changes = {"method_options": ("dropout=0.1",)}
-    whole = loop.train(arguments(files, rows, tmp_path / "whole", **changes))
-    account = loop._Run._account
+    whole = begin.train(arguments(files, rows, tmp_path / "whole", **changes))
+    account = loop.Loop._account
 
     def fails(run, pending):
         if pending.step == 7:
             raise KeyboardInterrupt
         account(run, pending)
 
-    monkeypatch.setattr(loop._Run, "_account", fails)
+    monkeypatch.setattr(loop.Loop, "_account", fails)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(arguments(files, rows, tmp_path / "cut", **changes))
+        begin.train(arguments(files, rows, tmp_path / "cut", **changes))
     monkeypatch.undo()
-    again = loop.train(arguments(files, rows, tmp_path / "cut", resume=True, **changes))
+    again = begin.train(arguments(files, rows, tmp_path / "cut", resume=True, **changes))
     assert again["resumed_from"] == 6
     for name in ("accuracy_before", "accuracy_after", "f1_after", "eval_loss_before", "eval_loss_after", "train_loss"):
         assert again[name] == whole[name], name
@@ -144,7 +144,7 @@ def test_a_run_that_ended_early_ends_with_the_same_bits(files, rows, tmp_path, m
 
 def test_full_leaves_a_model_that_transformers_reads(files, rows, tmp_path):
     torch = pytest.importorskip("torch")
-    loop.train(arguments(files, rows, tmp_path, method="full", rank=None, steps=3))
+    begin.train(arguments(files, rows, tmp_path, method="full", rank=None, steps=3))
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "model", dtype=torch.float32)
     assert theirs.config.id2label == dict(enumerate(NAMES))
     model, params = hf.load_pretrained(tmp_path / "model", jnp.float32)
@@ -157,7 +157,7 @@ def test_full_leaves_a_model_that_transformers_reads(files, rows, tmp_path):
         ).logits
     np.testing.assert_allclose(model.classify(params, batch), expected, rtol=1e-4, atol=1e-5)
     # It has a classifier of its own now, with labels in its order.
-    report = loop.train(arguments(files, rows, tmp_path.with_name("on"), model=str(tmp_path / "model"), steps=1))
+    report = begin.train(arguments(files, rows, tmp_path.with_name("on"), model=str(tmp_path / "model"), steps=1))
     first = [row for row in read(tmp_path / "metrics.jsonl") if row["split"] == "eval"][-1]
     assert report["eval_loss_before"] == pytest.approx(first["loss"], rel=1e-5)
 
@@ -167,7 +167,7 @@ def test_a_regression(files, rows, tmp_path):
         lines = [json.loads(line) for line in (rows / f"{name}.jsonl").read_text().splitlines()]
         made = [{"text": row["text2"], "label": row["label"] - 0.5} for row in lines]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
-    report = loop.train(arguments(files, tmp_path, tmp_path / "run", steps=40, eval_every=20, checkpoint_every=0))
+    report = begin.train(arguments(files, tmp_path, tmp_path / "run", steps=40, eval_every=20, checkpoint_every=0))
     assert report["mse_after"] == report["eval_loss_after"] < report["mse_before"]
     assert report["pearson_after"] > 0.7 and report["spearman_after"] > 0.7
     assert "accuracy_after" not in report
@@ -176,11 +176,11 @@ def test_a_regression(files, rows, tmp_path):
 def test_a_method_without_a_peft_form_leaves_an_adapter_of_our_own(files, rows, tmp_path):
     """A linear probe: nothing but the classifier trains."""
     probe = {"method": "full", "rank": None, "method_options": ("which=^classifier/",), "steps": 3}
-    report = loop.train(arguments(files, rows, tmp_path / "run", **probe))
+    report = begin.train(arguments(files, rows, tmp_path / "run", **probe))
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["peft_type"] == "JAXPEFT"
     further = {"adapter": tmp_path / "run" / "adapter", "rank": None, "steps": 1}
-    again = loop.train(arguments(files, rows, tmp_path / "on", **further))
+    again = begin.train(arguments(files, rows, tmp_path / "on", **further))
     assert again["eval_loss_before"] == pytest.approx(report["eval_loss_after"], rel=1e-6)
     assert again["trainable_parameters"] == report["trainable_parameters"] == 3 * 16
 
@@ -193,7 +193,7 @@ def test_minilm_begins_and_trains(rows, tmp_path):
         folder = assets.minilm()
     except jp.InputError:
         pytest.skip("all-MiniLM-L6-v2 is not installed")
-    report = loop.train(arguments(tmp_path, rows, tmp_path / "run", model=str(folder), steps=4, lr=1e-3, warmup=0))
+    report = begin.train(arguments(tmp_path, rows, tmp_path / "run", model=str(folder), steps=4, lr=1e-3, warmup=0))
     assert report["eval_loss_after"] < report["eval_loss_before"]
     config = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
     assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]

@@ -13,7 +13,7 @@ import pytest
 from jaxpeft import hf, tree
 from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
-from jaxpeft.train import loop
+from jaxpeft.train import begin, loop
 from jaxpeft.train.metrics import read
 from jaxpeft.train.prepare import prepare
 from tests import runs
@@ -48,7 +48,7 @@ def test_lines_that_are_not_trained_on_are_accounted_for(files, tmp_path, capsys
     data.write_text((files / "train.jsonl").read_text() + "{oops\n" + row % ("ab " * 9) + row % "")
     for too_long, said in (("truncate", "1 truncated"), ("drop", "1 too long and dropped")):
         changes = {"data": str(data), "eval_data": None, "skip_bad_lines": True, "too_long": too_long, "steps": 1}
-        report = loop.train(runs.arguments(files, tmp_path / too_long, **changes))
+        report = begin.train(runs.arguments(files, tmp_path / too_long, **changes))
         lines = capsys.readouterr().err
         assert f"{data}: " in lines and said in lines
         assert f"1 bad lines skipped (first: {data}:61: not JSON" in lines
@@ -64,7 +64,7 @@ def test_a_loss_that_is_not_finite_names_step_lines_and_checkpoint(files, tmp_pa
     broken_at(monkeypatch, 4, name)
     args = runs.arguments(files, tmp_path, pack=False, samples=0)
     with pytest.raises(RunError) as caught:
-        loop.train(args)
+        begin.train(args)
     batches = prepare(args).data.train
     lines = [next(batches)[1] for _ in range(5)][-1]
     data = files / "train.jsonl"
@@ -76,14 +76,14 @@ def test_a_loss_that_is_not_finite_names_step_lines_and_checkpoint(files, tmp_pa
     assert len(losses(tmp_path)) == 4
 
     monkeypatch.undo()
-    report = loop.train(runs.arguments(files, tmp_path, pack=False, samples=0, resume=True))
+    report = begin.train(runs.arguments(files, tmp_path, pack=False, samples=0, resume=True))
     assert (report["steps"], report["resumed_from"]) == (6, 4)
 
 
 def test_a_state_whose_own_loss_is_not_finite_is_not_saved(files, tmp_path):
     args = runs.arguments(files, tmp_path, lr=1e30, warmup=0, checkpoint_every=1, eval_data=None)
     with pytest.raises(RunError, match=r"step 1: loss after the update is nan; .* no checkpoint has been written yet"):
-        loop.train(args)
+        begin.train(args)
     assert on_disk(tmp_path / "checkpoints") == []
 
 
@@ -93,7 +93,7 @@ def test_lines_are_joined_to_ranges():
 
 def test_full_leaves_a_model_and_a_finished_run_is_not_run_again(files, tmp_path, capsys):
     args = runs.arguments(files, tmp_path, method="full", rank=None, accumulate=2, weight_decay=0.1)
-    report = loop.train(args)
+    report = begin.train(args)
     assert report["trainable_parameters"] == report["total_parameters"]
     assert report["memory_bytes"]["adapters"] == 0
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
@@ -104,24 +104,24 @@ def test_full_leaves_a_model_and_a_finished_run_is_not_run_again(files, tmp_path
     for path, leaf in saved.items():
         np.testing.assert_array_equal(leaf, state.trainable[path], err_msg=path)
 
-    again = loop.train(runs.arguments(files, tmp_path, **{**changes_of(args), "resume": True}))
+    again = begin.train(runs.arguments(files, tmp_path, **{**changes_of(args), "resume": True}))
     assert again == json.loads(json.dumps(report))
     assert "the run is finished" in capsys.readouterr().err
     # By other names: its own data is no other run's, what others hold is.
     rows = (files / "train.jsonl").read_text()
     asked = functools.partial(runs.arguments, files, tmp_path, **{**changes_of(args), "resume": True})
     (tmp_path / "moved.jsonl").write_text(rows)
-    assert loop.train(asked(data=str(tmp_path / "moved.jsonl"))) == again
+    assert begin.train(asked(data=str(tmp_path / "moved.jsonl"))) == again
     (tmp_path / "other.jsonl").write_text(rows.replace("ab", "ba"))
     with pytest.raises(InputError, match=r"other.jsonl \(other content\)$"):
-        loop.train(asked(data=str(tmp_path / "other.jsonl")))
+        begin.train(asked(data=str(tmp_path / "other.jsonl")))
     with pytest.raises(InputError, match=r"--lr 0.01 -> 0.1; named otherwise, too: --data .*other.jsonl$"):
-        loop.train(asked(data=str(tmp_path / "other.jsonl"), lr=0.1))
+        begin.train(asked(data=str(tmp_path / "other.jsonl"), lr=0.1))
     assert json.loads((tmp_path / "report.json").read_text()) == again
     # How often it is saved is not what it is.
     shutil.copytree(tmp_path, tmp_path.parent / "elsewhere")
     elsewhere = runs.arguments(files, tmp_path.parent / "elsewhere", **{**changes_of(args), "resume": True}, keep=1)
-    assert loop.train(elsewhere) == {**again, "out": str(tmp_path.parent / "elsewhere")}
+    assert begin.train(elsewhere) == {**again, "out": str(tmp_path.parent / "elsewhere")}
 
 
 def changes_of(args):
@@ -130,7 +130,7 @@ def changes_of(args):
 
 def test_accumulated_parts_train_as_the_whole_batch(files, tmp_path):
     for parts in (1, 2):
-        loop.train(runs.arguments(files, tmp_path / str(parts), accumulate=parts, samples=0, checkpoint_every=0))
+        begin.train(runs.arguments(files, tmp_path / str(parts), accumulate=parts, samples=0, checkpoint_every=0))
     np.testing.assert_allclose(losses(tmp_path / "1"), losses(tmp_path / "2"), rtol=1e-5)
     np.testing.assert_allclose(losses(tmp_path / "1", "eval"), losses(tmp_path / "2", "eval"), rtol=1e-5)
 
@@ -141,7 +141,7 @@ def test_accumulated_parts_train_as_the_whole_batch(files, tmp_path):
 )
 def test_frozen_leaves_of_the_run_survive_a_resume_elsewhere(files, tmp_path, method, option, own):
     changes = {"method": method, "method_options": (option,), "samples": 0, "buckets": (8,), "pack": False}
-    loop.train(runs.arguments(files, tmp_path, **changes))
+    begin.train(runs.arguments(files, tmp_path, **changes))
     args = runs.arguments(files, tmp_path, **changes)
     job = prepare(args)
     assert any(own in path for path in job.own)
@@ -178,12 +178,12 @@ def test_a_run_on_a_full_disk_goes_on_where_there_is_room_again(files, tmp_path)
         with pytest.raises(
             RunError, match=r"checkpoints/\d: not written: No space left on device; last good"
         ) as caught:
-            loop.train(runs.arguments(files, disk / "run", **changes))
+            begin.train(runs.arguments(files, disk / "run", **changes))
         assert caught.value.status == 2
         good = on_disk(disk / "run" / "checkpoints")
         assert good
         (disk / "filler").unlink()
-        report = loop.train(runs.arguments(files, disk / "run", resume=True, **changes))
+        report = begin.train(runs.arguments(files, disk / "run", resume=True, **changes))
         assert (report["steps"], report["resumed_from"]) == (6, good[-1])
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)

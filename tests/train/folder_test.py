@@ -13,7 +13,7 @@ import pytest
 
 from jaxpeft import locks
 from jaxpeft.errors import InputError, Notice, RunError
-from jaxpeft.train import folder, loop, run
+from jaxpeft.train import begin, folder, loop, run
 from tests import runs
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -36,7 +36,7 @@ def holder(tmp_path):
 def test_the_lock_dies_with_its_process_and_the_second_is_told_who_holds_it(files, tmp_path, holder):
     args = runs.arguments(files, tmp_path / "run", steps=1, samples=0, eval_data=None)
     with pytest.raises(InputError) as error:
-        loop.train(args)
+        begin.train(args)
     assert str(error.value) == (
         f"--out {tmp_path}/run: process 7 on there runs in it; wait for its end, or give another folder"
     )
@@ -46,10 +46,10 @@ def test_the_lock_dies_with_its_process_and_the_second_is_told_who_holds_it(file
     killed = args.out / ".adapter.12345678"  # while it wrote its result
     (killed / "new").mkdir(parents=True)
     (killed / "lock").write_text("adapter")
-    loop.train(args)
+    begin.train(args)
     assert [name for name in os.listdir(args.out) if name.startswith(".")] == []
     with folder.alone(tmp_path / "run"):  # which a finished run's report does not need
-        assert loop.train(runs.arguments(files, args.out, steps=1, samples=0, eval_data=None, resume=True))
+        assert begin.train(runs.arguments(files, args.out, steps=1, samples=0, eval_data=None, resume=True))
         with pytest.raises(InputError, match=rf"process {os.getpid()} on .* runs in it"), folder.alone(args.out):
             pass
 
@@ -90,7 +90,7 @@ def test_a_run_on_a_read_only_file_system_is_one_line(files, tmp_path, monkeypat
 
     monkeypatch.setattr(locks, "_open", read_only)
     with pytest.raises(InputError, match=rf"--out {tmp_path}/run: cannot be written: Read-only file system"):
-        loop.train(runs.arguments(files, tmp_path / "run"))
+        begin.train(runs.arguments(files, tmp_path / "run"))
     assert os.listdir(tmp_path) == []
 
 
@@ -106,7 +106,7 @@ def test_two_runs_that_begin_at_once_have_a_folder_each(tmp_path, monkeypatch):
             raise folder.Taken("taken")
         return {"out": args.out}
 
-    monkeypatch.setattr(loop, "train", train)
+    monkeypatch.setattr(begin, "train", train)
     assert run.run()["out"] == Path("out/run-2") and taken == [Path("out/run-1")]
 
 
@@ -116,7 +116,7 @@ def test_a_run_in_a_runs_folder_is_refused(files, tmp_path, inner):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')  # no run's
     (tmp_path / "run" / "config.json").write_text('{"arguments": {}, "method": []}')
     with pytest.raises(InputError, match=rf"{inner}: is inside the run in {tmp_path}/run; give a folder outside of it"):
-        loop.train(runs.arguments(files, tmp_path / inner))
+        begin.train(runs.arguments(files, tmp_path / inner))
     assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
@@ -127,7 +127,7 @@ def test_a_run_in_a_runs_folder_is_refused(files, tmp_path, inner):
 )
 def test_what_is_taken_away_ends_the_run_at_the_next_step(files, tmp_path, monkeypatch, name, moved):
     out = tmp_path / "run"
-    account = loop._Run._account
+    account = loop.Loop._account
 
     def taking(self, pending):
         account(self, pending)
@@ -139,11 +139,11 @@ def test_what_is_taken_away_ends_the_run_at_the_next_step(files, tmp_path, monke
                 self.checkpoints.wait()  # a folder that is written into cannot be deleted at once
                 shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
 
-    monkeypatch.setattr(loop._Run, "_account", taking)
+    monkeypatch.setattr(loop.Loop, "_account", taking)
     with pytest.raises(
         RunError, match="deleted or moved while the run was going, which has ended at step [34]"
     ) as error:
-        loop.train(runs.arguments(files, out, eval_data=None, samples=0))
+        begin.train(runs.arguments(files, out, eval_data=None, samples=0))
     assert str(error.value).startswith(f"{out / name}: ") and error.value.status == 2
     assert not (out / name).exists(), sorted(out.rglob("*"))
 

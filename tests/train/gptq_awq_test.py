@@ -24,7 +24,7 @@ from jaxpeft.hf import quantized
 from jaxpeft.memory import planner
 from jaxpeft.models.quantized import Scheme, scheme_of
 from jaxpeft.quant import Affine, dense, is_packed
-from jaxpeft.train import loop
+from jaxpeft.train import begin
 from jaxpeft.train import prepare as preparing
 from tests import runs, virtual
 
@@ -212,7 +212,7 @@ def test_a_run_beside_them(folder, files, cache, tmp_path):
     args = dataclasses.replace(
         runs.arguments(files, tmp_path / "run", samples=0, save="matmuls"), model=str(folder / "model")
     )
-    loop.train(args)
+    begin.train(args)
     job = preparing.prepare(args)
     with Checkpoints(args.out / "checkpoints") as checkpoints:
         state, _ = checkpoints.restore(job.state)

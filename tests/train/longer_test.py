@@ -10,7 +10,7 @@ import transformers
 
 from jaxpeft import cli, hf, peft
 from jaxpeft.errors import InputError
-from jaxpeft.train import loop
+from jaxpeft.train import begin
 from tests import runs
 
 SHORT = {"eval_data": None, "samples": 0, "batch_size": 2, "warmup": 1}
@@ -19,7 +19,7 @@ SHORT = {"eval_data": None, "samples": 0, "batch_size": 2, "warmup": 1}
 def test_a_scaling_goes_from_training_into_the_adapter_and_the_merged_checkpoint(files, cache, tmp_path, capsys):
     """Commands read it there, and so does transformers, with the same logits beyond the model's 64 positions."""
     args = runs.arguments(files, tmp_path / "run", steps=1, seq_len=100, rope_scaling="yarn=2", **SHORT)
-    loop.train(args)
+    begin.train(args)
     adapter, model = tmp_path / "run" / "adapter", files / "model"
     assert json.loads((adapter / "jaxpeft.json").read_text())["rope_scaling"] == "yarn=2"
 
@@ -42,10 +42,10 @@ def test_a_scaling_goes_from_training_into_the_adapter_and_the_merged_checkpoint
 def test_a_finished_run_goes_on_where_the_rate_is_constant(files, cache, tmp_path):
     settings = {**SHORT, "schedule": "constant", "checkpoint_every": 0, "out": tmp_path}
     for steps, resume in ((1, False), (3, True)):
-        report = loop.train(runs.arguments(files, steps=steps, resume=resume, **settings))
+        report = begin.train(runs.arguments(files, steps=steps, resume=resume, **settings))
     assert (report["steps"], report["resumed_from"], report["dtype"]) == (3, 1, "float32")
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3] and rows[1]["lr"] == rows[2]["lr"]
     assert json.loads((tmp_path / "config.json").read_text())["arguments"]["steps"] == 3
     with pytest.raises(InputError, match="--steps 3 -> 1"):
-        loop.train(runs.arguments(files, steps=1, resume=True, **settings))
+        begin.train(runs.arguments(files, steps=1, resume=True, **settings))

@@ -14,7 +14,7 @@ import pytest
 from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.cli.export import chosen_step
 from jaxpeft.errors import InputError, Notice
-from jaxpeft.train import loop
+from jaxpeft.train import begin
 from jaxpeft.train.metrics import read
 from jaxpeft.train.prepare import prepare
 from tests import runs
@@ -167,7 +167,7 @@ def test_a_damaged_checkpoint_is_not_trained_on(uninterrupted, files, tmp_path, 
     with pytest.raises(InputError, match=rf"/{newest}: damaged \(state/.*\); whole checkpoints: .*{older}"):
         chosen_step(checkpoints, newest, best=False)
 
-    report = loop.train(runs.arguments(files, out, resume=True, **LONG))
+    report = begin.train(runs.arguments(files, out, resume=True, **LONG))
     said = capsys.readouterr().err
     assert f"{newest}: damaged (state/" in said and f"put aside in {checkpoints / 'damaged'}" in said
     assert f"{newest - older} steps are lost and taken again" in said and "rows of steps 7 are missing" in said
@@ -193,7 +193,7 @@ def test_a_signal_saves_and_the_run_goes_on(uninterrupted, files, cache, tmp_pat
     assert f"stopped by {signal.Signals(number).name} at step {step}, which is saved; --resume continues it" in last
     assert "waits for the end of this step" in stderr and "Traceback" not in stderr
 
-    report = loop.train(runs.arguments(files, args.out, resume=True, **settings))
+    report = begin.train(runs.arguments(files, args.out, resume=True, **settings))
     assert report["resumed_from"] == step
     expected, _, log = final(uninterrupted[0])
     arrays, _, own_log = final(args)

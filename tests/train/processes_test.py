@@ -23,7 +23,7 @@ from jaxpeft.cli import main
 from jaxpeft.train import loop
 
 number, *flags = sys.argv[1:]
-account = loop._Run._account
+account = loop.Loop._account
 
 
 def struck(self, pending):
@@ -33,7 +33,7 @@ def struck(self, pending):
 
 
 if int(number):
-    loop._Run._account = struck
+    loop.Loop._account = struck
 sys.exit(main(flags))
 """
 

@@ -10,7 +10,7 @@ import jaxpeft as jp
 from jaxpeft import hf, tree
 from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.quant import is_packed
-from jaxpeft.train import base, config, loop
+from jaxpeft.train import base, begin, config
 from jaxpeft.train import prepare as preparing
 from tests import runs
 
@@ -46,7 +46,7 @@ def test_packed_kernels_are_made_again_and_a_run_continues_bit_by_bit(name, file
         with Checkpoints(args.out / "checkpoints") as checkpoints:
             return checkpoints.restore(preparing.prepare(args).state)[0]
 
-    loop.train(arguments("whole"))
+    begin.train(arguments("whole"))
     stopping = Checkpoints.save
 
     def save(self, state, meta):
@@ -57,9 +57,9 @@ def test_packed_kernels_are_made_again_and_a_run_continues_bit_by_bit(name, file
 
     monkeypatch.setattr(Checkpoints, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(arguments("stopped"))
+        begin.train(arguments("stopped"))
     monkeypatch.setattr(Checkpoints, "save", stopping)
-    assert loop.train(arguments("stopped", resume=True))["resumed_from"] == 4
+    assert begin.train(arguments("stopped", resume=True))["resumed_from"] == 4
 
     whole, continued = state(arguments("whole")), state(arguments("stopped"))
     assert all(is_packed(kernel) for kernel in kernels(whole.frozen).values()) and kernels(whole.frozen)
@@ -76,7 +76,7 @@ def test_what_is_left_of_a_decomposed_kernel_is_kept_packed(files, cache, tmp_pa
     """It comes from a decomposition, which other devices may not make again bit by bit."""
     chain = {"method": "lora+quantize", "method_options": ("init=pissa",)}
     args = runs.arguments(files, tmp_path / "run", samples=0, **chain)
-    loop.train(args)
+    begin.train(args)
     assert kernels(dict.fromkeys(stored(args.out / "checkpoints")))
     job = preparing.prepare(args)
     blank = {path: jax.tree.map(jnp.zeros_like, leaf) for path, leaf in job.state.frozen.items()}

@@ -8,7 +8,7 @@ import pytest
 
 from jaxpeft import cli
 from jaxpeft.files import write_json
-from jaxpeft.train import config, loop
+from jaxpeft.train import begin, config
 from tests import runs
 
 
@@ -103,7 +103,7 @@ def begun(files, tmp_path):
     shutil.copytree(files, own)
     args = runs.arguments(own, tmp_path / "run")
     args.out.mkdir()
-    write_json(args.out / "config.json", loop.prepare(args).document)
+    write_json(args.out / "config.json", begin.prepare(args).document)
     return args
 
 
@@ -121,7 +121,7 @@ def chained(files, tmp_path):
     changes = {"method": "meft+lora", "method_options": ("meft.width=2", "lora.dropout=0.1")}
     args = runs.arguments(files, tmp_path / "run", **changes)
     args.out.mkdir()
-    write_json(args.out / "config.json", loop.prepare(args).document)
+    write_json(args.out / "config.json", begin.prepare(args).document)
     return lambda **other: runs.arguments(files, args.out, **{**changes, "resume": True, **other})
 
 
@@ -136,7 +136,7 @@ def chained(files, tmp_path):
 def test_resume_takes_the_same_method_in_other_words(chained, spelt):
     args = chained(**spelt)
     old = config.read(args.out)
-    asked = config.describe(args, loop.asked_method(args).specs, old["content"])
+    asked = config.describe(args, begin.asked_method(args).specs, old["content"])
     config.check_arguments(args.out, old, asked)
     config.check_same(args.out, old, asked)
 
@@ -159,5 +159,5 @@ def test_resume_compares_files_by_what_they_hold(begun, files, capsys):
     assert "(other content)" in line
     assert "--data" not in line.replace("--eval-data", "")
     # The same files in another place are the same run.
-    document = loop.prepare(runs.arguments(files, begun.out)).document
+    document = begin.prepare(runs.arguments(files, begun.out)).document
     config.check_same(begun.out, config.read(begun.out), document)

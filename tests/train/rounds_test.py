@@ -127,7 +127,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
     options = {"data": data, "steps": 6, "rounds": 3, "round_size": 7, "batch_size": 4, "checkpoint_every": 1}
     options |= {"method_options": {"dropout": 0.1}, "seq_len": 32, "eval_every": 0, "keep": 9}
     jp.run(out=tmp_path / "whole", **options)
-    whole = loop._Run._next_round
+    whole = loop.Loop._next_round
 
     def stops(self):
         if self.done == 4:
@@ -135,7 +135,7 @@ def test_a_stopped_run_ends_as_if_it_had_not_been(tmp_path, monkeypatch):
             raise RunError("stopped", 1)
         whole(self)
 
-    monkeypatch.setattr(loop._Run, "_next_round", stops)
+    monkeypatch.setattr(loop.Loop, "_next_round", stops)
     with pytest.raises(RunError, match="stopped"):
         jp.run(out=tmp_path / "part", **options)
     monkeypatch.undo()

@@ -114,9 +114,9 @@ def test_fresh_directories_are_the_free_ones(tmp_path):
 
 
 def test_jp_run_takes_a_run_or_its_fields(monkeypatch, tmp_path):
-    loop = types.ModuleType("jaxpeft.train.loop")
-    loop.train = lambda run: {"run": run}
-    monkeypatch.setitem(sys.modules, "jaxpeft.train.loop", loop)
+    begin = types.ModuleType("jaxpeft.train.begin")
+    begin.train = lambda run: {"run": run}
+    monkeypatch.setitem(sys.modules, "jaxpeft.train.begin", begin)
     monkeypatch.chdir(tmp_path)
     by_fields = jp.run(method="meft+lora", rank=4, steps=3)
     assert by_fields == jp.run(jp.Run(method="meft+lora", rank=4, steps=3))

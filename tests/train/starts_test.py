@@ -13,7 +13,7 @@ from jaxpeft.checkpoint import Checkpoints
 from jaxpeft.cli import export
 from jaxpeft.peft import import_adapter
 from jaxpeft.starts import probes
-from jaxpeft.train import loop
+from jaxpeft.train import begin
 from jaxpeft.train import prepare as preparing
 from tests import runs, virtual
 
@@ -28,7 +28,7 @@ def test_a_resumed_run_starts_no_more_and_ends_with_the_same_bits(init, files, c
         options = (f"init={init}",)
         return runs.arguments(files, tmp_path / out, method="lora", method_options=options, samples=0, **changes)
 
-    loop.train(arguments("whole"))
+    begin.train(arguments("whole"))
     assert len(started) == 1
     stopping = Checkpoints.save
 
@@ -40,10 +40,10 @@ def test_a_resumed_run_starts_no_more_and_ends_with_the_same_bits(init, files, c
 
     monkeypatch.setattr(Checkpoints, "save", save)
     with pytest.raises(KeyboardInterrupt):
-        loop.train(arguments("stopped"))
+        begin.train(arguments("stopped"))
     monkeypatch.setattr(Checkpoints, "save", stopping)
     assert len(started) == 2
-    assert loop.train(arguments("stopped", resume=True))["resumed_from"] == 4
+    assert begin.train(arguments("stopped", resume=True))["resumed_from"] == 4
     assert len(started) == 2
 
     def state(args):
@@ -70,7 +70,7 @@ def test_a_resumed_run_starts_no_more_and_ends_with_the_same_bits(init, files, c
 def test_a_run_whose_checkpoints_are_all_damaged_starts_again(files, cache, tmp_path):
     options = {"method_options": ("init=lora_ga",), "samples": 0, "steps": 2}
     args = runs.arguments(files, tmp_path / "run", **options)
-    loop.train(args)
+    begin.train(args)
     with Checkpoints(args.out / "checkpoints") as checkpoints:
         before, _ = checkpoints.restore(preparing.prepare(args, continued=True).state)
     (args.out / "report.json").unlink()
@@ -78,7 +78,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_starts_again(files, cache, tmp_
         if step.name.isdigit():
             largest = max((path for path in step.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
             largest.write_bytes(b"")
-    report = loop.train(runs.arguments(files, tmp_path / "run", resume=True, **options))
+    report = begin.train(runs.arguments(files, tmp_path / "run", resume=True, **options))
     assert report["resumed_from"] is None
     with Checkpoints(args.out / "checkpoints") as checkpoints:
         after, _ = checkpoints.restore(preparing.prepare(args, continued=True).state)

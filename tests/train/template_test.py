@@ -7,7 +7,7 @@ from jaxpeft import cli, template
 from jaxpeft.files import write_json
 from jaxpeft.template import FILE, JINJA, Template
 from jaxpeft.train import config
-from jaxpeft.train.loop import train
+from jaxpeft.train.begin import train
 from jaxpeft.train.prepare import prepare
 from tests import runs
 
