@@ -3,13 +3,12 @@
     python -m experiments.cpu_step           # ten minutes on two CPU cores; needs the extra `test`
     python -m experiments.cpu_step --draw    # table from the data
 
-float32: 6.6 CPU seconds where bfloat16 takes 9.1 (SmolLM2-135M, 2 x 256 tokens), 1.15 and 1.25 on the embedded model.
-Beside torch in float32 that is 0.89 and 1.12 of its time, on a processor of AMD's with AVX2; bfloat16, for which that
-processor has no instructions, takes torch 18 s where it takes us 1.3.
-
-On one of Intel's that has them (AMX), 30M, 2 x 256 tokens: 1.41 s in float32 and 1.27 in bfloat16, 0.17 and 0.23 of
-torch's 8.5 and 5.6. That machine was not idle (its load is in the data; 2 cores, one round), and torch's threads wait
-by spinning, which counts as time of CPU.
+float32: 8.6 CPU seconds where bfloat16 takes 10.9 (SmolLM2-135M, 2 x 256 tokens), 1.15 and 1.25 on the embedded model.
+Beside torch in float32 that is 0.93 and 1.12 of its time, 0.88 for 30M, on a processor of AMD's with AVX2; in bfloat16,
+for which that processor has no instructions, 0.06 (30M). The products that such a step cannot do without, alone, with
+XLA's kernels, take 0.59 of torch's whole step (0.55 for 30M): half of its time cannot be reached there in float32. On
+one of Intel's with AMX, busy with other work, a step of 30M took 0.17 of torch's time in float32 and 0.23 in bfloat16,
+of which much was torch's threads that wait by spinning.
 
 Each side is a process of its own that takes the same steps: LoRA of rank 8 on every linear map, AdamW, random tokens
 of full length, everything kept for the backward pass. torch's side is transformers with peft, eager, `sdpa` attention,
@@ -36,9 +35,11 @@ from typing import Any
 from experiments.memory.common import table
 
 RESULTS = Path(__file__).resolve().parent / "results/cpu_step"
-# Name -> rows and tokens of a row; a row with a load is of the second processor.
+# Name -> rows and tokens of a row.
 MODELS = {"embedded, 4M": (8, 256), "30M": (2, 256), "SmolLM2-135M-Instruct": (2, 256)}
+PRODUCTS = "XLA's products alone"
 SIDES = [(library, dtype) for library in ("jaxpeft", "torch") for dtype in ("float32", "bfloat16")]
+SIDES += [(PRODUCTS, "float32")]
 LEFT_OUT = {("SmolLM2-135M-Instruct", "torch", "bfloat16")}
 STEPS, ROUNDS, RANK, RATE = 3, 2, 8, 1e-4
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -105,9 +106,30 @@ def theirs(folder: str, dtype: str, rows: int, length: int) -> Callable[[], Any]
     return once
 
 
+def products(folder: str, dtype: str, rows: int, length: int) -> Callable[[], Any]:
+    """The products that a step cannot do without: with the frozen kernels forward and back, and with the head."""
+    import jax
+    import jax.numpy as jnp
+
+    from jaxpeft import hf
+
+    config = hf.load_config(folder)
+    d, f, head = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
+    kv = d * config["num_key_value_heads"] // config["num_attention_heads"]
+    maps = [(d, d), (d, d), (d, kv), (d, kv), (d, f), (d, f), (f, d)] * config["num_hidden_layers"] + [(d, head)]
+
+    @jax.jit
+    def there_and_back(x: Any, kernel: Any) -> Any:
+        y = x @ kernel
+        return jax.lax.optimization_barrier(y) @ kernel.T
+
+    given = {shape: (jnp.ones((rows * length, shape[0]), dtype), jnp.ones(shape, dtype)) for shape in set(maps)}
+    return lambda: [there_and_back(*given[shape]).block_until_ready() for shape in maps]
+
+
 def measure_here(folder: str, library: str, dtype: str, rows: int, length: int) -> float:
     """Seconds of CPU of a step, in this process."""
-    once = (ours if library == "jaxpeft" else theirs)(folder, dtype, rows, length)
+    once = {"jaxpeft": ours, "torch": theirs, PRODUCTS: products}[library](folder, dtype, rows, length)
     for _ in range(2):
         once()
     seconds = []
@@ -137,14 +159,14 @@ def _written(name: str, folder: str) -> str:
     return folder
 
 
-def measure(name: str, rounds: int) -> list[dict[str, Any]]:
-    """A row for each side of a model, with the seconds of every round."""
+def measure(name: str, rounds: int, wanted: list[str]) -> list[dict[str, Any]]:
+    """A row for each side of a model that is wanted, with the seconds of every round."""
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     found = []
     for rows, length in [MODELS[name]]:
         with tempfile.TemporaryDirectory() as temporary:
             folder = _written(name, f"{temporary}/model")
-            sides = [side for side in SIDES if (name, *side) not in LEFT_OUT]
+            sides = [side for side in SIDES if (name, *side) not in LEFT_OUT and side[0] in wanted]
             seconds: dict[tuple[str, str], list[float]] = {side: [] for side in sides}
             for _ in range(rounds):
                 for side in sides:
@@ -189,6 +211,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draw", action="store_true", help="make the table from the data alone")
     parser.add_argument("--models", nargs="+", default=list(MODELS), help="models to measure; others stay as they are")
+    sides = list(dict.fromkeys(library for library, _ in SIDES))
+    parser.add_argument("--sides", nargs="+", default=sides, choices=sides, help="whose steps; others stay as they are")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="how often the sides take turns")
     parser.add_argument("--here", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -200,8 +224,9 @@ def main() -> None:
     rows = json.loads(file.read_text()) if file.exists() else []
     RESULTS.mkdir(parents=True, exist_ok=True)
     for name in [] if args.draw else args.models:
-        rows = [row for row in rows if row["model"] != name] + measure(name, args.rounds)
-        rows.sort(key=lambda row: list(MODELS).index(row["model"]))
+        rows = [row for row in rows if row["model"] != name or row["library"] not in args.sides]
+        rows += measure(name, args.rounds, args.sides)
+        rows.sort(key=lambda row: (list(MODELS).index(row["model"]), SIDES.index((row["library"], row["dtype"]))))
         file.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n")
     (RESULTS / "cpu_step.md").write_text("# A LoRA step on a CPU\n\n" + draw(rows))
     print(draw(rows), end="")
