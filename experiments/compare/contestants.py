@@ -9,6 +9,7 @@ from jaxpeft.models.labels import SCOPE
 
 CHAINS = ("lora+lisa", "mezo+lora", "wta_crs+lora", "quantize+dora", "quantize+mezo+lora")
 BASE = "base"  # the model as it was, which nothing trains
+ICL = "icl"  # the model as it was, with examples in context
 PROBE = "probe"  # linear probing: of a model that classifies rows the new classifier alone
 # What a method needs to be told on a model, as its kernels are smaller than the defaults, or there are none (of
 # PockEngine's scheme, here the last layers): {model: {recipe: options}}.
@@ -36,12 +37,12 @@ def names() -> list[str]:
 
 def everybody() -> list[str]:
     """All of them, and what they are compared with on data."""
-    return [*names(), BASE, PROBE]
+    return [*names(), BASE, ICL, PROBE]
 
 
 def is_for(words: str, classifies: bool) -> bool:
     """Whether a recipe is for models that classify rows, or for those that continue texts."""
-    if words in (BASE, PROBE):
+    if words in (BASE, ICL, PROBE):
         return classifies == (words == PROBE)
     abouts = [contract.about(name) for name in words.split("+")]
     return classifies or not any(about.promises.classifies for about in abouts)
@@ -54,7 +55,7 @@ def options(words: str, model: str) -> tuple[str, ...]:
 
 def make(words: str, model: str = "") -> Method:
     """The method with its defaults, and with what it needs on this model."""
-    if words == BASE:  # of no steps
+    if words in (BASE, ICL):  # of no steps
         return recipe.parse("ln_tuning")
     if words == PROBE:
         return recipe.parse("full", {"which": f"^{SCOPE}"})

@@ -3,27 +3,30 @@
     task        model, data                                                           steps           scored by
     e2e_nlg     stories260K; E2E NLG, rows of at most 256 tokens, packed              120 of 4 x 256  nats a token
     induction   SmolLM2-135M-Instruct; 20 tasks of Instruction Induction, packed      48 of 4 x 64    nats, exact match
+    sentiment   the same model; one of these tasks, positive or negative, packed      100 of 4 x 64   exact match, nats
     banking77   all-MiniLM-L6-v2, its pooler and a new classifier; 10 rows an intent  2 epochs of 16  accuracy
     qnli        the same model; the first 1,000 rows                                  2 epochs of 16  accuracy
     mnli        the same model; the first 1,500 rows                                  2 epochs of 16  accuracy
 
 One grid of rates for all, quarters of decades: the search begins at a method's default rate (else 0.003) and walks
-downhill in the loss on held-out rows of seed 0, first two grid points at a time, then one (induction: two alone), until
-both neighbours of the best are worse. Seeds 0, 1, 2 (induction: 0, 1) at the best rate differ in the order of the data
-and in what the method draws; at the same seed all methods see the same batches. AdamW without weight decay (a method's
-own direction where it has one), clipped at norm 1, 10 % warm-up, then linearly to zero; float32.
+downhill in the loss on held-out rows of seed 0, first two grid points at a time, then one (induction and sentiment: two
+alone), until both neighbours of the best are worse. Seeds 0, 1, 2 (these two: 0, 1) at the best rate differ in order
+of data and in what the method draws; at the same seed all methods see the same batches. AdamW without weight decay
+(a method's own direction where it has one), clipped at norm 1, 10 % warm-up, then linearly to zero; float32.
 
-Induction's rows have the headings of `instruction_prompt`; its test rows are every fourth of the test file, and a
-greedy answer of at most 16 tokens counts where it is the reference. `base` is the model as it was, `probe` trains the
-new classifier alone.
+Induction's rows have the headings of `instruction_prompt`; its test rows are every fourth of the test file (sentiment:
+all 50), and a greedy answer of at most 16 tokens counts where it is the reference. `base` is the model as it was, `icl`
+the same with 8 training rows before each question, drawn anew for each seed; `probe` trains the new classifier alone.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import json
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -50,6 +53,8 @@ from jaxpeft.train.step import objective_of
 from jaxpeft.train.task import TASKS
 
 FIRST = 3e-3
+SENTIMENT = "ii_sentiment"  # what the rows of that task are called
+SHOTS, MOST = 8, 2048  # rows in context, and tokens of a row with them
 QUESTIONS, ANSWER = 256, 16  # test rows that are answered at most, and tokens of an answer
 
 
@@ -84,6 +89,7 @@ class Protocol(NamedTuple):
 DATA = {
     "e2e_nlg": Protocol("lm", "stories260K", None, 4, 256, 120, ("loss",), 0.3),
     "induction": Protocol("lm", "SmolLM2-135M", None, 4, 64, 48, ("loss", "exact"), 3.5, seeds=(0, 1), strides=(2,)),
+    "sentiment": Protocol("lm", "SmolLM2-135M", None, 4, 64, 100, ("exact", "loss"), 7.0, seeds=(0, 1), strides=(2,)),
     "banking77": Protocol("classify", "MiniLM", 10, 16, 32, None, ("accuracy",), 0.5, per_label=True),
     "qnli": Protocol("classify", "MiniLM", 1000, 16, 64, None, ("accuracy",), 1.0),
     "mnli": Protocol("classify", "MiniLM", 1500, 16, 64, None, ("accuracy",), 1.3),
@@ -92,6 +98,7 @@ BETTER = {"loss": "less", "exact": "more", "accuracy": "more"}  # of a score
 # Whom a task is for where CPU hours are dear: those that are asked for by name. All others: everybody.
 FEW = {
     "induction": ("base", "full", "lora", "lora_fa", "dora", "ia3", "prefix", "lst"),
+    "sentiment": ("base", "icl", "lora", "mezo", "mezo+lora", "sparse_mezo"),
 }
 
 
@@ -118,8 +125,8 @@ def place_of(model: str) -> Path:
 def rows_of(task: str) -> Rows:
     """The rows of a task; every tenth of what may be trained on tunes the rate."""
     protocol = DATA[task]
-    if task == "induction":
-        return _induction(protocol)
+    if task in ("induction", "sentiment"):
+        return _induction(protocol, task == "sentiment")
     if protocol.kind == "lm":
         found = lora_fa_quality.read_data(task, lora_fa_quality.Quality(data_root=shared(), seq_len=protocol.tokens))
         return Rows(found["train"], found["tune"], found["test"])
@@ -135,21 +142,41 @@ def rows_of(task: str) -> Rows:
     return Rows([row for i, row in enumerate(few) if i % 10], few[::10], test, labels.names)
 
 
-def _induction(protocol: Protocol) -> Rows:
+def _induction(protocol: Protocol, sentiment: bool) -> Rows:
+    found = {}
+    for part in ("train", "test"):
+        file = shared() / f"instruct/instruction_induction.{part}.jsonl"
+        rows = [
+            line for line in file.read_text().splitlines() if not sentiment or json.loads(line)["task"] == SENTIMENT
+        ]
+        with tempfile.TemporaryDirectory() as folder:
+            own = Path(folder) / "rows.jsonl"
+            own.write_text("\n".join(rows) + "\n")
+            found[part] = data.load_examples(own, too_long="drop", **_reading(protocol))[0]
+    return Rows(*lora_fa_quality.hold_out(found["train"], 10), list(found["test"])[:: 1 if sentiment else 4])
+
+
+def _reading(protocol: Protocol) -> dict[str, Any]:
+    """How rows with an instruction are read."""
     model = assets.smollm2()
     tokenizer = load_tokenizer(model)
-    said: dict[str, Any] = {"special": special_tokens(model, tokenizer), "template": choose("alpaca", tokenizer)}
-    train, test = (
-        data.load_examples(
-            shared() / f"instruct/instruction_induction.{part}.jsonl",
-            tokenizer,
-            protocol.tokens,
-            too_long="drop",
-            **said,
-        )[0]
-        for part in ("train", "test")
-    )
-    return Rows(*lora_fa_quality.hold_out(train, 10), list(test)[::4])
+    special = special_tokens(model, tokenizer)
+    return {
+        "tokenizer": tokenizer,
+        "seq_len": protocol.tokens,
+        "special": special,
+        "template": choose("alpaca", tokenizer),
+        "cache": False,
+    }
+
+
+def in_context(task: str, seed: int) -> Rows:
+    """The rows of a task, those that test with SHOTS of the training rows before them."""
+    rows, reading = rows_of(task), _reading(DATA[task])
+    blank = reading["tokenizer"]("\n\n", add_special_tokens=False)["input_ids"]
+    before = data.shown(rows.train, SHOTS, seed, reading["special"], blank, whole=False)
+    behind = lambda some: data.in_context(some, before, MOST, reading["special"]).examples
+    return rows._replace(tune=behind(rows.tune), test=behind(rows.test))
 
 
 class Runner:
@@ -170,7 +197,8 @@ class Runner:
             self.layout: dict[str, Any] = {"pack": True}
         else:
             self.layout = {"buckets": tuple(range(16, length + 1, 16)), "collate": data.collate_rows}
-        self.trains = words != contestants.BASE
+        self.name, self.trains = name, words not in (contestants.BASE, contestants.ICL)
+        self.shows = words == contestants.ICL
         self.method = self.task.method(method or contestants.make(words, self.protocol.model))
         per_epoch = len(self.rows.train) / self.protocol.batch
         self.steps = steps or self.protocol.steps or math.ceil(self.protocol.epochs * per_epoch)
@@ -211,13 +239,14 @@ class Runner:
         return jp.setup(self.method, base, params, jax.random.key(100 + seed), batches=some)
 
     def scores(self, state: Any, rows: list[Any]) -> dict[str, Any]:
-        batches = (batch for batch, _ in data.eval_batches(rows, 64, self.protocol.tokens, **self.layout))
+        width = max([self.protocol.tokens, *(row.positions for row in rows if self.shows)])
+        batches = (batch for batch, _ in data.eval_batches(rows, 8 if self.shows else 64, width, **self.layout))
         return self.task.scores(self.eval_step, state, batches, len(self.rows.labels))
 
-    def exact(self, state: Any) -> float:
-        """Per cent of the test rows whose greedy answer is the reference."""
+    def exact(self, state: Any, rows: list[Any]) -> float:
+        """Per cent of rows whose greedy answer is the reference."""
         tokenizer = load_tokenizer(place_of(self.protocol.model))
-        asked = evaluate.questions(self.rows.test, QUESTIONS, tokenizer)
+        asked = evaluate.questions(rows, QUESTIONS, tokenizer)
         ends = special_tokens(place_of(self.protocol.model), tokenizer).ends
         said = evaluate.answer(self.model, state, asked, tokenizer, ends, ANSWER).texts
         return 100 * sum(text == q.reference for text, q in zip(said, asked, strict=True)) / len(asked)
@@ -230,12 +259,13 @@ class Runner:
         own = {path: leaf for path, leaf in trainable.items() if not path.startswith("classifier/")}
         for batch in self.batches(seed):
             state, _ = step(state, batch)
-        tuned, tested = self.scores(state, self.rows.tune), self.scores(state, self.rows.test)
+        rows = in_context(self.name, seed) if self.shows else self.rows
+        tuned, tested = self.scores(state, rows.tune), self.scores(state, rows.test)
         found = {"tune_loss": tuned["loss"], "loss": tested["loss"], "trained": tree.size(own) if self.trains else 0}
         if "accuracy" in tested:
             found |= {"tune_accuracy": 100 * tuned["accuracy"], "accuracy": 100 * tested["accuracy"]}
         if "exact" in self.protocol.scores:
-            found["exact"] = self.exact(state)
+            found["exact"] = self.exact(state, rows.test)
         return {**found, "cpu_seconds": round(time.process_time() - began, 1)}
 
 
@@ -260,6 +290,8 @@ def asked(task: str, words: str, **more: Any) -> common.Row:
 
 def is_for(task: str, words: str) -> bool:
     """Whether a method is tried on a task."""
+    if words == contestants.ICL and task not in FEW:
+        return False
     return words in FEW.get(task, (words,)) and contestants.is_for(words, DATA[task].kind == "classify")
 
 
@@ -270,7 +302,7 @@ def seeds(task: str, words: str) -> tuple[int, ...]:
 
 def tune(figures: common.Figures, task: str, words: str) -> float | None:
     """The best rate of the grid; None for a method that the task's model refuses."""
-    if words == contestants.BASE:
+    if words in (contestants.BASE, contestants.ICL):
         return 0.0
     start = place(contestants.default_rate(words) or FIRST)
     if "refused" in figures(**asked(task, words, lr=rate(start), seed=0)):

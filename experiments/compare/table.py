@@ -64,6 +64,8 @@ def unmeasured(rows: Rows, geometry: str, words: str) -> str:
     """What is said of a method that has no figure on the model: why, where that is known."""
     if words == contestants.BASE:
         return "the model as it was"
+    if words == contestants.ICL:
+        return f"the same with {quality.SHOTS} examples in context"
     if not contestants.is_for(words, classifies=False):
         return "for models that classify rows"
     own = (geometry, words, list(contestants.options(words, geometry)))
