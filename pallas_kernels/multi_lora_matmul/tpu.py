@@ -32,7 +32,7 @@ from pallas_kernels import mosaic_tpu as tpu
 from pallas_kernels import tiles_tpu
 from pallas_kernels.lora_matmul import tpu as lora
 from pallas_kernels.mosaic_tpu import Part, dot
-from pallas_kernels.multi_lora_matmul.reference import TILE
+from pallas_kernels.multi_lora_matmul.reference import TILE, rows_of_z
 from pallas_kernels.tiles_tpu import Config
 
 __all__ = [
@@ -55,6 +55,7 @@ VISITS = 2**13  # what the tables in SMEM may be long
 
 def forward(x, w, a, b, scales, owner, *, config: Config | None = None, interpret: Any = None):
     """(y (T, m), z (r, T)) of x (T, n), w (n, m), a (G, n, r), b (G, r, m), scales (G,) float32, owner int32."""
+    a, b, scales = of_one_rank(a, b, scales)
     (total, n), (_, r, m) = x.shape, b.shape
     config = config or default_config(total, n, m, r, x.dtype.itemsize)
     return tpu.low_rank_product(
@@ -76,6 +77,7 @@ def forward(x, w, a, b, scales, owner, *, config: Config | None = None, interpre
 
 def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, interpret: Any = None):
     """(dx (T, n), e (r, T)) of dy (T, m), w (n, m), a (G, n, r), b (G, r, m), scales (G,) float32, owner int32."""
+    a, b, scales = of_one_rank(a, b, scales)
     (total, m), (_, n, r) = dy.shape, a.shape
     config = config or default_config(total, m, n, r, dy.dtype.itemsize)
     return tpu.low_rank_product(
@@ -95,8 +97,13 @@ def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, 
     )
 
 
-def factor_gradient(z, x, owner, *, count: int, config: Config | None = None, interpret: Any = None):
+def factor_gradient(
+    z, x, owner, *, count: int, ranks: tuple[int, ...] = (), config: Config | None = None, interpret: Any = None
+):
     """z x over the rows of each of `count` adapters: float32 (G, r, k) of z (r, T), x (T, k), owner int32."""
+    if ranks:
+        found = factor_gradient(z, x, owner, count=count + 1, config=config, interpret=interpret)
+        return tuple(found[g, :rank] for g, rank in enumerate(ranks))
     (r, total), k = z.shape, x.shape[1]
     config = config or factor_candidates(k, r, x.dtype.itemsize)[0]
     adapters, tiles = visits(owner, count)
@@ -137,6 +144,16 @@ def factor_gradient(z, x, owner, *, count: int, config: Config | None = None, in
         interpret=interpret,
         name="multi_lora_factor_gradient",
     )
+
+
+def of_one_rank(a, b, scales):
+    """(a, b, scales) of one rank more than the largest of tuples', and of one adapter more, for rows of nobody's."""
+    if not isinstance(b, tuple):
+        return a, b, scales
+    r = rows_of_z(b)
+    a, b = (*a, jnp.zeros_like(a[0])), (*b, jnp.zeros_like(b[0]))
+    a = jnp.stack([jnp.pad(f, ((0, 0), (0, r - f.shape[1]))) for f in a])
+    return a, jnp.stack([jnp.pad(f, ((0, r - len(f)), (0, 0))) for f in b]), jnp.append(scales, 1.0)
 
 
 def visits(owner: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
@@ -261,7 +278,7 @@ def supports_forward(x, w, a, b, scales, owner) -> bool:
     """Whether `forward` takes the arguments: as lora_matmul's, with a table of all tiles of 128 rows."""
     whole = all(size and size % tiles_tpu.LANES == 0 for size in w.shape)
     known = scales.dtype == jnp.float32 and x.ndim == 2 and whole
-    return known and _supported((x, w, a, b), a.shape[-1], len(x), a.shape[0], owner)
+    return known and _supported((x, w, *jax.tree.leaves((a, b))), rows_of_z(b), len(x), len(b), owner)
 
 
 def supports_input_gradient(dy, w, a, b, scales, owner) -> bool:
@@ -269,7 +286,7 @@ def supports_input_gradient(dy, w, a, b, scales, owner) -> bool:
     return supports_forward(dy, w, a, b, scales, owner)
 
 
-def supports_factor_gradient(z, x, owner, *, count: int) -> bool:
+def supports_factor_gradient(z, x, owner, *, count: int, ranks: tuple[int, ...] = ()) -> bool:
     """Whether `factor_gradient` takes the arguments: as `forward`."""
     whole = x.ndim == 2 and x.shape[1] and x.shape[1] % tiles_tpu.LANES == 0
     return bool(whole) and _supported((z, x), z.shape[0], len(x), count, owner)
