@@ -81,8 +81,10 @@ def test_the_numbers_on_a_gpu(function):
     )
 
 
-@pytest.mark.parametrize("function", ["forward", "input_gradient", "factor_gradient"])
-@pytest.mark.parametrize(("t", "dtype"), [(400, jnp.float32), (512, jnp.bfloat16)])
+@pytest.mark.parametrize(
+    ("function", "t", "dtype"),
+    [("forward", 512, jnp.bfloat16), ("input_gradient", 400, jnp.float32), ("factor_gradient", 400, jnp.bfloat16)],
+)
 def test_the_numbers_on_a_tpu(function, t, dtype):
     args, static = given(function, t, dtype)
     assert getattr(tpu, f"supports_{function}")(*args, **static)
@@ -90,14 +92,46 @@ def test_the_numbers_on_a_tpu(function, t, dtype):
     check(function, ours, expected(function, args, **static), dtype)
 
 
-@pytest.mark.parametrize("file", [gpu])
+def test_an_adapter_that_diverged_spoils_no_other():
+    """What its factor left on the chip is not multiplied by the next tile, whose adapter has a lower rank."""
+    (x, w, a, b, scales, _), _ = given("forward", 256, jnp.bfloat16)
+    a, b = ((*factors[:-1], jnp.full_like(factors[-1], jnp.nan)) for factors in (a, b))
+    owner, config = jnp.array([3, 0], jnp.int32), tpu.Config(128, 256, 128)
+    y, low = tpu.forward(x, w, a, b, scales, owner, config=config, interpret=mosaic_tpu.INTERPRETED)
+    assert np.isnan(np.asarray(y, np.float32)[:128]).all()
+    assert (
+        np.isfinite(np.asarray(y, np.float32)[128:]).all() and np.isfinite(np.asarray(low, np.float32)[:, 128:]).all()
+    )
+
+
+@pytest.mark.parametrize("file", [gpu, tpu])
 @pytest.mark.parametrize("function", ["forward", "input_gradient", "factor_gradient"])
 def test_nothing_is_as_wide_as_the_largest_for_all(file, function):
     """Around the kernels, besides their results of T rows, no array has more than the sum of ranks times an axis."""
-    t, n, m, ranks = 1024, 512, 768, (128, *(8,) * 7)
+    t, n, m, ranks = 1024, 512, 768, (128, *(16,) * 7)
     args, static = arguments(t, n, m, ranks, jnp.bfloat16)[function]
     jaxpr = jax.make_jaxpr(lambda *args: getattr(file, function)(*args, **static))(*args)
     made = [out.aval.shape for equation in jaxpr.eqns for out in equation.outvars]
     factors = [shape for shape in made if t not in shape]
     assert factors and max(map(math.prod, factors)) <= max(n, m) * sum(ranks)
     assert 768 * sum(ranks) < 8 * 512 * 128  # as what is padded would be
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize("function", ["forward", "input_gradient", "factor_gradient"])
+@pytest.mark.parametrize(("device", "file"), [("h200", gpu), ("v5p", tpu)])
+def test_compiled_temporaries_follow_the_sum_of_the_ranks(capfd, device, file, function):
+    """Of a described device's program, which is real code without spills; those of the largest rank would not fit."""
+    n, m, ranks = 4096, 8192, (256, *(16,) * 7)
+    args, static = arguments(2048, n, m, ranks, jnp.bfloat16)[function]
+    assert getattr(file, f"supports_{function}")(*args, **static)
+    if device == "h200":
+        found = mosaic.compiled(capfd, getattr(file, function), *args, **static)
+        assert found.spills and not any(found.spills)
+        temporaries = found.temporaries
+    else:
+        made, _ = mosaic_tpu.compiled(device, getattr(file, function), *args, **static)
+        temporaries = made.memory.temporaries
+    wide, itemsize = (n + m, 2) if function != "factor_gradient" else (m, 4)
+    assert temporaries < 1.01 * sum(ranks) * wide * itemsize < 0.2 * len(ranks) * max(ranks) * wide * itemsize
