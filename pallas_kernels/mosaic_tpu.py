@@ -25,6 +25,7 @@ What W, f and g are is left to the operations: a `Part` is operands, their block
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -109,14 +110,16 @@ class Part(NamedTuple):
 
     operands: arrays.
     specs: their blocks; the index maps get (i, j, k, *prefetched).
-    use: gets some rows of a tile, the blocks' references, and `Step`; see `low_rank_product`.
-    prepare: gets the blocks' references and `Step`, once per tile, before all `use` of it; W's only.
+    use: gets some rows of a tile, the references of blocks and scratch, and `Step`; see `low_rank_product`.
+    prepare: gets these references and `Step`, once per tile, before all `use` of it, and before the product with W.
+    scratch: VMEM and semaphores.
     """
 
     operands: tuple[Any, ...]
     specs: tuple[pl.BlockSpec, ...]
     use: Callable[..., jax.Array]
     prepare: Callable[..., None] | None = None
+    scratch: tuple[Any, ...] = ()
 
 
 class Step(NamedTuple):
@@ -149,7 +152,6 @@ def low_rank_product(
     name: str,
     chunk: int | None = None,
     unrolled: bool = False,
-    scratch: Sequence[Any] = (),
     into: Stacked | None = None,
 ):
     """y = x W + g(f(x)), and f(x).
@@ -157,8 +159,8 @@ def low_rank_product(
     Args:
       x: (T, n).
       weight: use(x's rows (., inputs), *blocks, *scratch, step) -> float32 (., columns), their product with W's tile.
-      down: use(x's rows (chunk, inputs), *blocks, step) -> float32 (chunk, r), this tile's part of f's sum.
-      up: use(low (chunk, r) in x's dtype, *blocks, step) -> float32 (chunk, columns), g of it.
+      down: use(x's rows (chunk, inputs), *blocks, *scratch, step) -> float32 (chunk, r), this tile's part of f's sum.
+      up: use(low (chunk, r) in x's dtype, *blocks, *scratch, step) -> float32 (chunk, columns), g of it.
       columns: m.
       rank: r.
       prefetch: int32 or float32 scalars and vectors for SMEM.
@@ -168,7 +170,6 @@ def low_rank_product(
       name: the kernel's.
       chunk: rows that `down` and `up` get at a time; None: as many as masks allow.
       unrolled: whether `step.first` is known when the kernel is traced, rather than a loop's variable.
-      scratch: VMEM for `weight`.
       into: the layer of a stack that y is written to.
 
     Returns:
@@ -178,7 +179,7 @@ def low_rank_product(
     if n % tiles.inputs:
         raise ValueError(f"tiles of {tiles.inputs} do not divide {n} inputs")
     grid = (pl.cdiv(total, tiles.rows), pl.cdiv(columns, tiles.columns), n // tiles.inputs)
-    last, counts = grid[2] - 1, [len(part.operands) for part in (weight, down, up)]
+    last, parts = grid[2] - 1, (weight, down, up)
     chunk = chunk or masked_rows(tiles)
     product_rows = math.gcd(PRODUCT_ROWS[x.dtype.itemsize], tiles.rows)
 
@@ -189,34 +190,46 @@ def low_rank_product(
 
     def kernel(*refs):
         refs = (*refs[: len(prefetch)], *refs[len(prefetch) + len(given) :])
-        scalars, (x_ref,), of_weight, of_down, of_up, (y_ref, z_ref), (low_ref, sum_ref), extra = _split(
-            refs, len(prefetch), 1, *counts, 2, 2, len(scratch)
+        counts = [len(part.operands) for part in parts], [len(part.scratch) for part in parts]
+        scalars, (x_ref,), *blocks, (y_ref, z_ref), (low_ref, sum_ref), more_w, more_d, more_u = _split(
+            refs, len(prefetch), 1, *counts[0], 2, 2, *counts[1]
         )
+        of_weight, of_down, of_up = (a + b for a, b in zip(blocks, (more_w, more_d, more_u), strict=True))
         step = Step(pl.program_id(0), pl.program_id(1), pl.program_id(2), scalars)
 
-        @pl.when(step.j == 0)
-        def _():
-            zero(low_ref, step.k, last)
+        def low():
+            @pl.when(step.j == 0)
+            def _():
+                zero(low_ref, step.k, last)
 
-            def rows(at, first):
-                part = down.use(x_ref[at, :], *of_down, step._replace(first=first))
-                low_ref[at, :] = low_ref[at, :] + part if last else part
+                def rows(at, first):
+                    part = down.use(x_ref[at, :], *of_down, step._replace(first=first))
+                    low_ref[at, :] = low_ref[at, :] + part if last else part
 
-            for_chunks(tiles.rows, chunk, rows, unrolled)
+                for_chunks(tiles.rows, chunk, rows, unrolled)
 
-        @pl.when((step.j == 0) & (step.k == last))
-        def _():
-            z_ref[...] = low_ref[...].T.astype(z_ref.dtype)
+            @pl.when((step.j == 0) & (step.k == last))
+            def _():
+                z_ref[...] = low_ref[...].T.astype(z_ref.dtype)
+
+        if down.prepare is None:
+            low()
+        else:
+            pl.when(step.j == 0)(functools.partial(down.prepare, *of_down, step))
+        if up.prepare is not None:
+            pl.when(step.k == last)(functools.partial(up.prepare, *of_up, step))
 
         zero(sum_ref, step.k, last)
         if weight.prepare is not None:
-            weight.prepare(*of_weight, *extra, step)
+            weight.prepare(*of_weight, step)
 
         def products(at, first):
-            part = weight.use(x_ref[at, :], *of_weight, *extra, step)
+            part = weight.use(x_ref[at, :], *of_weight, step)
             sum_ref[at, :] = sum_ref[at, :] + part if last else part
 
         for_chunks(tiles.rows, product_rows, products)
+        if down.prepare is not None:
+            low()
 
         @pl.when(step.k == last)
         def _():
@@ -251,7 +264,7 @@ def low_rank_product(
         scratch=[
             pltpu.VMEM((tiles.rows, rank), jnp.float32),
             pltpu.VMEM((tiles.rows, tiles.columns), jnp.float32),
-            *scratch,
+            *(extra for part in parts for extra in part.scratch),
         ],
         semantics=("parallel", "arbitrary", "arbitrary"),
         config=config,

@@ -1,4 +1,4 @@
-"""LoRA's products on NVIDIA GPUs of the Hopper generation, by the kernels of gpu_products.py and gpu_rows.py.
+"""LoRA's products on NVIDIA GPUs of the Hopper generation, by the kernels that gpu_products.py describes.
 
     forward           z = low_product(x, A);  y = product(x, W, z, B)
     input_gradient    e = low_product(dy, B);  dx = product(dy, W^T, e, A^T)
@@ -13,7 +13,8 @@ from __future__ import annotations
 from typing import Any
 
 from pallas_kernels import mosaic_gpu as gpu
-from pallas_kernels.lora_matmul.gpu_products import ROWS, Config, low_product, product
+from pallas_kernels.lora_matmul.gpu_low import low_product
+from pallas_kernels.lora_matmul.gpu_products import ROWS, Config, product
 from pallas_kernels.lora_matmul.gpu_rows import row_product
 from pallas_kernels.mosaic_gpu import ALIGNMENT, TILE, ceil_div, round_up
 from pallas_kernels.stacked import Stacked

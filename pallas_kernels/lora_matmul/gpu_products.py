@@ -1,6 +1,6 @@
 """The kernels of LoRA's products on NVIDIA GPUs of the Hopper generation (wgmma and TMA), by Mosaic GPU.
 
-Three kernels, of which the last is in gpu_rows.py; mosaic_gpu.py describes their pipeline. With
+Three kernels, the first in gpu_low.py, the last in gpu_rows.py; mosaic_gpu.py describes their pipeline. With
 drop(x) = x keep / (1 - rate), keep drawn again wherever it is needed and never stored, and all sums in float32:
 
     low_product     z = s F drop(x)^T            (r, T)      F = A^T (r, n), read transposed; for e, F = B and x = dy
@@ -50,11 +50,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu as gpu
 from pallas_kernels.dropout import keep
-from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div, round_up
+from pallas_kernels.lora_matmul import gpu_owners as owners
+from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div
 from pallas_kernels.stacked import whole
 
 ROWS = COMPUTE * TILE  # of x in a tile
-LOW_SLOTS = 12  # of the ring of `low_product`, where they fit
 
 
 class Config(NamedTuple):
@@ -94,126 +94,6 @@ def of_layer(ref, extra, name="layer"):
     return ref.at[extra[name][0]] if name in extra else ref
 
 
-def _of_tile(ref, extra, tile):
-    """The factor of a tile's rows: the whole, or that of the adapter that owns the tile."""
-    return ref.at[extra["owner"][tile]] if "owner" in extra else ref
-
-
-# z = s A^T drop(x)^T
-
-
-def low_product(
-    x,
-    factor,
-    seed=None,
-    *,
-    transposed: bool,
-    config: Config,
-    scale=1.0,
-    rate=0.0,
-    owner=None,
-    scales=None,
-    interpret=None,
-):
-    """s factor drop(x)^T (r, T rounded up to 64) for a factor (r, k), or (k, r) if transposed.
-
-    With an owner, the factor is (G, ...); with scales (G,), s is that of the rows' owner.
-    """
-    (t, k), r = x.shape, factor.shape[-1 if transposed else -2]
-    height, tiles = round_up(r, TILE), ceil_div(t, TILE)
-    steps = COMPUTE * ceil_div(k, COMPUTE * TILE)
-    blocks = min(config.blocks, tiles)
-    shape = (TILE, height) if transposed else (height, TILE)
-    staged = (2 + 4) * TILE * TILE
-    slots = gpu.slots_that_fit(LOW_SLOTS, 2 * TILE * (TILE + height), staged) // COMPUTE * COMPUTE
-
-    def body(x_ref, factor_ref, extra, z_ref, x_slots, factor_slots, staging, other, full, empty, given, taken):
-        ring = Ring(full, empty, slots)
-
-        def memory():
-            def tile(first, row):
-                mine = _of_tile(factor_ref, extra, row * TILE // ROWS)
-
-                def step(i, _):
-                    columns, ranks = pl.ds(i * TILE, TILE), gpu.beyond(0, height, row)
-                    ring.fill(
-                        first + i,
-                        (x_ref.at[pl.ds(row * TILE, TILE), columns], lambda slot: x_slots.at[slot]),
-                        (
-                            mine.at[(columns, ranks) if transposed else (ranks, columns)],
-                            lambda slot: factor_slots.at[slot],
-                        ),
-                    )
-
-                lax.fori_loop(0, steps, step, None)
-                return first + steps
-
-            ring.drain(gpu.each_tile(tiles, blocks, tile))
-
-        def compute(parity):
-            seed = seed_of(extra)
-
-            def tile(first, row):
-                def accumulate(acc):
-                    def multiply(i, slot):
-                        rows, lhs = x_slots.at[slot], factor_slots.at[slot]
-                        if rate:
-                            column = (COMPUTE * i + parity) * TILE
-                            rows[...] = mask(rows[...], seed, row * TILE, column, rate)
-                            plgpu.commit_smem()
-                        plgpu.wgmma(acc, gpu.transposed(lhs) if transposed else lhs, gpu.transposed(rows))
-
-                    gpu.multiply_steps(ring, first + parity, steps // COMPUTE, multiply, COMPUTE)
-                    return acc[...]
-
-                half = pl.run_scoped(accumulate, plgpu.ACC((height, TILE), jnp.float32))
-                ring.release(first + steps - COMPUTE + parity)
-                factor = scale / (1 - rate)
-                if "scales" in extra:
-                    factor = extra["scales"][extra["owner"][row * TILE // ROWS]]
-                for i in range(0, height, TILE):
-                    part = half[i : i + TILE]
-                    target = z_ref.at[gpu.beyond(i, TILE, row), pl.ds(row * TILE, TILE)]
-
-                    @pl.when(parity == 0)
-                    def _(part=part, target=target):
-                        plgpu.barrier_wait(given)
-                        z = (part + other[...]) * factor
-                        plgpu.barrier_arrive(taken)
-                        gpu.store(z, staging, target)
-
-                    @pl.when(parity == 1)
-                    def _(part=part):
-                        other[...] = part
-                        plgpu.barrier_arrive(given)
-                        plgpu.barrier_wait(taken)
-
-                return first + steps
-
-            gpu.each_tile(tiles, blocks, tile)
-            plgpu.wait_smem_to_gmem(0)
-
-        gpu.specialise(compute, memory)
-
-    return gpu.launch(
-        body,
-        x,
-        factor,
-        scalars(rate, seed, owner=owner, scales=scales),
-        name="lora_low_product",
-        out=jax.ShapeDtypeStruct((r, round_up(t, TILE)), x.dtype),
-        blocks=blocks,
-        interpret=interpret,
-        x_slots=gpu.swizzled(slots, TILE, TILE, dtype=x.dtype),
-        factor_slots=gpu.swizzled(slots, *shape, dtype=x.dtype),
-        staging=gpu.swizzled(TILE, TILE, dtype=x.dtype),
-        other=gpu.swizzled(TILE, TILE, dtype=jnp.float32),
-        given=plgpu.Barrier(),
-        taken=plgpu.Barrier(),
-        **Ring.barriers(slots, 2, users=1),
-    )
-
-
 def _halves(x_ref, row, columns, x_slots) -> list[tuple[Any, Callable]]:
     """Copies of the rows of a tile, one per warpgroup."""
     return [
@@ -247,18 +127,20 @@ def product(
     config: Config,
     rate=0.0,
     owner=None,
+    places=None,
     into=None,
     interpret=None,
 ):
     """x W + drop(z^T B) (T, m) for w (k, m) and b (r, m), or w (m, k) and b (m, r) if transposed.
 
-    With an owner, b is (G, ...). w may be a layer of a stack. `into`, a layer of a stack, is where the result is
-    written; then that stack is what is given back.
+    With an owner, b is (G, ...), or a tuple of stacks and `places` theirs (gpu_owners.py). w may be a layer of a stack.
+    `into`, a layer of a stack, is where the result is written; then that stack is what is given back.
     """
     t, k = x.shape
     m = w.shape[0 if transposed else 1]
     w, layer = whole(w)
     stack, place = (None, None) if into is None else whole(into)
+    heights = owners.heights_of(b, -1 if transposed else -2)
     columns, slots = config.columns, slots_of_product(config, k, len(z), x.dtype.itemsize, masked=rate > 0)
     steps, low_steps = ceil_div(k, TILE), ceil_div(len(z), TILE)
     row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(m, columns)
@@ -267,10 +149,14 @@ def product(
     shape = (columns, TILE) if transposed else (TILE, columns)
 
     def body(x_ref, w_ref, z_ref, b_ref, extra, y_ref, x_slots, w_slots, staging, full, empty):
-        ring, y_ref = Ring(full, empty, slots), of_layer(y_ref, extra, "place")
+        ring, y_ref = Ring(full, empty, slots), of_layer(y_ref, extra, "into")
 
         def tile_at(number):
             return gpu.snake(number, row_tiles, column_tiles, config.width)
+
+        def low_steps_of(row):
+            height = owners.height_at(extra, row)
+            return low_steps if height is None else height // TILE
 
         def panel(ref, i, column):
             """Step i's part of w or b, for the tile's columns."""
@@ -280,26 +166,29 @@ def product(
         def memory():
             def tile(first, number):
                 row, column = tile_at(number)
-                mine, own_w = _of_tile(b_ref, extra, row), of_layer(w_ref, extra)
+                own_w = of_layer(w_ref, extra)
 
                 def step(i, _):
                     ring.fill(
                         first + i, *_halves(x_ref, row * ROWS, pl.ds(i * TILE, TILE), x_slots), panel(own_w, i, column)
                     )
 
-                def low_step(i, _):
-                    blocks = [
-                        (
-                            z_ref.at[pl.ds(i * TILE, TILE), pl.ds(row * ROWS + half * TILE, TILE)],
-                            lambda slot, half=half: x_slots.at[slot, pl.ds(half * TILE, TILE)],
-                        )
-                        for half in range(COMPUTE)
-                    ]
-                    ring.fill(first + steps + i, *blocks, panel(mine, i, column))
+                def low(mine, height):
+                    def step(i, _):
+                        blocks = [
+                            (
+                                z_ref.at[pl.ds(i * TILE, TILE), pl.ds(row * ROWS + half * TILE, TILE)],
+                                lambda slot, half=half: x_slots.at[slot, pl.ds(half * TILE, TILE)],
+                            )
+                            for half in range(COMPUTE)
+                        ]
+                        ring.fill(first + steps + i, *blocks, panel(mine, i, column))
+
+                    lax.fori_loop(0, height // TILE, step, None)
 
                 lax.fori_loop(0, steps, step, None)
-                lax.fori_loop(0, low_steps, low_step, None)
-                return first + steps + low_steps
+                owners.with_factor(b_ref, heights, extra, owners.owner_of(extra, row), low)
+                return first + steps + low_steps_of(row)
 
             ring.drain(gpu.each_tile(tiles, blocks, tile))
 
@@ -309,7 +198,7 @@ def product(
 
             def tile(first, number):
                 row, column = tile_at(number)
-                start = row * ROWS + half * TILE
+                start, low_steps = row * ROWS + half * TILE, low_steps_of(row)
 
                 def accumulate(acc):
                     def multiply(i, slot):
@@ -376,7 +265,14 @@ def product(
         w,
         z,
         b,
-        scalars(rate, seed, owner=owner, layer=layer, place=place),
+        scalars(
+            rate,
+            seed,
+            owner=owner,
+            layer=layer,
+            into=place,
+            **(places or {}),
+        ),
         name="lora_product_transposed" if transposed else "lora_product",
         out=jax.ShapeDtypeStruct((t, m), x.dtype) if stack is None else stack,
         blocks=blocks,

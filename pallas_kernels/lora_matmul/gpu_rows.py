@@ -7,6 +7,7 @@ temporaries: at most 128 BLOCKS r floats, 67 KB times r; none where k > 66 * 128
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import mosaic_gpu as gpu
+from pallas_kernels.lora_matmul import gpu_owners as owners
 from pallas_kernels.lora_matmul.gpu_products import ROWS, Config, mask, scalars, seed_of
 from pallas_kernels.mosaic_gpu import COMPUTE, TILE, Ring, ceil_div, round_up
 
@@ -30,21 +32,26 @@ def parts_of_rows(rows: int, k: int, config: Config) -> int:
     return ceil_div(tiles, ceil_div(tiles, wanted))
 
 
-def row_product(z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapters=0, interpret=None):
+def row_product(
+    z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapters=0, ranks=None, places=None, interpret=None
+):
     """Sums over rows of z drop(x): float32 (parts, r, k) of z (r, T rounded up to 64), x (T, k).
 
-    parts: sums over parts of the rows, to be added up; with an owner, one per adapter.
+    parts: sums over parts of the rows, to be added up; with an owner, one per adapter. With `places`, a tuple of such
+    arrays, the stacks of adapters of each rank, and `ranks` {r: how many have it}.
     """
     (t, k), r = x.shape, len(z)
-    height, wide = round_up(r, TILE), COMPUTE * TILE
+    heights, wide = tuple(round_up(rank, TILE) for rank in ranks or (r,)), COMPUTE * TILE
+    tallest = max(heights)
     row_tiles, column_tiles = ceil_div(t, ROWS), ceil_div(k, wide)
     parts = parts_of_rows(t, k, config) if owner is None else adapters
     per_part = ceil_div(row_tiles, parts)
     tiles = parts * column_tiles
     blocks = min(config.blocks, tiles)
-    slots = gpu.slots_that_fit(ROW_SLOTS, 2 * TILE * (height + wide), 4 * COMPUTE * TILE * TILE)
+    sums = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    slots = gpu.slots_that_fit(ROW_SLOTS, 2 * TILE * (tallest + wide), 4 * COMPUTE * TILE * TILE)
 
-    def body(z_ref, x_ref, extra, out_ref, z_slots, x_slots, staging, full, empty):
+    def body(z_ref, x_ref, extra, *out_refs, z_slots, x_slots, staging, full, empty):
         ring = Ring(full, empty, slots)
 
         def rows_of(part) -> tuple[jax.Array, jax.Array, Callable[[jax.Array], jax.Array]]:
@@ -52,13 +59,13 @@ def row_product(z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapte
             if owner is None:
                 begin = part * per_part
                 return begin, jnp.minimum(per_part, row_tiles - begin), lambda i: i
-            owners = extra["owner"]
-            count = lax.fori_loop(0, row_tiles, lambda i, n: n + (owners[i] == part).astype(jnp.int32), jnp.int32(0))
-            return jnp.int32(0), count, lambda i: lax.while_loop(lambda i: owners[i] != part, lambda i: i + 1, i)
+            of = extra["owner"]
+            count = lax.fori_loop(0, row_tiles, lambda i, n: n + (of[i] == part).astype(jnp.int32), jnp.int32(0))
+            return jnp.int32(0), count, lambda i: lax.while_loop(lambda i: of[i] != part, lambda i: i + 1, i)
 
-        def each_step(number, action):
-            """action(number of the step, first row) for the steps of a tile; how many there were."""
-            begin, count, following = rows_of(number // column_tiles)
+        def each_step(rows, action):
+            """action(number of the step, first row) for the steps of a tile with such rows."""
+            begin, count, following = rows
 
             def row_tile(i, place):
                 place = following(place)
@@ -67,20 +74,28 @@ def row_product(z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapte
                 return place + 1
 
             lax.fori_loop(0, count, row_tile, begin)
-            return count * (ROWS // TILE)
+
+        def each_height(part, use):
+            owners.each_height(heights, extra["height"][part] if "height" in extra else None, use)
 
         def memory():
             def tile(first, number):
-                columns = pl.ds(number % column_tiles * wide, wide)
+                part, columns = number // column_tiles, pl.ds(number % column_tiles * wide, wide)
+                rows = rows_of(part)
 
-                def fetch(i, row):
-                    ring.fill(
-                        first + i,
-                        (z_ref.at[gpu.beyond(0, height, row), pl.ds(row, TILE)], lambda slot: z_slots.at[slot]),
-                        (x_ref.at[pl.ds(row, TILE), columns], lambda slot: x_slots.at[slot]),
-                    )
+                def of_height(height):
+                    def fetch(i, row):
+                        z = z_ref.at[gpu.beyond(0, height, row), pl.ds(row, TILE)]
+                        ring.fill(
+                            first + i,
+                            (z, lambda slot: owners.first(z_slots, slot, height)),
+                            (x_ref.at[pl.ds(row, TILE), columns], lambda slot: x_slots.at[slot]),
+                        )
 
-                return first + each_step(number, fetch)
+                    each_step(rows, fetch)
+
+                each_height(part, of_height)
+                return first + rows[1] * (ROWS // TILE)
 
             ring.drain(gpu.each_tile(tiles, blocks, tile))
 
@@ -90,35 +105,47 @@ def row_product(z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapte
 
             def tile(first, number):
                 part, column = number // column_tiles, number % column_tiles * wide + half * TILE
+                rows = rows_of(part)
+                steps = rows[1] * (ROWS // TILE)
 
-                def accumulate(acc):
-                    def multiply(i, row):
-                        ring.wait(first + i)
-                        slot = ring.slot(first + i)
-                        rhs = x_slots.at[slot, :, columns]
-                        if rate:
-                            rhs[...] = mask(rhs[...], seed, row, column, rate)
-                            plgpu.commit_smem()
-                        plgpu.wgmma(acc, z_slots.at[slot], rhs)
-                        plgpu.wgmma_wait(1)
+                def of_height(height):
+                    def accumulate(acc):
+                        def multiply(i, row):
+                            ring.wait(first + i)
+                            slot = ring.slot(first + i)
+                            rhs = x_slots.at[slot, :, columns]
+                            if rate:
+                                rhs[...] = mask(rhs[...], seed, row, column, rate)
+                                plgpu.commit_smem()
+                            plgpu.wgmma(acc, owners.first(z_slots, slot, height), rhs)
+                            plgpu.wgmma_wait(1)
 
-                        @pl.when(i > 0)
-                        def _():
-                            ring.release(first + i - 1)
+                            @pl.when(i > 0)
+                            def _():
+                                ring.release(first + i - 1)
 
-                    steps = each_step(number, multiply)
-                    return acc[...], steps
+                        each_step(rows, multiply)
+                        return acc[...]
 
-                total, steps = pl.run_scoped(accumulate, plgpu.ACC((height, TILE), jnp.float32))
+                    total = pl.run_scoped(accumulate, plgpu.ACC((height, TILE), jnp.float32))
 
-                @pl.when(steps > 0)
-                def _():
-                    ring.release(first + steps - 1)
+                    @pl.when(steps > 0)
+                    def _():
+                        ring.release(first + steps - 1)
 
-                for i in range(0, height, TILE):
-                    target = out_ref.at[part, gpu.beyond(i, TILE, number), pl.ds(column, TILE)]
-                    values = total[i : i + TILE]
-                    gpu.store(values * (1 / (1 - rate)) if rate else values, staging.at[half], target)
+                    def out(place):
+                        for i in range(0, height, TILE):
+                            target = place.at[gpu.beyond(i, TILE, number), pl.ds(column, TILE)]
+                            values = total[i : i + TILE]
+                            gpu.store(values * (1 / (1 - rate)) if rate else values, staging.at[half], target)
+
+                    for i, stack in enumerate(out_refs):
+                        if not ranks:
+                            out(stack.at[part])
+                        elif heights[i] == height:
+                            pl.when(extra["stack"][part] == i)(functools.partial(out, stack.at[extra["place"][part]]))
+
+                each_height(part, of_height)
                 return first + steps
 
             gpu.each_tile(tiles, blocks, tile)
@@ -130,12 +157,12 @@ def row_product(z, x, seed=None, *, config: Config, rate=0.0, owner=None, adapte
         body,
         z,
         x,
-        scalars(rate, seed, owner=owner),
+        scalars(rate, seed, owner=owner, **(places or {})),
         name="lora_row_product",
-        out=jax.ShapeDtypeStruct((parts, r, k), jnp.float32),
+        out=tuple(sums((count, own, k)) for own, count in ranks.items()) if ranks else sums((parts, r, k)),
         blocks=blocks,
         interpret=interpret,
-        z_slots=gpu.swizzled(slots, height, TILE, dtype=x.dtype),
+        z_slots=gpu.swizzled(slots, tallest, TILE, dtype=x.dtype),
         x_slots=gpu.swizzled(slots, TILE, wide, dtype=x.dtype),
         staging=gpu.swizzled(COMPUTE, TILE, TILE, dtype=jnp.float32),
         **Ring.barriers(slots, 2),

@@ -5,8 +5,9 @@
 The frozen product is one for all rows; the low-rank ones read the adapter that owns the tile of 128 tokens they are
 working on, from a table. Adapters have ranks of their own up to r: A_g is zero in the columns, and B_g in the rows,
 beyond its rank, and their gradients are zero there too, so that they stay zero under any optimizer that leaves a
-parameter with zero gradients where it is. Or they come as lists, each factor of its own rank (ragged.py): nothing is
-held, differentiated or updated but that.
+parameter with zero gradients where it is. Or they come as lists, each factor of its own rank: nothing is held,
+multiplied, differentiated or updated but that, in kernels as in plain JAX (ragged.py). z alone has rows of the largest
+rank: whose a tile is is known when the program runs, and all may be that adapter's.
 
 For the backward pass z (r, B S) is kept, and x only if the A are differentiated, as in lora_matmul.
 
@@ -28,29 +29,51 @@ from pallas_kernels import lora_matmul as dense
 from pallas_kernels import tuning
 from pallas_kernels.lora_matmul.reference import scaled
 from pallas_kernels.multi_lora_matmul import reference
-from pallas_kernels.multi_lora_matmul.ragged import low_rank, padded
-from pallas_kernels.multi_lora_matmul.reference import TILE
+from pallas_kernels.multi_lora_matmul.ragged import low_rank
+from pallas_kernels.multi_lora_matmul.reference import TILE, rows_of_z
 from pallas_kernels.platform import Implementation, operation, traced_for
 from pallas_kernels.stacked import Stacked, taken
+from pallas_kernels.tuning import Sizes
 
 __all__ = ["TILE", "low_rank", "multi_lora_matmul"]
+
+
+def flops_of_both(x, w, a, b, *rest):
+    """2 T (n m + r (n + m)), in either direction; r of adapters of different ranks: their mean, as of even shares."""
+    del rest
+    (n, m), ranks = w.shape, [factor.shape[0] for factor in b] if isinstance(b, tuple) else [b.shape[1]]
+    return 2.0 * x.shape[0] * (n * m + sum(ranks) / len(ranks) * (n + m))
+
+
+def flops_of_factor(z, x, owner, *, count, ranks=()):
+    """2 r T k, r as of `flops_of_both`."""
+    del owner
+    return 2.0 * (sum(ranks) / count if ranks else z.shape[0]) * x.shape[0] * x.shape[1]
+
+
+def sizes_of_both(x, w, a, b, *rest):
+    """Of the products with W, in either direction; r is z's."""
+    del a, rest
+    n, m = w.shape
+    return Sizes(x.shape[0], n, m, rows_of_z(b), x.dtype)
+
 
 forward = operation(
     "multi_lora_forward",
     reference.forward,
-    flops=dense.flops_of_both,
-    **tuning.kernels("pallas_kernels.multi_lora_matmul", "forward", dense.sizes_of_both),
+    flops=flops_of_both,
+    **tuning.kernels("pallas_kernels.multi_lora_matmul", "forward", sizes_of_both),
 )
 input_gradient = operation(
     "multi_lora_input_gradient",
     reference.input_gradient,
-    flops=dense.flops_of_both,
-    **tuning.kernels("pallas_kernels.multi_lora_matmul", "input_gradient", dense.sizes_of_both),
+    flops=flops_of_both,
+    **tuning.kernels("pallas_kernels.multi_lora_matmul", "input_gradient", sizes_of_both),
 )
 factor_gradient = operation(
     "multi_lora_factor_gradient",
     reference.factor_gradient,
-    flops=dense.flops_of_factor,
+    flops=flops_of_factor,
     cpu=Implementation(reference.factor_gradient_of_float32, lambda *args, **static: True, partitions=True),
     **tuning.kernels("pallas_kernels.multi_lora_matmul", "factor_gradient", dense.sizes_of_factor),
 )
@@ -71,10 +94,10 @@ def multi_lora_matmul(
 
     Args:
       x: (B, S, n) floating point; the products are computed in its dtype with float32 sums. Where 128 does not divide
-        S, rows are padded to it; rows shorter than 128 tokens take plain JAX, which gathers each row's factors.
+        S, rows are padded to it; rows shorter than 128 tokens take plain JAX, which gathers each row's factors, or of
+        lists multiplies with all.
       w: (n, m); frozen. A layer of a stack is not differentiated.
-      a: (G, n, r).  b: (G, r, m). Cast to x's dtype; gradients come in their own. Lists are of (n, r_g) and (r_g, m):
-        plain JAX multiplies at these ranks; kernels, which take rows of 128 tokens on, at the largest of a call's.
+      a: (G, n, r).  b: (G, r, m). Cast to x's dtype; gradients come in their own. Lists are of (n, r_g) and (r_g, m).
       adapter: (B,) integers of 0..G-1, in any order; with lists a negative one is none, and the row's result x W.
       scales: (G,) s_g, not differentiated.
       name: of z.
@@ -93,16 +116,17 @@ def multi_lora_matmul(
         plain = length < TILE or traced_for() == "cpu" if implementation is None else implementation == "xla"
         if plain:
             return x @ taken(w) + low_rank(x, a, b, adapter, scales=scales, name=name)
-        a, b, adapter, scales = padded(a, b, adapter, scales)
-    _check(x, w, a, b, adapter, scales)
-    if length < TILE and implementation in (None, "xla"):
-        return _gathered(x, w, a, b, adapter, scales, name)
+        a, b, adapter = tuple(a), tuple(b), jnp.where(adapter < 0, len(a), adapter)
+    else:
+        _check(x, w, a, b, adapter, scales)
+        if length < TILE and implementation in (None, "xla"):
+            return _gathered(x, w, a, b, adapter, scales, name)
     padding = -length % TILE
     tokens = jnp.pad(x, ((0, 0), (0, padding), (0, 0))) if padding else x
     owner = jnp.repeat(adapter.astype(jnp.int32), (length + padding) // TILE)
     flat = tokens.reshape(-1, x.shape[-1])
     scales = jax.lax.stop_gradient(jnp.asarray(scales, jnp.float32))
-    fixed = jax.lax.stop_gradient((flat, w, a.astype(x.dtype), b.astype(x.dtype)))
+    fixed = jax.lax.stop_gradient((flat, w, *_cast((a, b), x.dtype)))
     y, z = forward(*fixed, scales, owner, implementation=implementation)
     y = _computed(implementation, flat, w, a, b, scales, owner, y, checkpoint_name(z, name))
     return y.reshape(rows, length + padding, -1)[:, :length]
@@ -130,24 +154,28 @@ def _computed(implementation, x, w, a, b, scales, owner, y, z):
 
 
 def _keep(implementation, x, w, a, b, scales, owner, y, z):
-    perturbed = _Perturbed(x.perturbed, dense.is_perturbed(w), a.perturbed, b.perturbed)
+    perturbed = _Perturbed(x.perturbed, *map(dense.is_perturbed, (w, a, b)))
     kept = x.value if perturbed.a or perturbed.w else None
-    return y.value, (perturbed, kept, dense.values(w), a.value, b.value, scales.value, owner.value, z.value)
+    return y.value, (perturbed, kept, *map(dense.values, (w, a, b)), scales.value, owner.value, z.value)
 
 
 def _pull(implementation, saved, dy) -> tuple[Any, ...]:
     perturbed, x, w, a, b, scales, owner, z = saved
     if isinstance(dy, SymbolicZero):
         return (None,) * 8
-    run = functools.partial(factor_gradient, count=len(scales), implementation=implementation)
-    factors = a.astype(dy.dtype), b.astype(dy.dtype)
-    dx, e = input_gradient(dy, w, *factors, scales, owner, implementation=implementation)
-    da = run(e, x, owner).swapaxes(1, 2).astype(a.dtype) if perturbed.a else None
-    db = run(z, dy, owner).astype(b.dtype) if perturbed.b else None
+    own = {"ranks": tuple(len(factor) for factor in b)} if isinstance(b, tuple) else {}
+    run = functools.partial(factor_gradient, count=len(scales), implementation=implementation, **own)
+    dx, e = input_gradient(dy, w, *_cast((a, b), dy.dtype), scales, owner, implementation=implementation)
+    da = jax.tree.map(lambda f, d: d.swapaxes(-1, -2).astype(f.dtype), a, run(e, x, owner)) if perturbed.a else None
+    db = jax.tree.map(lambda f, d: d.astype(f.dtype), b, run(z, dy, owner)) if perturbed.b else None
     if perturbed.w and isinstance(w, Stacked):
         raise ValueError("a layer of a stack of kernels is not differentiated")
     dw = (x.T @ dy).astype(w.dtype) if perturbed.w else None
     return dx if perturbed.x else None, dw, da, db, None, None, None, None
+
+
+def _cast(factors, dtype):
+    return jax.tree.map(lambda factor: factor.astype(dtype), factors)
 
 
 _computed.defvjp(_keep, _pull, symbolic_zeros=True)

@@ -4,8 +4,8 @@
     low[i] = z[i] B                                                                        (B, S, m)
 
 A row multiplies all columns and keeps its own: nothing is padded, and every factor is read once, however many rows ask
-for it. That is the form for few tokens per row, as in decoding, and where there are no kernels. These take one rank,
-and read of a row's adapter alone: `padded` brings the factors to it.
+for it. That is the form for few tokens per row, as in decoding, and where there are no kernels, which read of a row's
+adapter alone.
 """
 
 from __future__ import annotations
@@ -18,8 +18,6 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from pallas_kernels.lora_matmul.reference import scaled
-
-LEAST = 4  # the rank that kernels begin at
 
 
 def low_rank(
@@ -45,21 +43,3 @@ def low_rank(
     z = scaled(z, jax.lax.stop_gradient(jnp.asarray(scales, jnp.float32))[of])
     z = jnp.where((adapter[:, None] == of)[:, None, :], z, jnp.zeros((), z.dtype))
     return checkpoint_name(z, name) @ jnp.concatenate(b, axis=0).astype(x.dtype)
-
-
-def padded(
-    a: Sequence[jax.Array],
-    b: Sequence[jax.Array],
-    adapter: jax.Array,
-    scales: Sequence[float] | jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """(a (G + 1, n, r), b (G + 1, r, m), adapter, scales): as kernels take them; the last adapter is that of no row's.
-
-    r is the largest rank; columns of A and rows of B beyond an adapter's own are zero.
-    """
-    r = max(LEAST, *(factor.shape[-1] for factor in a))
-    wide = [jnp.pad(factor, ((0, 0), (0, r - factor.shape[1]))) for factor in a]
-    tall = [jnp.pad(factor, ((0, r - factor.shape[0]), (0, 0))) for factor in b]
-    wide, tall = [*wide, jnp.zeros_like(wide[0])], [*tall, jnp.zeros_like(tall[0])]
-    owner = jnp.where(adapter < 0, len(a), adapter)
-    return jnp.stack(wide), jnp.stack(tall), owner, jnp.append(jnp.asarray(scales, jnp.float32), 1.0)

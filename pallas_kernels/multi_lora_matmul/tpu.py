@@ -32,7 +32,8 @@ from pallas_kernels import mosaic_tpu as tpu
 from pallas_kernels import tiles_tpu
 from pallas_kernels.lora_matmul import tpu as lora
 from pallas_kernels.mosaic_tpu import Part, dot
-from pallas_kernels.multi_lora_matmul.reference import TILE
+from pallas_kernels.multi_lora_matmul import tpu_ranks
+from pallas_kernels.multi_lora_matmul.reference import TILE, rows_of_z
 from pallas_kernels.tiles_tpu import Config
 
 __all__ = [
@@ -55,51 +56,60 @@ VISITS = 2**13  # what the tables in SMEM may be long
 
 def forward(x, w, a, b, scales, owner, *, config: Config | None = None, interpret: Any = None):
     """(y (T, m), z (r, T)) of x (T, n), w (n, m), a (G, n, r), b (G, r, m), scales (G,) float32, owner int32."""
-    (total, n), (_, r, m) = x.shape, b.shape
+    (total, n), m, r = x.shape, w.shape[1], rows_of_z(b)
     config = config or default_config(total, n, m, r, x.dtype.itemsize)
     return tpu.low_rank_product(
         x,
         lora.dense(w, config),
-        down(*turned(a), config, len(owner)),
-        up(b, 0, config, len(owner)),
+        down(a, 1, r, config, len(owner)),
+        up(b, 0, r, config, len(owner)),
         columns=m,
         rank=r,
-        prefetch=(owner, scales, *lora.layer_of(w)),
+        prefetch=(owner, *tables(b, scales), *lora.layer_of(w)),
         config=config,
-        bytes_read=tiles_tpu.bytes_of(w, a, b),
+        bytes_read=tiles_tpu.bytes_of(w, *jax.tree.leaves((a, b))),
         interpret=interpret,
         name="multi_lora_forward",
         chunk=TILE,
-        unrolled=True,
+        unrolled=not isinstance(b, tuple),
     )
 
 
 def input_gradient(dy, w, a, b, scales, owner, *, config: Config | None = None, interpret: Any = None):
     """(dx (T, n), e (r, T)) of dy (T, m), w (n, m), a (G, n, r), b (G, r, m), scales (G,) float32, owner int32."""
-    (total, m), (_, n, r) = dy.shape, a.shape
+    (total, m), n, r = dy.shape, w.shape[0], rows_of_z(b)
     config = config or default_config(total, m, n, r, dy.dtype.itemsize)
     return tpu.low_rank_product(
         dy,
         lora.dense(w, config, transposed=True),
-        down(b, 0, config, len(owner)),
-        up(*turned(a), config, len(owner)),
+        down(b, 0, r, config, len(owner)),
+        up(a, 1, r, config, len(owner)),
         columns=n,
         rank=r,
-        prefetch=(owner, scales, *lora.layer_of(w)),
+        prefetch=(owner, *tables(b, scales), *lora.layer_of(w)),
         config=config,
-        bytes_read=tiles_tpu.bytes_of(w, a, b),
+        bytes_read=tiles_tpu.bytes_of(w, *jax.tree.leaves((a, b))),
         interpret=interpret,
         name="multi_lora_input_gradient",
         chunk=TILE,
-        unrolled=True,
+        unrolled=not isinstance(b, tuple),
     )
 
 
-def factor_gradient(z, x, owner, *, count: int, config: Config | None = None, interpret: Any = None):
-    """z x over the rows of each of `count` adapters: float32 (G, r, k) of z (r, T), x (T, k), owner int32."""
+def factor_gradient(
+    z, x, owner, *, count: int, ranks: tuple[int, ...] = (), config: Config | None = None, interpret: Any = None
+):
+    """z x over the rows of each of `count` adapters: float32 (G, r, k) of z (r, T), x (T, k), owner int32.
+
+    Of ranks, a tuple of (r_g, k) each.
+    """
     (r, total), k = z.shape, x.shape[1]
-    config = config or factor_candidates(k, r, x.dtype.itemsize)[0]
-    adapters, tiles = visits(owner, count)
+    found = factor_candidates(k, r, x.dtype.itemsize)
+    if ranks:
+        config = config or next(config for config in found if k % config.columns == 0)
+        adapters, tiles = visits(owner, count + 1)
+        return tpu_ranks.factor_gradient(z, x, adapters, tiles, ranks=ranks, config=config, interpret=interpret)
+    config, (adapters, tiles) = config or found[0], visits(owner, count)
 
     def kernel(adapters_ref, tiles_ref, z_ref, x_ref, out_ref):
         v = pl.program_id(1)
@@ -157,9 +167,20 @@ def turned(a) -> tuple[jax.Array, int]:
     return (a.transpose(0, 2, 1), 0) if a.shape[2] % tiles_tpu.LANES else (a, 1)
 
 
-def down(factor, axis: int, config: Config, tiles: int) -> Part:
-    """s_g x F_g^T of 128 rows; factor: F (G, r, inputs), axis 0, or its transpose, axis 1."""
-    r, last = factor.shape[1 + axis], factor.shape[2 - axis] // config.inputs - 1
+def tables(b, scales) -> tuple[jax.Array, ...]:
+    """What is prefetched besides owners: scales, and of tuples where factors are."""
+    if not isinstance(b, tuple):
+        return (scales,)
+    where = tpu_ranks.beside([len(factor) for factor in b], b[0].dtype.itemsize)
+    return jnp.append(scales, 1.0), *where.tables
+
+
+def down(factor, axis: int, r: int, config: Config, tiles: int) -> Part:
+    """s_g x F_g^T of 128 rows; factor: F (G, r, inputs), axis 0, or its transpose, axis 1; or a tuple of such F_g."""
+    if isinstance(factor, tuple):
+        return tpu_ranks.down([f.T if axis else f for f in factor], r, config, tiles)
+    factor, axis = turned(factor) if axis else (factor, axis)
+    last = factor.shape[2 - axis] // config.inputs - 1
 
     def use(x, *refs_and_step):
         block, scale = _of_adapter(refs_and_step, config, tiles)
@@ -172,9 +193,11 @@ def down(factor, axis: int, config: Config, tiles: int) -> Part:
     return Part(operands, specs, use)
 
 
-def up(factor, axis: int, config: Config, tiles: int) -> Part:
-    """low F_g of 128 rows; factor: F (G, r, columns), axis 0, or its transpose, axis 1."""
-    r = factor.shape[1 + axis]
+def up(factor, axis: int, r: int, config: Config, tiles: int) -> Part:
+    """low F_g of 128 rows; factor: F (G, r, columns), axis 0, or its transpose, axis 1; or a tuple of such F_g."""
+    if isinstance(factor, tuple):
+        return tpu_ranks.up([f.T if axis else f for f in factor], r, config, tiles)
+    factor, axis = turned(factor) if axis else (factor, axis)
 
     def use(low, *refs_and_step):
         block, _ = _of_adapter(refs_and_step, config, tiles)
@@ -261,7 +284,7 @@ def supports_forward(x, w, a, b, scales, owner) -> bool:
     """Whether `forward` takes the arguments: as lora_matmul's, with a table of all tiles of 128 rows."""
     whole = all(size and size % tiles_tpu.LANES == 0 for size in w.shape)
     known = scales.dtype == jnp.float32 and x.ndim == 2 and whole
-    return known and _supported((x, w, a, b), a.shape[-1], len(x), a.shape[0], owner)
+    return known and _supported((x, w, *jax.tree.leaves((a, b))), rows_of_z(b), len(x), len(b), owner)
 
 
 def supports_input_gradient(dy, w, a, b, scales, owner) -> bool:
@@ -269,7 +292,7 @@ def supports_input_gradient(dy, w, a, b, scales, owner) -> bool:
     return supports_forward(dy, w, a, b, scales, owner)
 
 
-def supports_factor_gradient(z, x, owner, *, count: int) -> bool:
+def supports_factor_gradient(z, x, owner, *, count: int, ranks: tuple[int, ...] = ()) -> bool:
     """Whether `factor_gradient` takes the arguments: as `forward`."""
     whole = x.ndim == 2 and x.shape[1] and x.shape[1] % tiles_tpu.LANES == 0
     return bool(whole) and _supported((z, x), z.shape[0], len(x), count, owner)

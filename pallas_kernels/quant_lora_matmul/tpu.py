@@ -100,11 +100,10 @@ def input_gradient(
 def _product(x, w: AnyPacked, config: Config, *, transposed: bool, bytes_read: int, **options):
     floats = scales(taken(w))
     codes = Stacked(w.stack.codes, w.index) if isinstance(w, Stacked) else w.codes
-    rows, lanes = _tile(config, transposed)
+    tile = pltpu.VMEM(_tile(config, transposed), x.dtype)
     return tpu.low_rank_product(
         x,
-        packed(codes, floats, w.format, w.group, config, transposed),
-        scratch=[pltpu.VMEM((rows, lanes), x.dtype)],
+        packed(codes, floats, w.format, w.group, config, transposed)._replace(scratch=(tile,)),
         config=config,
         bytes_read=bytes_read + tiles_tpu.bytes_of(codes, floats),
         **options,
