@@ -30,6 +30,7 @@ from jaxpeft.backward import residuals
 NAME = "code_errors"
 MODELS = {"stories260K": (8, 256), "SmolLM2-135M": (2, 128)}  # rows, tokens
 NAMES = ("block_input", "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj")
+NORMS = ("input_layernorm_normalized", "post_attention_layernorm_normalized")
 ACTIONS = ("compress12", "compress", "compress4")
 Table = dict[str, dict[str, dict[str, float]]]  # model -> action -> name -> per cent
 
@@ -76,18 +77,25 @@ def collect(figures: common.Figures) -> Table:
     for model, action, name in itertools.product(MODELS, ACTIONS, NAMES):
         own = figures(model=model, name=name, action=action)["per_cent"]
         found.setdefault(model, {}).setdefault(action, {})[name] = own
+    for model, name in itertools.product(MODELS, NORMS):
+        found[model].setdefault("prune", {})[name] = figures(model=model, name=name, action="prune")["per_cent"]
     return found
 
 
 def document(found: Mapping[str, Any]) -> str:
     """The page."""
-    body = [
-        [f"{model}, `{action}`", *(f"{values[name]:.2f}" for name in NAMES)]
-        for model, actions in found.items()
-        for action, values in actions.items()
-    ]
+
+    def table(names, wanted):
+        body = [
+            [f"{model}, `{action}`", *(f"{actions[action][name]:.2f}" for name in names)]
+            for model, actions in found.items()
+            for action in wanted
+        ]
+        return common.table(["model, action", *names], body)
+
     words = "Distance of the gradient from the exact one, in per cent of its length, of one activation kept as a code."
-    return f"# Codes and the gradient\n\n{words}\n\n{common.table(['model, action', *NAMES], body)}"
+    more = "Of what a norm's derivative reads, a tenth of each row."
+    return f"# Codes and the gradient\n\n{words}\n\n{table(NAMES, ACTIONS)}\n{more}\n\n{table(NORMS, ['prune'])}"
 
 
 def main() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import zlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,35 @@ import jax.numpy as jnp
 from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.backward.four_bits import quarter, whole
 from jaxpeft.backward.places import empty
-from jaxpeft.backward.plan import CODES
+from jaxpeft.backward.plan import is_code, share_of
 from jaxpeft.backward.programs import Kept
+from jaxpeft.backward.pruned import prune, spread
 from jaxpeft.backward.twelve_bits import lengthen, shorten
+
+
+class Code(NamedTuple):
+    """How an array is stored that is not stored as it is.
+
+    encode: (x, seed of its rounding) -> what is kept, a tree of arrays.
+    decode: (what is kept, shape and dtype of x) -> x, as the backward pass reads it.
+    """
+
+    encode: Callable[[jax.Array, jax.Array], Any]
+    decode: Callable[[Any, Any], jax.Array]
+
+
+_CODES = {
+    "compress": Code(compress, lambda kept, x: decompress(kept, x.dtype)),
+    "compress12": Code(lambda x, seed: shorten(x), lambda kept, x: lengthen(kept, x.dtype)),
+    "compress4": Code(quarter, lambda kept, x: whole(kept, x.dtype)),
+}
+
+
+def code_of(action: str) -> Code:
+    """That of an action that changes what is stored."""
+    if action in _CODES:
+        return _CODES[action]
+    return Code(lambda x, seed: prune(x, share_of(action)), lambda kept, x: spread(kept, x.shape[-1], x.dtype))
 
 
 def seed_of(step, key):
@@ -25,11 +53,8 @@ def seed_of(step, key):
 
 def store(x, action: str, name: Kept, seed):
     """An activation as it is kept; `seed` is that of its rounding."""
-    if action in ("compress", "compress4"):
-        own = seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode()))
-        return compress(x, own) if action == "compress" else quarter(x, own)
-    if action == "compress12":
-        return shorten(x)
+    if is_code(action):
+        return code_of(action).encode(x, seed ^ jnp.uint32(zlib.crc32(f"{name[0]}/{name[1]}".encode())))
     return jax.device_put(x, jax.memory.Space.Host) if action == "offload" else x
 
 
@@ -48,22 +73,15 @@ def room(shape, action: str, steps: int):
 @functools.cache
 def stored(shape, action: str):
     """Shapes of an activation as it is kept."""
-    if action not in CODES or not has_codes(shape):
+    if not is_code(action) or not has_codes(shape):
         return shape
-    if action == "compress12":
-        return jax.eval_shape(shorten, shape)
-    make = compress if action == "compress" else quarter
-    return jax.eval_shape(make, shape, jax.ShapeDtypeStruct((), jnp.uint32))
+    return jax.eval_shape(code_of(action).encode, shape, jax.ShapeDtypeStruct((), jnp.uint32))
 
 
 def fetch(kept, step, action: str, name: Kept, shape):
     """A step's activation, of those that all steps have kept."""
     with jax.named_scope(f"read:{name[0]}"):
         own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, step, keepdims=False), kept)
-        if action == "compress":
-            return decompress(own, shape.dtype)
-        if action == "compress4":
-            return whole(own, shape.dtype)
-        if action == "compress12":
-            return lengthen(own, shape.dtype)
+        if is_code(action):
+            return code_of(action).decode(own, shape)
         return jax.device_put(own, jax.memory.Space.Device) if action == "offload" else own

@@ -19,6 +19,8 @@ read is not kept. The names are those that the model gives (`jax.ad_checkpoint.c
                 activations
     compress4   4-bit codes, a step and the largest number of each block of channels (four_bits.py), of the same
                 activations; rounded as with compress
+    prune       the largest tenth of each row and where it is (pruned.py), of the same activations; `prune:0.25` a
+                quarter; the backward pass reads zeros elsewhere
     offload     the array in the host's pinned memory
 
 A block gets its frozen kernels as layers of the stacks that they lie in (`pallas_kernels.stacked`): the fused products
@@ -48,9 +50,10 @@ from jax.extend.core import jaxpr_as_fun
 from jaxpeft import host, sharding, tree
 from jaxpeft.backward.kept import fetch, has_codes, room, seed_of, store, stored
 from jaxpeft.backward.loop import Loop, Static, flows, replaced
+from jaxpeft.backward.norms import naming
 from jaxpeft.backward.options import options
 from jaxpeft.backward.places import compute, makers
-from jaxpeft.backward.plan import CODES, INPUT, action_of, codes_of
+from jaxpeft.backward.plan import INPUT, action_of, codes_of, is_code, reads_norms
 from jaxpeft.backward.programs import Kept, Programs, decide
 from jaxpeft.errors import InputError
 from pallas_kernels.platform import writes_in_place
@@ -135,7 +138,8 @@ told.defvjp(_told_forward, _told_backward, symbolic_zeros=True)
 
 def _decide(loop, plan, leaves, streams, key, perturbed):
     """(traced block, {kept: action}, the backward jaxpr, inputs that it reads, kept values in its order)."""
-    traced = loop.programs(leaves, streams, key, perturbed)
+    with naming(reads_norms(plan)):
+        traced = loop.programs(leaves, streams, key, perturbed)
     plan = plan if plan.budget is None else _under_budget(plan, loop, traced, streams)
     actions = decide(plan, traced)
     closed, used, read = traced.backward(actions)
@@ -144,7 +148,7 @@ def _decide(loop, plan, leaves, streams, key, perturbed):
     action = dict(plan.actions).get(INPUT) or action_of(plan.preset, INPUT)
     actions |= {(INPUT, n): action for n, i in enumerate(loop.streams) if used[i]}
     actions = {
-        name: "save" if action in CODES and not has_codes(shapes[name]) else action for name, action in actions.items()
+        name: "save" if is_code(action) and not has_codes(shapes[name]) else action for name, action in actions.items()
     }
     return traced, actions, closed, used, read
 
@@ -201,7 +205,7 @@ def forward(loop, plan, leaves, key, nests=False):
     placed = makers(traced.forward, list(numbers.values())) if writes_in_place() else {}
     numbers = {name: n for name, n in numbers.items() if n in placed}
     # What comes into a layer is kept for all groups at once, where they are a loop of their own.
-    entering = {name for name, action in actions.items() if loop.nested and name[0] == INPUT and action not in CODES}
+    entering = {name for name, action in actions.items() if loop.nested and name[0] == INPUT and not is_code(action)}
     # A stream whose inputs are all kept lies in them: a block writes what comes into the next one.
     flowing = {n: (INPUT, n) for n in range(len(streams)) if flows() and actions.get((INPUT, n)) == "save"}
     entering -= set(flowing.values())

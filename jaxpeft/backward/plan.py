@@ -6,6 +6,7 @@ As text, which `--save` takes and `jaxpeft plan --budget` prints:
     matmuls,attention=recompute                a preset and what differs from it
     gate_proj=save,up_proj=compress            without a preset: all others are recomputed, as with `blocks`
     blocks,tile=8192                           the MLP by tiles of a long row (tiles.py)
+    matmuls,mlp_norm_normalized=prune          of each row the largest tenth; `prune:0.25`: a quarter (pruned.py)
 
 The presets:
 
@@ -29,10 +30,13 @@ from typing import NamedTuple
 
 from jaxpeft.errors import InputError
 
-ACTIONS = ("save", "recompute", "compress", "compress12", "compress4", "offload")
-CODES = ("compress", "compress12", "compress4")  # of these, those that change what is stored
+ACTIONS = ("save", "recompute", "compress", "compress12", "compress4", "prune", "offload")
+CODES = ("compress", "compress12", "compress4", "prune")  # of these, those that change what is stored
 PRESETS = ("everything", "matmuls", "blocks", "offload", "compressed", "compressed12", "compressed4")
 INPUT = "block_input"
+NORMALIZED, RSTD = "_normalized", "_rstd"  # after a norm's name: what its derivative reads (norms.py)
+
+PRUNED = 0.1  # the share of each row that is kept, where a plan says none
 
 _SCORES = ("q_proj", "k_proj")  # whose products go through an exponential
 _READ = ("gate_proj", "up_proj", "v_proj")
@@ -95,14 +99,40 @@ def parse(text: str | Plan) -> Plan:
                 raise InputError(f"--save {text!r}: {name}={action!r} should be a whole number above 0")
             plan = plan._replace(tokens=int(action)) if name == "tokens" else plan._replace(tile=int(action))
             continue
-        if action not in ACTIONS:
-            raise InputError(f"--save {text!r}: {word!r} should be NAME=ACTION with one of {', '.join(ACTIONS)}")
+        if not is_action(action):
+            raise InputError(
+                f"--save {text!r}: {word!r} should be NAME=ACTION with one of {', '.join(ACTIONS)}; prune:SHARE has a "
+                "share above 0, at most 1"
+            )
         actions[name] = action
     if actions.get(INPUT) == "recompute":
         raise InputError(f"--save {text!r}: {INPUT} is where recomputation starts; save, compress or offload it")
     if first == "everything" and rest:
         raise InputError(f"--save {text!r}: everything is plain autodiff and takes no more words; start from matmuls")
     return plan._replace(actions=tuple(actions.items()))
+
+
+def is_action(action: str) -> bool:
+    """Whether it is one of ACTIONS, or `prune:SHARE` with a share in (0, 1]."""
+    word, colon, share = action.partition(":")
+    if not colon:
+        return word in ACTIONS
+    return word == "prune" and bool(re.fullmatch(r"\d+(\.\d*)?|\.\d+", share)) and 0 < float(share) <= 1
+
+
+def is_code(action: str) -> bool:
+    """Whether it changes what is stored."""
+    return action.partition(":")[0] in CODES
+
+
+def share_of(action: str) -> float:
+    """The share of each row that `prune` keeps."""
+    return float(action.partition(":")[2] or PRUNED)
+
+
+def reads_norms(plan: Plan) -> bool:
+    """Whether a plan speaks of what the derivatives of norms read."""
+    return any(name.endswith((NORMALIZED, RSTD)) for name, _ in plan.actions)
 
 
 def keeps(plan: Plan) -> bool:

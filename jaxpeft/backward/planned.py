@@ -16,8 +16,9 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 
 from jaxpeft.backward.inline import name_products
 from jaxpeft.backward.loop import Loop, join, loop_over
+from jaxpeft.backward.norms import naming
 from jaxpeft.backward.passes import run_loop
-from jaxpeft.backward.plan import Plan, parse
+from jaxpeft.backward.plan import Plan, parse, reads_norms
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context
 
@@ -37,8 +38,8 @@ def planned_scan(
     """x after all layers, x <- block(layer, x, ctx); what each layer keeps for its backward pass is under a plan.
 
     It stands where `lax.scan(jax.checkpoint(block), x, params)` would, and gives the same values and gradients
-    (`compress`, `compress12` and `compress4` round them). What the block calls through `jax.checkpoint` is opened: the
-    plan decides.
+    (`compress`, `compress12` and `compress4` round them, `prune` leaves out what is small). What the block calls
+    through `jax.checkpoint` is opened: the plan decides.
 
     Args:
       block: (layer, x, ctx) -> x, of the same shapes and types; pure. It may read other arrays, and they may be
@@ -94,7 +95,8 @@ def planned_scan(
         return jax.lax.scan(lambda x, part: layer(part[0], x, told.at(part[1], key)), x, of)[0]
     tokens = plan.tokens if own else None
     loop, leaves = loop_over(layer, name, layers, params, x, told, key is not None, tokens, shards)
-    loop, leaves, _ = named(loop, leaves, key)
+    with naming(reads_norms(plan)):
+        loop, leaves, _ = named(loop, leaves, key)
     return jax.tree.unflatten(jax.tree.structure(x), [join(end) for end in run_loop(loop, plan, leaves, key)])
 
 

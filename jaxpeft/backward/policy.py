@@ -3,7 +3,7 @@
 Saved, recomputed and offloaded is by name (`jax.ad_checkpoint.checkpoint_name`), with JAX's own policies
 (`jax.checkpoint_policies`). What a policy cannot do that our own loops (`passes.py`) can:
 
-    compress, -12     a policy says where a value lies, not what is made of it
+    compress, prune   a policy says where a value lies, not what is made of it
     tokens            it acts inside one call of a block, and cannot divide the rows of its input
     block_input       what goes into a checkpointed function is always kept, on the device
     one of several    values of one name all have one fate; a loop may keep the first and not the second
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from jaxpeft.backward.loop import Loop, loop_over
 from jaxpeft.backward.passes import Segment, record, told
-from jaxpeft.backward.plan import CODES, INPUT, Plan, action_of, codes_of, parse
+from jaxpeft.backward.plan import INPUT, Plan, action_of, codes_of, is_code, parse
 from jaxpeft.backward.programs import Programs, decide, trace
 from jaxpeft.backward.residuals import by_segment
 from jaxpeft.errors import InputError
@@ -55,7 +55,7 @@ def checkpoint_policy(plan: str | Plan, block: Callable[..., Any] | None = None,
 
     Raises:
       InputError: for a plan that cannot be read, or asks for what a policy cannot do: compress, compress12, compress4,
-        tokens=, another action for `block_input`; a name that a preset is to recompute where no block says which
+        prune, tokens=, another action for `block_input`; a name that a preset is to recompute where no block says which
         products it is of; with a block, for a name that none of its activations has, or results that are not one array.
     """
     plan = checked(parse(plan))
@@ -88,7 +88,7 @@ def checked(plan: Plan) -> Plan:
       InputError: where it cannot.
     """
     said = f"--save {plan}: as a policy of jax.checkpoint"
-    asked = [name for name, action in plan.actions if action in CODES]
+    asked = [name for name, action in plan.actions if is_code(action)]
     if codes_of(plan.preset) or asked:
         raise InputError(
             f"{said}, {asked[0] if asked else plan.preset} cannot be: a policy says where a value lies, and changes "

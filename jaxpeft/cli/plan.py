@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxpeft.backward.plan import ACTIONS
+from jaxpeft.backward.plan import ACTIONS, is_action
 from jaxpeft.cli.arguments import StepArguments, check_step, describe_only, mesh_text, methods, parse_bytes, settled
 from jaxpeft.errors import InputError
 from jaxpeft.files import check_creatable
@@ -29,8 +29,8 @@ class Plan(StepArguments):
     by: Literal["flops", "time"] = "flops"
     """What --budget finds the least of: products computed again, or the step's least time on the target."""
     actions: str | None = None
-    """What --budget may do besides recomputing, with commas: save, compress, compress12, compress4, offload. Default:
-    save."""
+    """What --budget may do besides recomputing, with commas: save, compress, compress12, compress4, prune, offload.
+    Default: save."""
     traffic: bool = False
     """Say what each step moves and its least time on the target, too; see `profile --traffic`."""
     largest: bool = False
@@ -64,7 +64,7 @@ def run(args: Plan) -> dict[str, Any]:
     budget = None if args.budget is None else parse_bytes("--budget", args.budget)
     allowed = [action.strip() for action in (args.actions or "save").split(",")]
     known = [action for action in ACTIONS if action != "recompute"]
-    if unknown := [action for action in allowed if action not in known]:
+    if unknown := [action for action in allowed if action == "recompute" or not is_action(action)]:
         raise InputError(f"--actions {args.actions!r}: unknown action {unknown[0]!r}; known: {', '.join(known)}")
     if args.mesh == "auto" and (args.budget is not None or args.largest):
         flag = "--budget" if args.budget is not None else "--largest"

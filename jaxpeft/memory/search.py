@@ -56,7 +56,7 @@ def fit(
       target: to compile for.
       budget: bytes of one device.
       actions: what may be done with activations besides recomputing them: "save", "compress", "compress12",
-        "compress4", "offload".
+        "compress4", "prune", "offload".
       report: is told what is tried.
       most_compiles: where the search ends.
       by: what the best plan has the least of. "time": plans are estimated, those tried have what they move in their

@@ -10,15 +10,20 @@ are trained leaves `slimfit/<path>`, so that gradients and moments exist for g l
 
 Moments, and the count that corrects their bias, stay with a layer that goes on, and start anew for one that comes in.
 
-Kept for the backward pass: what full fine-tuning keeps, as which layers train is known only when the step runs.
-`--save compressed`, or `compress` of single names, stores in 8 bits what layers read again, with this method as with
-any other.
+Kept for the backward pass: what full fine-tuning keeps, as which layers train is known only when the step runs. The
+paper's codes are the plan's (`--save`), with this method as with any other; of BERT:
+
+    q_proj=compress (k_proj, v_proj), attention=recompute, attention_lse=recompute     attention's operands, 8 bits
+    up_proj=compress4                                                                  GELU's inputs, 4 bits
+    attention_norm_normalized=prune, output_norm_normalized=prune                      norms, a tenth of each row
+    block_input=compress, attention_norm=compress                                      inputs of linear maps, 8 bits
 
 Paper: Ardakani et al. 2023, "SlimFit: Memory-Efficient Fine-Tuning of Transformer-based Models Using Training
 Dynamics", arXiv:2305.18513. Deviations: layers are chosen of each stack, so that shapes are static, where the paper
-sorts all tensors of the model together. Of its stored activations a norm's largest tenth is not here; 4 bits of GELU's
-inputs are `--save matmuls,up_proj=compress4`, in steps of each block, without bias, where the paper's are of one size
-and clipped at 8. It keeps a second copy of all weights to compare with; d is calculated here from a step's own leaves.
+sorts all tensors of the model together. Codes are in steps of each block or token, without bias, where the paper's are
+of one size and clipped; probabilities of attention are not kept at all. Norms are pruned, and inputs of linear maps in
+codes, in all layers, where the paper prunes those whose scale stands still and drops inputs of frozen kernels. It keeps
+a second copy of all weights to compare with; d is calculated here from a step's own leaves.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import decoding, sharding
+from jaxpeft.backward import norms
 from jaxpeft.model import Context
 from jaxpeft.quant import dot
 from pallas_kernels import attention as attention_op
@@ -85,7 +86,12 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.param_dtype)
-        return checkpoint_name(rms_norm(x, scale, self.epsilon), self.name or "norm")
+        name, y = self.name or "norm", rms_norm(x, scale, self.epsilon)
+        if norms.names():
+            wide = x.astype(jnp.float32)
+            rstd = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1) + self.epsilon)
+            y = norms.from_normalized(name, x, scale.astype(x.dtype), None, y, wide * rstd[..., None], rstd)
+        return checkpoint_name(y, name)
 
 
 class LayerNorm(nn.Module):
@@ -103,8 +109,12 @@ class LayerNorm(nn.Module):
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],), self.param_dtype)
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
-        return checkpoint_name((wide * scale + bias).astype(x.dtype), self.name or "norm")
+        rstd = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.epsilon)
+        wide = wide * rstd
+        name, y = self.name or "norm", (wide * scale + bias).astype(x.dtype)
+        if norms.names():
+            y = norms.from_normalized(name, x, scale, bias, y, wide, rstd[..., 0])
+        return checkpoint_name(y, name)
 
 
 def rotary_tables(positions: jax.Array, frequencies: jax.Array, factor: float = 1.0) -> dict[str, jax.Array]:

@@ -16,6 +16,7 @@ from jaxpeft.errors import InputError
         Plan("offload", ((INPUT, "offload"),), 4096),
         Plan("blocks", tokens=1, tile=512),
         Plan("everything"),
+        Plan("matmuls", (("norm_normalized", "prune"), ("other_normalized", "prune:0.25"))),
         Plan("compressed12", (("attention", "compress"), (INPUT, "compress12"))),
     ],
 )

@@ -97,6 +97,7 @@ def test_what_is_offloaded_lies_in_the_hosts_memory():
         ("compressed", (), "compressed cannot be: a policy says where a value lies, and changes none"),
         ("compressed12", (), "compressed12 cannot be: a policy says where a value lies, and changes none"),
         ("up=compress12", (), "up cannot be: a policy says where a value lies"),
+        ("up=prune:0.5", (), "up cannot be: a policy says where a value lies"),
         ("up=compress", (), "up cannot be: a policy says where a value lies"),
         ("matmuls,tokens=4096", (), "tokens=4096 means nothing: it cannot divide rows"),
         ("blocks,tile=4096", (), "tile=4096 means nothing: it cannot divide tokens"),

@@ -14,11 +14,12 @@ from experiments.memory import (
     lora_fa_tables,
     remat_forms,
     residuals_7b,
+    slimfit_bert,
 )
 from experiments.memory.common import GIB
 from jaxpeft.memory import targets
 
-SCRIPTS = (lora_fa_tables, does_lora_reduce_memory, residuals_7b, budgets_7b, remat_forms, long_rows)
+SCRIPTS = (lora_fa_tables, does_lora_reduce_memory, residuals_7b, budgets_7b, remat_forms, long_rows, slimfit_bert)
 NAMES = [script.NAME for script in SCRIPTS]
 # Llama-2-7B's parameters: embedding and head 2 V d, per layer 4 d d + 3 d f + 2 d, a norm d.
 PARAMETERS_7B = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
@@ -56,6 +57,7 @@ def test_the_errors_of_codes_are_drawn_from_the_data() -> None:
     assert code_errors.document(found) == (common.RESULTS / f"{code_errors.NAME}.md").read_text()
     for actions in found.values():
         assert all(actions["compress4"][name] > actions["compress"][name] for name in code_errors.NAMES[1:])
+        assert all(0 < actions["prune"][name] < 100 for name in code_errors.NORMS)
     large = found["SmolLM2-135M"]
     assert large["compress"]["block_input"] > large["compress4"]["block_input"] > large["compress12"]["block_input"]
 
