@@ -15,15 +15,15 @@ paper's codes are the plan's (`--save`), with this method as with any other; of 
 
     q_proj=compress (k_proj, v_proj), attention=recompute, attention_lse=recompute     attention's operands, 8 bits
     up_proj=compress4                                                                  GELU's inputs, 4 bits
-    attention_norm_normalized=prune, output_norm_normalized=prune                      norms, a tenth of each row
+    attention_norm_normalized=prune, output_norm_normalized=prune                      norms, a tenth (or compress4)
     block_input=compress, attention_norm=compress                                      inputs of linear maps, 8 bits
 
 Paper: Ardakani et al. 2023, "SlimFit: Memory-Efficient Fine-Tuning of Transformer-based Models Using Training
 Dynamics", arXiv:2305.18513. Deviations: layers are chosen of each stack, so that shapes are static, where the paper
 sorts all tensors of the model together. Codes are in steps of each block or token, without bias, where the paper's are
 of one size and clipped; probabilities of attention are not kept at all. Norms are pruned, and inputs of linear maps in
-codes, in all layers, where the paper prunes those whose scale stands still and drops inputs of frozen kernels. It keeps
-a second copy of all weights to compare with; d is calculated here from a step's own leaves.
+codes, in all layers, where the paper prunes those whose scale stands still and drops inputs of frozen kernels. Its
+code keeps a second copy of all weights to compare with; d is calculated here from a step's own leaves.
 """
 
 from __future__ import annotations
