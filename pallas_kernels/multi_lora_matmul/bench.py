@@ -3,10 +3,11 @@
     python -m pallas_kernels.multi_lora_matmul.bench --model llama3-8b --ranks 16 --rows 8192
 
 Eight adapters of ranks r, r/2, r/4, r/8 and again, padded with zeros to r; each row of 1024 tokens has one of them, in
-a shuffled order: (multi) multi_lora_matmul; (multi xla) the same in plain JAX; (ragged_dot) grouped products over rows
-sorted by adapter, as SkyRL's JAX backend trains many adapters. All against (ours) lora_matmul on the same rows with the
-first adapter, of rank r. `forward` is y; `both` adds dx, dA and dB. Which row has which adapter is an argument of the
-compiled functions: sorting and putting back are in the time. What was measured: docs/device.md.
+a shuffled order: (multi) multi_lora_matmul; (multi xla) the same in plain JAX; (multi ranks) multi_lora_matmul of
+lists, with nothing padded; (ragged_dot) grouped products over rows sorted by adapter, as SkyRL trains many
+adapters. All against (ours) lora_matmul on the same rows with the first adapter, of rank r. `forward` is y; `both` adds
+dx, dA and dB. Which row has which adapter is an argument of the compiled functions: sorting and putting back are in the
+time. What was measured: docs/device.md.
 
 Source of the last form: https://github.com/NovaSky-AI/SkyRL, `skyrl/tx/layers/lora.py`.
 """
@@ -84,17 +85,19 @@ def functions(shape: Shape, rank: int, rows: int, dtype: Any) -> dict[str, dict[
     length = min(LENGTH, rows)
     cut = lambda v: v[: rows // length * length].reshape(-1, length, v.shape[-1])
     x, dy = cut(x), cut(dy)
-    many = padded(a, b, own_ranks(rank))
+    ranks = own_ranks(rank)
+    many, lists = padded(a, b, ranks), ([a[:, :own] for own in ranks], [b[:own] for own in ranks])
     adapter = jax.random.permutation(jax.random.key(1), jnp.arange(len(x)) % ADAPTERS)
     scales = jnp.full((ADAPTERS,), 2.0)
 
-    def multi(implementation):
-        return functools.partial(multi_lora_matmul, scales=scales, implementation=implementation), many
+    def multi(implementation, factors=many):
+        return functools.partial(multi_lora_matmul, scales=scales, implementation=implementation), factors
 
     forms = {
         "ours": (lambda x, w, a, b, adapter: lora_matmul(x, w, a, b, scale=2.0), (a, b)),
         "multi": multi(None),
         "multi xla": multi("xla"),
+        "multi ranks": multi(None, lists),
         "ragged_dot": (functools.partial(ragged_dot, scales=scales), many),
     }
     found: dict[str, dict[str, Any]] = {"forward": {}, "both": {}}

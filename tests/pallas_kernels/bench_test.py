@@ -38,7 +38,7 @@ def test_functions_take_turns():
     [
         (dense, ["frozen", "xla", "ours"]),
         (quantized, ["ours", "nf4", "int4", "int8", "nf4 xla"]),
-        (multi, ["ours", "multi", "multi xla", "ragged_dot"]),
+        (multi, ["ours", "multi", "multi xla", "multi ranks", "ragged_dot"]),
     ],
     ids=["lora", "quant", "multi"],
 )
