@@ -3,10 +3,10 @@
     python -m experiments.traffic.decode_speed           # an hour on one CPU core; needs the extra `test`
     python -m experiments.traffic.decode_speed --draw    # table from the data
 
-On one core of a processor of AMD's (AVX2), which other work shared: of SmolLM2-135M we take 1.14 and 1.18 of torch's CPU
-time for 64 tokens of one row and of eight, 1.11 for 512 tokens of one row; 0.32 to 0.67 for the embedded model. The
-tokens are the same. What is slower is the compiled program: each token copies each layer's kernels out of their stack,
-which XLA's products on a CPU need whole. Eight rows of 512 tokens are not measured.
+On one core of a processor of AMD's (AVX2), which other work shared: of SmolLM2-135M we take 1.14 and 1.18 of the CPU
+time of torch for 64 tokens of one row and of eight, 1.11 for 512 tokens of one row; 0.32 to 0.67 for the embedded
+model. The tokens are the same. What is slower is the compiled program: each token copies each layer's kernels out of
+their stack, which XLA's products on a CPU need whole. Eight rows of 512 tokens are not measured.
 
 Each side is a process that keeps its model; they take turns at every figure, ROUNDS times. Greedy, in float32, prompts
 of 32 random tokens, exactly as many new ones as said; a call of each shape comes first and is not counted. torch's side
