@@ -39,6 +39,9 @@ class StepArguments:
     method_options: tuple[str, ...] = ()
     """Further arguments of the method's factory, as NAME=VALUE with a YAML value; METHOD.NAME=VALUE where more than one
     of a chain takes the name."""
+    adapters: tuple[str, ...] = ()
+    """Names of several adapters on one base, each for rows of its own, as for `train`; NAME.rank=4 among the
+    --method-options is of one alone."""
     batch_size: int = 8
     """Sequences in one step."""
     seq_len: int | None = None
@@ -127,11 +130,17 @@ def check_step(args: StepArguments) -> None:
 
 
 def methods(args: StepArguments) -> list[tuple[str, Any]]:
-    """(words, Method) of every method or chain; of several, each gets the settings that it takes.
+    """(words, Method) of every method or chain; of several, each gets the settings that it takes. Of --adapters, which
+    train together, one.
 
     Raises:
         InputError: for an unknown method, a setting that none takes, or that the method refuses.
     """
+    if args.adapters:
+        from jaxpeft.train import several
+
+        found = several.planned(args)
+        return [(found.spelled(), found.method)]
     from jaxpeft import recipe
 
     return recipe.several(args.method, args.method_options, rank=args.rank, alpha=args.alpha, targets=args.targets)

@@ -102,7 +102,8 @@ def run(args: Plan) -> dict[str, Any]:
 
     def make(method, device, plan, mesh=None, batch_size=args.batch_size, seq_len=args.seq_len):
         layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
-        of_step = (args.optimizer, args.update_in_backward, args.prune_embeddings, args.optimizer_memory)
+        kept = (args.prune_embeddings, args.optimizer_memory)
+        of_step = (args.optimizer, args.update_in_backward, *kept, bool(args.adapters))
         return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout, *of_step)
 
     rows = []

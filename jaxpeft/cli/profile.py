@@ -143,7 +143,8 @@ def _of_step(args: Profile) -> tuple[dict[str, Any], Found, str]:
     name, method = chosen[0]
     dtype = models.compute_dtype(config, args.dtype, device.platform)
     layout = (True, args.accumulate, mesh, args.task, args.num_labels, args.remat)
-    of_step = (args.optimizer, args.update_in_backward, args.prune_embeddings, args.optimizer_memory)
+    kept = (args.prune_embeddings, args.optimizer_memory)
+    of_step = (args.optimizer, args.update_in_backward, *kept, bool(args.adapters))
     step = planner.make_step(config, method, args.batch_size, args.seq_len, args.save, dtype, *layout, *of_step)
     where = f"{device.name} ({text})" if text else device.name
     print(f"compiling {name} for {where}, {step.plan}", file=sys.stderr, flush=True)

@@ -26,6 +26,7 @@ import numpy as np
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxpeft import compilation, host, sharding, tree, unused_rows
+from jaxpeft.adapters import FIELD
 from jaxpeft.backward import passes, residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.passes import Segment
@@ -111,6 +112,7 @@ def make_step(
     update_in_backward: bool = False,
     prune_embeddings: int | None = None,
     optimizer_memory: Memory = "device",
+    several: bool = False,
 ) -> Step:
     """The step of `jaxpeft train` for a model's configuration; nothing is allocated.
 
@@ -130,6 +132,7 @@ def make_step(
       update_in_backward: whether layers are updated inside the backward pass.
       prune_embeddings: rows of the embedding table that are there; None: all.
       optimizer_memory: where the optimizer's state of matrices lies, "device" or "host".
+      several: whether the method is of several adapters, and the batch says whose each row is.
 
     Raises:
       InputError: for a configuration, method or plan that cannot be used, or rows that the mesh does not divide.
@@ -157,6 +160,8 @@ def make_step(
         host_state.check(model, method, direction, {**rest, **trainable})
     state, away = _first_state(method, direction, model, trainable, rest, key)
     batch = own.shapes(base.config, batch_size, seq_len, packed)
+    if several:
+        batch = {**batch, FIELD: jax.ShapeDtypeStruct((batch_size,), jnp.int32)}
     schedule = make_schedule("cosine", 2e-4, 1000, 10)
     moving: dict[str, Any] = {"rate": schedule, "update_in_backward": update_in_backward}
     function = make_train_step(model, method, direction, own.loss, accumulate, **moving)

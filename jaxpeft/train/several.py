@@ -90,13 +90,19 @@ def check(run: Any) -> None:
     folders = read(run.adapters)
     if run.adapter is not None:
         raise InputError(f"--adapter {run.adapter}: has no name beside --adapters; give --adapters NAME={run.adapter}")
-    if run.task == "classify":
-        raise InputError("--adapters: rows that are classified have one classifier, and one adapter; leave it out")
     if run.rounds is not None:
         raise InputError(f"--rounds {run.rounds}: has no effect with --adapters; leave one of them out")
     for name, folder in folders.items():
         if folder is not None and not folder.is_dir():
             raise InputError(f"--adapters {name}={folder}: no such directory")
+    check_step(run)
+
+
+def check_step(run: Any) -> None:
+    """Raises InputError for a step that is none of several adapters; `run` is a `Run`, or what is planned."""
+    if run.task == "classify":
+        raise InputError("--adapters: rows that are classified have one classifier, and one adapter; leave it out")
+    folders = read(run.adapters)
     if run.batch_size < len(folders):
         raise InputError(
             f"--batch-size {run.batch_size}: each of {len(folders)} adapters has a row in each step; give at least as "
@@ -166,6 +172,21 @@ def made(run: Any) -> Adapters | None:
     found = begun(run)
     known = {name: method for name, method in found.items() if method is not None}
     return _together(known) if len(known) == len(found) else None
+
+
+def planned(step: Any) -> Adapters:
+    """The adapters of a step that is planned, which has no files; `step` are its arguments (`StepArguments`).
+
+    Raises:
+      InputError: as `begun` does, and for one that would go on from a folder.
+    """
+    check_step(step)
+    if of_folder := next((f"{name}={folder}" for name, folder in read(step.adapters).items() if folder), None):
+        name = of_folder.partition("=")[0]
+        raise InputError(f"--adapters {of_folder}: a plan reads no adapter; give {name}, and {name}.rank=... of it")
+    found = made(step)
+    assert found is not None
+    return found
 
 
 def going_on(run: Any, base: Any, params: Any) -> tuple[Adapters, dict[str, Any]]:

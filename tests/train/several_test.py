@@ -14,7 +14,7 @@ from jaxpeft.data.records import Record
 from jaxpeft.errors import InputError
 from jaxpeft.hf import load_tokenizer
 from jaxpeft.peft.read import specs_of, tensors_of
-from jaxpeft.train import several
+from jaxpeft.train import report, several
 from jaxpeft.train.run import Run
 from tests import runs
 
@@ -85,8 +85,11 @@ def test_every_row_is_evaluated_once(files):
     assert sorted(i for batch, _ in batches for i in np.unique(batch["example_ids"]) if i) == [*range(1, 13)]
 
 
-def test_a_run_that_is_continued_is_the_same_run(files, tmp_path):
-    """Bit for bit; each adapter at its own rank, with its own validation loss; `export` writes a checkpoint of all."""
+def test_a_run_that_is_continued_is_the_same_run(files, tmp_path, capsys):
+    """Bit for bit; each adapter at its own rank, with its own validation loss; `export` writes a checkpoint of all.
+
+    `plan` has said before what its report says of memory.
+    """
     own = fields(files, adapters=["tidy", "wide"], method_options={"wide": {"rank": 5}, "dropout": 0.1})
     own |= {"eval_data": str(files / "eval.jsonl")}
     whole = jp.run(**own, out=tmp_path / "whole")
@@ -96,6 +99,15 @@ def test_a_run_that_is_continued_is_the_same_run(files, tmp_path):
     assert whole["method"] == "tidy (lora), wide (lora)" and not (tmp_path / "whole" / "adapter").exists()
     losses = [whole["adapters"][name]["eval_loss_after"] for name in ("tidy", "wide")]
     assert min(losses) < whole["eval_loss_after"] < max(losses)
+    capsys.readouterr()
+    step = ["--model", own["model"], "--batch-size", "6", "--seq-len", "32", "--dtype", "float32", "--target", "cpu"]
+    options = ["--adapters", "tidy", "wide", "--rank", "2", "--method-options", "wide.rank=5", "dropout=0.1"]
+    assert cli.main(["plan", *step, *options, "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
+    assert row["method"] == whole["method"]
+    assert {name: row["bytes"][name] for name in report.MEMORY} == {
+        name: whole["memory_bytes"][name] for name in report.MEMORY
+    }
     out = ["--run", str(tmp_path / "whole"), "--step", "4", "--out", str(tmp_path / "exported")]
     assert cli.main(["export", *out]) == 0
     for name, rank in (("tidy", 2), ("wide", 5)):
@@ -190,6 +202,19 @@ def test_what_makes_no_sense_is_refused(files, changes, reason):
     }
     with pytest.raises(InputError, match=reason):
         Run(**named).settled().check()
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["tidy=run"], "--adapters tidy=run: a plan reads no adapter; give tidy, and tidy.rank=... of it"),
+        (["a", "b", "--batch-size", "1"], "each of 2 adapters has a row in each step"),
+        (["a", "--task", "classify"], "rows that are classified have one classifier"),
+    ],
+)
+def test_a_plan_refuses_what_it_cannot_see(asked, said, capsys):
+    assert cli.main(["plan", "--adapters", *asked]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_rows_name_their_adapter(files, tmp_path):
