@@ -20,6 +20,8 @@ from jaxpeft.train.state import TrainState
 if TYPE_CHECKING:  # grain takes long to import, and planning reads no data
     from jaxpeft.data import Example
 
+MOST_TOKENS = 64  # of an answer
+
 
 def make_eval_step(model: Model, loss: Callable[..., Any] = completion_loss) -> Callable[..., Any]:
     """A pure (state, batch) -> (sum of the loss over the tokens that count, their weight), without dropout."""
@@ -125,13 +127,18 @@ class Answers(NamedTuple):
     exact: float | None
 
 
+def new_tokens(asked: Sequence[Question], most_tokens: int = MOST_TOKENS) -> int:
+    """How many tokens an answer to one of them may have; 0 without questions."""
+    return min(most_tokens, max(question.length for question in asked) * 5 // 4 + 1) if asked else 0
+
+
 def answer(
     model: Model,
     state: TrainState,
     asked: Sequence[Question],
     tokenizer: Any,
     ends: Sequence[int] | None = None,
-    most_tokens: int = 64,
+    most_tokens: int = MOST_TOKENS,
 ) -> Answers:
     """Greedy answers to the questions, scored by `rouge_l` and by equality; scores are None without questions.
 
@@ -141,7 +148,7 @@ def answer(
     if not asked:
         return Answers([], None, None)
     params = state.params
-    max_new_tokens = min(most_tokens, max(question.length for question in asked) * 5 // 4 + 1)
+    max_new_tokens = new_tokens(asked, most_tokens)
     room = model.config.max_position_embeddings - max_new_tokens
     prompts = [question.prompt[-max(room, 1) :] for question in asked]  # the end of a prompt that leaves no room
     own = None if asked[0].adapter is None else [question.adapter for question in asked]

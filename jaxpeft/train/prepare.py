@@ -204,6 +204,8 @@ def _pruned(args: Run, method: Method, base: Model, params: tree.Params, data: D
     """
     unused_rows.check_still(method, direction_of(method.specs, args.optimizer), args.weight_decay)
     parts = [data.train.used(), *([data.validation().used()] if data.validation else [])]
+    if data.in_context is not None:  # what is put between examples need not be in one
+        parts.append(data.in_context(base.config.max_position_embeddings).batches().used())
     pruned = unused_rows.prune_embeddings(base, params, np.unique(np.concatenate(parts)))
     say(f"--prune-embeddings: {len(pruned.ids)} of {len(pruned.table)} rows of {TABLE} are used by the data")
     return pruned

@@ -166,7 +166,8 @@ def _in_context(
 ) -> InContext:
     from jaxpeft import data
 
-    examples, fewer = data.in_context(held_out, before, most, special)
+    answered = evaluate.questions(held_out, args.samples, tokenizer)
+    examples, fewer = data.in_context(held_out, before, most - evaluate.new_tokens(answered), special)
     longest = max(example.positions for example in examples)
     length = min(-(-longest // _WIDTH) * _WIDTH, most)
     batches = functools.partial(data.eval_batches, examples, args.batch_size, length)

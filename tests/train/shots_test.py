@@ -1,14 +1,20 @@
 """`--shots`: the model as it was with training examples in context, beside what the run makes of it."""
 
 import json
+import math
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import jaxpeft as jp
 from jaxpeft import cli, tree
 from jaxpeft.errors import InputError
+from jaxpeft.models import decoder
 from jaxpeft.train import begin
+from jaxpeft.train.evaluate import new_tokens
 from jaxpeft.train.prepare import prepare
 from tests import runs
 
@@ -57,6 +63,28 @@ def test_the_report_has_what_the_base_does_in_context(files, tmp_path, capsys):
     assert "2 in context" in capsys.readouterr().out
     with pytest.raises(InputError, match="--shots 2 -> 3"):
         begin.train(runs.arguments(files, args.out, **{**SHORT, "shots": 3, "resume": True}))
+
+
+def test_an_answer_has_room_and_what_stands_between_examples_has_a_row(files, tmp_path):
+    """The latter where rows of the table that no data use are left out (--prune-embeddings)."""
+    untied = tmp_path / "model"
+    config = {**runs.CONFIG, "tie_word_embeddings": False}
+    model = decoder.decoder(decoder.DecoderConfig.from_hf(config, jnp.float32))
+    jp.save_pretrained(untied, config, model.init(jax.random.key(0), {}))
+    others = shutil.ignore_patterns("config.json", "*.safetensors")
+    shutil.copytree(files / "model", untied, ignore=others, dirs_exist_ok=True)  # the tokenizer
+    changes = {"shots": 60, "model": str(untied), "prune_embeddings": True, "samples": 12}
+    job = prepare(runs.arguments(files, tmp_path / "run", **changes))
+    blank = job.tokenizer("\n\n", add_special_tokens=False)["input_ids"]
+    assert not set(blank) & set(np.unique(np.concatenate([job.data.train.used(), job.data.validation().used()])))
+
+    given = job.data.in_context(64)
+    assert len(given.asked) == given.fewer == given.examples == 12
+    for question, alone in zip(given.asked, job.data.asked, strict=True):
+        assert question.prompt[-len(alone.prompt) :] == alone.prompt != question.prompt
+        assert len(question.prompt) + new_tokens(given.asked) <= 64
+    batches = (batch for batch, _ in given.batches())
+    assert math.isfinite(job.task.scores(jax.jit(job.task.eval_step(job.model)), job.state, batches, 0)["loss"])
 
 
 @pytest.mark.parametrize(
