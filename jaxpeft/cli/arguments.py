@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 from jaxpeft import launched
 from jaxpeft.errors import InputError, shown
-from jaxpeft.train.run import check_least, check_parts, check_rope_scaling, defaults_of, flag
+from jaxpeft.train.checks import check_least, check_parts, check_rope_scaling, flag
+from jaxpeft.train.run import defaults_of
 
 _MOST_BYTES = 2**62
 UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 1e3, "MB": 1e6, "GB": 1e9}

@@ -62,7 +62,7 @@ def run(args: Combine) -> dict[str, Any]:
     from jaxpeft.cli.models import load, model_or_default
     from jaxpeft.files import check_target
     from jaxpeft.template import beside
-    from jaxpeft.train.run import check_seed
+    from jaxpeft.train.checks import check_seed
 
     check_seed(args.seed)
     check_target(args.out)

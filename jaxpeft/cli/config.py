@@ -5,7 +5,7 @@ from typing import Any
 
 from jaxpeft.errors import InputError, did_you_mean
 from jaxpeft.files import from_yaml, read_text, to_yaml
-from jaxpeft.train.run import flag
+from jaxpeft.train.checks import flag
 
 _MOST_BYTES = 2**20
 _REPEATED = ("adapter",)  # flags that stand once for each value

@@ -16,7 +16,7 @@ from jaxpeft import interrupts
 from jaxpeft.cli.named import Given
 from jaxpeft.errors import InputError
 from jaxpeft.interrupts import Interrupted
-from jaxpeft.train.run import check_seed
+from jaxpeft.train.checks import check_seed
 
 if TYPE_CHECKING:  # help and mistakes answer before JAX and transformers are imported
     from jaxpeft.special import SpecialTokens

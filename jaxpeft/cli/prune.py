@@ -72,7 +72,7 @@ def run(args: Prune) -> dict[str, Any]:
     from jaxpeft.files import check_target
     from jaxpeft.method import make
     from jaxpeft.template import beside
-    from jaxpeft.train.run import check_seed
+    from jaxpeft.train.checks import check_seed
 
     check_seed(args.seed)
     for flag in ("keep", "keep_heads", "keep_neurons", "keep_modules", "keep_ranks"):

@@ -51,7 +51,7 @@ def run(args: Scheme) -> dict[str, Any]:
     from jaxpeft.cli.models import load, model_or_default, some_batches
     from jaxpeft.files import check_creatable, to_yaml, write
     from jaxpeft.methods import pockengine
-    from jaxpeft.train.run import check_seed
+    from jaxpeft.train.checks import check_seed
 
     limit = parse_bytes("--limit", args.limit)
     for name in ("batches", "batch_size", "seq_len"):

@@ -28,10 +28,11 @@ from jaxpeft.checkpoint import Checkpoints, on_disk
 from jaxpeft.errors import InputError, RunError
 from jaxpeft.peft import adapter_rope_scaling
 from jaxpeft.train import config, folder, several
+from jaxpeft.train.checks import flag
 from jaxpeft.train.loop import Loop
 from jaxpeft.train.prepare import asked_method, prepare, sources
 from jaxpeft.train.progress import say
-from jaxpeft.train.run import Run, flag
+from jaxpeft.train.run import Run
 from jaxpeft.train.signals import Signals
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

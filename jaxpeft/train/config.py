@@ -31,8 +31,9 @@ from jaxpeft.models.labels import SCOPE
 from jaxpeft.template import Document as Text
 from jaxpeft.template import Template
 from jaxpeft.train import several
+from jaxpeft.train.checks import flag
 from jaxpeft.train.report import SCORES
-from jaxpeft.train.run import Run, flag
+from jaxpeft.train.run import Run
 
 FILE = "config.json"
 REPORT = "report.json"
