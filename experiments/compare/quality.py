@@ -26,7 +26,6 @@ import itertools
 import json
 import math
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -146,14 +145,10 @@ def _induction(protocol: Protocol, sentiment: bool) -> Rows:
     found = {}
     for part in ("train", "test"):
         file = shared() / f"instruct/instruction_induction.{part}.jsonl"
-        rows = [
-            line for line in file.read_text().splitlines() if not sentiment or json.loads(line)["task"] == SENTIMENT
-        ]
-        with tempfile.TemporaryDirectory() as folder:
-            own = Path(folder) / "rows.jsonl"
-            own.write_text("\n".join(rows) + "\n")
-            found[part] = data.load_examples(own, too_long="drop", **_reading(protocol))[0]
-    return Rows(*lora_fa_quality.hold_out(found["train"], 10), list(found["test"])[:: 1 if sentiment else 4])
+        examples = data.load_examples(file, too_long="drop", **_reading(protocol))[0]
+        names = [json.loads(line)["task"] for line in file.read_text().splitlines()]
+        found[part] = [row for row in examples if not sentiment or names[row.line - 1] == SENTIMENT]
+    return Rows(*lora_fa_quality.hold_out(found["train"], 10), found["test"][:: 1 if sentiment else 4])
 
 
 def _reading(protocol: Protocol) -> dict[str, Any]:
