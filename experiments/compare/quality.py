@@ -16,7 +16,8 @@ of data and in what the method draws; at the same seed all methods see the same 
 
 Induction's rows have the headings of `instruction_prompt`; its test rows are every fourth of the test file (sentiment:
 all 50), and a greedy answer of at most 16 tokens counts where it is the reference. `base` is the model as it was, `icl`
-the same with 8 training rows before each question, drawn anew for each seed; `probe` trains the new classifier alone.
+the same with 8 training rows before each question, drawn anew for each seed; `probe` trains a new classifier alone, of
+sentiment in place of the model's head, on the last token of the prompt: its loss is a row's.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 import jaxpeft as jp
@@ -97,7 +99,7 @@ BETTER = {"loss": "less", "exact": "more", "accuracy": "more"}  # of a score
 # Whom a task is for where CPU hours are dear: those that are asked for by name. All others: everybody.
 FEW = {
     "induction": ("base", "full", "lora", "lora_fa", "dora", "ia3", "prefix", "lst"),
-    "sentiment": ("base", "icl", "lora", "mezo", "mezo+lora", "sparse_mezo"),
+    "sentiment": ("base", "icl", "probe", "lora", "mezo", "mezo+lora", "sparse_mezo"),
 }
 
 
@@ -116,8 +118,9 @@ def shared() -> Path:
 
 
 def place_of(model: str) -> Path:
-    """Where a model that continues texts lies."""
-    return assets.smollm2() if model == "SmolLM2-135M" else shared() / "checkpoints" / model
+    """Where a model lies."""
+    own = {"SmolLM2-135M": assets.smollm2, "MiniLM": assets.minilm}
+    return own[model]() if model in own else shared() / "checkpoints" / model
 
 
 @functools.cache
@@ -174,6 +177,21 @@ def in_context(task: str, seed: int) -> Rows:
     return rows._replace(tune=behind(rows.tune), test=behind(rows.test))
 
 
+def prompts(task: str) -> Rows:
+    """The rows of a task with an instruction as what is to be classified: prompts, and their answers as labels."""
+    tokenizer, rows = load_tokenizer(place_of(DATA[task].model)), rows_of(task)
+    asked = lambda some: evaluate.questions(some, len(some), tokenizer)
+    names = tuple(sorted({question.reference for question in asked(rows.train)}))
+
+    def labelled(some: list[Any]) -> list[data.Row]:
+        return [
+            data.Row(ids := np.array(q.prompt, np.int32), np.zeros_like(ids), names.index(q.reference), row.line)
+            for q, row in zip(asked(some), some, strict=True)
+        ]
+
+    return Rows(labelled(rows.train), labelled(rows.tune), labelled(rows.test), names)
+
+
 class Runner:
     """One task and one method, compiled once for all rates and seeds; for a rate, where the step's own moves leaves.
 
@@ -186,7 +204,10 @@ class Runner:
     def __init__(
         self, name: str, words: str, method: Method | None = None, steps: int | None = None, direction: Any = None
     ):
-        self.protocol, self.rows, self.task = DATA[name], rows_of(name), TASKS[DATA[name].kind]
+        self.protocol, self.rows = DATA[name], rows_of(name)
+        if words == contestants.PROBE and self.protocol.kind == "lm":
+            self.protocol, self.rows = self.protocol._replace(kind="classify"), prompts(name)
+        self.task = TASKS[self.protocol.kind]
         length = self.protocol.tokens
         if self.protocol.kind == "lm":
             self.layout: dict[str, Any] = {"pack": True}
@@ -227,9 +248,8 @@ class Runner:
         if self.protocol.kind == "lm":
             base, params = jp.load_pretrained(place_of(self.protocol.model), "float32")
         else:
-            base, params = jp.load_pretrained(
-                assets.minilm(), "float32", labels=self.rows.labels, key=jax.random.key(seed)
-            )
+            new = {"labels": self.rows.labels, "key": jax.random.key(seed)}
+            base, params = jp.load_pretrained(place_of(self.protocol.model), "float32", **new)
         some = lambda: itertools.islice(self.batches(seed), 8)
         return jp.setup(self.method, base, params, jax.random.key(100 + seed), batches=some)
 
@@ -260,7 +280,7 @@ class Runner:
         if "accuracy" in tested:
             found |= {"tune_accuracy": 100 * tuned["accuracy"], "accuracy": 100 * tested["accuracy"]}
         if "exact" in self.protocol.scores:
-            found["exact"] = self.exact(state, rows.test)
+            found["exact"] = found["accuracy"] if "accuracy" in found else self.exact(state, rows.test)
         return {**found, "cpu_seconds": round(time.process_time() - began, 1)}
 
 
@@ -285,7 +305,9 @@ def asked(task: str, words: str, **more: Any) -> common.Row:
 
 def is_for(task: str, words: str) -> bool:
     """Whether a method is tried on a task."""
-    if words == contestants.ICL and task not in FEW:
+    if words in (contestants.ICL, contestants.PROBE) and task in FEW:
+        return words in FEW[task]
+    if words == contestants.ICL:
         return False
     return words in FEW.get(task, (words,)) and contestants.is_for(words, DATA[task].kind == "classify")
 

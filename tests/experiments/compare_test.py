@@ -128,6 +128,8 @@ def test_every_method_is_one_on_every_model(model):
 
 def test_who_is_asked_where():
     assert quality.is_for("qnli", "probe") and not quality.is_for("e2e_nlg", "probe")
+    assert all(quality.is_for("sentiment", words) for words in ("probe", "icl", "base", "mezo+lora"))
+    assert not quality.is_for("induction", "probe") and not quality.is_for("qnli", "icl")
     assert quality.is_for("induction", "base") and not quality.is_for("qnli", "base")
     assert not quality.is_for("induction", "vera")
     assert set(quality.FEW["induction"]) <= set(contestants.everybody())
