@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
@@ -59,14 +59,17 @@ def derived(function, x, a, b, dy):
     st.integers(1, 9),
     st.sampled_from([0.0, 0.3]),
 )
+@example((1,), 1, 33, 5, 0.3)  # dx is 0.0026, of terms that come to 119
 def test_values_and_derivatives_of_any_shape(lead, n, m, r, rate):
-    """Against float64: float32 sums of at most a few hundred terms are within 1e-5 of them, relative to the norm."""
+    """Against float64: float32 sums of at most a few hundred terms are within 1e-5 of what their terms come to without
+    signs, in norm; where terms cancel, the sum itself may be far smaller."""
     x, w, a, b, dy = arrays(lead, n, m, r, seed=n + m)
     run = functools.partial(lora_matmul, scale=SCALE, rate=rate, seed=jnp.uint32(9))
     found = derived(lambda x, a, b: run(x, w, a, b), x, a, b, dy)
-    for name, ours, theirs in zip(("y", "dx", "dA", "dB"), found, expected(x, w, a, b, dy, rate, 9), strict=True):
-        scale = max(np.linalg.norm(theirs), 1e-3)
-        assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) / scale < 1e-5, name
+    wanted = expected(x, w, a, b, dy, rate, 9)
+    sizes = expected(*map(jnp.abs, (x, w, a, b, dy)), rate, 9)
+    for name, ours, theirs, size in zip(("y", "dx", "dA", "dB"), found, wanted, sizes, strict=True):
+        assert np.linalg.norm(np.asarray(ours, np.float64) - theirs) <= 1e-5 * np.linalg.norm(size), name
 
 
 def test_bfloat16_with_float32_masters():
