@@ -37,7 +37,7 @@ def cut(model, params):
     return decoder.from_hf(config), pruning.pruned(params, model.config, KEPT)
 
 
-@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+@pytest.mark.parametrize("kind", [pytest.param("qwen2", marks=pytest.mark.slow), "qwen3"])
 def test_an_adapter_of_the_pruned_base_is_one_of_the_whole_base(kind):
     """On the whole base with zeros where something was cut: the pruned one's outputs; its change is all it changes."""
     whole, params = start(kind)
@@ -57,6 +57,7 @@ def test_an_adapter_of_the_pruned_base_is_one_of_the_whole_base(kind):
     assert sum(np.count_nonzero(leaf) for leaf in leaves.values()) == tree.size(trained)
 
 
+@pytest.mark.slow
 def test_taylor_is_the_slope_of_the_loss():
     """By differences, of the rows of o and down that read a head or a neuron, in float64's place of many digits."""
     model, params = start("llama")

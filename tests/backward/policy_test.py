@@ -166,7 +166,7 @@ METHODS = {"lora": jp.lora(4), "full": jp.full(), "last:1": jp.full("last:1"), "
         ("lora", "gate_proj=save,up_proj=offload"),
         ("full", "matmuls,attention=recompute"),
         pytest.param("last:1", "blocks", marks=pytest.mark.slow),
-        ("int8", "matmuls"),
+        pytest.param("int8", "matmuls", marks=pytest.mark.slow),
     ],
 )
 def test_a_model_under_a_policy_is_the_model_under_loops(method, save):

@@ -151,10 +151,10 @@ def test_a_block_reads_frozen_kernels_in_their_stacks(monkeypatch, name):
         pytest.param("lora", "matmuls,tokens=32", marks=pytest.mark.slow),
         pytest.param("lora", "blocks,tokens=16", marks=pytest.mark.slow),  # the backward pass holds kernels
         pytest.param("lora", "compressed,block_input=compress,tokens=16", marks=pytest.mark.slow),
-        ("lora", "compressed12,tokens=16"),  # whose codes are made without a seed
+        pytest.param("lora", "compressed12,tokens=16", marks=pytest.mark.slow),  # whose codes are made without a seed
         ("lora", "blocks,block_input=offload,tokens=16"),
         pytest.param("lora", "offload,tokens=32", marks=pytest.mark.slow),  # one loop: what is made goes to the host
-        ("dropout", "matmuls,tokens=16"),
+        pytest.param("dropout", "matmuls,tokens=16", marks=pytest.mark.slow),
         pytest.param("qlora", "blocks,tokens=16", marks=pytest.mark.slow),
         pytest.param("last:1", "blocks,tokens=16", marks=pytest.mark.slow),
         pytest.param("full", "matmuls,tokens=16", marks=pytest.mark.slow),

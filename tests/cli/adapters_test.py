@@ -292,7 +292,7 @@ def test_export_of_a_run_that_trained_the_base_itself(method, options, capsys, t
     [
         ("mezo", ("seeds=2",)),
         pytest.param("sparse_mezo", (), marks=pytest.mark.slow),
-        ("quantize+qzo", ("format=int8", "group=8")),
+        pytest.param("quantize+qzo", ("format=int8", "group=8"), marks=pytest.mark.slow),
         pytest.param("zo2", (), marks=pytest.mark.slow),
     ],
     ids=["mezo", "sparse_mezo", "qzo", "zo2"],

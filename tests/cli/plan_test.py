@@ -52,6 +52,7 @@ def test_rows_for_methods_and_plans(config, capsys, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_chains_are_rows_of_their_own(config, capsys):
     flags = ["--model", config, "--method", "lora,meft + lora,meft", "--rank", "2", "--method-options", "meft.width=4"]
     rows = document(capsys, *flags)["rows"]

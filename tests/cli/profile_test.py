@@ -50,6 +50,7 @@ def test_one_document_and_the_files(model, tmp_path, capsys):
         assert list(dump.glob(f"*after_optimizations*{kind}")), kind
 
 
+@pytest.mark.slow
 def test_a_chain(model, capsys):
     chain = ["--method", "meft+lora", "--method-options", "meft.width=4", "lora.targets=mlp"]
     step = ["--batch-size", "2", "--seq-len", "64", "--rank", "4", "--limit", "200"]

@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from experiments.coresets import memory as coresets
 from experiments.memory import (
     budgets_7b,
     code_errors,
@@ -12,6 +13,7 @@ from experiments.memory import (
     does_lora_reduce_memory,
     long_rows,
     lora_fa_tables,
+    loraprune_7b,
     remat_forms,
     residuals_7b,
     slimfit_bert,
@@ -19,7 +21,16 @@ from experiments.memory import (
 from experiments.memory.common import GIB
 from jaxpeft.memory import targets
 
-SCRIPTS = (lora_fa_tables, does_lora_reduce_memory, residuals_7b, budgets_7b, remat_forms, long_rows, slimfit_bert)
+SCRIPTS = (
+    lora_fa_tables,
+    does_lora_reduce_memory,
+    residuals_7b,
+    budgets_7b,
+    remat_forms,
+    long_rows,
+    slimfit_bert,
+    loraprune_7b,
+)
 NAMES = [script.NAME for script in SCRIPTS]
 # Llama-2-7B's parameters: embedding and head 2 V d, per layer 4 d d + 3 d f + 2 d, a norm d.
 PARAMETERS_7B = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
@@ -60,6 +71,16 @@ def test_the_errors_of_codes_are_drawn_from_the_data() -> None:
         assert all(0 < actions["prune"][name] < 100 for name in code_errors.NORMS)
     large = found["SmolLM2-135M"]
     assert large["compress"]["block_input"] > large["compress4"]["block_input"] > large["compress12"]["block_input"]
+
+
+def test_the_memory_of_a_coreset_is_drawn_from_the_data() -> None:
+    """And is that of a batch of as many rows, to a thousandth."""
+    found = coresets.collect(common.Figures(coresets.NAME, folder=coresets.FOLDER), ["h200"])
+    assert coresets.document(found) == (coresets.FOLDER / "memory.md").read_text()
+    totals = [coresets.total(row) for row in found]
+    for whole, chosen, half in zip(totals[::3], totals[1::3], totals[2::3], strict=True):
+        assert chosen == pytest.approx(half, rel=1e-3)
+        assert half < whole
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=NAMES)

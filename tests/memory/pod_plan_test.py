@@ -63,7 +63,7 @@ def planned(name, text, method=None):
     return step, made, found
 
 
-PODS = [("v5e:2x2", "fsdp=4"), ("h200x4", "fsdp=2,tensor=2")]
+PODS = [("v5e:2x2", "fsdp=4"), pytest.param("h200x4", "fsdp=2,tensor=2", marks=pytest.mark.slow)]
 
 
 # Collectives of programs known by hand.
@@ -394,6 +394,7 @@ def test_the_command_shows_what_is_sent_and_the_bound(config, capsys, monkeypatc
         assert word in shown.out
 
 
+@pytest.mark.slow
 def test_a_profile_of_one_of_them(config, capsys, tmp_path):
     described("v5e:2x2")
     flags = ["--target", "v5e:2x2", "--mesh", "data=2,fsdp=2", "--save", "blocks", "--json", "--traffic"]

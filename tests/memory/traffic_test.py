@@ -192,6 +192,7 @@ def test_a_step_is_said_by_module(tmp_path, capsys):
     assert "least_s" not in found  # a CPU's bandwidth is not known
 
 
+@pytest.mark.slow
 def test_a_plan_says_what_its_steps_move(capsys):
     assert cli.main(["plan", "--batch-size", "2", "--seq-len", "32", "--traffic", "--json"]) == 0
     document = json.loads(capsys.readouterr().out)

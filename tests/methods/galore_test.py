@@ -61,7 +61,7 @@ def first():
     return found
 
 
-@pytest.mark.parametrize("projection", galore.PROJECTIONS)
+@pytest.mark.parametrize("projection", [pytest.param("sketch", marks=pytest.mark.slow), "svd"])
 def test_the_gradient_of_r_is_the_projected_gradient(first, projection):
     """Of the whole batch, in two micro-batches; everything else has its ordinary gradient."""
     state, ((_, aux), grads) = first[projection]

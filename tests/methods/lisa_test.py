@@ -113,6 +113,7 @@ def test_two_rows_two_layers_and_groups_of_16_tokens():
     assert abs(loss(model, other) - loss(model, state.trainable)) > 1e-3  # the masters are what is computed with
 
 
+@pytest.mark.slow
 def test_samples_the_layers_of_loras_leaves():
     """The kernels stay frozen; A and B of one layer train, in masters; merging writes them back and folds them."""
     method = jp.chain(jp.lora(rank=2), jp.lisa(count=1, every=2))
@@ -127,6 +128,7 @@ def test_samples_the_layers_of_loras_leaves():
     np.testing.assert_allclose(merged, model.apply(state.params, BATCH), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_kept_moments_go_on_where_a_layer_is_drawn_again():
     """Each layer's optimizer has made as many steps as the layer; the norm that clips is that of all gradients.
 

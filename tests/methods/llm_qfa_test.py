@@ -61,6 +61,7 @@ def test_a_subnet_is_the_model_of_its_widths(bits):
         np.testing.assert_allclose(merged[path], plain[path], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_a_step_draws_alone_trains():
     """The other factors and their moments stay, through several steps, although they have been moved before."""
     method, _, _, model, trainable, frozen = made()

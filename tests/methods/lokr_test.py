@@ -45,7 +45,12 @@ def of_peft(base, **settings):
 @pytest.mark.parametrize(
     ("settings", "method", "q_proj"),
     [
-        ({"r": 3, "alpha": 6}, jp.lokr(3, 6, NAMES), {"w1": (4, 4), "w2_down": (8, 3), "w2_up": (3, 8)}),
+        pytest.param(
+            {"r": 3, "alpha": 6},
+            jp.lokr(3, 6, NAMES),
+            {"w1": (4, 4), "w2_down": (8, 3), "w2_up": (3, 8)},
+            marks=pytest.mark.slow,
+        ),
         ({"r": 4, "alpha": 2}, jp.lokr(4, 2, NAMES), {"w1": (4, 4), "w2": (8, 8)}),
         (
             {"r": 1, "alpha": 1, "decompose_both": True},
@@ -63,10 +68,11 @@ def of_peft(base, **settings):
             jp.lokr(5, 4, NAMES, factor=2, rank_pattern={"down_proj": 3}, alpha_pattern={"q_proj": 7}),
             {"w1": (2, 2), "w2_down": (16, 5), "w2_up": (5, 16)},
         ),
-        (
+        pytest.param(
             {"r": 3, "alpha": 3, "decompose_factor": 8, "decompose_both": True},
             jp.lokr(3, 3, NAMES, factor=8, both=True),
             {"w1_down": (8, 3), "w1_up": (3, 8), "w2": (4, 4)},
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["low rank", "whole", "both low rank", "patterns", "first larger than second"],

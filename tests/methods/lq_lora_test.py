@@ -188,6 +188,7 @@ def test_an_adapter_comes_back_with_the_same_packed_kernels(options, tmp_path):
     np.testing.assert_array_equal(other.apply(jp.combine(trainable, rest), BATCH), adapted.apply(whole, BATCH))
 
 
+@pytest.mark.slow
 def test_it_stays_near_a_base_of_two_bits():
     base, params = model()
     logits = base.apply(params, BATCH)

@@ -227,6 +227,7 @@ def test_fisher_prunes_by_information_not_by_size():
     assert all((kept[i] == row[i]).all(-1).any() for i in range(3))
 
 
+@pytest.mark.slow
 def test_the_start_depends_on_the_key_only_where_it_is_drawn():
     base, params = tiny.model()
 

@@ -82,7 +82,7 @@ def close(found, wanted, tolerance):
 
 
 @pytest.mark.parametrize("exact", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("variant", [1, 2, 3])
+@pytest.mark.parametrize("variant", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_equals_its_equations(variant, exact):
     """lam = beta = 1, float32, 6 layers: the loss, and the gradients that plain autodiff gives."""
     batch = tiny.batch(4, 32)
@@ -165,6 +165,7 @@ def test_real_weights_come_back_after_24_layers(variant, shared_data):
     assert len(size) == 24 and (size > 0).all() and not different.any() and not error.any()
 
 
+@pytest.mark.slow
 def test_on_a_quantized_base():
     """The frozen kernels may be of any type that `dot` knows."""
     found = []

@@ -119,6 +119,7 @@ def unrolled(stack, params, batch, key=None, cache=None):
     return x, cache
 
 
+@pytest.mark.slow
 def test_any_run_and_micro_batches_give_the_same_slope():
     """In the block by a scan, in groups of rows, on whole leaves of a run of its own, and in two micro-batches."""
     method = jp.mezo(eps=EPS)
@@ -160,6 +161,7 @@ def test_in_a_chain_it_estimates_what_the_others_train(name):
         np.testing.assert_allclose(after.trainable[path], expected, rtol=1e-5, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_several_seeds_are_the_mean_of_estimates():
     """Of n directions, the first of which is the only one of n = 1; moved leaves get it as trained ones do."""
     eps, n = 1e-2, 3
@@ -264,12 +266,14 @@ def test_one_sided(weights):
     assert_steps(found, {path: float(metrics["slope"]) * z[path] for path in z})
 
 
+@pytest.mark.slow
 def test_sign(weights):
     state, loss, z = weights
     found, _ = step_of(variant="sign")(state)
     assert_steps(found, {path: np.sign(loss(EPS * ALL) - loss(-EPS * ALL)) * z[path] for path in z})
 
 
+@pytest.mark.slow
 def test_blockwise(weights):
     """Each layer, and what lies outside, has the slope of its own z."""
     state, loss, z = weights
@@ -297,6 +301,7 @@ def test_blocks_of_weights_that_move():
     assert seen == {"last:1": ((1, 3), 2), "norms": ((1, 3), 6)}
 
 
+@pytest.mark.slow
 def test_conservative_takes_the_best_of_three(weights):
     """Down the slope where that helps; nowhere when both ways are too far."""
     state, loss, _ = weights
@@ -329,6 +334,7 @@ def test_moments_are_the_optimizers(weights, variant, numbers):
     assert tree.size(states[0]) - counters == promised == numbers * tree.size(state.trainable)
 
 
+@pytest.mark.slow
 def test_a_random_part_of_z(weights):
     """A quarter of the elements, the same in evaluations and update; other ones with each draw, whatever z is."""
     state, loss, z = weights

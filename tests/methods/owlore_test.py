@@ -56,6 +56,7 @@ def calibrated():
     return batches, start(method, batches=lambda: batches)[1]
 
 
+@pytest.mark.slow
 def test_scores_are_the_shares_of_outliers(calibrated):
     """By NumPy: |W_ij| times the norm of input i over the positions with a target, above M times the layer's mean."""
     batches, state = calibrated

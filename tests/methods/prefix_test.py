@@ -74,6 +74,7 @@ def test_an_encoder_equals_its_equations():
         model.hidden(tree.unflatten(params), long)
 
 
+@pytest.mark.slow
 def test_images_start_from_random_numbers_only():
     base, params = vit()
     with pytest.raises(jp.InputError, match="prefix: vit reads no tokens to start from; use init=random"):

@@ -68,6 +68,7 @@ def plain_gradients(base, params, trainable):
     return jax.jit(jax.grad(lambda t: jp.completion_loss(plain, tree.combine(t, params), BATCH)[0]))(trainable)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_plain_graph():
     base, _ = tiny.model()
     model, trainable, frozen = beside.start(jp.sherl(4))
@@ -126,6 +127,7 @@ def test_padding_does_not_leak():
     np.testing.assert_array_equal(one[counts], two[counts])
 
 
+@pytest.mark.slow
 def test_decodes_with_the_models_cache():
     model, trainable, frozen = beside.start(jp.sherl(4))
     params = tree.combine(beside.moved(trainable), frozen)

@@ -50,6 +50,7 @@ def chosen(rest):
     return found
 
 
+@pytest.mark.slow
 def test_one_threshold_over_all_matrices():
     """Of sum dW^2: what trains by itself lies above all that does not, in every matrix; LoRA has enough above it."""
     rest, scores = start()[3], {site: sum(g[site] ** 2 for g in gradients()) for site in SITES}

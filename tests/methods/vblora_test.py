@@ -157,6 +157,7 @@ def test_a_mixture_is_of_the_largest_logits():
         np.testing.assert_allclose(found[place], weight * bank[first] + (1 - weight) * bank[second], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_logits_move_faster_than_the_bank():
     """The first step of Adam is the rate."""
     method = jp.vblora(2, 12, 8, lr_ratio=4.0)

@@ -161,6 +161,7 @@ def test_keeps_a_sample_of_each_input(name):
     assert exact > inputs - LAYERS * 4 * D  # o_proj's is kept anyway
 
 
+@pytest.mark.slow
 def test_a_quantized_base_and_no_sample_of_short_rows():
     """Rows that have no more than `least` tokens give LoRA's gradients to the bit; longer ones do not."""
     quantized = lambda *behind: jp.setup(

@@ -76,7 +76,7 @@ def test_lora_finds_the_sites(targets, tmp_path):
 
 PLANS = [
     pytest.param("bert, classifier", "blocks", marks=pytest.mark.slow),
-    ("roberta, masked LM", "matmuls"),
+    pytest.param("roberta, masked LM", "matmuls", marks=pytest.mark.slow),
     ("opt, causal LM", "matmuls"),
     ("vit", "matmuls"),
 ]

@@ -122,7 +122,7 @@ def test_a_stack_compiles(optimised, capfd, function):
     assert found.opcodes == ["custom-call"] * 2 and found.temporaries == 0
 
 
-@pytest.mark.parametrize(("name", "rate"), [("even", 0.25), ("even", 0.0)])
+@pytest.mark.parametrize(("name", "rate"), [("even", 0.25), pytest.param("even", 0.0, marks=pytest.mark.slow)])
 def test_a_layer_is_written_in_its_stack(name, rate, monkeypatch):
     """To the bit what is written elsewhere, and nothing else.
 
@@ -214,6 +214,7 @@ def test_a_kernel_compiles(optimised, capfd, function, rows, n, m, r, rate):
         assert found.opcodes == ["custom-call"] * 2 and found.temporaries == 0
 
 
+@pytest.mark.slow
 def test_an_odd_number_of_rows_and_ranks_compiles(optimised, capfd):
     """Whose arrays are copied, so that TMA takes them."""
     given = structs(1001, 512, 1024, 100)

@@ -120,6 +120,7 @@ def test_export_writes_what_the_run_left_and_generate_refuses_it(trained, files,
     assert "adapter: classifies rows and continues no text" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_early_ends_with_the_same_bits(files, rows, tmp_path, monkeypatch):
     changes = {"method_options": ("dropout=0.1",)}
     whole = begin.train(arguments(files, rows, tmp_path / "whole", **changes))
@@ -142,6 +143,7 @@ def test_a_run_that_ended_early_ends_with_the_same_bits(files, rows, tmp_path, m
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_full_leaves_a_model_that_transformers_reads(files, rows, tmp_path):
     torch = pytest.importorskip("torch")
     begin.train(arguments(files, rows, tmp_path, method="full", rank=None, steps=3))
@@ -199,6 +201,7 @@ def test_minilm_begins_and_trains(rows, tmp_path):
     assert config["modules_to_save"] == ["bert.pooler.dense", "classifier"]
 
 
+@pytest.mark.slow
 def test_a_run_from_a_file_without_validation(files, rows, tmp_path, capsys):
     settings = {"task": "classify", "model": files / "model", "data": rows / "train.jsonl", "steps": 2, "seq-len": 16}
     (tmp_path / "run.yaml").write_text("".join(f"{name}: {value}\n" for name, value in settings.items()))

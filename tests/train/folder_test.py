@@ -148,6 +148,7 @@ def test_what_is_taken_away_ends_the_run_at_the_next_step(files, tmp_path, monke
     assert not (out / name).exists(), sorted(out.rglob("*"))
 
 
+@pytest.mark.slow
 def test_two_commands_at_once(files, cache, tmp_path):
     """One runs; the other says one line, and the first one's checkpoints stay."""
     args = runs.arguments(files, tmp_path / "run", steps=400, checkpoint_every=5, samples=0)

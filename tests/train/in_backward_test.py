@@ -107,6 +107,7 @@ def test_what_is_planned_has_one_layers_gradients(target):
     assert rows[True]["update_in_backward"] and not rows[False]["update_in_backward"]
 
 
+@pytest.mark.slow
 def test_a_run_continues_bit_for_bit(tmp_path):
     fields = {"method": "full", "optimizer": "adam8bit", "update_in_backward": True, "clip": None, "steps": 4}
     fields |= {"batch_size": 2, "seq_len": 32, "samples": 0, "eval_every": 0, "schedule": "constant"}

@@ -20,7 +20,7 @@ def plain(model, params, batch):
     return (losses * batch["loss_weights"]).sum() / batch["loss_weights"].sum()
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 64, 512])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 7, 64, 512])
 @pytest.mark.parametrize("tied", [False, True])
 def test_equals_the_plain_loss_and_its_gradient(chunk, tied):
     """Any chunk, dividing the tokens or not; tied embeddings get both of their gradients."""

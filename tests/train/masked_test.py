@@ -123,6 +123,7 @@ def compiled(function, *args):
     return jax.jit(function, donate_argnums=(0, 1)).lower(*args).compile().memory_analysis()
 
 
+@pytest.mark.slow
 def test_bytes_and_the_trap():
     """Frozen gradients are not made until something reads them: one logged norm brings them all back."""
     batch = tiny.batch()

@@ -137,6 +137,7 @@ def test_one_process_speaks(told):
         assert not [line for line in said.splitlines() if "error" not in line and "SIGTERM: waits" not in line]
 
 
+@pytest.mark.slow
 def test_two_processes_merge_what_one_does(told, files, tmp_path):
     """The same bytes, of which each had a part."""
     adapter = str(told["one"] / "adapter")

@@ -128,6 +128,7 @@ def test_jp_run_takes_a_run_or_its_fields(monkeypatch, tmp_path):
         jp.run(steps=0)
 
 
+@pytest.mark.slow
 def test_a_whole_run_of_a_chain_from_python(files, cache, tmp_path):
     """The report is that of the folder, under the chain's names; the adapter is read again as the same chain."""
     report = jp.run(

@@ -85,6 +85,7 @@ def test_every_row_is_evaluated_once(files):
     assert sorted(i for batch, _ in batches for i in np.unique(batch["example_ids"]) if i) == [*range(1, 13)]
 
 
+@pytest.mark.slow
 def test_a_run_that_is_continued_is_the_same_run(files, tmp_path, capsys):
     """Bit for bit; each adapter at its own rank, with its own validation loss; `export` writes a checkpoint of all.
 

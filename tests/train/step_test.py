@@ -66,6 +66,7 @@ def test_what_changes_is_donated_and_nothing_else():
     assert analysis.argument_size_in_bytes > held + frozen
 
 
+@pytest.mark.slow
 def test_frozen_leaves_stay_where_they_are():
     """Over steps too, and those of a checkpoint, whose memory is not JAX's own."""
     state, step = start(jp.lora(2), optax.adam(1e-2))
