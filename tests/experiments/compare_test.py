@@ -132,7 +132,9 @@ def test_who_is_asked_where():
     assert not quality.is_for("induction", "probe") and not quality.is_for("qnli", "icl")
     assert quality.is_for("induction", "base") and not quality.is_for("qnli", "base")
     assert not quality.is_for("induction", "vera")
-    assert set(quality.FEW["induction"]) <= set(contestants.everybody())
+    assert quality.is_for("mnli", "vqt") and not quality.is_for("e2e_nlg", "vqt")
+    assert all(quality.is_for("e2e_nlg", words) for words in contestants.names() if words != "vqt")
+    assert all(set(few) <= set(contestants.everybody()) for few in quality.FEW.values())
 
 
 def test_the_model_as_it_was_is_one_run_of_no_steps():
