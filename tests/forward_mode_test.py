@@ -11,7 +11,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.forward_mode import jvp
 from jaxpeft.train.step import objective_of
 from tests import tiny
-from tests.methods.mezo_test import BATCH, RUN, z_of
+from tests.methods.estimates import BATCH, RUN, z_of
 
 METHODS = {
     "full": jp.full(),

@@ -15,7 +15,7 @@ from jaxpeft.memory import planner, targets
 from jaxpeft.models import geometries
 from jaxpeft.train.optimizer import make_direction
 from tests import beside, tiny
-from tests.methods.mezo_test import RUN, SGD, z_of_step
+from tests.methods.estimates import RUN, SGD, z_of_step
 
 BATCH, EPS, RATE, RATIO, DECAY = tiny.batch(), 1e-2, 1e-3, 0.25, 0.1
 LAYERS = 2

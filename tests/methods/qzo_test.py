@@ -17,7 +17,7 @@ from jaxpeft.quant import dense, pack_affine
 from jaxpeft.train.step import objective_of
 from pallas_kernels.packed import unpack
 from tests import tiny
-from tests.methods.mezo_test import BATCH, SGD, start, z_of_step
+from tests.methods.estimates import BATCH, SGD, start, z_of_step
 
 EPS, RATE = 1e-3, 1e-2
 GROUPS = 4  # of 32 inputs, groups of 8

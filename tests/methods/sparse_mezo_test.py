@@ -15,7 +15,7 @@ from jaxpeft.methods.sparse_mezo import SCOPE, threshold
 from jaxpeft.models import geometries
 from jaxpeft.train.step import objective_of
 from tests import tiny
-from tests.methods.mezo_test import BATCH, EPS, RATE, SGD, by_hand, start, z_of_step
+from tests.methods.estimates import BATCH, EPS, RATE, SGD, by_hand, start, z_of_step
 
 SPARSITY = 0.75
 
