@@ -1,6 +1,6 @@
 # make demo   the whole road on the embedded default: environment, install, train, report
 # make demo-chat  a chat model of 135 million parameters learns a task: downloads 98 MB, then ten minutes on two cores
-# make test   environment, linting, formatting, types, then every test but the slow ones
+# make test   environment, linting, formatting, types, then every test but the slow ones (marked so, or in tests/slow.txt)
 # make test-slow   those: minutes of a compiler each
 # make docs   the documentation as a site, in site/; a warning is an error
 

@@ -50,6 +50,26 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return "bytes" if isinstance(val, bytes) else None
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests of slow.txt are slow ones, as those with the mark: single tests that took longest, by their files' others.
+
+    Raises:
+      UsageError: where a file is collected, and not a test of it that the list names.
+    """
+    lines = (REPOSITORY / "tests" / "slow.txt").read_text().splitlines()
+    slow, function = {line for line in lines if "::" in line}, lambda name: name.partition("[")[0]
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.slow)
+    if any("::" in word for word in config.args):
+        return
+    found = {function(item.nodeid) for item in items}
+    files = {name.partition("::")[0] for name in found}
+    if lost := sorted(name for name in slow if name.partition("::")[0] in files and function(name) not in found):
+        raise pytest.UsageError(f"tests/slow.txt: no test is called {lost[0]}")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of real checkpoints and texts: $JAXPEFT_DATA, else ../shared/data; or a skip."""
