@@ -378,11 +378,12 @@ def config(tmp_path_factory):
 
 
 def test_the_command_shows_what_is_sent_and_the_bound(config, capsys, monkeypatch):
+    made = planned("h200x4", "fsdp=2,tensor=2")[1]
     asked = []
 
     def row(step, target):
         asked.append((pods.text_of(step.mesh), step.rows, target.name))
-        return planned("h200x4", "fsdp=2,tensor=2")[1]
+        return made
 
     monkeypatch.setattr(pods, "row", row)
     assert cli.main(["plan", *SMALL, "--model", config, "--target", "h200x4", "--save", "blocks"]) == 0
