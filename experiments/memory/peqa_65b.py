@@ -8,6 +8,8 @@ Here the train step of LLaMA-65B's sizes is compiled for the target, one row of 
 codes of PEQA's bits with one scale per output; what trains, its gradients and Adam's state in float32. LoRA is of rank
 4 on q_proj and v_proj, as there.
 
+- h200: weights and state are 783 GB for full fine-tuning, 130.7 for LoRA, 33.5 for PEQA in 4 bits and 25.5 in 3; the
+  whole step takes 38.7 and 30.6 GB.
 """
 
 from __future__ import annotations

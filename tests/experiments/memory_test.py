@@ -14,6 +14,7 @@ from experiments.memory import (
     long_rows,
     lora_fa_tables,
     loraprune_7b,
+    peqa_65b,
     remat_forms,
     residuals_7b,
     slimfit_bert,
@@ -30,6 +31,7 @@ SCRIPTS = (
     long_rows,
     slimfit_bert,
     loraprune_7b,
+    peqa_65b,
 )
 NAMES = [script.NAME for script in SCRIPTS]
 # Llama-2-7B's parameters: embedding and head 2 V d, per layer 4 d d + 3 d f + 2 d, a norm d.
