@@ -340,13 +340,15 @@ def _fresh(adapter: nn.Module, key: jax.Array, kernel: Any, bias: jax.Array | No
     """An adapter's parameters at a site, of all its layers where the kernel has them; sites alike are compiled once."""
     if isinstance(key, jax.core.Tracer):  # no compilation of its own
         return _init(adapter, key, kernel, bias)
-    return _init_fast()(adapter, key, kernel, bias)
+    return _init_fast(jax.config.read("jax_disable_most_optimizations"))(adapter, key, kernel, bias)
 
 
 @functools.cache
-def _init_fast() -> Callable[..., tree.Params]:
-    """`_init` compiled for a single run: on a CPU in a third of the time that optimising what runs once takes."""
-    once = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+def _init_fast(unoptimised: bool) -> Callable[..., tree.Params]:
+    """`_init` compiled for a single run: on a CPU in a third of the time that optimising what runs once takes, or in
+    still less where JAX is told to optimise nothing.
+    """
+    once = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" and not unoptimised else None
     return jax.jit(_init, static_argnums=0, compiler_options=once)
 
 

@@ -168,6 +168,7 @@ def test_modules_of_task_and_pretraining_are_disjoint():
     assert not {stdlib_corpus.module_of(name) for name in names} & task
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     f"CPython {sys.version.split()[0]}" not in (TASK / "README.md").read_text(encoding="utf-8"),
     reason="the shipped rows come from another Python version's library",

@@ -50,24 +50,30 @@ def pytest_make_parametrize_id(val: object) -> str | None:
     return "bytes" if isinstance(val, bytes) else None
 
 
+def _test_of(case: str) -> str:
+    """The name of a test without its case's."""
+    return case.partition("[")[0]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests of slow.txt are slow ones, as those with the mark: single tests that took longest, by their files' others.
+    """Cases in slow.txt are slow ones, as those with the mark.
 
     Raises:
-      UsageError: where a file is collected, and not a test of it that the list names.
+      UsageError: where whole files are collected, and one of them lacks a test that the list names, or the list leaves
+        no case of it.
     """
     lines = (REPOSITORY / "tests" / "slow.txt").read_text().splitlines()
-    slow, function = {line for line in lines if "::" in line}, lambda name: name.partition("[")[0]
+    slow = {line for line in lines if "::" in line}
     for item in items:
         if item.nodeid in slow:
             item.add_marker(pytest.mark.slow)
     if any("::" in word for word in config.args):
         return
-    found = {function(item.nodeid) for item in items}
-    files = {name.partition("::")[0] for name in found}
-    if lost := sorted(name for name in slow if name.partition("::")[0] in files and function(name) not in found):
-        raise pytest.UsageError(f"tests/slow.txt: no test is called {lost[0]}")
+    files = {item.nodeid.partition("::")[0] for item in items}
+    left = {_test_of(item.nodeid) for item in items if item.get_closest_marker("slow") is None}
+    if lost := sorted(name for name in slow if name.partition("::")[0] in files and _test_of(name) not in left):
+        raise pytest.UsageError(f"tests/slow.txt: without {lost[0]} no case of that test is left")
 
 
 @pytest.fixture(scope="session")

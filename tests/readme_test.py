@@ -136,7 +136,6 @@ def test_plans_in_a_loop_of_ones_own():
     np.testing.assert_allclose(found["block"](found["layer"], found["x"]), np.full((4, 8), 8 * np.tanh(8)), rtol=1e-6)
 
 
-@pytest.mark.slow
 @FALLBACK
 def test_models_and_loops_of_ones_own(tmp_path, monkeypatch):
     """What is saved is what was trained, and the compiler says what the tables say."""

@@ -108,6 +108,7 @@ def test_a_plan_divides_the_rows_with_their_adapters(made):
         np.testing.assert_allclose(found[path], gradient, rtol=1e-3, atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_an_encoder_that_classifies_rows():
     """Rows' weights are those of the labels; each adapter's gradients are those of its rows alone."""
     sizes = {"model_type": "bert", "vocab_size": 61, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}

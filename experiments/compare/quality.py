@@ -8,7 +8,7 @@
     qnli        the same model; the first 1,000 rows                                  2 epochs of 16  accuracy
     mnli        the same model; the first 1,500 rows                                  2 epochs of 16  accuracy
 
-The first is for every method, the others, which are dearer, for some (FEW): of the first alone there are 650 runs.
+The first is for every method, the others, which are dearer, for some (FEW): the first alone has some 650 runs.
 
 One grid of rates for all, quarters of decades: the search begins at a method's default rate (else 0.003) and walks
 downhill in the loss on held-out rows of seed 0, first two grid points at a time, then one (induction and sentiment: two
@@ -98,7 +98,7 @@ DATA = {
     "mnli": Protocol("classify", "MiniLM", 1500, 16, 64, None, ("accuracy",), 1.3),
 }
 BETTER = {"loss": "less", "exact": "more", "accuracy": "more"}  # of a score
-# Whom a task is for where CPU hours are dear: those that are asked for by name. All others: everybody.
+# Whom a task is for where CPU hours are dear. All others: every method.
 CLASSIFIERS = ("probe", "full", "lora", "lora_fa", "dora", "ia3", "bitfit", "ln_tuning", "pfeiffer", "prefix", "vqt")
 FEW = {
     **dict.fromkeys(("banking77", "qnli", "mnli"), CLASSIFIERS),
@@ -309,11 +309,9 @@ def asked(task: str, words: str, **more: Any) -> common.Row:
 
 def is_for(task: str, words: str) -> bool:
     """Whether a method is tried on a task."""
-    if words in (contestants.ICL, contestants.PROBE) and task in FEW:
+    if task in FEW:
         return words in FEW[task]
-    if words == contestants.ICL:
-        return False
-    return words in FEW.get(task, (words,)) and contestants.is_for(words, DATA[task].kind == "classify")
+    return words != contestants.ICL and contestants.is_for(words, DATA[task].kind == "classify")
 
 
 def seeds(task: str, words: str) -> tuple[int, ...]:

@@ -70,6 +70,4 @@ def document(rows: list[common.Row]) -> str:
 
 
 if __name__ == "__main__":
-    args = common.arguments(__doc__)
-    figures = common.Figures(NAME, None if args.draw else measure, FOLDER)
-    common.write("memory.md", document(collect(figures, args.targets)), FOLDER)
+    common.main(__doc__, NAME, measure, collect, document, folder=FOLDER)

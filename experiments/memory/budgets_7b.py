@@ -102,6 +102,4 @@ def document(rows: list[common.Row]) -> str:
 
 
 if __name__ == "__main__":
-    args = common.arguments(__doc__)
-    rows = collect(common.Figures(NAME, None if args.draw else measure), args.targets)
-    common.write(f"{NAME}.md", document(rows))
+    common.main(__doc__, NAME, measure, collect, document)

@@ -155,3 +155,21 @@ def bullets(sentences: Iterable[str]) -> str:
         )
         + "\n"
     )
+
+
+def main(
+    doc: str | None,
+    name: str,
+    measure: Callable[[Row], Mapping[str, Any]],
+    collect: Callable[[Figures, list[str]], list[Row]],
+    document: Callable[[list[Row]], str],
+    verdicts: Callable[[list[Row]], list[str]] | None = None,
+    targets: str = "h200",
+    folder: Path | None = None,
+) -> None:
+    """A script: measures what NAME.json in a folder (results/memory) lacks, writes NAME.md, and prints the verdicts."""
+    args = arguments(doc, targets)
+    found = collect(Figures(name, None if args.draw else measure, folder), args.targets)
+    write(f"{name}.md", document(found), folder)
+    if verdicts is not None:
+        print(bullets(verdicts(found)))

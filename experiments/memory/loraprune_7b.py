@@ -3,10 +3,10 @@
     python -m experiments.memory.loraprune_7b           # compiles what the data lacks
     python -m experiments.memory.loraprune_7b --draw    # the table from the data
 
-Its paper's two figures are of LLaMA-7B in 16 bits: each weight's gradient is taken to score it in one, LoRA's in the
-other. Here Llama-2-7B, compiled for the target: `dense` is the loss with the gradients of all weights in bfloat16,
-without an optimizer, as LLM-Pruner takes them; `loraprune+lora` a whole train step, of which scores are a part. Rows of
-512 tokens are LoRAPrune's, 10 rows of 64 LLM-Pruner's.
+Its paper says so of LLaMA models of which half is pruned; LLM-Pruner takes each weight's gradient to score it.
+Here Llama-2-7B, compiled for the target: `dense` is the loss with the gradients of all weights in bfloat16, without an
+optimizer; `loraprune+lora` a whole train step, of which scores are a part. Rows of 512 tokens are LoRAPrune's, 10 rows
+of 64 LLM-Pruner's, by the defaults of their programs.
 
 - h200, 4 x 512: everything 33.9 to 21.6 GiB (36%), matmuls 31.1 to 18.9 GiB (39%), blocks 26.2 to 13.7 GiB (48%).
 - h200, 10 x 64: everything 27.8 to 15.6 GiB (44%), matmuls 27.0 to 14.7 GiB (45%), blocks 25.6 to 13.4 GiB (48%).
@@ -98,8 +98,4 @@ def verdicts(rows: list[common.Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    args = common.arguments(__doc__)
-    figures = common.Figures(NAME, None if args.draw else measure)
-    found = collect(figures, args.targets)
-    common.write(f"{NAME}.md", document(found))
-    print(common.bullets(verdicts(found)))
+    common.main(__doc__, NAME, measure, collect, document, verdicts)

@@ -126,8 +126,4 @@ def verdicts(rows: list[common.Row]) -> list[str]:
 
 
 if __name__ == "__main__":
-    args = common.arguments(__doc__)
-    figures = common.Figures(NAME, None if args.draw else measure)
-    found = collect(figures, args.targets)
-    common.write(f"{NAME}.md", document(found))
-    print(common.bullets(verdicts(found)))
+    common.main(__doc__, NAME, measure, collect, document, verdicts)

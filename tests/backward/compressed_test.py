@@ -183,6 +183,7 @@ def test_gradients_of_a_pretrained_model(stories, exact, monkeypatch):
     assert ours < 1.25 * np.linalg.norm(in_bfloat16(stories, "compressed", monkeypatch) - exact)
 
 
+@pytest.mark.slow
 def test_its_gradients_from_12_bits(stories, exact, monkeypatch):
     """As exact as keeping the same arrays in bf16, but for what becomes zero: of a block in norm below 2^-10 of its
     largest number, where bf16 rounds each by up to 2^-8. Seldom is so much lost, and as squares they add: 1 %."""

@@ -226,6 +226,7 @@ def test_refusals_of_a_model():
         gradients(jp.remat(model, "gate=save", form="policy"), trainable, frozen, packed())
 
 
+@pytest.mark.slow
 def test_a_planned_step():
     """What a row of the plan says of both forms: the same kept bytes and products, one block's rows taken at once."""
     rows = {}

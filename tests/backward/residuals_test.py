@@ -200,6 +200,7 @@ def test_an_adapter_that_reads_the_kernel_gets_its_values():
     np.testing.assert_allclose(planned.apply(params, packed()), model.apply(params, packed()), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_group_has_dropout_of_its_own():
     """Groups draw masks of their own, the same in both passes: the slope is that of the value that was computed."""
     (model, trainable, frozen), _ = plain("dropout", "llama")

@@ -61,6 +61,7 @@ def test_each_tile_draws_its_own_masks():
     np.testing.assert_array_equal(d_x, x * w * mask)
 
 
+@pytest.mark.slow
 def test_products_are_counted_as_those_that_blocks_computes_again():
     """The MLP's products, forward and again; under `matmuls` gate and up are what tiles compute again."""
     config = geometries.load("llama2-7b") | {"num_hidden_layers": 2}

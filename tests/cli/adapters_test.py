@@ -287,6 +287,7 @@ def test_export_of_a_run_that_trained_the_base_itself(method, options, capsys, t
     assert (tmp_path / "x" / name).read_bytes() == (args.out / "model" / name).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
     [

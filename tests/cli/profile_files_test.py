@@ -82,6 +82,7 @@ def test_the_choice_is_said(written, capsys):
     assert document(capsys, "--xla-dump", written / "xla", "--module", name)["module"] == name
 
 
+@pytest.mark.slow
 def test_a_step_of_ours(tmp_path, capsys):
     """What the library's own compilation writes reads the same without its knowledge of the arguments."""
     (tmp_path / "config.json").write_text(json.dumps(tiny.CONFIG))

@@ -128,6 +128,7 @@ def several(files):
     return ["--model", files / "model", "--adapter", f"a={files / 'a'}", "--adapter", f"b={files / 'b'}"]
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_have_their_adapters(files, capsys):
     flags = ["generate", "--max-new-tokens", 6]
     document, _ = said(capsys, *flags, *several(files), "--prompts", files / "prompts.jsonl")

@@ -11,8 +11,9 @@ import jaxpeft as jp
 from experiments.compare import __main__ as command
 from experiments.compare import contestants, memory, quality, table
 from experiments.memory import common
+from jaxpeft import assets, recipe
 from jaxpeft import method as contract
-from jaxpeft import recipe
+from jaxpeft.hf import load_tokenizer
 from jaxpeft.memory import planner
 from tests import tiny
 
@@ -189,6 +190,20 @@ def test_rows_that_tune_are_not_trained_on(shared_data, monkeypatch):
     rows = quality.rows_of.__wrapped__("banking77")
     assert (len(rows.train), len(rows.tune), len(rows.test), len(rows.labels)) == (693, 77, 3080, 77)
     assert not {row.line for row in rows.train} & {row.line for row in rows.tune}
+
+
+def test_what_is_probed_is_the_prompt_and_its_answer(shared_data, monkeypatch):
+    """All rows of sentiment, without the answer that they end with."""
+    monkeypatch.setenv("JAXPEFT_DATA", str(shared_data))
+    rows, probed = quality.rows_of("sentiment"), quality.prompts("sentiment")
+    assert probed.labels == ("negative", "positive")
+    tokenizer = load_tokenizer(assets.smollm2())
+    for whole, asked in ((rows.train, probed.train), (rows.tune, probed.tune), (rows.test, probed.test)):
+        assert {row.label for row in asked} == {0, 1} and len(asked) == len(whole) > 0
+        for row, example in zip(asked, whole, strict=True):
+            np.testing.assert_array_equal(row.ids, example.ids[: len(row.ids)])
+            answer = tokenizer.decode(example.ids[len(row.ids) :], skip_special_tokens=True)
+            assert answer.strip() == probed.labels[row.label]
 
 
 @pytest.mark.parametrize(

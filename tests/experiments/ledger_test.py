@@ -65,6 +65,7 @@ def test_the_heads_kernel_is_read_once_for_as_many_logits_as_there_may_be():
     assert floor.floor(CONFIG, work)["weights"] - layers == 2 * 4 * 2 * V * D
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("target", "dtype", "save", "optimizer"),
     [

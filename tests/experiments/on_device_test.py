@@ -199,6 +199,7 @@ assert callable(targets.measured_peak) and plans.target_of("NVIDIA H100 80GB HBM
 """
 
 
+@pytest.mark.slow
 def test_kernels_planner_and_step_import_only_what_they_use():
     subprocess.run(
         [sys.executable, "-c", BARE], check=True, cwd=record.ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"}

@@ -63,6 +63,7 @@ def test_what_is_planned_is_what_runs(narrow):
     assert planned["temporaries"] == executable.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_step_takes_what_was_planned(dtype):
     """In a process of its own, as a user's, whose allocator keeps nothing of other work; at a size beside which the few

@@ -177,6 +177,7 @@ def test_profile_says_what_a_function_moves(tmp_path):
     assert "What moves" in page and '<svg id="traffic"' in page
 
 
+@pytest.mark.slow
 def test_a_step_is_said_by_module(tmp_path, capsys):
     flags = ["--traffic", "--batch-size", "2", "--seq-len", "32", "--json", "--limit", "100"]
     assert cli.main(["profile", *flags]) == 0

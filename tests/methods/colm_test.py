@@ -190,6 +190,7 @@ def temporaries(method, rows, save="everything"):
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_the_chosen_rows():
     """A quarter of 128 rows: the step on 32. In the rows' forward passes nothing is kept."""
     lora = lambda: jp.lora(rank=2)

@@ -83,6 +83,7 @@ def test_merging_joins_the_layers(alone):
     chex.assert_trees_all_equal(jp.hybrid().merge(state.params), tiny.model(num_hidden_layers=LAYERS)[1])
 
 
+@pytest.mark.slow
 def test_in_a_chain_the_last_layers_alone_have_moments():
     """LoRA's factors there step by Adam, the others by ratio slope z, which Adam does not see."""
     adam = make_direction("adam", clip=None)

@@ -95,6 +95,7 @@ def test_the_loss_is_the_divergence_from_the_base(share):
         np.testing.assert_allclose(leaf, slope[path], rtol=1e-3, atol=1e-4 * np.abs(slope[path]).max(), err_msg=path)
 
 
+@pytest.mark.slow
 def test_recovery_brings_outputs_nearer_to_the_base_on_other_text():
     method, base, params, model, trainable, frozen = made(recover=1.0)
     other = tiny.batch(seed=9)
@@ -142,6 +143,7 @@ def test_a_pair_is_its_packed_kernel():
     assert pair.size == w.size and pair.dtype == w.dtype and isinstance(like(pair, w), Affine)
 
 
+@pytest.mark.slow
 def test_a_plan_knows_what_recovery_costs():
     """The kernels once more, and nothing else that is held; nothing of the base's layers is kept."""
     rows = [planner.make_step(tiny.CONFIG, made(recover=w)[0], 2, 16, "blocks", jnp.float32) for w in (0.0, 1.0)]

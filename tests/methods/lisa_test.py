@@ -95,6 +95,7 @@ def test_its_step_is_that_of_full_fine_tuning_on_the_same_layer(run):
         assert near.mean() > 0.998, path
 
 
+@pytest.mark.slow
 def test_two_rows_two_layers_and_groups_of_16_tokens():
     """What is shared by all rows is divided by none, though its leading axis is as long as the batch."""
     method, batch = jp.lisa(count=2), tiny.batch(rows=2)

@@ -157,6 +157,7 @@ def test_groups_keep_inputs_and_no_kernel(grouped):
         assert not {*kernels, *(shape[1:] for shape in kernels)} & set(wide)
 
 
+@pytest.mark.slow
 def test_a_plan_keeps_products_in_the_place_of_outputs():
     """Under `matmuls`: beside what LoRA over packed kernels keeps, the output of down_proj; with groups nothing."""
 

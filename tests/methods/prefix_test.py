@@ -149,6 +149,7 @@ def test_the_cache_has_whole_tiles_and_the_model_room_for_fewer_tokens(start):
         assert cache["k"].shape == (3, 2, 2, whole, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [

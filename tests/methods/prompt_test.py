@@ -157,6 +157,7 @@ def test_the_prompt_is_computed_once_per_batch_and_by_no_token_that_is_decoded()
     assert decoded(model) <= decoded(base) * 1.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["loops", pytest.param("policy", marks=pytest.mark.slow)])
 def test_beside_lora_in_either_order_under_a_memory_plan(form):
     """The prompt goes through the adapters, too, wherever it stands in the chain."""
@@ -189,6 +190,7 @@ def test_a_step_of_mezo_moves_the_prompt_and_what_it_goes_through():
     np.testing.assert_allclose(found, jax.jit(model.apply)(jp.combine(whole, rest), tiny.batch()), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_cut_stack_and_packed_kernels():
     method = jp.chain(jp.full("last:1"), jp.prompt(P, "random"))
     model, trainable, rest = beside.start(method)
@@ -227,6 +229,7 @@ def test_classifiers_are_those_of_peft(tmp_path):
     reference.assert_close(np.asarray(model.classify(adapted, {"tokens": tokens})), of_torch(ours))
 
 
+@pytest.mark.slow
 def test_rows_are_classified_behind_it():
     """At their last token, whatever is behind it."""
     labelled = {**tiny.CONFIG, "architectures": ["LlamaForSequenceClassification"], "num_labels": 3}

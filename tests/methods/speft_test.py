@@ -82,6 +82,7 @@ def test_the_state_is_16_bytes_of_an_entry():
     assert tree.num_bytes((state.trainable, own, state.opt_state)) == 3 * int(0.03 * 32 * 56) * 16 + counter
 
 
+@pytest.mark.slow
 def test_packed_kernels_are_scored_and_stay_packed():
     base, params = tiny.model(hidden_size=64, intermediate_size=128)
     method = jp.chain(jp.quantize("int8"), jp.speft(0.01, "saliency", ["up_proj"]))

@@ -319,6 +319,7 @@ def kept_bytes(method, save, length=64):
     return (many - few) / 4 / length
 
 
+@pytest.mark.slow
 def test_keeps_gate_and_up_of_the_blocks_room():
     """Under a plan that keeps products: gate and up of half of the tokens in each block, in the place of all."""
     options = {**OPTIONS, "targets": "attention", "keep": 1.0}

@@ -286,6 +286,7 @@ def test_lora_ga_s_sketch_of_a_smaller_rank():
     assert np.abs(near).max() < 0.5
 
 
+@pytest.mark.slow
 def test_without_data_there_are_shapes_alone():
     base, params = tiny.model()
     for init in ("eva", "lora_ga"):

@@ -135,6 +135,7 @@ def test_accumulated_parts_train_as_the_whole_batch(files, tmp_path):
     np.testing.assert_allclose(losses(tmp_path / "1", "eval"), losses(tmp_path / "2", "eval"), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "option", "own"),
     [("lora", "init=pissa", "a0"), pytest.param("lora_fa", "store_a=true", "lora_fa/a", marks=pytest.mark.slow)],

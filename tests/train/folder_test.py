@@ -120,6 +120,7 @@ def test_a_run_in_a_runs_folder_is_refused(files, tmp_path, inner):
     assert os.listdir(tmp_path / "run") == ["config.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cache")
 @pytest.mark.parametrize(
     ("name", "moved"),

@@ -101,6 +101,7 @@ def test_checkpoints_hold_no_base_weights(uninterrupted):
     assert not (args.out / "checkpoints" / "frozen").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_trains_on(uninterrupted, files, cache, tmp_path):
     """--adapter begins where the adapter is, with its own method, and leaves one that is trained further."""
     first = json.loads(uninterrupted[1].stdout)
@@ -176,6 +177,7 @@ def test_a_damaged_checkpoint_is_not_trained_on(uninterrupted, files, tmp_path, 
     assert (out / adapter).read_bytes() == (finished.out / adapter).read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)]
 )

@@ -72,6 +72,7 @@ def test_its_state_is_all_that_the_next_batch_follows_from(layout):
         rounds(size=5, **layout).set_state(state)
 
 
+@pytest.mark.slow
 def test_uncertainties_are_sums_over_a_rows_completion():
     """Of the loss, of the entropy, against NumPy; three passes with dropout are the mean of three of one."""
     method = jp.lora(rank=2, dropout=0.2)
