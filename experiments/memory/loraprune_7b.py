@@ -12,7 +12,6 @@ of 64 LLM-Pruner's, by the defaults of their programs.
 - h200, 10 x 64: everything 27.8 to 15.6 GiB (44%), matmuls 27.0 to 14.7 GiB (45%), blocks 25.6 to 13.4 GiB (48%).
 
 Gradients of all weights are as many bytes as the weights, which stay: by those alone less than half can be spared.
-
 """
 
 from __future__ import annotations
