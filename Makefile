@@ -31,7 +31,7 @@ NEXT_ONLY = (not methods_test or [lora] or [mezo] or lisa or prefix) \
 # plans over the names of one family of models, and reversible layers, which have them in branches. Other families and
 # methods, types, dropout and sharding meet names in the same place. Not before JAX 0.12: under
 # the flag 0.10.2 has no vmap of names, without which no model is initialised.
-REMAT3_TESTS = tests/backward/programs_test.py tests/backward/residuals_test.py \
+REMAT3_TESTS = tests/backward/programs_test.py tests/backward/residuals_test.py tests/backward/kept_test.py \
   tests/backward/reversible_test.py::test_the_backward_pass_computes_each_layer_again_once \
   tests/backward/reversible_test.py::test_evaluating_once_or_twice_is_the_same \
   tests/backward/planned_test.py::test_gradients_are_those_of_a_scan

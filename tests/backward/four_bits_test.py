@@ -13,7 +13,7 @@ from jaxpeft.backward.four_bits import Quarter, quarter, whole
 from jaxpeft.backward.plan import INPUT
 from tests import tiny
 from tests.backward.compressed_test import numbers
-from tests.backward.residuals_test import LAYERS, METHODS, MHA, D, F, gradients, segments, start
+from tests.backward.gradients import LAYERS, METHODS, MHA, D, F, gradients, segments, start
 
 TOKENS = 64  # of `segments`
 

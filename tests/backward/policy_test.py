@@ -18,7 +18,7 @@ from jaxpeft.backward.plan import Plan
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, targets
 from tests import tiny
-from tests.backward.residuals_test import gradients, packed, same, start
+from tests.backward.gradients import gradients, packed, same, start
 
 ROWS, D = 4, 8
 X = jax.random.normal(jax.random.key(0), (ROWS, D))

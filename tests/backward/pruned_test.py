@@ -15,7 +15,7 @@ from jaxpeft.backward.pruned import prune, spread
 from jaxpeft.errors import InputError
 from jaxpeft.models import bert, layers
 from tests import tiny
-from tests.backward.residuals_test import LAYERS, D, segments
+from tests.backward.gradients import LAYERS, D, segments
 
 NORMS = ("input_layernorm", "post_attention_layernorm")
 DATA = np.random.default_rng(0)

@@ -15,10 +15,7 @@ from jaxpeft.memory import planner, targets
 from jaxpeft.model import Context, Stack, by_token
 from jaxpeft.models import geometries
 from tests import sharding_test, tiny
-from tests.backward import residuals_test
-from tests.backward.residuals_test import gradients, plain, same
-
-packed = residuals_test.packed  # rows of 16 tokens
+from tests.backward.gradients import gradients, packed, plain, same
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from jaxpeft.backward import residuals
 from jaxpeft.backward.plan import INPUT
 from jaxpeft.backward.twelve_bits import lengthen, shorten
 from tests import tiny
-from tests.backward.residuals_test import LAYERS, MHA, D, F, gradients, segments
+from tests.backward.gradients import LAYERS, MHA, D, F, gradients, segments
 
 
 def by_hand(bits):
