@@ -236,10 +236,12 @@ def test_under_memory_plans(moved, at_once, plan, form):
     close(value_and_gradients(planned, ROWS, trainable, frozen, padded()), at_once)
 
 
+@pytest.mark.slow
 def test_micro_batches_change_nothing_of_the_term_by_rows(moved, at_once):
     close(value_and_gradients(moved[0], ROWS, *moved[1:], padded(), 2), at_once)
 
 
+@pytest.mark.slow
 def test_a_packed_base_computes_as_what_it_unpacks_to():
     model, trainable, frozen = jp.setup(jp.chain(jp.quantize("nf4"), METHOD), *tiny.model(), KEY)
     assert is_packed(frozen["layers/mlp/gate_proj/kernel"])
@@ -288,6 +290,7 @@ def test_a_chain_that_loses_what_routers_say_is_refused(chain):
         jax.eval_shape(lambda: objective.value(trainable, frozen, tiny.batch(), None))
 
 
+@pytest.mark.slow
 def test_behind_a_prefix_and_before_meft_without_the_term():
     for chain in (jp.chain(jp.prefix(2), METHOD), jp.chain(jp.mixlora(rank=R, router_aux_loss_coef=0), jp.meft())):
         model, trainable, frozen = beside.start(chain)

@@ -48,6 +48,7 @@ def test_a_step_is_that_of_mezo(both):
         chex.assert_trees_all_equal(jax.device_get(ours.moved), jax.device_get(theirs.moved))
 
 
+@pytest.mark.slow
 def test_seeds_and_micro_batches_are_those_of_mezo():
     """Sums of several evaluations and parts may be rounded in another order: of slopes of differences over 2 eps."""
     options = {"accumulate": 2, "dtype": jnp.float32}
