@@ -135,14 +135,14 @@ def _flops(key: common.Row) -> common.Row:
 
 
 @functools.lru_cache(maxsize=1)
-def _runner(words: str, options: tuple[str, ...], optimizer: str | None, steps: int) -> quality.Runner:
+def _runner(words: str, options: tuple[str, ...], optimizer: str | None) -> quality.Runner:
     method = recipe.parse(words, options)
-    return quality.Runner(TASK, words, method, steps, direction_of(method.specs, optimizer))
+    return quality.Runner(TASK, words, method, direction_of(method.specs, optimizer))
 
 
 def _run(key: common.Row) -> common.Row:
-    runner = _runner(key["method"], tuple(key["options"]), key["optimizer"], key["steps"])
-    return runner(key["lr"], key["seed"])
+    runner = _runner(key["method"], tuple(key["options"]), key["optimizer"])
+    return runner(key["lr"], key["seed"], key["steps"])
 
 
 # What is asked for. Where nothing may be measured, what is missing is None.

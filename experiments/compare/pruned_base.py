@@ -43,10 +43,9 @@ class Runner(quality.Runner):
     def __init__(self, keep: float):
         self.rows, self.protocol = quality.rows_of(TASK), quality.DATA[TASK]
         self.layout: dict[str, Any] = {"pack": True}
-        self.steps, self.trains = 8, True
         folder = quality.shared() / "checkpoints/stories260K"
         self.whole, self.params = jp.load_pretrained(folder, "float32")
-        scores = pruning.importance(self.whole, self.params, "taylor", self.batches(0))
+        scores = pruning.importance(self.whole, self.params, "taylor", self.batches(0, 8))
         self.kept = pruning.choose(scores, keep, keep)
         counts = [at.shape[1] for at in self.kept]
         fields = {**hf.load_config(str(folder)), **pruning.smaller(self.whole.config, *counts)}
@@ -62,14 +61,11 @@ class Runner(quality.Runner):
     def __call__(self, lr: float, seed: int) -> common.Row:
         began = time.process_time()
         _, trainable, frozen = self.setup(seed)
-        step, optimizer = self.trainer(lr)
-        state = jp.init_state(self.method, optimizer, trainable, frozen, jax.random.key(200 + seed), model=self.model)
-        for batch in self.batches(seed):
-            state, _ = step(state, batch)
+        state = self.train(lr, seed, trainable, frozen, self.steps)
         pruned = {name: self.scores(state, rows)["loss"] for name, rows in self.parts.items()}
         leaves = jax.tree.map(jnp.asarray, pruning.recovered(state.trainable, self.whole.config, self.kept))
         model, _, rest = self.on_whole
-        whole = jp.init_state(self.method, optimizer, leaves, rest, jax.random.key(0), model=model)
+        whole = jp.init_state(self.method, self.direction, leaves, rest, jax.random.key(0), model=model)
         own, self.eval_step = self.eval_step, self.whole_step
         recovered = {name: self.scores(whole, rows)["loss"] for name, rows in self.parts.items()}
         self.eval_step = own

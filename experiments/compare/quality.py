@@ -30,29 +30,28 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-import optax
 
 import jaxpeft as jp
 from experiments import lora_fa_quality
 from experiments.compare import contestants
 from experiments.memory import common
-from experiments.tuning import by_state, place, rate, search
+from experiments.tuning import place, rate, search
 from jaxpeft import assets, data, tree
 from jaxpeft.errors import InputError
 from jaxpeft.hf import load_tokenizer
-from jaxpeft.method import Method, unchanged
+from jaxpeft.method import Method
 from jaxpeft.special import special_tokens
 from jaxpeft.template import choose
 from jaxpeft.train import evaluate
 from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
-from jaxpeft.train.step import objective_of
 from jaxpeft.train.task import TASKS
 
 FIRST = 3e-3
@@ -197,17 +196,12 @@ def prompts(task: str) -> Rows:
 
 
 class Runner:
-    """One task and one method, compiled once for all rates and seeds; for a rate, where the step's own moves leaves.
+    """One task and one method, compiled once: a step is told its rate with its batch.
 
-    A method without a backward pass (MeZO) moves the base's leaves itself, and asks the step for its rate. One that
-    changes directions may begin the optimizer's state anew (LISA, with each draw), of which the rate is no part then.
-
-    method, steps, direction: in the place of the contestant's, the protocol's and the method's own.
+    method, direction: in the place of the contestant's and the method's own.
     """
 
-    def __init__(
-        self, name: str, words: str, method: Method | None = None, steps: int | None = None, direction: Any = None
-    ):
+    def __init__(self, name: str, words: str, method: Method | None = None, direction: Any = None):
         self.protocol, self.rows = DATA[name], rows_of(name)
         if words == contestants.PROBE and self.protocol.kind == "lm":
             self.protocol, self.rows = self.protocol._replace(kind="classify"), prompts(name)
@@ -221,32 +215,29 @@ class Runner:
         self.shows = words == contestants.ICL
         self.method = self.task.method(method or contestants.make(words, self.protocol.model))
         per_epoch = len(self.rows.train) / self.protocol.batch
-        self.steps = steps or self.protocol.steps or math.ceil(self.protocol.epochs * per_epoch)
+        self.steps = self.protocol.steps or math.ceil(self.protocol.epochs * per_epoch)
         self.direction = make_direction(direction or defaults(self.method.specs).direction or "adam")
-        self.model, trainable, rest = self.setup(0)
-        objective = objective_of(self.model, self.method, {**rest, **trainable}, self.task.loss)
-        own = any(self.method.role(path).name == "moved" for path in rest) and not objective.backward
-        own = own or self.method.update is not unchanged
-        self.trainer = functools.lru_cache(maxsize=1)(self.of_its_rate if own else self.of_any_rate())
-        self.eval_step = Compiled(self.task.eval_step(self.model))
+        self.model, *_ = self.setup(0)
+        self.step, self.eval_step = Compiled(self.told, steps=True), Compiled(self.task.eval_step(self.model))
 
-    def of_its_rate(self, lr: float) -> tuple[Any, Any]:
-        """(step, optimizer), with this rate as the step's."""
-        schedule = make_schedule("linear", lr, self.steps, self.steps // 10)
-        step = jp.make_train_step(self.model, self.method, self.direction, self.task.loss, rate=schedule)
-        return Compiled(step, steps=True), self.direction
+    def told(self, state: jp.TrainState, batch: dict[str, Any]) -> Any:
+        """A step of a batch with its "rate", which is the method's too, of what it moves without gradients."""
+        told, rows = batch["rate"], {name: leaf for name, leaf in batch.items() if name != "rate"}
+        step = jp.make_train_step(self.model, self.method, self.direction, self.task.loss, rate=lambda count: told)
+        return step(state, rows)
 
-    def of_any_rate(self) -> Callable[[float], tuple[Any, Any]]:
-        """The same for each rate, which lies in the optimizer's state: one compiled step."""
-        schedule = make_schedule("linear", 1.0, self.steps, self.steps // 10)
-        unit = optax.chain(self.direction, optax.scale_by_learning_rate(schedule))
-        step = jp.make_train_step(self.model, self.method, optax.chain(unit, by_state(1.0)), self.task.loss)
-        compiled = Compiled(step, steps=True)
-        return lambda lr: (compiled, optax.chain(unit, by_state(lr)))
+    def train(self, lr: float, seed: int, trainable: tree.Flat, frozen: tree.Flat, steps: int) -> jp.TrainState:
+        """The state after so many steps, at rates that rise to `lr` and fall to zero."""
+        key, schedule = jax.random.key(200 + seed), make_schedule("linear", lr, steps, steps // 10)
+        state = jp.init_state(self.method, self.direction, trainable, frozen, key, model=self.model)
+        rates = np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float32)
+        for now, batch in zip(rates, self.batches(seed, steps), strict=True):
+            state, _ = self.step(state, {**batch, "rate": now})
+        return state
 
-    def batches(self, seed: int) -> Any:
+    def batches(self, seed: int, steps: int) -> Any:
         made = data.make_batches(self.rows.train, self.protocol.batch, self.protocol.tokens, seed, **self.layout)
-        return (batch for batch, _ in itertools.islice(made, self.steps if self.trains else 0))
+        return (batch for batch, _ in itertools.islice(made, steps))
 
     def setup(self, seed: int) -> Any:
         if self.protocol.kind == "lm":
@@ -254,7 +245,7 @@ class Runner:
         else:
             new = {"labels": self.rows.labels, "key": jax.random.key(seed)}
             base, params = jp.load_pretrained(place_of(self.protocol.model), "float32", **new)
-        some = lambda: itertools.islice(self.batches(seed), 8)
+        some = lambda: self.batches(seed, min(8, self.steps))
         return jp.setup(self.method, base, params, jax.random.key(100 + seed), batches=some)
 
     def scores(self, state: Any, rows: list[Any]) -> dict[str, Any]:
@@ -270,14 +261,12 @@ class Runner:
         said = evaluate.answer(self.model, state, asked, tokenizer, ends, ANSWER).texts
         return 100 * sum(text == q.reference for text, q in zip(said, asked, strict=True)) / len(asked)
 
-    def __call__(self, lr: float, seed: int) -> common.Row:
+    def __call__(self, lr: float, seed: int, steps: int | None = None) -> common.Row:
+        """A run; steps: in the place of the protocol's."""
         began = time.process_time()
         _, trainable, frozen = self.setup(seed)
-        step, optimizer = self.trainer(lr)
-        state = jp.init_state(self.method, optimizer, trainable, frozen, jax.random.key(200 + seed), model=self.model)
         own = {path: leaf for path, leaf in trainable.items() if not path.startswith("classifier/")}
-        for batch in self.batches(seed):
-            state, _ = step(state, batch)
+        state = self.train(lr, seed, trainable, frozen, (steps or self.steps) if self.trains else 0)
         rows = in_context(self.name, seed) if self.shows else self.rows
         tuned, tested = self.scores(state, rows.tune), self.scores(state, rows.test)
         found = {"tune_loss": tuned["loss"], "loss": tested["loss"], "trained": tree.size(own) if self.trains else 0}
