@@ -53,7 +53,7 @@ from jaxpeft import factory, tree
 from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
-from jaxpeft.quant import Folded, is_packed, refolded, unfolded, unfolded_all
+from jaxpeft.quant import Absent, Folded, is_packed, matrix, refolded, unfolded, unfolded_all
 from jaxpeft.spec import Spec
 
 
@@ -193,7 +193,9 @@ def told(name: str, aux: Mapping[str, Any] | None, key: str) -> Any:
       InputError: where it was not asked, because a member of the chain behind it calculates gradients of its own.
     """
     if aux is None or key not in aux:
-        raise InputError(f"{name}: stands in front of what replaces the gradient; put {name} last")
+        raise InputError(
+            f"{name}: stands in front of what replaces the gradient; put {name} last, or leave one of them out"
+        )
     return aux[key]
 
 
@@ -427,6 +429,8 @@ def as_master(path: str, leaf: Any, role: Role = TRAINED) -> jax.Array:
     Raises:
       InputError: for a packed kernel.
     """
+    if isinstance(matrix(leaf), Absent):
+        raise InputError(f"{path} trains, and factors have taken its place; leave one of the two methods out")
     if is_packed(leaf):
         raise InputError(
             f"{path} is packed and trains; give quantize targets that leave it out, or train an adapter beside it"

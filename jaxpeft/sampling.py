@@ -246,7 +246,7 @@ class Sampler(NamedTuple):
             )
         if packed := [path for path, leaf in sampled.items() if is_packed(leaf)]:
             raise InputError(
-                f"{name}: {packed[0]} is quantized and cannot train; sample adapters: quantize+lora+{name}"
+                f"{name}: {packed[0]} is quantized and cannot train; sample the layers of adapters: quantize+lora+lisa"
             )
         stacks = _stacks(sampled)
         more = self.leaves(flat, stacks)

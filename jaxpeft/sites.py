@@ -37,7 +37,7 @@ from jaxpeft.errors import InputError
 from jaxpeft.linear import Through, product, runs
 from jaxpeft.model import Context, Model, marked_as
 from jaxpeft.models.layers import Dense
-from jaxpeft.quant import dot, is_packed, low_rank_dot
+from jaxpeft.quant import Absent, dot, is_packed, low_rank_dot
 from jaxpeft.targets import chooses, find, first_match, kernel_path
 from pallas_kernels.dropout import drop
 from pallas_kernels.stacked import taken
@@ -221,6 +221,8 @@ def attach(
         for site in choose(params):
             there = {path for path in flat if path.startswith(f"{site}/{name}/")}
             kernel, bias = flat[kernel_path(flat, site)], flat.get(f"{site}/bias")
+            if isinstance(kernel, Absent) and not there:
+                raise InputError(f"{name}: factors have taken the place of {site}'s kernel; leave it out of targets")
             if bias is not None:  # of several axes where the outputs have them
                 bias = bias.reshape(*kernel.shape[:-2], kernel.shape[-1])
             site_key = jax.random.fold_in(key, zlib.crc32(site.encode()))

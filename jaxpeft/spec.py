@@ -6,7 +6,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, shown
+
+MOST = 2**31 - 1  # of int32
+LEAST, LARGEST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # of float32, above 0 (what is smaller a device may take for 0)
 
 
 class Spec(NamedTuple("Spec", [("name", str), ("config", dict[str, Any])])):
@@ -16,7 +19,8 @@ class Spec(NamedTuple("Spec", [("name", str), ("config", dict[str, Any])])):
     become lists, numpy's scalars numbers.
 
     Raises:
-      InputError: for an argument that JSON cannot hold.
+      InputError: for an argument that JSON cannot hold, or a number that a step cannot: numbers are its int32 and
+        float32.
     """
 
     __slots__ = ()
@@ -33,8 +37,12 @@ def _as_json(where: str, value: Any) -> Any:
     if hasattr(value, "dtype") and hasattr(value, "item") and value.ndim == 0:
         return _as_json(where, value.item())
     if isinstance(value, int):
+        if abs(value) > MOST:
+            raise InputError(f"{where} {shown(value)}: is too large; whole numbers are at most {MOST}")
         return int(value)
     if isinstance(value, float) and math.isfinite(value):
+        if value and not LEAST <= abs(value) <= LARGEST:
+            raise InputError(f"{where} {value}: is none of float32's numbers, {LEAST:.2g} to {LARGEST:.2g}")
         return float(value)
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {str(key): _as_json(f"{where}: {key}", item) for key, item in value.items()}

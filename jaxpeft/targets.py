@@ -39,6 +39,8 @@ def find(
       InputError: if a target matches no site, with the nearest names; or a linear map that cannot be one, with why not;
         or an embedding or a convolution that the method does not adapt.
     """
+    if targets in ("", [], ()):
+        raise InputError(f"{method}: targets {targets!r} name nothing; all-linear names every linear map of the layers")
     flat = tree.flatten(params)
     ends = lambda path: path.endswith("/kernel") or kind_of(flat[path]) == EMBEDDING
     kernels = {path.rpartition("/")[0]: leaf for path, leaf in flat.items() if ends(path)}

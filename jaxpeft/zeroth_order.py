@@ -30,7 +30,7 @@ import numpy as np
 import optax
 
 from jaxpeft import forward_mode, host, noise, tree
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, shown
 from jaxpeft.method import Leaves, Method, Moment, Objective, Role, View, shapes_of
 from jaxpeft.model import Context, Model, reads_stacks, runs_through_blocks
 from jaxpeft.quant import is_packed
@@ -46,6 +46,7 @@ MOMENTS = {  # with their numbers per trained one
 }
 Losses = Callable[[jax.Array, jax.Array], Any]  # (draws (E, 3), how far each (E,) or (E, 1 + L)) -> ((E,), aux)
 ROUNDINGS = ("stochastic", "nearest")
+MOST_SEEDS = 1024  # each has a name in a step's metrics
 SLOPE = "slope_{}"  # metrics of a step in several directions; of one it is "slope"
 OWN, AWAY = Role("moved"), Role("moved", host=True)  # known by their identity among the moved leaves of a chain
 
@@ -77,15 +78,15 @@ class Settings(NamedTuple):
     def check(self) -> None:
         """Raises InputError for a value that cannot be."""
         if not (self.eps > 0 and math.isfinite(self.eps)):
-            raise InputError(f"{self.name}: eps {self.eps} must be above 0")
-        if self.seeds < 1:
-            raise InputError(f"{self.name}: seeds {self.seeds} must be at least 1")
+            raise InputError(f"{self.name}: eps {self.eps} must be a finite number above 0")
+        if not 1 <= self.seeds <= MOST_SEEDS:
+            raise InputError(f"{self.name}: seeds {shown(self.seeds)} must be from 1 to {MOST_SEEDS}")
         if self.rounding not in ROUNDINGS:
             raise InputError(f"{self.name}: rounding {self.rounding!r} is not one of {', '.join(ROUNDINGS)}")
         if self.variant not in VARIANTS:
             raise InputError(f"{self.name}: variant {self.variant!r} is not one of {', '.join(VARIANTS)}")
         if not 0 < self.kept <= 1:
-            raise InputError(f"{self.name}: sparsity {1 - self.kept} must be at least 0 and below 1")
+            raise InputError(f"{self.name}: sparsity {1 - self.kept:g} must be at least 0 and below 1")
         if self.variant == "conservative" and self.seeds > 1:
             raise InputError(
                 f"{self.name}: seeds {self.seeds}: a conservative step is along one direction; leave it at 1"

@@ -160,6 +160,21 @@ def test_what_json_cannot_hold_is_refused(value):
         Spec("lora", {"alpha_pattern": value})
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (2**31, "galore: every 2147483648: is too large; whole numbers are at most 2147483647"),
+        (-(10**60), "galore: every -1000.*: is too large"),
+        (1e-50, "galore: every 1e-50: is none of float32's numbers, 1.2e-38 to 3.4e.38"),
+        (1e300, "galore: every 1e.300: is none of float32's numbers"),
+    ],
+)
+def test_numbers_that_a_step_cannot_hold_are_refused(value, message):
+    with pytest.raises(InputError, match=message):
+        Spec("galore", {"every": value})
+    assert Spec("galore", {"every": [2**31 - 1, 1e-30, 0.0]}).config == {"every": [2**31 - 1, 1e-30, 0.0]}
+
+
 def test_a_chain_holds_a_method_once():
     with pytest.raises(InputError, match=r"^lora\+meft\+lora: lora stands twice"):
         jp.chain(jp.lora(alpha=1), jp.chain(jp.meft(), jp.lora(alpha=2)))

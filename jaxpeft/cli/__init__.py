@@ -228,7 +228,8 @@ def parse(kind: type, name: str, flags: list[str]) -> Any:
 
     from jaxpeft.cli.config import config_arguments
 
-    fields = [field.name for field in dataclasses.fields(kind) if field.name != "config"]
+    hints = typing.get_type_hints(kind)
+    fields = {field.name: hints[field.name] for field in dataclasses.fields(kind) if field.name != "config"}
     from_file = config_arguments(path, fields)
     try:
         _parse_flags(kind, name, [word for words in from_file.values() for word in words])
@@ -256,6 +257,9 @@ def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
 
 def _in_our_words(kind: type, message: str) -> str:
     """tyro's message; that a value is not of its flag's type in the words of `jaxpeft.train.run`."""
+    if choice := re.search(r"nvalid choice '(.*?)' for argument '?--([\w-]+)", message):
+        hint = typing.get_type_hints(kind).get(choice[2].replace("-", "_"))
+        return message if hint is None else f"--{choice[2]} {shown(choice[1])}: must be {in_words(hint)}"
     found = re.search(r"Error parsing --([\w-]+).*: no type matching .* instantiated from \['(.*?)'\]", message)
     if found is None:
         return message

@@ -1,17 +1,19 @@
 """A run's YAML file, read as if its keys had been written as flags."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxpeft.errors import InputError, did_you_mean
+from jaxpeft.errors import InputError, did_you_mean, shown
 from jaxpeft.files import from_yaml, read_text, to_yaml
 from jaxpeft.train.checks import flag
+from jaxpeft.train.hints import in_words, is_of_form
 
 _MOST_BYTES = 2**20
 _REPEATED = ("adapter",)  # flags that stand once for each value
 
 
-def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
+def config_arguments(path: Path, known: Mapping[str, Any]) -> dict[str, list[str]]:
     """Reads a run's YAML file as command-line arguments: {field name: arguments that set it}.
 
     Values pass through the same parser as flags, so that both accept and refuse the same things. Lists become several
@@ -19,10 +21,11 @@ def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
 
     Args:
         path: the file; keys are flags' names, with dashes or underscores.
-        known: the field names that may stand in it.
+        known: {field that may stand in it: its type}.
 
     Raises:
-        InputError: for a file that cannot be read, is not a mapping, or has an unknown key.
+        InputError: for a file that cannot be read, is not a mapping, or has an unknown key, or a value that no flag
+          could have.
     """
     try:
         text = read_text(path, f"{path}: No such file or directory", _MOST_BYTES, pipe=True)
@@ -42,6 +45,8 @@ def config_arguments(path: Path, known: list[str]) -> dict[str, list[str]]:
             raise InputError(f"--config {path}: unknown key {key!r}" + did_you_mean(name.replace("_", "-"), spelt))
         if name in arguments:
             raise InputError(f"--config {path}: {key!r} is given twice")
+        if name not in _REPEATED and not is_of_form(value, known[name]):
+            raise InputError(f"--config {path}: {key}: {shown(value)} must be {in_words(known[name])}")
         arguments[name] = _as_arguments(name, value)
     return arguments
 

@@ -48,8 +48,19 @@ def full(which: str = "all") -> Method:
     spec = (Spec("full", {"which": which}),)
     if which.startswith("last:"):
         return _last_layers(which, spec)
-    pattern = patterns.compiled(WHICH.get(which, which), "which")
-    return Method(roles=trains(pattern.found), specs=spec)
+    return Method(roles=trains(pattern_of(which, "which").found), specs=spec)
+
+
+def pattern_of(which: str, what: str) -> patterns.Pattern:
+    """The expression for a name of WHICH, or that is given itself; `what` names it in errors."""
+    if not which:
+        raise InputError(f"{what} {which!r}: names nothing; 'all' names every parameter")
+    return patterns.compiled(WHICH.get(which, which), what)
+
+
+def of(which: str) -> str:
+    """What an error says of leaves that it does not find: nothing of all."""
+    return "" if which == "all" else f" of which={which!r}"
 
 
 def _last_layers(which: str, spec: tuple[Spec, ...]) -> Method:

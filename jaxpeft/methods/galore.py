@@ -180,7 +180,7 @@ def projected(
         def role(path):
             if path.endswith("/galore/p") and others(path) == MOVED:
                 raise InputError(
-                    f"{own_name}: another member of the chain projects kernels, too; leave one of them out"
+                    f"{own_name}: another member of the chain projects kernels, or moves them itself; leave one out"
                 )
             if "/galore/" in path:
                 return own[path.rsplit("/", 1)[1]]

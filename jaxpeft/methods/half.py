@@ -27,7 +27,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import patterns, sampling, tree
+from jaxpeft import sampling, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, TRAINED, Method, Spec, View
@@ -52,7 +52,7 @@ def half(every: int = 0, which: str = "all") -> Method:
     config = dict(locals())
     if every < 0:
         raise InputError(f"half: every {every} must be at least 0; 0: one draw for the whole run")
-    pattern = patterns.compiled(_full.WHICH.get(which, which), "half: which")
+    pattern = _full.pattern_of(which, "half: which")
 
     def draw(key, stacks, moved):
         del moved
@@ -71,7 +71,7 @@ def half(every: int = 0, which: str = "all") -> Method:
         every,
         takes=lambda path: path.endswith("/kernel"),
         drawn_as=lambda path: f"active/{_site(path)}",
-        what=" that is a kernel",
+        what=f" that is a kernel{_full.of(which)}",
     )
     own = Method(
         forward=sampler.forward,

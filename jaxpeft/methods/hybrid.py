@@ -66,7 +66,7 @@ def hybrid(
     if not which.startswith("last:"):
         raise InputError(f"hybrid: which {which!r}: write last:K, the last K layers, which have gradients")
     if not 0 < lr_ratio < float("inf"):
-        raise InputError(f"hybrid: lr_ratio {lr_ratio} must be above 0")
+        raise InputError(f"hybrid: lr_ratio {lr_ratio} must be a finite number above 0")
     last = full(which)
     estimate = zeroth_order.estimated(Settings("hybrid", eps, seeds, rounding))
 

@@ -25,7 +25,7 @@ holds what it does where they are dropped.
 
 from __future__ import annotations
 
-from jaxpeft import patterns, sampling, tree
+from jaxpeft import sampling, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, TRAINED, Method, Spec, View, unchanged
@@ -59,7 +59,7 @@ def lisa(count: int = 2, every: int = 20, which: str = "all", moments: str = "dr
             raise InputError(f"lisa: {name} {value} must be at least 1")
     if moments not in MOMENTS:
         raise InputError(f"lisa: moments {moments!r} is not one of {', '.join(MOMENTS)}")
-    pattern = patterns.compiled(_full.WHICH.get(which, which), "lisa: which")
+    pattern = _full.pattern_of(which, "lisa: which")
 
     def draw(key, stacks, moved):
         del moved
@@ -67,7 +67,8 @@ def lisa(count: int = 2, every: int = 20, which: str = "all", moments: str = "dr
         sampling.check_count("lisa", count, layers)
         return {"active": sampling.uniform(key, layers, count)}
 
-    sampler = sampling.Sampler("lisa", draw, every, keeps=moments != "dropped", away=moments == "host")
+    keeps, away = moments != "dropped", moments == "host"
+    sampler = sampling.Sampler("lisa", draw, every, keeps=keeps, away=away, what=_full.of(which))
     return Method(
         gradient=sampler.gradient if sampler.keeps else unchanged,
         forward=sampler.forward,

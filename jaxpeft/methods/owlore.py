@@ -31,7 +31,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import patterns, sampling, sites, tree
+from jaxpeft import sampling, sites, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, told
@@ -121,14 +121,14 @@ def owlore(
     for name, number in (("threshold", threshold), ("scale", scale)):
         if not 0 < number < float("inf"):
             raise InputError(f"owlore: {name} {number} must be a finite number above 0")
-    pattern = patterns.compiled(_full.WHICH.get(which, which), "owlore: which")
+    pattern = _full.pattern_of(which, "owlore: which")
 
     def draw(key, stacks, moved):
         layers, own = sampling.layers_of(stacks), moved["owlore/scores"]
         least = jnp.maximum(_LEAST * own.max(), jnp.finfo(jnp.float32).tiny)
         return {"active": sampling.weighted(key, layers, count, jnp.maximum(own, least))}
 
-    sampler = sampling.Sampler("owlore", draw, every, own=lambda path: "/galore/" in path)
+    sampler = sampling.Sampler("owlore", draw, every, own=lambda path: "/galore/" in path, what=_full.of(which))
 
     def roles(others):
         rest = sampler.roles(others)

@@ -26,6 +26,7 @@ Paper: Shang et al. 2025, "Fine-tuning Quantized Neural Networks with Zeroth-ord
 from __future__ import annotations
 
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -73,14 +74,18 @@ class QZO(nn.Module):
 
 
 def qzo(
-    targets: Targets = "all-linear", eps: float = 1e-3, clip: float = 100.0, relative: bool = False, seeds: int = 1
+    targets: Targets = "all-linear",
+    eps: float = 1e-3,
+    clip: float | None = 100.0,
+    relative: bool = False,
+    seeds: int = 1,
 ) -> Method:
     """QZO on the sites that `targets` chooses, whose kernels are packed.
 
     Args:
       targets: "all-linear", "attention", "mlp", a regular expression, or a list of names (see `sites.find`).
       eps: how far the two evaluations lie from the scales.
-      clip: C, the largest derivative along z, of either sign; infinity does not clip.
+      clip: C, the largest derivative along z, of either sign; None does not clip.
       relative: perturb and move scales in proportion to themselves.
       seeds: directions per step, each of two evaluations, whose estimates, clipped one by one, are averaged.
 
@@ -93,8 +98,8 @@ def qzo(
         of its own.
     """
     config = dict(locals())
-    if not clip > 0:
-        raise InputError(f"qzo: clip {clip} must be above 0")
+    if clip is not None and not clip > 0:
+        raise InputError(f"qzo: clip {clip} must be above 0, or null")
 
     def choose(params):
         flat = tree.flatten(params)
@@ -127,7 +132,9 @@ def qzo(
 
         return adapted._replace(init=init)
 
-    settings = Settings("qzo", eps, seeds, relative=relative, clip=clip, floor=0.0, others=False)
+    settings = Settings(
+        "qzo", eps, seeds, relative=relative, clip=math.inf if clip is None else clip, floor=0.0, others=False
+    )
     return zeroth_order.estimated(settings)._replace(
         forward=forward,
         roles=trains(lambda path: path.endswith(_LEAF), OWN),

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import patterns, sampling, tree
+from jaxpeft import sampling, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, TRAINED, Leaves, Method, Moment, Objective, Spec, View, told
@@ -82,7 +82,7 @@ def slimfit(freeze: float = 0.9, every: int = 1, which: str = "all") -> Method:
         raise InputError(f"slimfit: freeze {freeze} must be at least 0 and below 1")
     if every < 1:
         raise InputError(f"slimfit: every {every} must be at least 1")
-    pattern = patterns.compiled(_full.WHICH.get(which, which), "slimfit: which")
+    pattern = _full.pattern_of(which, "slimfit: which")
 
     def begun(flat, stacks):
         del flat
@@ -103,7 +103,7 @@ def slimfit(freeze: float = 0.9, every: int = 1, which: str = "all") -> Method:
         begun,
         takes=lambda path: not path.endswith("/bias"),
         drawn_as=lambda path: f"active/{path}",
-        what=" but biases",
+        what=f" but biases{_full.of(which)}",
     )
 
     def gradient(objective: Objective, view: View) -> Objective:

@@ -27,7 +27,9 @@ import jax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import sharding
+from jaxpeft.errors import InputError
 from jaxpeft.quant import affine
+from jaxpeft.quant.absent import Absent
 from jaxpeft.quant.nested import Nested
 from jaxpeft.quant.paired import Paired
 from pallas_kernels.dropout import drop
@@ -53,6 +55,13 @@ def dot(x: jax.Array, kernel: Any) -> jax.Array:
 
 
 dot.register = _product.register  # type: ignore[attr-defined]
+
+
+@_product.register
+def _(kernel: Absent, x: jax.Array) -> jax.Array:
+    raise InputError(
+        f"a method reads a kernel {kernel.shape} that factors have taken the place of; leave one of the two out"
+    )
 
 
 @functools.singledispatch

@@ -108,21 +108,25 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None, finished: dict[str,
         return _said(finished)
     for report in job.data.reports.values():
         say(report.summary())
-    if distributed.is_first():
-        files.clear_leftovers(out)
-        files.write_json(out / config.FILE, old or job.document, allow_nan=False)
-        (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
-    folder.check_shared(out / config.FILE)
-    on_mesh = contextlib.nullcontext() if job.mesh is None else jax.set_mesh(job.mesh)
-    with (
-        Signals() as signals,
-        Checkpoints(out / "checkpoints", args.keep) as checkpoints,
-        on_mesh,
-        distributed.failing(),
-    ):
-        if continued and checkpoints.latest() is None:  # all of them are damaged
-            job = prepare(args)
-        return Loop(args, job, old or job.document, checkpoints, signals).whole(started)
+    loops: list[Loop] = []
+    new = old is None and not continued
+    with folder.taken_back(out, lambda: any(loop.done for loop in loops)) if new else contextlib.nullcontext():
+        if distributed.is_first():
+            files.clear_leftovers(out)
+            files.write_json(out / config.FILE, old or job.document, allow_nan=False)
+            (out / config.REPORT).unlink(missing_ok=True)  # of fewer steps
+        folder.check_shared(out / config.FILE)
+        on_mesh = contextlib.nullcontext() if job.mesh is None else jax.set_mesh(job.mesh)
+        with (
+            Signals() as signals,
+            Checkpoints(out / "checkpoints", args.keep) as checkpoints,
+            on_mesh,
+            distributed.failing(),
+        ):
+            if continued and checkpoints.latest() is None:  # all of them are damaged
+                job = prepare(args)
+            loops.append(Loop(args, job, old or job.document, checkpoints, signals))
+            return loops[0].whole(started)
 
 
 def _report_of(out: Path, steps: int) -> dict[str, Any] | None:

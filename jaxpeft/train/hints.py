@@ -22,6 +22,16 @@ def in_words(hint: Any) -> str:
     return " or ".join(wanted)
 
 
+def is_of_form(value: Any, hint: Any) -> bool:
+    """Whether YAML's value is a list, true or false, or a single word where a flag of this type is; a mapping's items
+    are a list's.
+    """
+    kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    if isinstance(value, list | dict):
+        return any(typing.get_origin(kind) is tuple for kind in kinds)
+    return value is None or isinstance(value, bool) == (bool in kinds)
+
+
 def fits(value: Any, hint: Any) -> bool:
     """Whether a value is of a field's type; whole numbers are numbers, and neither is true or false."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)

@@ -88,7 +88,7 @@ def test_unknown_command_names_the_nearest(capsys):
         (["--steps", "many"], ["--steps", "'many'"]),
         (["--steps", "1.5"], ["--steps", "'1.5'"]),
         (["--steps"], ["--steps"]),
-        (["--schedule", "stairs"], ["--schedule", "'stairs'", "'cosine'"]),
+        (["--schedule", "stairs"], ["--schedule", '"stairs"', "cosine"]),
     ],
 )
 def test_a_mistaken_flag_is_one_line(flags, parts, capsys):
@@ -213,7 +213,12 @@ def test_config_file_gives_flags_and_the_command_line_wins(tmp_path):
         ("config: other.yaml", ["unknown key 'config'"]),
         ("steps: many", ["--steps", "'many'"]),
         ("steps: null", ["--steps", "'None'"]),
-        ("lr: [1, 2]", ["'2'"]),
+        ("lr: [1, 2]", ["lr: [1, 2] must be a number or None"]),
+        ("rank: true", ["rank: true must be a whole number or None"]),
+        ("method: [mezo]", ['method: ["mezo"] must be text']),
+        ("targets: []", ["targets: [] must be text or None"]),
+        ("pack: 'yes'", ['pack: "yes" must be true or false']),
+        ("optimizer-memory: disk", ['--optimizer-memory "disk": must be one of device, host']),
         ("batch_size: 1\nbatch-size: 2", ["given twice"]),
         ("- 3", ["mapping"]),
         ("a: [", ["is not YAML"]),

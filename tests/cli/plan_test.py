@@ -123,7 +123,7 @@ def test_a_budget_prints_a_plan_that_it_takes_back(config, capsys):
             ["--by", "time", "--budget", "1GiB", "--target", "tpu7x", "--actions", "save,offload"],
             "--by time: the bandwidth between tpu7x and its host is not known; leave offload out",
         ),
-        (["--by", "luck", "--budget", "1GiB"], "invalid choice 'luck'"),
+        (["--by", "luck", "--budget", "1GiB"], '--by "luck": must be one of'),
         (["--save", "compressed", "--remat", "policy"], "compressed cannot be: a policy says where a value lies"),
         (["--picture", "bars.txt"], "--picture bars.txt: must end with .png, .svg or .pdf"),
         (["--picture", "absent/bars.png"], "--picture absent/bars.png: there is no folder absent"),

@@ -1,5 +1,7 @@
 """What stands on a command line or in a --config file: YAML, plans, methods, sizes, patterns, names."""
 
+import typing
+
 import pytest
 from hypothesis import strategies as st
 
@@ -118,7 +120,7 @@ BOMBS = (
 @amounts
 def test_a_configuration(amount, tmp_path):
     file = tmp_path / "run.yaml"
-    known = list(Run.__dataclass_fields__)
+    known = typing.get_type_hints(Run)
 
     def read(data):
         file.write_bytes(data)

@@ -84,7 +84,8 @@ OTHERS = {
 }
 OTHERS |= {"galore": {"rank": 4}, "natural_galore": {"rank": 4}}
 TWICE = "another member of the chain samples layers already"
-BEFORE = "stands in front of what replaces the gradient; put {} last"
+BEFORE = "stands in front of what replaces the gradient; put {} last, or leave one of them out"
+PROJECTED = "another member of the chain projects kernels, or moves them itself"
 APART = "{}'s layers/mlp/down_proj/galore/r is differentiated whole, and would be moved"
 
 
@@ -100,8 +101,10 @@ APART = "{}'s layers/mlp/down_proj/galore/r is differentiated whole, and would b
         ("owlore+mezo", f"owlore: {BEFORE.format('owlore')}"),
         ("lora+ist+mezo", f"ist: {BEFORE.format('ist')}"),
         ("galore+lisa", f"galore[+]lisa: {APART.format('galore')}"),
-        ("natural_galore+galore", "galore: another member of the chain projects kernels, too"),
-        ("galore+natural_galore", "natural_galore: another member of the chain projects kernels, too"),
+        ("natural_galore+galore", f"galore: {PROJECTED}"),
+        ("galore+natural_galore", f"natural_galore: {PROJECTED}"),
+        ("mezo+galore", f"galore: {PROJECTED}"),
+        ("hybrid+mezo", f"hybrid: {BEFORE.format('hybrid')}"),
     ],
 )
 def test_members_that_would_undo_one_another_are_refused(names, message):

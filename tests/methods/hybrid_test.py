@@ -120,11 +120,12 @@ def test_refusals():
     for bad, said in (
         ({"which": "norms"}, "hybrid: which 'norms': write last:K"),
         ({"which": "last:0"}, "which 'last:0': write last:K with a whole number"),
-        ({"eps": 0.0}, "hybrid: eps 0.0 must be above 0"),
-        ({"lr_ratio": 0.0}, "hybrid: lr_ratio 0.0 must be above 0"),
-        ({"lr_ratio": float("nan")}, "hybrid: lr_ratio nan must be above 0"),
+        ({"eps": 0.0}, "hybrid: eps 0.0 must be a finite number above 0"),
+        ({"lr_ratio": 0.0}, "hybrid: lr_ratio 0.0 must be a finite number above 0"),
+        ({"lr_ratio": float("nan")}, "hybrid: lr_ratio nan must be a finite number above 0"),
         ({"rounding": "up"}, "hybrid: rounding 'up' is not one of"),
-        ({"seeds": 0}, "hybrid: seeds 0 must be at least 1"),
+        ({"seeds": 0}, "hybrid: seeds 0 must be from 1 to 1024"),
+        ({"seeds": 1025}, "hybrid: seeds 1025 must be from 1 to 1024"),
     ):
         with pytest.raises(jp.InputError, match=f"^{said}"):
             jp.hybrid(**bad)

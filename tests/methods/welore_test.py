@@ -9,7 +9,7 @@ import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.memory import planner
 from jaxpeft.methods import welore
-from jaxpeft.quant import Absent, dense
+from jaxpeft.quant import Absent, dense, dot
 from jaxpeft.train.optimizer import make_direction
 from pallas_kernels.packed import quantize
 from tests import tiny
@@ -112,6 +112,18 @@ def test_a_plan_takes_the_published_reduction():
 def test_mistakes(arguments, message):
     with pytest.raises(jp.InputError, match=message):
         jp.setup(jp.welore(**arguments), *tiny.model(), KEY)
+
+
+def test_what_reads_a_kernel_that_is_gone_is_refused():
+    """Adapters at its site, as they are made; what has no leaves there, where it asks for the product."""
+    low = jp.welore(0.5, 0.3)
+    for method in (jp.chain(low, jp.lora(2)), jp.chain(jp.dora(2), low)):
+        with pytest.raises(jp.InputError, match=r"(lo|do)ra: factors have taken the place of layers/.*'s kernel"):
+            jp.setup(method, *tiny.model(), KEY)
+    with pytest.raises(jp.InputError, match=r"reads a kernel \(4, 6\) that factors have taken the place of"):
+        dot(jnp.ones((2, 4)), Absent.like(jnp.ones((4, 6))))
+    with pytest.raises(jp.InputError, match="kernel trains, and factors have taken its place"):
+        jp.setup(jp.chain(low, jp.full()), *tiny.model(), KEY)
 
 
 def test_packed_kernels_and_strange_factors_are_refused():

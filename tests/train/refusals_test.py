@@ -22,6 +22,19 @@ def refused(args, capsys) -> str:
     return line
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_what_is_seen_only_in_a_step_leaves_nothing(files, tmp_path, capsys, there):
+    """So that the folder takes the run that the line asks for; what was in it stays."""
+    out = tmp_path / "run"
+    if there:
+        out.mkdir()
+        (out / "notes.txt").write_text("mine")
+    args = runs.arguments(files, out, method="hybrid+mezo", rank=None, steps=2, eval_every=0, samples=0, warmup=0)
+    assert cli.main(["train", *runs.flags(args)]) == 2
+    assert "hybrid: stands in front of what replaces the gradient" in capsys.readouterr().err.splitlines()[-1]
+    assert [path.name for path in out.iterdir()] == ["notes.txt"] if there else not out.exists()
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
