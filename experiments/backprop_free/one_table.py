@@ -101,7 +101,7 @@ ENTRIES = (
     variant("adam", "masters and two moments: the memory of full fine-tuning's state", "mezo+full"),
     Entry("sparse_mezo", said="MeZO on small weights, at its memory"),
     Entry("mezo+lora", said="MeZO on LoRA's factors: nothing of the weights moves"),
-    Entry("quantize+qzo", ("format=int4",), ("format=int4", "group=32"), said="MeZO on the scales of int4 kernels"),
+    Entry("quantize+qzo", ("format=int4",), ("format=int4", "group=4"), said="MeZO on the scales of int4 kernels"),
     Entry("zo2", said="MeZO with the layers' kernels in the host's memory"),
 )
 
