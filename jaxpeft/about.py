@@ -16,12 +16,14 @@ class Defaults(NamedTuple):
     """What a run does where its user says nothing. None: no opinion.
 
     lr: peak learning rate.  lr_with: {another member of the chain: the rate with it}.
+    beside: the rate beside an adapter that has one of its own, as a multiple of that.
     weight_decay: decoupled.
     direction: "adam", or "sgd" for a method whose gradients are the direction.
     """
 
     lr: float | None = None
     lr_with: Mapping[str, float] = {}
+    beside: float | None = None
     weight_decay: float | None = None
     direction: Literal["adam", "sgd"] | None = None
 
@@ -74,6 +76,7 @@ class About(NamedTuple):
     example: arguments of the factory, for the conformance test.
     promises: what a step promises.
     defaults: of a run.
+    chain: where it stands in a chain, as in "...+lisa"; "" in front of others; "alone" for one that is in none.
     within: for a method that trains nothing by itself, the members it is tried with, as in "quantize+lora"; "" alone.
     peft: its form in Hugging Face PEFT (a `jaxpeft.peft.form.Form`); None where PEFT has none.
     stored: where PEFT has none, what a run of it leaves: an adapter in our own form; the "base", a whole model, as
@@ -100,6 +103,7 @@ class About(NamedTuple):
     promises: Promises
     defaults: Defaults = Defaults()
     within: str = ""
+    chain: str = ""
     peft: Any = None
     stored: Literal["own", "base", "host"] = "own"
     twice: bool = False

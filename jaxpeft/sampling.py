@@ -294,7 +294,7 @@ def weighted(key: jax.Array, layers: Sequence[int], count: int, weights: jax.Arr
 def check_count(name: str, count: int, layers: Sequence[int]) -> None:
     """Raises InputError for more layers than there are."""
     if count > len(layers):
-        raise InputError(f"{name}: count {count}: {len(layers)} layers train")
+        raise InputError(f"{name}: count {count} must be at most {len(layers)}, the layers that train")
 
 
 # Where layers lie in their stacks; `path` with or without the masters' scope.

@@ -27,6 +27,7 @@ LEVELS = {
     "stack": "how the layers are run",
     "step": "how a step trains what another method, or itself, names",
 }
+_THEIRS = " In a chain whose other members train adapters, `adapter/` is theirs."
 # The most rows of one table of results on a page.
 _MOST = 12
 
@@ -84,7 +85,8 @@ def _facts(name: str, about: About) -> str:
     rate = "the run's own" if defaults.lr is None else f"{defaults.lr:g}"
     beside = "".join(f"; with {other}: {lr:g}" for other, lr in defaults.lr_with.items())
     decay = "0" if defaults.weight_decay is None else f"{defaults.weight_decay:g}"
-    chain = f"trains nothing by itself; as in `{about.within}`" if about.within else f"alone, or `{name}+...`"
+    chain = f"trains nothing by itself; as in `{about.within}`" if about.within else "alone"
+    chain += "" if about.within or about.chain == "alone" else f", or `{about.chain or name + '+...'}`"
     rows = {
         "acts on": LEVELS[about.level],
         "trains": about.trains,
@@ -136,6 +138,8 @@ def kept(name: str, about: About) -> str:
         words = "each layer keeps, beyond what a frozen one keeps,"
     else:
         return "What the method that it is chained to keeps."
+    if not per_layer and about.level == "step":
+        return "No bytes per token of its own: what trains in the backward pass keeps what it keeps alone."
     text = (
         f"With {where}, {words} at most **{per_layer:,.0f} bytes per token**: "
         f"{per_layer * layers * TOKENS / 2**20:,.1f} MiB in {layers} layers at 4 x 1024 tokens."
@@ -200,7 +204,7 @@ def forms(about: About) -> str:
     if about.stored == "base":
         return (
             "Where it trains the weights themselves the run leaves `model/`, a whole checkpoint that every tool reads; "
-            "there is nothing to merge. In a chain whose other members train adapters, `adapter/` is theirs."
+            "there is nothing to merge." + ("" if about.chain == "alone" else _THEIRS)
         )
     merge = "There is no merged form: `jaxpeft merge` refuses it with a line that says so."
     if about.promises.merges:

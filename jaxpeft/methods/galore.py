@@ -410,8 +410,9 @@ def stochastic(wide: jax.Array, bits: jax.Array) -> jax.Array:
 ABOUT = About(
     summary="full fine-tuning with gradients and moments in a few directions of each kernel",
     level="step",
-    trains="all parameters",
+    trains="what it names: by default the layers, their kernels in projected form",
     saves="gradients, float32 masters and all but 2 r max(n,m) numbers of optimizer state per kernel; no activations",
+    chain="alone",
     reference="Zhao et al. 2024, arXiv:2403.03507",
     example={"rank": 4, "every": 3},
     promises=Promises(

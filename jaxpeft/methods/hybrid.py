@@ -136,6 +136,6 @@ ABOUT = About(
     reference="Zhang et al. 2024, arXiv:2402.11592",
     example={"which": "last:1"},
     promises=Promises(layer_bytes=kept_bytes, state=state_numbers, falls=0.05, lr=3e-3),
-    defaults=Defaults(lr=1e-5, lr_with={"lora": 2e-4}),
+    defaults=Defaults(lr=1e-5, lr_with={"lora": 2e-4}, beside=1.0),
     stored="base",
 )

@@ -93,6 +93,7 @@ ABOUT = About(
     level="step",
     trains="`count` layers of what the chain trains, and all that lies outside of the layers",
     saves="gradients, masters and optimizer state of all layers but `count`; no activations, no computation",
+    chain="...+lisa",
     reference="Pan et al. 2024, arXiv:2403.17919",
     example={"count": 2, "every": 4},
     promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),

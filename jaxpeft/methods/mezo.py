@@ -101,6 +101,6 @@ ABOUT = About(
     reference="Malladi et al. 2023, arXiv:2305.17333",
     example={},
     promises=Promises(backward=False, state=zeroth_order.state_numbers, falls=0.05, lr=1e-3),
-    defaults=Defaults(lr=1e-6, lr_with={"lora": 5e-5, "prefix": 1e-2}, direction="sgd"),
+    defaults=Defaults(lr=1e-6, lr_with={"lora": 5e-5, "prefix": 1e-2}, beside=0.25, direction="sgd"),
     stored="base",
 )

@@ -234,6 +234,7 @@ ABOUT = About(
     level="step",
     trains="a share of each weight's layers, biases, and all that lies outside of the layers",
     saves="gradients, masters and optimizer state of the layers that stand still; no activations, no computation",
+    chain="...+slimfit",
     reference="Ardakani et al. 2023, arXiv:2305.18513",
     example={"freeze": 0.5},
     promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),

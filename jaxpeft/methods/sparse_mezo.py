@@ -113,6 +113,7 @@ ABOUT = About(
     level="step",
     trains="of the weights that it names those of small magnitude, in their own dtype",
     saves="all that a forward pass does not need: activations, gradients, optimizer state, masters, and the mask",
+    chain="alone",
     reference="Liu et al. 2024, arXiv:2402.15751",
     example={"sparsity": 0.75},
     promises=Promises(backward=False, state=zeroth_order.state_numbers, falls=0.05, lr=1e-2),

@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from jaxpeft import sharding, tree, zeroth_order
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
-from jaxpeft.method import Method, Objective, Spec
+from jaxpeft.method import Method, Objective, Spec, View
 from jaxpeft.model import Batch, Model, entered, joined, nothing_before, runs_through_blocks
 from jaxpeft.train.step import mean_over
 from jaxpeft.zeroth_order import AWAY, OWN, Losses, Settings, perturbed
@@ -59,10 +59,19 @@ def zo2(eps: float = 1e-3, rounding: str = "stochastic", seeds: int = 1) -> Meth
     config = dict(locals())
     settings = Settings("zo2", eps, seeds, rounding, others=False)
     return zeroth_order.estimated(settings, together)._replace(
+        prepare=unpacked,
         forward=lambda model, view: checked(model),
         specs=(Spec("zo2", config),),
         alone=lambda path: AWAY if tree.stacked(path) and path.endswith("/kernel") else OWN,
     )
+
+
+def unpacked(params: tree.Params, view: View) -> tree.Params:
+    """The parameters, refused where one that moves is quantized: of such none has a place in the host's memory."""
+    for path, leaf in tree.flatten(params).items():
+        if view.role(path) is OWN or view.role(path) is AWAY:
+            zeroth_order.check_moves("zo2", path, leaf)
+    return params
 
 
 def checked(model: Model) -> Model:
@@ -163,6 +172,7 @@ ABOUT = About(
     level="step",
     trains="all weights, in their own dtype",
     saves="what mezo saves, and on the device the weights of all layers but one or two at a time",
+    chain="alone",
     reference="Wang et al. 2025, arXiv:2503.12668",
     example={},
     promises=Promises(backward=False, state=zeroth_order.state_numbers, falls=0.05, lr=1e-3),

@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
+
 from jaxpeft import tree
+from jaxpeft.method import about
+from jaxpeft.peft.base import is_written
 from jaxpeft.train import result, several
 from jaxpeft.train.prepare import Job
 from jaxpeft.train.state import TrainState
@@ -27,10 +31,21 @@ def write_result(out: Path, job: Job, params: tree.Params, rope_scaling: str | N
 
 
 def counts(job: Job, state: TrainState) -> dict[str, int]:
-    """Numbers that training changes, and all others: frozen ones, and what a method moves beside the model's own."""
-    changed = {path: leaf for path, leaf in state.moved.items() if tree.canonical(path) in job.base}
-    numbers = tree.size(state.trainable) + tree.size(changed)
-    return {"trainable_parameters": numbers, "frozen_parameters": tree.size(state.leaves) - numbers}
+    """Numbers of the model and its adapters that training changes, and all others of theirs.
+
+    What a method keeps beside them is none: masters of what stands in the model, projections, a sampler's book.
+    """
+    added = job.adapters is not None or any(about(spec.name).stored != "base" for spec in job.method.specs)
+
+    def counts(path: str) -> bool:
+        if tree.canonical(path) in job.base or path in state.frozen:
+            return True
+        return added and (job.adapters is not None or is_written(path, job.method, job.model.config))
+
+    own = {path: leaf for path, leaf in state.leaves.items() if counts(path)}
+    changes = lambda path, leaf: path not in state.frozen and jnp.issubdtype(leaf.dtype, jnp.inexact)
+    numbers = tree.size({path: leaf for path, leaf in own.items() if changes(path, leaf)})
+    return {"trainable_parameters": numbers, "frozen_parameters": tree.size(own) - numbers}
 
 
 def of_adapters(job: Job, before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, Any]:

@@ -230,6 +230,8 @@ class Loop:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(metrics[name]):
                 self._not_finite(pending, name.replace("grad_norm", "gradient norm"), metrics[name])
+        if not self.state.trainable:  # nothing has a gradient
+            del metrics["grad_norm"]
         self.loss = metrics.pop("loss")
         self.tokens += pending.tokens
         self.log.write(

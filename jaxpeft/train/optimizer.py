@@ -135,11 +135,14 @@ def direction_of(specs: Sequence[Spec], asked: str | None = None) -> Direction:
 def defaults(specs: Sequence[Spec]) -> Defaults:
     """What the members of a chain say of a run's defaults: of each figure, the first one that has an opinion.
 
-    A rate for the company of another member comes before any other.
+    A rate for the company of another member comes before any other; then one beside an adapter's own.
     """
     members = [about(spec.name).defaults for spec in specs]
+    adapters = [about(spec.name).defaults.lr for spec in specs if about(spec.name).stored != "base"]
+    own = next((lr for lr in adapters if lr is not None), None)
     names = [spec.name for spec in specs]
     beside = [member.lr_with[name] for member in members for name in names if name in member.lr_with]
+    beside += [] if own is None else [member.beside * own for member in members if member.beside is not None]
     first = lambda values, otherwise: next((value for value in values if value is not None), otherwise)
     return Defaults(
         lr=first([*beside, *(member.lr for member in members)], None),

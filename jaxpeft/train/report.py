@@ -57,8 +57,8 @@ def build_report(
         eval_loss: validation loss before and after; None without validation data.
         overlap: mean `rouge_l` of generated validation answers before and after.
         sample: one validation example as {"prompt", "reference", "before", "after"}.
-        trainable_parameters: elements in the trainable leaves.
-        frozen_parameters: elements in the frozen leaves.
+        trainable_parameters: numbers of the model and its adapters that training changes.
+        frozen_parameters: their other ones.
         memory: bytes of one compiled step for each name in `MEMORY`; further names are kept.
         scores: further scores of the validation data before and after, by their names in `SCORES`.
         further: counts to hand on, for instance skipped_lines=3; must be JSON-able.

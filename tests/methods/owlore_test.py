@@ -183,7 +183,7 @@ def test_layers_are_drawn_by_their_scores():
         (lambda: jp.owlore(threshold=0), "threshold 0 must be a finite number above 0"),
         (lambda: jp.owlore(scale=0), "scale 0 must be a finite number above 0"),
         (lambda: jp.owlore(rounding="up"), "rounding 'up' is not one of"),
-        (lambda: jp.owlore(count=4, **OPTIONS), "count 4: 3 layers train"),
+        (lambda: jp.owlore(count=4, **OPTIONS), "count 4 must be at most 3, the layers that train"),
         (lambda: jp.owlore(count=1, **{**OPTIONS, "rank": 17}), "rank 17 is above the smaller side of"),
         (lambda: jp.chain(jp.lora(2), jp.owlore(count=1, **OPTIONS)), "sample them by lora.lisa or lora.ist"),
         (lambda: jp.owlore(count=1, which="norm", **OPTIONS), "none of the kernels that targets 'all-linear' names"),

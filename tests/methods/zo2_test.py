@@ -112,7 +112,7 @@ def test_refusals():
     with pytest.raises(jp.InputError, match=r"^zo2: does not estimate for what others train, as layers/.*; put mezo"):
         trace(jp.chain(jp.zo2(), jp.lora(2, targets="q_proj")))
     with pytest.raises(jp.InputError, match=r"^zo2: layers/.* is quantized and cannot move"):
-        trace(jp.chain(jp.quantize("int8", group=8), jp.zo2()))
+        jp.setup(jp.chain(jp.quantize("int8", group=8), jp.zo2()), *tiny.model(), jax.random.key(0))
     with pytest.raises(jp.InputError, match="^zo2: the model shows no layers"):
         made = tiny.model()[0]
         setup(jp.zo2(), made._replace(stack=made.stack._replace(layered=False)), {}, jax.random.key(0))
