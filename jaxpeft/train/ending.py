@@ -35,11 +35,14 @@ def counts(job: Job, state: TrainState) -> dict[str, int]:
 
     What a method keeps beside them is none: masters of what stands in the model, projections, a sampler's book.
     """
+    names = {spec.name for spec in job.method.specs}
     added = job.adapters is not None or any(about(spec.name).stored != "base" for spec in job.method.specs)
 
     def counts(path: str) -> bool:
         if tree.canonical(path) in job.base or path in state.frozen:
             return True
+        if path in state.moved and path.partition("/")[0] in names:
+            return False
         return added and (job.adapters is not None or is_written(path, job.method, job.model.config))
 
     own = {path: leaf for path, leaf in state.leaves.items() if counts(path)}
