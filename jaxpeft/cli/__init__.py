@@ -257,7 +257,7 @@ def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
 
 def _in_our_words(kind: type, message: str) -> str:
     """tyro's message; that a value is not of its flag's type in the words of `jaxpeft.train.run`."""
-    if choice := re.search(r"nvalid choice '(.*?)' for argument '?--([\w-]+)", message):
+    if choice := re.search(r"(?i)invalid choice '(.*?)' for argument '?--([\w-]+)", message):
         hint = typing.get_type_hints(kind).get(choice[2].replace("-", "_"))
         return message if hint is None else f"--{choice[2]} {shown(choice[1])}: must be {in_words(hint)}"
     found = re.search(r"Error parsing --([\w-]+).*: no type matching .* instantiated from \['(.*?)'\]", message)

@@ -113,7 +113,7 @@ ABOUT = About(
     level="step",
     trains="half of the matrices of each layer, and all that is no matrix of a layer",
     saves="gradients, masters and optimizer state of the other half; no activations, no computation",
-    chain="...+half",
+    chain="full+half",
     reference="Hui et al. 2024, arXiv:2404.18466",
     example={"every": 4},
     promises=Promises(site_bytes=_full.saved_bytes, state=state_numbers),

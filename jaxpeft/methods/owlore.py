@@ -301,7 +301,7 @@ ABOUT = About(
     trains="of `count` layers R, r max(n,m) numbers per kernel, norms, biases; and all that lies outside of the layers",
     saves="gradients, masters and optimizer state of all layers but `count`, and of these all but 2 r max(n,m) numbers "
     "per kernel; no activations",
-    chain="...+owlore",
+    chain="full+owlore",
     reference="Li et al. 2024, arXiv:2405.18380",
     example={"count": 2, "every": 4, "rank": 4, "gap": 3, "scores": "norms"},
     promises=Promises(

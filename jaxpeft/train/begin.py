@@ -108,9 +108,8 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None, finished: dict[str,
         return _said(finished)
     for report in job.data.reports.values():
         say(report.summary())
-    loops: list[Loop] = []
-    new = old is None and not continued
-    with folder.taken_back(out, lambda: any(loop.done for loop in loops)) if new else contextlib.nullcontext():
+    loop: Loop | None = None
+    try:
         if distributed.is_first():
             files.clear_leftovers(out)
             files.write_json(out / config.FILE, old or job.document, allow_nan=False)
@@ -125,8 +124,12 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None, finished: dict[str,
         ):
             if continued and checkpoints.latest() is None:  # all of them are damaged
                 job = prepare(args)
-            loops.append(Loop(args, job, old or job.document, checkpoints, signals))
-            return loops[0].whole(started)
+            loop = Loop(args, job, old or job.document, checkpoints, signals)
+            return loop.whole(started)
+    except InputError:  # what a step refuses is seen only where it is traced
+        if old is None and distributed.is_first() and (loop is None or not loop.done):
+            config.take_back(out)
+        raise
 
 
 def _report_of(out: Path, steps: int) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import typing
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -238,6 +239,12 @@ def check_new(out: Path) -> None:
         raise InputError(
             f"--out {out}: already holds a run ({', '.join(found)}); give another folder, or --resume to continue it"
         )
+
+
+def take_back(out: Path) -> None:
+    """Removes what a new run, for which `check_new` has found room, has written before its first step."""
+    for path in (out / name for name in TRACES):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def identity(document: Mapping[str, Any]) -> str:

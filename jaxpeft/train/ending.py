@@ -38,14 +38,14 @@ def counts(job: Job, state: TrainState) -> dict[str, int]:
     names = {spec.name for spec in job.method.specs}
     added = job.adapters is not None or any(about(spec.name).stored != "base" for spec in job.method.specs)
 
-    def counts(path: str) -> bool:
+    def is_theirs(path: str) -> bool:
         if tree.canonical(path) in job.base or path in state.frozen:
             return True
         if path in state.moved and path.partition("/")[0] in names:
             return False
         return added and (job.adapters is not None or is_written(path, job.method, job.model.config))
 
-    own = {path: leaf for path, leaf in state.leaves.items() if counts(path)}
+    own = {path: leaf for path, leaf in state.leaves.items() if is_theirs(path)}
     changes = lambda path, leaf: path not in state.frozen and jnp.issubdtype(leaf.dtype, jnp.inexact)
     numbers = tree.size({path: leaf for path, leaf in own.items() if changes(path, leaf)})
     return {"trainable_parameters": numbers, "frozen_parameters": tree.size(own) - numbers}

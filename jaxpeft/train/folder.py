@@ -6,10 +6,9 @@ import contextlib
 import errno
 import os
 import platform
-import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from jaxpeft import distributed, locks
@@ -43,23 +42,6 @@ def alone(out: Path) -> Iterator[None]:
             stack.callback(_remove_empty, path)
         _lock(out, stack)
         yield
-
-
-@contextlib.contextmanager
-def taken_back(out: Path, begun: Callable[[], bool]) -> Iterator[None]:
-    """A context of a new run, which leaves nothing in the folder if it is refused before it has begun to train.
-
-    What methods and models refuse may be seen only where a step is traced, when the run's files are there already.
-    """
-    before = set(os.listdir(out)) if distributed.is_first() else set()
-    try:
-        yield
-    except InputError:
-        if distributed.is_first() and not begun():
-            for name in set(os.listdir(out)) - before:
-                path = out / name
-                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
-        raise
 
 
 def check_shared(file: Path, patience: float = 20.0) -> None:

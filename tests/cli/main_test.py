@@ -88,7 +88,7 @@ def test_unknown_command_names_the_nearest(capsys):
         (["--steps", "many"], ["--steps", "'many'"]),
         (["--steps", "1.5"], ["--steps", "'1.5'"]),
         (["--steps"], ["--steps"]),
-        (["--schedule", "stairs"], ["--schedule", '"stairs"', "cosine"]),
+        (["--schedule", "stairs"], ["--schedule", '"stairs": must be one of constant, linear, cosine']),
     ],
 )
 def test_a_mistaken_flag_is_one_line(flags, parts, capsys):

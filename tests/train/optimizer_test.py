@@ -14,7 +14,7 @@ from jaxpeft import sharding, tree
 from jaxpeft.cli.arguments import StepArguments
 from jaxpeft.methods import lisa
 from jaxpeft.train import config
-from jaxpeft.train.optimizer import Direction, decays, direction_of, make_direction, make_schedule
+from jaxpeft.train.optimizer import Direction, decays, defaults, direction_of, make_direction, make_schedule
 from jaxpeft.train.run import Run
 from jaxpeft.train.state import TrainState
 
@@ -264,3 +264,22 @@ def test_a_resumed_run_has_the_optimizer_of_its_begin(tmp_path):
     documents = [config.describe(dataclasses.replace(Run(), optimizer=kind), (), {}) for kind in (None, "lion")]
     with pytest.raises(jp.InputError, match="--optimizer None -> lion"):
         config.check_same(tmp_path, *documents)
+
+
+@pytest.mark.parametrize(
+    ("words", "rate"),
+    [
+        ("mezo", 1e-6),
+        ("mezo+full", 1e-6),
+        ("mezo+lora", 5e-5),
+        ("mezo+prefix", 1e-2),
+        ("mezo+dora", 0.25 * 2e-4),
+        ("dora+mezo", 0.25 * 2e-4),
+        ("hybrid+prefix", 1e-2),
+        ("hybrid+lora", 2e-4),
+        ("quantize+hybrid+lora", 2e-4),
+    ],
+)
+def test_an_estimates_rate_is_that_of_what_it_moves(words, rate):
+    """A pair's own first, then a share of the adapter's, in any order; never that of all weights for an adapter."""
+    assert defaults([jp.Spec(name, {}) for name in words.split("+")]).lr == pytest.approx(rate)
