@@ -39,7 +39,7 @@ def counts(job: Job, state: TrainState) -> dict[str, int]:
     added = job.adapters is not None or any(about(spec.name).stored != "base" for spec in job.method.specs)
 
     def is_theirs(path: str) -> bool:
-        if tree.canonical(path) in job.base or path in state.frozen:
+        if tree.canonical(path) in job.base or (added and path in state.frozen):
             return True
         if path in state.moved and path.partition("/")[0] in names:
             return False

@@ -22,6 +22,7 @@ RANK = 2
         (jp.lisa(count=1), True, False),
         (jp.galore(RANK, which="all"), True, False),
         (jp.mezo(), True, False),
+        (jp.sparse_mezo(), True, False),
     ],
     ids=lambda x: getattr(x, "name", None),
 )
