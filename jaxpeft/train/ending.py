@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from jaxpeft import tree
 from jaxpeft.method import about
+from jaxpeft.models.labels import SCOPE
 from jaxpeft.peft.base import is_written
 from jaxpeft.train import result, several
 from jaxpeft.train.prepare import Job
@@ -39,7 +40,8 @@ def counts(job: Job, state: TrainState) -> dict[str, int]:
     added = job.adapters is not None or any(about(spec.name).stored != "base" for spec in job.method.specs)
 
     def is_theirs(path: str) -> bool:
-        if tree.canonical(path) in job.base or (added and path in state.frozen):
+        own_path = tree.canonical(path)
+        if own_path in job.base or own_path.startswith(SCOPE) or (added and path in state.frozen):
             return True
         if path in state.moved and path.partition("/")[0] in names:
             return False
