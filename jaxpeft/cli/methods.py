@@ -1,24 +1,56 @@
 """`jaxpeft methods`: every method in jaxpeft/methods, as its file describes it (`ABOUT`, see jaxpeft/about.py)."""
 
 import dataclasses
+import inspect
+import json
 import shutil
 import textwrap
 from typing import Any
 
+import tyro
+
 
 @dataclasses.dataclass(frozen=True)
 class Methods:
-    """List the fine-tuning methods: what trains, what it saves, the default rate, PEFT's form, the reference."""
+    """List the fine-tuning methods: what trains, what it saves, the default rate, PEFT's form, the reference.
 
+    Of one that is named, or of each in a chain, also the options.
+    """
+
+    recipe: tyro.conf.Positional[str | None] = None
+    """A method, or a chain as quantize+lora, to describe with its options; without one, all methods are listed."""
     json: bool = False
     """Print one JSON document on stdout and nothing else there."""
 
 
 def run(args: Methods) -> dict[str, Any]:
-    """Returns {"methods": [{"name", "level", "summary", "trains", "saves", "lr", ...}, ...]}, by name."""
+    """Returns {"methods": [{"name", "level", "summary", "trains", "saves", "lr", ...}, ...]}, by name.
+
+    Of a recipe these are its methods, in its order, each with "options": [{"name", "default", "help"}, ...].
+
+    Raises:
+        InputError: for a name that no method has.
+    """
     from jaxpeft import method
 
-    return {"methods": [describe(name) for name in method.names()]}
+    if args.recipe is None:
+        return {"methods": [describe(name) for name in method.names()]}
+    chained = [part.strip() for part in args.recipe.split("+")]
+    return {"methods": [{**describe(name), "options": options(name)} for name in chained]}
+
+
+def options(name: str) -> list[dict[str, Any]]:
+    """What `--method-options` takes of a method: its factory's arguments, and what the docstring says of each."""
+    from docstring_parser import DocstringStyle, parse
+
+    from jaxpeft import method
+
+    factory = getattr(method.module(name), name)
+    said = {item.arg_name: item.description for item in parse(factory.__doc__ or "", DocstringStyle.GOOGLE).params}
+    return [
+        {"name": name, "default": argument.default, "help": " ".join((said.get(name) or "").split())}
+        for name, argument in inspect.signature(factory).parameters.items()
+    ]
 
 
 def describe(name: str) -> dict[str, Any]:
@@ -63,4 +95,8 @@ def show(document: dict[str, Any]) -> None:
         print(textwrap.fill(f"{row['name']}{within}: {row['level']}; {row['summary']}{merged}", width))
         detail = f"trains {row['trains']}; saves {row['saves']}; stored in {form}{rate}; {row['reference']}"
         print(textwrap.fill(detail, width, initial_indent="    ", subsequent_indent="    "))
+        for option in row.get("options", ()):
+            given = json.dumps(option["default"]) if option["default"] is not inspect.Parameter.empty else "needed"
+            text = f"{row['name']}.{option['name']}={given}  {option['help']}"
+            print(textwrap.fill(text, width, initial_indent="    ", subsequent_indent="        "))
     print("\nSeveral in a chain, applied in order: --method meft+lora --method-options meft.width=16 lora.rank=4")

@@ -86,7 +86,7 @@ class Run:
     """Sites: all-linear, attention, qv, mlp, names (q_proj,v_proj) or a regular expression. Default: the method's."""
     method_options: tuple[str, ...] = ()
     """Further arguments of the method's factory, as NAME=VALUE with a YAML value; in a chain METHOD.NAME=VALUE, where
-    more than one method takes the name."""
+    more than one method takes the name; `jaxpeft methods METHOD` lists them."""
     adapter: Path | None = None
     """PEFT adapter to train on; it brings its method with it: rank, targets, default rate."""
     adapters: tuple[str, ...] = ()

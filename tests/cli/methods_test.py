@@ -87,3 +87,26 @@ def test_what_a_run_leaves_is_what_the_exporter_makes():
         assert left == (row["peft"] or row["stored"]), row["name"]
         seen.add(left)
     assert seen == {"LORA", "base", "own"}
+
+
+def test_a_method_that_is_named_says_its_options(capsys):
+    assert cli.main(["methods", "quantize+lora", "--json"]) == 0
+    quantize, lora = json.loads(capsys.readouterr().out)["methods"]
+    assert [option["name"] for option in quantize["options"]] == ["format", "group", "double", "targets"]
+    rank = next(option for option in lora["options"] if option["name"] == "rank")
+    assert rank == {"name": "rank", "default": 8, "help": "r, at most the smaller side of each kernel."}
+    assert cli.main(["methods", "galore"]) == 0
+    shown = capsys.readouterr().out
+    assert "galore.every=200" in shown and 'galore.projection="sketch"' in shown and "lora.alpha" not in shown
+
+
+def test_every_option_is_explained():
+    unexplained = [
+        (name, option["name"]) for name in method.names() for option in methods.options(name) if not option["help"]
+    ]
+    assert unexplained == []
+
+
+def test_a_method_that_nobody_knows_is_refused(capsys):
+    assert cli.main(["methods", "galor"]) == 2
+    assert capsys.readouterr().err.startswith("jaxpeft: error: unknown method 'galor'; nearest: galore")
