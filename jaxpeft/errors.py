@@ -65,6 +65,19 @@ def in_one_line(error: BaseException, most: int = 300) -> str:
     return (text[:most] + "..." if len(text) > most else text) or type(error).__name__
 
 
+_NO_MEMORY = re.compile(r"RESOURCE_EXHAUSTED|out of memory|failed to allocate|unable to allocate", re.IGNORECASE)
+
+
+def out_of_memory(error: BaseException) -> str | None:
+    """The line for an error by which XLA or NumPy says that there is not the memory; None for any other."""
+    if not isinstance(error, MemoryError) and type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+        return None
+    if not isinstance(error, MemoryError) and not _NO_MEMORY.search(str(error)):
+        return None
+    advice = "`jaxpeft plan` says what a step takes, and fits one into a --budget"
+    return f"out of memory: {first_line(error)[:300].rstrip('.')}; {advice}"
+
+
 def shown(value: object, width: int = 60) -> str:
     """A value as an error shows it: JSON, or its type where JSON has no such thing, of at most `width` characters."""
     try:

@@ -10,10 +10,10 @@ Only the named command's file is imported, and heavy imports stay inside its `ru
 mistakes answer at once.
 
 Exit status: 0 the whole job was done; 2 a mistake in the arguments or the input, or what the machine
-refuses (a full disk, a read-only file system, a file that is gone); 1 a run that cannot go on (a loss
-that is not finite), or a bug; 143 and 130 a command that SIGTERM or SIGINT ended, a run saved where it
-was. All but a bug, which shows its traceback, say so in one line on stderr. Signals before and after a
-run trains are `jaxpeft.interrupts`'s.
+refuses (a full disk, a read-only file system, a file that is gone, too little memory); 1 a run that
+cannot go on (a loss that is not finite), or a bug; 143 and 130 a command that SIGTERM or SIGINT ended, a
+run saved where it was. All but a bug, which shows its traceback, say so in one line on stderr. Signals
+before and after a run trains are `jaxpeft.interrupts`'s.
 """
 
 import contextlib
@@ -33,7 +33,17 @@ from pathlib import Path
 from typing import Any
 
 from jaxpeft.cli.output import print_error, print_json
-from jaxpeft.errors import Elsewhere, InputError, Notice, RunError, did_you_mean, is_utf8, printable, shown
+from jaxpeft.errors import (
+    Elsewhere,
+    InputError,
+    Notice,
+    RunError,
+    did_you_mean,
+    is_utf8,
+    out_of_memory,
+    printable,
+    shown,
+)
 from jaxpeft.interrupts import Interrupted
 from jaxpeft.memory.kinds import GPU_FRACTION
 from jaxpeft.train.hints import in_words
@@ -107,6 +117,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print_error("interrupted")
         return 130
+    except Exception as error:
+        if (line := out_of_memory(error)) is None:
+            raise
+        print_error(line)
+        return 2
 
 
 def _of_the_machine(error: OSError) -> str | None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import jax
 
 from jaxpeft import distributed, files, hf, models
 from jaxpeft.checkpoint import Checkpoints, on_disk
-from jaxpeft.errors import InputError, RunError
+from jaxpeft.errors import InputError, RunError, out_of_memory
 from jaxpeft.peft import adapter_rope_scaling
 from jaxpeft.train import config, folder, several
 from jaxpeft.train.checks import flag
@@ -77,9 +78,7 @@ def train(args: Run) -> dict[str, Any]:
         if isinstance(error.__context__, RunError):  # a log that could not be closed after it
             raise error.__context__ from None
         if error.errno in _NO_ROOM:
-            good = on_disk(out / "checkpoints")
-            left = f"last good checkpoint: step {good[-1]}" if good else "no checkpoint has been written yet"
-            raise RunError(f"{error.filename or out}: not written: {error.strerror}; {left}", 2) from error
+            raise RunError(f"{error.filename or out}: not written: {error.strerror}; {_good(out)}", 2) from error
         if isinstance(error, PermissionError | NotADirectoryError) or error.errno == errno.EROFS:
             raise InputError(f"--out {out}: cannot be written: {error.strerror}") from error
         raise
@@ -126,10 +125,25 @@ def _alone(args: Run, out: Path, old: dict[str, Any] | None, finished: dict[str,
                 job = prepare(args)
             loop = Loop(args, job, old or job.document, checkpoints, signals)
             return loop.whole(started)
-    except InputError:  # what a step refuses is seen only where it is traced
-        if old is None and distributed.is_first() and (loop is None or not loop.done):
+    except (InputError, MemoryError, jax.errors.JaxRuntimeError) as error:
+        # What a step refuses is seen only where it is traced, and that it does not fit where it runs.
+        lacking = out_of_memory(error)
+        if lacking is None and not isinstance(error, InputError):
+            raise
+        begun = loop is not None and math.isfinite(loop.loss)  # a step that was called may not have ended
+        if old is None and distributed.is_first() and not begun:
             config.take_back(out)
-        raise
+        if lacking is None:
+            raise
+        if begun:
+            raise RunError(f"{lacking}; {_good(out)}", 2) from error
+        raise InputError(lacking) from error
+
+
+def _good(out: Path) -> str:
+    """What a run that cannot go on has left to go on from."""
+    good = on_disk(out / "checkpoints")
+    return f"last good checkpoint: step {good[-1]}" if good else "no checkpoint has been written yet"
 
 
 def _report_of(out: Path, steps: int) -> dict[str, Any] | None:

@@ -4,11 +4,13 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import pytest
 
 from jaxpeft import cli
 from jaxpeft.files import write_json
 from jaxpeft.train import begin, config
+from jaxpeft.train.loop import Loop
 from tests import runs
 
 
@@ -33,6 +35,31 @@ def test_what_is_seen_only_in_a_step_leaves_nothing(files, tmp_path, capsys, the
     assert cli.main(["train", *runs.flags(args)]) == 2
     assert "hybrid: stands in front of what replaces the gradient" in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in out.iterdir()] == ["notes.txt"] if there else not out.exists()
+
+
+def test_a_step_for_which_there_is_not_the_memory_leaves_nothing(files, tmp_path, capsys):
+    """A first step that does not fit is refused in one line, and the folder takes the next try."""
+    out = tmp_path / "run"
+    changes = {"method": "natural_galore", "rank": 2, "method_options": ("history=1000000000",)}
+    args = runs.arguments(files, out, **changes, steps=2, eval_every=0, samples=0, warmup=0)
+    assert cli.main(["train", *runs.flags(args)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("jaxpeft: error: out of memory: ") and "`jaxpeft plan`" in line
+    assert not out.exists()
+
+
+def test_a_later_step_for_which_there_is_not_the_memory_says_what_is_left(files, tmp_path, capsys, monkeypatch):
+    def fails_at_the_third(loop, *args, before=Loop._next_round):
+        if loop.done == 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nand more")
+        return before(loop, *args)
+
+    monkeypatch.setattr(Loop, "_next_round", fails_at_the_third)
+    args = runs.arguments(files, tmp_path / "run", steps=4, checkpoint_every=1, eval_every=0, samples=0, warmup=0)
+    assert cli.main(["train", *runs.flags(args)]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; " in line and "last good checkpoint: step 2" in line
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
 
 
 @pytest.mark.parametrize(
