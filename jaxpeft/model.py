@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxpeft import decoding, sharding, tree
+from jaxpeft import constraints, decoding, tree
 
 Batch = Mapping[str, jax.Array]
 Cache = Mapping[str, jax.Array]
@@ -234,7 +234,7 @@ def entered(
     x, ctx = stack.embed(params, batch, key)
     if cache is None or decoding.is_empty_before(cache):
         params, ctx = stack.before(stack, params, ctx, key)
-    return sharding.rows(x), ctx, params
+    return constraints.rows(x), ctx, params
 
 
 @through_blocks
@@ -260,8 +260,8 @@ def scan_layers(
     for segment, first, end in tree.segments(params):
 
         def step(x, layer, index, past, segment=segment):
-            x, past = stack.block(sharding.gathered(layer, segment), x, ctx.at(index, key), past, segment)
-            return sharding.rows(x), past
+            x, past = stack.block(constraints.gathered(layer, segment), x, ctx.at(index, key), past, segment)
+            return constraints.rows(x), past
 
         if cache is None:
             layers = (params[segment], jnp.arange(first, end, dtype=jnp.int32))

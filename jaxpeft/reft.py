@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import decoding, features, sharding, tree
+from jaxpeft import constraints, decoding, features, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Cache, Model, reads_stacks
@@ -90,7 +90,7 @@ def edits(x: jax.Array, batch: Batch, first: int, last: int) -> tuple[Edits, Edi
     segments, weights = features.segments_of(x, batch), batch.get("loss_weights")
     start, stop = prompts(segments, None if weights is None else jnp.asarray(weights))
     half = (stop - start + 1) // 2
-    if "segment_ids" in batch or sharding.shards(*x.shape[:2])[1] > 1:
+    if "segment_ids" in batch or constraints.shards(*x.shape[:2])[1] > 1:
         index = jnp.arange(x.shape[1], dtype=jnp.int32)
         told = segments > 0
         return (

@@ -12,11 +12,8 @@
              Shoeybi et al. 2019, arXiv:1909.08053)
     seq      tokens of each row (Liu et al. 2023, arXiv:2310.01889); weights are whole on each
 
-No engine of our own: XLA's partitioner inserts the communication that the placements ask for. Where the program is
-traced under a mesh (`jax.set_mesh`), four places say what it could not know: the stream between blocks is divided by
-rows and tokens alone (`rows`); a layer's matrices are gathered over `fsdp` where the layer is taken from its stack, one
-layer at a time (`gathered`); a chunk of the loss takes tokens of every device (`shards`); and operations that have
-kernels run in a `shard_map` (`of_product`, `of_attention`). Without a mesh they do nothing.
+No engine of our own: XLA's partitioner inserts the communication that the placements ask for, and what a program says
+of itself where it is traced (`jaxpeft.constraints`).
 
 An adapter's factor follows its kernel: an axis of the kernel's inputs or outputs lies as it does there, its rank is
 never divided. The optimizer's and the method's state follow the leaf of the same path. An axis that its devices do not
@@ -25,12 +22,10 @@ divide stays whole.
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
 import math
 import re
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,8 +35,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxpeft import host, tree
 from jaxpeft.errors import InputError
-from pallas_kernels.divided import Divided
-from pallas_kernels.stacked import taken
 
 AXES = ("data", "fsdp", "tensor", "seq")
 ROWS = ("data", "fsdp")  # the axes over which the rows of a batch are divided
@@ -65,7 +58,7 @@ RULES: tuple[tuple[str, Spec], ...] = (
 
 # A table lies by columns, so that a device looks all words up in its own; as a head it is divided by words: exchanged
 # over tensor, then gathered over fsdp. Asked for at once, XLA would make all of the table on each device.
-TIED, _AS_HEAD = "embed_tokens/embedding", ("tensor", "fsdp")
+TIED, AS_HEAD = "embed_tokens/embedding", ("tensor", "fsdp")
 
 
 # A mesh.
@@ -148,7 +141,7 @@ def spec_of(path: str, shapes: Mapping[str, Sequence[int]], base: Container[str]
       InputError: for a parameter of the base that none does.
     """
     name = tree.canonical(path)
-    if (known := _spec_of_name(name)) is not None:
+    if (known := spec_of_name(name)) is not None:
         return known
     if path in base or name in base:
         rules = ", ".join(pattern for pattern, _ in RULES)
@@ -166,7 +159,8 @@ def spec_of(path: str, shapes: Mapping[str, Sequence[int]], base: Container[str]
 
 
 @functools.cache
-def _spec_of_name(name: str) -> Spec | None:
+def spec_of_name(name: str) -> Spec | None:
+    """The axes of one layer's leaf whose path a rule knows."""
     return next((spec for pattern, spec in RULES if re.fullmatch(pattern, name)), None)
 
 
@@ -179,7 +173,7 @@ def of_leaves(mesh: Mesh, leaves: Mapping[str, Any], base: Container[str] = ()) 
     shapes = {path: leaf.shape[tree.stacked(path) :] for path, leaf in leaves.items()}
     place = functools.partial(_named, mesh)
     return {
-        path: _each(mesh, leaf, spec_of(path, shapes, base), tree.stacked(path), place) for path, leaf in leaves.items()
+        path: each(mesh, leaf, spec_of(path, shapes, base), tree.stacked(path), place) for path, leaf in leaves.items()
     }
 
 
@@ -188,7 +182,7 @@ def _named(mesh, x, spec):
     return NamedSharding(mesh, PartitionSpec(*spec))
 
 
-def _each(mesh: Any, leaf: Any, spec: Spec, lead: int, place: Callable[[Any, Spec], Any]) -> Any:
+def each(mesh: Any, leaf: Any, spec: Spec, lead: int, place: Callable[[Any, Spec], Any]) -> Any:
     """place(array, its axes) of each array of a leaf with `lead` axes before those of the specification.
 
     An axis that its devices do not divide is none, in all arrays of a packed kernel alike: they are cut between tiles
@@ -209,7 +203,8 @@ def _each(mesh: Any, leaf: Any, spec: Spec, lead: int, place: Callable[[Any, Spe
     return jax.tree.map(put, leaf)
 
 
-def _divides(mesh: Any, size: int, axes: Any) -> bool:
+def divisible(mesh: Any, size: int, axes: Any) -> bool:
+    """Whether an axis of an array can be divided over these axes of the mesh."""
     names = (axes,) if isinstance(axes, str) else axes or ()
     return bool(names) and size > 0 and size % math.prod(mesh.shape[name] for name in names) == 0
 
@@ -218,7 +213,7 @@ def _dividing(mesh: Any, size: int, axes: Any) -> Any:
     """The axes, or the first of several, that divide a size."""
     several = () if isinstance(axes, str) or axes is None else axes
     tried = [axes, *(several[:count] for count in range(len(several) - 1, 0, -1))]
-    return next((axes for axes in tried if _divides(mesh, size, axes)), None)
+    return next((axes for axes in tried if divisible(mesh, size, axes)), None)
 
 
 def of_state(mesh: Mesh, state: Any, base: Container[str] = ()) -> Any:
@@ -298,156 +293,3 @@ def check_rows(mesh: Mesh | None, rows: int, accumulate: int = 1, length: int | 
     if rows % (count * accumulate):
         parts = f", times --accumulate {accumulate}: {count * accumulate}" if accumulate > 1 else ""
         raise InputError(f"--batch-size {rows}: must be a multiple of the mesh's data x fsdp = {count} devices{parts}")
-
-
-# What a program says of itself where it is traced under a mesh.
-
-
-def _mesh() -> Any:
-    """The mesh under which a program is traced; None where there is none of these axes, all left to the compiler.
-
-    In a `shard_map` they are not, nor where they are a part of the arrays' types (`AxisType.Explicit`).
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    known = set(AXES) <= set(mesh.axis_names) and set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
-    return mesh if known and mesh.size > 1 else None
-
-
-def divides() -> bool:
-    """Whether the compiler divides what is traced over the devices of a mesh."""
-    return _mesh() is not None
-
-
-def shards(rows: int, tokens: int) -> tuple[int, int]:
-    """Parts into which a batch (B, S) is divided: of its rows, and of each row's tokens; 1 of what is no multiple."""
-    mesh = _mesh()
-    if mesh is None:
-        return 1, 1
-    parts = (num_shards(mesh), rows), (mesh.shape[TOKENS], tokens)
-    across, along = (count if size % count == 0 else 1 for count, size in parts)
-    return across, along
-
-
-def rows(x: Any) -> Any:
-    """Arrays (B, S, ...) or (B, ...), divided by rows and tokens and nothing else."""
-    return jax.tree.map(lambda x: _along(x, ROWS, TOKENS if x.ndim > 2 else None), x)
-
-
-def chunks(x: Any) -> Any:
-    """An array (chunks, tokens of a chunk, ...), each chunk of tokens of every device."""
-    return _along(x, None, (*ROWS, TOKENS))
-
-
-def _along(x, *axes):
-    mesh = _mesh()
-    if mesh is None:
-        return x
-    found = [axes if _divides(mesh, size, axes) else None for size, axes in zip(x.shape, axes, strict=False)]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*found)) if any(found) else x
-
-
-def _whole(axes):
-    """Without `fsdp`."""
-    if axes is None or isinstance(axes, str):
-        return axes if axes != "fsdp" else None
-    return tuple(axis for axis in axes if axis != "fsdp") or None
-
-
-def looked_up(x: jax.Array) -> jax.Array:
-    """Rows (B, S, d) of a table that lies by columns: they are made by columns too, and then divided as `rows` are."""
-    mesh = _mesh()
-    if mesh is None or x.ndim != 3 or max(mesh.shape["fsdp"], mesh.shape["tensor"]) == 1:
-        return x
-    if not _divides(mesh, x.shape[0], ROWS):  # a prompt
-        return x
-    for by_row, by_column in (("data", ("fsdp", "tensor")), ("data", "fsdp"), (ROWS, None)):
-        x = _along(x, by_row, TOKENS, by_column)
-    return x
-
-
-_site: contextvars.ContextVar[str] = contextvars.ContextVar("site", default="")
-
-
-@contextlib.contextmanager
-def at(path: str) -> Iterator[None]:
-    """What is traced inside computes with the kernel of this path."""
-    token = _site.set(path)
-    try:
-        yield
-    finally:
-        _site.reset(token)
-
-
-def of_product(x: jax.Array) -> Divided | None:
-    """How the product of x (B, S, n) with the kernel of the site (`at`) is divided: b, s, n and its outputs m."""
-    mesh, path = _mesh(), _site.get()
-    if mesh is None or x.ndim != 3 or not path or not _divides(mesh, x.shape[0], ROWS):
-        return None
-    n, m = _spec_of_name(f"{path}/kernel") or (None, None)
-    return _divided(mesh, b=ROWS, s=TOKENS, n=n if n != "fsdp" else None, m=m if m != "fsdp" else None)
-
-
-def of_attention() -> Divided | None:
-    """How attention is divided: b, s and its heads h."""
-    mesh = _mesh()
-    return None if mesh is None else _divided(mesh, b=ROWS, s=TOKENS, h="tensor")
-
-
-def _divided(mesh, **axes) -> Divided:
-    named = {letter: (names,) if isinstance(names, str) else names or () for letter, names in axes.items()}
-    more = {letter: tuple(name for name in names if mesh.shape[name] > 1) for letter, names in named.items()}
-    return Divided(mesh, tuple((letter, names) for letter, names in sorted(more.items()) if names))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _gather(divided: PartitionSpec, whole: PartitionSpec, x: jax.Array) -> jax.Array:
-    """x, whole; its cotangent is divided as x is, and never asked for whole: so what sums it up may scatter it."""
-    return _constrained(divided, whole, x)
-
-
-def _constrained(divided, whole, x):
-    x = jax.lax.with_sharding_constraint(x, divided)
-    return jax.lax.with_sharding_constraint(x, whole)
-
-
-def _gather_forward(divided, whole, x):
-    return _gather(divided, whole, x), None
-
-
-def _gather_backward(divided, whole, _, cotangent):
-    del whole
-    return (jax.lax.with_sharding_constraint(cotangent, divided),)
-
-
-_gather.defvjp(_gather_forward, _gather_backward)
-
-
-def gathers() -> bool:
-    """Whether a layer's matrices are gathered where it is taken."""
-    mesh = _mesh()
-    return mesh is not None and mesh.shape["fsdp"] > 1
-
-
-def gathered(params: tree.Params, segment: str = "", wanted: Callable[[str], Any] = lambda path: True) -> tree.Params:
-    """Nested parameters, whole over `fsdp`: those of one layer of a segment, or those beside the layers.
-
-    wanted: of a path, whether its leaf is to be gathered; the others are as they are. What lies in the host's memory
-      comes to the device.
-    """
-    mesh, params = _mesh(), host.fetched(params)
-    axes = ("fsdp",) if segment else ("fsdp", "tensor")  # a table moves to where it is a head
-    if mesh is None or not isinstance(params, Mapping) or all(mesh.shape[axis] == 1 for axis in axes):
-        return params
-    flat = {f"{segment}/{path}" if segment else path: taken(leaf) for path, leaf in tree.flatten(params).items()}
-    shapes = {path: leaf.shape for path, leaf in flat.items()}
-
-    def put(x, spec):
-        if not any(spec):
-            return x
-        divided, whole = PartitionSpec(*spec), PartitionSpec(*map(_whole, spec))
-        # A head's gradient adds up over the chunks of the loss: it is summed over the devices once, at their end.
-        return _gather(divided, whole, x) if segment else _constrained(divided, whole, x)
-
-    specs = {path: _AS_HEAD if path == TIED else spec_of(path, shapes) for path in flat}
-    found = {path: _each(mesh, leaf, specs[path], 0, put) if wanted(path) else leaf for path, leaf in flat.items()}
-    return tree.unflatten({path.removeprefix(f"{segment}/"): leaf for path, leaf in found.items()})

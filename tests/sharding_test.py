@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxpeft import sharding, tree
+from jaxpeft import constraints, sharding, tree
 from jaxpeft.errors import InputError
 from jaxpeft.models import FAMILIES, geometries
 from tests import methods_test, virtual
@@ -89,7 +89,7 @@ def head_of_a_table():
     mesh = sharding.make_mesh(MESHES[-2])
     table = {"embed_tokens/embedding": jnp.ones((96, 64))}
     table = jax.device_put(table, sharding.of_leaves(mesh, table))
-    logits = lambda table, x: x @ sharding.gathered(tree.unflatten(table))["embed_tokens"]["embedding"].T
+    logits = lambda table, x: x @ constraints.gathered(tree.unflatten(table))["embed_tokens"]["embedding"].T
     with jax.set_mesh(mesh):
         return jax.jit(logits).lower(table, jnp.ones((8, 64))).compile().as_text()
 
@@ -267,5 +267,5 @@ def test_only_axes_that_the_compiler_divides_are_spoken_of(kind, shards, monkeyp
     kinds = (getattr(jax.sharding.AxisType, kind),) * 4
     mesh = jax.sharding.AbstractMesh((2, 2, 2, 2), sharding.AXES, axis_types=kinds)
     monkeypatch.setattr(jax.sharding, "get_abstract_mesh", lambda: mesh)
-    assert sharding.shards(8, 6) == shards
-    assert sharding.shards(3, 5) == (1, 1)
+    assert constraints.shards(8, 6) == shards
+    assert constraints.shards(3, 5) == (1, 1)

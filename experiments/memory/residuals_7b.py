@@ -39,7 +39,8 @@ import jaxpeft as jp
 from experiments.memory import common
 from experiments.memory.common import GIB
 from jaxpeft import tree
-from jaxpeft.backward import passes, residuals
+from jaxpeft.backward import residuals
+from jaxpeft.backward.segments import recorded
 from jaxpeft.memory import profile, targets
 from jaxpeft.memory.owners import Owner, Owners
 from jaxpeft.method import view_of
@@ -120,7 +121,7 @@ def reference(key: common.Row) -> tuple[Any, tuple[Any, ...], Owners]:
 def measure(key: common.Row) -> dict[str, Any]:
     """Temporaries of the reference step, what it keeps, and what is live beside at the peak."""
     step, args, owners = reference(key)
-    with passes.recorded() as segments:
+    with recorded() as segments:
         jax.eval_shape(step, *args)
     with tempfile.TemporaryDirectory() as dump:
         memory = targets.compile(targets.target(key["target"]), step, *args, dump=dump).memory

@@ -46,8 +46,8 @@ from experiments.memory import common, residuals_7b
 from experiments.memory.common import GIB
 from experiments.traffic.floor import Work, floor
 from jaxpeft import tree
-from jaxpeft.backward import passes
 from jaxpeft.backward.flops import flops_by_name
+from jaxpeft.backward.segments import Segment, recorded
 from jaxpeft.memory import hlo, planner, targets
 from jaxpeft.memory.owners import Owners, step_owners
 from jaxpeft.memory.traffic import traffic
@@ -97,7 +97,7 @@ def program(key: common.Row) -> Program:
     )
 
 
-def least(key: common.Row, segment: passes.Segment) -> dict[str, float]:
+def least(key: common.Row, segment: Segment) -> dict[str, float]:
     """The floor of a key, whose layers were traced as `segment`."""
     config = geometries.load(key["geometry"])
     work = Work(
@@ -116,7 +116,7 @@ def least(key: common.Row, segment: passes.Segment) -> dict[str, float]:
 def measure(key: common.Row) -> common.Row:
     """What the compiled step moves, its floor and its peak; of one that cannot fit, only that."""
     made, device = program(key), targets.target(key["target"])
-    with passes.recorded() as segments:
+    with recorded() as segments:
         # A function of its own, which JAX has not traced before.
         jaxpr = jax.make_jaxpr(lambda *args: made.function(*args))(*made.args)
     found = {"floor": least(key, segments["layers"])}

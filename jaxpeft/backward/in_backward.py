@@ -27,6 +27,7 @@ from jaxpeft.backward import passes
 from jaxpeft.backward.loop import join
 from jaxpeft.backward.passes import Update
 from jaxpeft.backward.residuals import laid_out, plan_of
+from jaxpeft.backward.segments import told
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, entered, joined, nothing_before
 
@@ -97,7 +98,7 @@ def value_and_update(
         x, ctx, _ = entered(stack, tree.combine(beside, {**rest, **inside}), batch, key)
         leaves, treedef = jax.tree.flatten((x, Context(ctx.rows, ctx.shared)))
         treedefs.append(treedef)
-        return passes.told(reached.extend, leaves)
+        return told(reached.extend, leaves)
 
     entering, pull_enter = jax.vjp(enter, beside)
     reached = reached or [False] * len(entering)

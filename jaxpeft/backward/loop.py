@@ -15,7 +15,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import host, sharding
+from jaxpeft import constraints, host
 from jaxpeft.backward.places import empty
 from jaxpeft.backward.programs import Programs, trace
 from jaxpeft.model import Context
@@ -74,7 +74,7 @@ def flows() -> bool:
     In plain JAX on other GPUs it costs an MLP's array at the peak: 17.09 GiB in place of 17.03 for Llama-3.1-8B on an
     RTX 4090, and spares no bytes that XLA does not move elsewhere.
     """
-    return nests() and traced_for_hopper() and not sharding.divides()
+    return nests() and traced_for_hopper() and not constraints.divides()
 
 
 def divide(x, groups):
@@ -150,7 +150,7 @@ class Loop(NamedTuple):
         nested: whether they may be (see `nests`), or are always where there are several. What is in another type than
           the stream is taken by each group even so: a block converts it, which XLA does as it takes it.
         """
-        gathers = sharding.gathers()
+        gathers = constraints.gathers()
         nested = bool(nested) and self.groups > 1 and (gathers or nests() or nested == "always")
         away = [perturbed[i] or host.holds(leaf) for i, leaf in enumerate(leaves)]
         frozen = {i for kernel in self.kernels if not any(away[i] for i in kernel) for i in kernel}
@@ -244,7 +244,8 @@ class Loop(NamedTuple):
             for i, (leaf, kind) in enumerate(zip(leaves, self.kinds, strict=True))
         ]
         if "whole" in self.kinds:
-            of_layer = jax.tree.leaves(sharding.gathered(self.treedef.unflatten(found)[0], self.name, self.whole.get))
+            layer = self.treedef.unflatten(found)[0]
+            of_layer = jax.tree.leaves(constraints.gathered(layer, self.name, self.whole.get))
             found = [*of_layer, *found[len(of_layer) :]]
         return [*found, *map(own, self.held)]
 
@@ -317,8 +318,8 @@ class Loop(NamedTuple):
 
         whole = self.whole
         layer = jax.tree.map(kernel, layer, kinds, is_leaf=is_packed)
-        layer = sharding.gathered(layer, self.name, lambda path: path not in whole)
-        return sharding.rows(jax.tree.leaves(self.block(layer, sharding.rows(x), own)[0]))
+        layer = constraints.gathered(layer, self.name, lambda path: path not in whole)
+        return constraints.rows(jax.tree.leaves(self.block(layer, constraints.rows(x), own)[0]))
 
     def shapes(self, leaves, streams, key):
         """Those of the inputs of a step."""

@@ -10,7 +10,7 @@ from jaxpeft.backward.plan import INPUT, Plan
 from jaxpeft.backward.programs import Price, matmuls
 
 if TYPE_CHECKING:
-    from jaxpeft.backward.passes import Segment
+    from jaxpeft.backward.segments import Segment
 
 _MOST = 10  # names whose every subset is looked at
 

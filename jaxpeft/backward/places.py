@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Literal, jaxpr_as_fun
 
-from jaxpeft import sharding
+from jaxpeft import constraints
 from jaxpeft.backward.inline import evaluate
 from jaxpeft.backward.programs import name_of
 from pallas_kernels.platform import INTO
@@ -32,7 +32,7 @@ def empty(shape: Sequence[int], dtype: Any) -> jax.Array:
       shape: of the array.
       dtype: any.
     """
-    if jax.config.jax_debug_nans or jax.config.jax_debug_infs or sharding.divides():
+    if jax.config.jax_debug_nans or jax.config.jax_debug_infs or constraints.divides():
         return jnp.zeros(shape, dtype)
     return jax.lax.empty(tuple(shape), dtype)
 

@@ -19,10 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft.backward.loop import Loop, loop_over
-from jaxpeft.backward.passes import Segment, record, told
 from jaxpeft.backward.plan import INPUT, Plan, action_of, codes_of, is_code, parse
 from jaxpeft.backward.programs import Programs, decide, trace
 from jaxpeft.backward.residuals import by_segment
+from jaxpeft.backward.segments import Segment, record, told
 from jaxpeft.errors import InputError
 from jaxpeft.quant import is_packed
 

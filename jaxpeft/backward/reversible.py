@@ -35,10 +35,10 @@ from jax.interpreters import partial_eval
 from jaxpeft import tree
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.loop import Loop, Static, divide, join, loop_over
-from jaxpeft.backward.passes import record
 from jaxpeft.backward.places import empty
 from jaxpeft.backward.plan import Plan
 from jaxpeft.backward.programs import decide, trace
+from jaxpeft.backward.segments import record
 from jaxpeft.backward.streams import Fixed, Float
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context
@@ -382,7 +382,7 @@ def _times(d, factor: Fraction):
 
 
 class Reversible(NamedTuple):
-    """A segment as it was traced (see `jaxpeft.backward.passes.recorded`)."""
+    """A segment as it was traced (see `jaxpeft.backward.segments.recorded`)."""
 
     kept: dict[str, int]
     flops: float

@@ -24,7 +24,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from jaxpeft import sharding
+from jaxpeft import constraints
 from jaxpeft.errors import InputError
 from jaxpeft.model import Context, Stack, takes_by_token
 
@@ -78,7 +78,7 @@ class _Tiles(NamedTuple):
         rows, _, *rest = leaf.shape
         leaf = leaf.reshape(rows, self.along, -1, *rest)
         part = jax.lax.dynamic_slice_in_dim(leaf, n * self.size, self.size, 2)
-        return sharding.rows(part.reshape(rows, -1, *rest))
+        return constraints.rows(part.reshape(rows, -1, *rest))
 
     def put(self, whole: jax.Array, part: jax.Array, n: Any) -> jax.Array:
         """With this tile in its place."""
@@ -94,7 +94,7 @@ class _Tiles(NamedTuple):
 
 def _by_tiles(part, layer, x, ctx, segment, tile):
     rows, length = x.shape[:2]
-    _, along = sharding.shards(rows, length)
+    _, along = constraints.shards(rows, length)
     count = -(-length // (along * tile))
     size = -(-length // (along * count))
     more = along * count * size - length

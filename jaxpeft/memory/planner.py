@@ -27,10 +27,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from jaxpeft import compilation, host, sharding, tree, unused_rows
 from jaxpeft.adapters import FIELD
-from jaxpeft.backward import passes, residuals
+from jaxpeft.backward import residuals
 from jaxpeft.backward.flops import count_flops, flops_by_name
-from jaxpeft.backward.passes import Segment
 from jaxpeft.backward.plan import Plan, parse
+from jaxpeft.backward.segments import Segment, recorded
 from jaxpeft.errors import InputError
 from jaxpeft.hf import quantized
 from jaxpeft.memory import hlo, targets
@@ -235,7 +235,7 @@ class Cost(NamedTuple):
 
 def cost(step: Step) -> Cost:
     """Traces a step."""
-    with passes.recorded() as segments, on_mesh(step):
+    with recorded() as segments, on_mesh(step):
         # A function of its own, which JAX has not traced before.
         flops = count_flops(jax.make_jaxpr(lambda *args: step.function(*args))(step.state, step.batch))
     if not step.backward:

@@ -35,7 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import sharding, tree
+from jaxpeft import constraints, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, MOVED, Leaves, Method, Moment, Objective, Spec, View, layer_by_layer, told
@@ -99,7 +99,7 @@ def colm(
             before = Moments(*(rest[f"colm/{name}"] for name in _STATE))
             features, means, squares = before.features(slopes)
             found = coreset(features, _sources(batch), _lengths(batch) > 0, count, small)
-            part = jax.tree.map(lambda x: sharding.rows(jnp.take(x, found.rows, axis=0)), dict(batch))
+            part = jax.tree.map(lambda x: constraints.rows(jnp.take(x, found.rows, axis=0)), dict(batch))
             if weighted:
                 name = weights_of(batch)
                 part[name] = part[name] * found.sizes.reshape(-1, *[1] * (part[name].ndim - 1))
@@ -132,7 +132,7 @@ def chosen_count(ratio: float, batch: Batch, parts: int) -> int:
       InputError: for rows that the micro-batches, or the devices of a mesh, do not divide.
     """
     rows, tokens = _shape(batch)
-    count, shards = max(1, round(ratio * rows)), sharding.shards(rows, tokens)[0]
+    count, shards = max(1, round(ratio * rows)), constraints.shards(rows, tokens)[0]
     if count % (parts * shards):
         devices = f" on each of the mesh's {shards} parts of it" if shards > 1 else ""
         raise InputError(
@@ -179,7 +179,7 @@ def _slopes(
 ) -> jax.Array:
     """g (B, n) of a batch, at most so many rows at a time."""
     rows, tokens = _shape(batch)
-    parts, shards = objective.parts, sharding.shards(rows, tokens)[0]
+    parts, shards = objective.parts, constraints.shards(rows, tokens)[0]
     for count in range(parts, rows + 1):
         if rows % (count * shards) == 0:
             parts = count
@@ -214,7 +214,7 @@ def _evaluated(objective: Objective, paths: list[str], trainable, rest, batch):
         return whole
     x, ctx, params, said = before_last(model, tree.combine(trainable, rest), batch)
     segment, first, end = tree.segments(params)[-1]
-    layer = sharding.gathered(_layer(params[segment], end - 1 - first), segment)
+    layer = constraints.gathered(_layer(params[segment], end - 1 - first), segment)
 
     def last(number, amount):
         flat = tree.flatten(layer)
@@ -223,7 +223,7 @@ def _evaluated(objective: Objective, paths: list[str], trainable, rest, batch):
             flat[own] = flat[own] + _along(path, leaves[path], number, amount)
         y, sums = model.stack.block(tree.unflatten(flat), x, ctx.at(jnp.int32(end - 1)), None, segment)
         sums = joined([*said, jax.tree.map(lambda s: s[None], sums)])
-        run = lambda *_: (sharding.rows(y), sums)
+        run = lambda *_: (constraints.rows(y), sums)
         changed = objective.on(lambda model: model._replace(stack=model.stack._replace(run=run)))
         return _losses(changed, trainable, rest, batch)
 
@@ -238,9 +238,9 @@ def before_last(model: Model, params: tree.Params, batch: Batch) -> tuple[jax.Ar
         stop = end - 1 if number == len(segments) - 1 else end
 
         def step(x, index, segment=segment, first=first):
-            layer = sharding.gathered(_layer(params[segment], index - first), segment)
+            layer = constraints.gathered(_layer(params[segment], index - first), segment)
             x, sums = model.stack.block(layer, x, ctx.at(index), None, segment)
-            return sharding.rows(x), sums
+            return constraints.rows(x), sums
 
         x, sums = jax.lax.scan(step, x, jnp.arange(first, stop, dtype=jnp.int32))
         said.append(sums)

@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import sharding
+from jaxpeft import constraints
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, TRAINED, Method, Spec, View, about
@@ -100,7 +100,7 @@ def lemo(keep: float = 0.5, block: int = 64, score: str = "mean", which: str = "
             found = scores(attend, own, still, ctx, segment, live, block, score)
             index = checkpoint_name(jnp.sort(jax.lax.top_k(found, kept)[1]), "kept_blocks")
             few = Context(_rows(ctx.rows, index, live, block), ctx.shared, ctx.layer, ctx.key)
-            y, past = inner.block(layer, sharding.rows(taken(x, index, block)), few, cache, segment)
+            y, past = inner.block(layer, constraints.rows(taken(x, index, block)), few, cache, segment)
             return put(x, y, index, block), past
 
         block_of = reads_stacks(layer, like=inner.block)

@@ -31,7 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import sharding, tree, zeroth_order
+from jaxpeft import constraints, tree, zeroth_order
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Objective, Spec, View
@@ -153,12 +153,12 @@ def run(
 
         def layers(streams, inputs, segment=segment):
             layer, index = inputs
-            layer = sharding.gathered(layer, segment)
+            layer = constraints.gathered(layer, segment)
 
             def one(_, point):
                 x, ctx = point
                 x, sums = block(layer, x, ctx.at(index), None, segment)
-                return None, (sharding.rows(x), sums)
+                return None, (constraints.rows(x), sums)
 
             return jax.lax.scan(one, None, (streams, contexts))[1]
 

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import decoding, sharding, tree
+from jaxpeft import constraints, decoding, tree
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Context, Model, Stack, by_token, reads_stacks, scan_layers
 from jaxpeft.models import fields, rotary
@@ -168,7 +168,7 @@ class Embed(nn.Module):
     def __call__(self, tokens: jax.Array) -> jax.Array:
         c = self.config
         table = self.param("embedding", nn.initializers.normal(0.02), (c.vocab_size, c.hidden_size), c.dtype)
-        return checkpoint_name(sharding.looked_up(lookup(table, tokens).astype(c.dtype)), "embed_tokens")
+        return checkpoint_name(constraints.looked_up(lookup(table, tokens).astype(c.dtype)), "embed_tokens")
 
 
 class Block(nn.Module):

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import decoding, sharding
+from jaxpeft import constraints, decoding
 from jaxpeft.backward import norms
 from jaxpeft.model import Context
 from jaxpeft.quant import dot
@@ -63,7 +63,7 @@ class Dense(nn.Module):
             kernel = self.get_variable("params", "kernel")  # a quantized kernel has no shape that `param` would accept
         else:
             kernel = self.param("kernel", nn.initializers.normal(0.02), shape, self.param_dtype)
-        with sharding.at("/".join(("layers", *self.path))):
+        with constraints.at("/".join(("layers", *self.path))):
             y = self.linear(x, kernel)
         if self.use_bias:
             y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(y.dtype)
@@ -196,7 +196,7 @@ class Attention(nn.Module):
     def attended(self, q: jax.Array, k: jax.Array, v: jax.Array, where: attention_op.Where) -> jax.Array:
         """What o_proj reads, (B, S, H, D), of a pass without a cache that is written (see `jaxpeft.methods.spt`)."""
         options = (self.head_dim**-0.5, self.window, self.causal)
-        return attention_op.attention(q, k, v, where, *options, sharding.of_attention())
+        return attention_op.attention(q, k, v, where, *options, constraints.of_attention())
 
 
 def _with_others(k, v, where, cache):
@@ -284,7 +284,7 @@ class Embed(nn.Module):
     def __call__(self, ids: jax.Array) -> jax.Array:
         table = self.param("embedding", nn.initializers.normal(0.02), (self.count, self.features), self.param_dtype)
         rows = lookup(table, ids).astype(self.param_dtype)  # a master that trains is wider
-        return checkpoint_name(sharding.looked_up(rows), self.name or "embed")
+        return checkpoint_name(constraints.looked_up(rows), self.name or "embed")
 
 
 class PreNormBlock(nn.Module):

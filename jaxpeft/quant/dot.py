@@ -26,7 +26,7 @@ import chex
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxpeft import sharding
+from jaxpeft import constraints
 from jaxpeft.errors import InputError
 from jaxpeft.quant import affine
 from jaxpeft.quant.absent import Absent
@@ -150,7 +150,7 @@ def low_rank_dot_of(
 
 
 def _fused(product: Callable[..., jax.Array], kernel: Any, x, a, b, **options) -> jax.Array:
-    return product(x, kernel, a, b, name=LOW, divided=sharding.of_product(x), **options)
+    return product(x, kernel, a, b, name=LOW, divided=constraints.of_product(x), **options)
 
 
 @_product.register

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jaxpeft import sharding, shares, sites, tree
+from jaxpeft import constraints, shares, sites, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import View
 from jaxpeft.model import Batch, Context, Model
@@ -63,11 +63,11 @@ def gradients(
     @jax.jit
     def of_batch(own, rest, batch):
         found = jax.grad(lambda own: loss(model, tree.combine(own, rest), batch))(own)
-        return jax.lax.with_sharding_constraint(found, PartitionSpec()) if sharding.divides() else found
+        return jax.lax.with_sharding_constraint(found, PartitionSpec()) if constraints.divides() else found
 
     def call(leaves, batch):
         found = of_batch(_flat(leaves), rest, dict(batch))
-        return _by_site(shares.all_on_host(found) if sharding.divides() else found)
+        return _by_site(shares.all_on_host(found) if constraints.divides() else found)
 
     return _by_site(own), call
 

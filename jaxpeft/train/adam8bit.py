@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxpeft import sharding, tree
+from jaxpeft import constraints, tree
 
 BLOCK = 256
 LEAST = 4096  # numbers of a leaf whose moments are codes
@@ -137,7 +137,7 @@ def _in_parts(function: Any, arrays: Any, lead: int) -> Any:
     most = max(leaf.size // PART, 1)
     if lead:
         parts = len(leaf) if most > 1 else 1
-    elif sharding.divides() or _blocks(leaf.shape, 0) is None:  # rows may lie on several devices; blocks cross them
+    elif constraints.divides() or _blocks(leaf.shape, 0) is None:  # rows may lie on several devices; blocks cross them
         parts = 1
     else:
         parts = max(k for k in range(1, min(most, len(leaf)) + 1) if len(leaf) % k == len(absmax) % k == 0)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpeft import shares
-from jaxpeft.backward import passes
+from jaxpeft.backward.segments import Segment, recorded
 from jaxpeft.compilation import compiled
 from jaxpeft.model import Batch
 from jaxpeft.train.state import TrainState
@@ -24,7 +24,7 @@ class Program(NamedTuple):
     """
 
     executable: Any
-    segments: dict[str, passes.Segment]
+    segments: dict[str, Segment]
 
 
 class Compiled:
@@ -62,7 +62,7 @@ class Compiled:
         """What runs for such a batch."""
         width = jnp.shape(batch["tokens"])[1]
         if width not in self._programs:
-            with passes.recorded() as segments:
+            with recorded() as segments:
                 lowered = self._lowered(*self._arguments(state, batch))
             self._programs[width] = Program(compiled(lowered), segments)
         return self._programs[width]

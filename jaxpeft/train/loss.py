@@ -23,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
-from jaxpeft import sharding, tree
+from jaxpeft import constraints, tree
 from jaxpeft.model import Batch, Model
 
 LOGIT_BYTES = 1 << 26  # of the logits that exist at once, in the type of the stream, at most
@@ -68,16 +68,16 @@ def in_chunks(vocabulary: int, x: jax.Array, *others: jax.Array, chunk: int | No
 
     vocabulary: of the logits that are made of a chunk.  chunk: tokens of one; None: as `completion_loss` has it.
     """
-    shards = sharding.shards(*x.shape[:2])
+    shards = constraints.shards(*x.shape[:2])
     count = math.prod(shards)
     chunks = _chunks(math.prod(x.shape[:2]) // count, chunk or _chunk(x, vocabulary, count))
-    return [sharding.chunks(_cut(part, chunks, shards)) for part in (x, *others)]
+    return [constraints.chunks(_cut(part, chunks, shards)) for part in (x, *others)]
 
 
 def for_head(params: tree.Params) -> tree.Params:
     """Nested parameters whose leaves beside the layers are gathered once, for the heads of all chunks."""
     beside = {name: leaf for name, leaf in params.items() if not tree.stacked(f"{name}/")}
-    return {**params, **sharding.gathered(beside)}
+    return {**params, **constraints.gathered(beside)}
 
 
 def _chunk(x: jax.Array, vocabulary: int, shards: int) -> int:

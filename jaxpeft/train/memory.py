@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxpeft import host, tree
-from jaxpeft.backward.passes import Segment
+from jaxpeft.backward.segments import Segment
 from jaxpeft.executable import Memory, analysed
 from jaxpeft.method import Method
 from jaxpeft.model import Batch, Model

@@ -8,7 +8,8 @@ import numpy as np
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.backward import passes, residuals
+from jaxpeft.backward import residuals
+from jaxpeft.backward.segments import recorded
 from tests import tiny
 
 D, F, HEADS, LAYERS, RANK = 32, 56, 4, 3, 4  # of tiny.CONFIG
@@ -74,7 +75,7 @@ def same(found, wanted, tolerance=1e-5):
 
 def segments(method, save, batch=None, dtype=jnp.float32, **changes):
     model, trainable, frozen = start(METHODS[method] if isinstance(method, str) else method, dtype, **changes)
-    with passes.recorded() as found:
+    with recorded() as found:
         function = jax.grad(loss(residuals.remat(model, save), frozen, tiny.batch() if batch is None else batch))
         jax.eval_shape(function, trainable)
     return list(found.values())

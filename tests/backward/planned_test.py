@@ -9,9 +9,9 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxpeft as jp
-from jaxpeft.backward import passes
 from jaxpeft.backward.plan import parse
 from jaxpeft.backward.scans import in_scans
+from jaxpeft.backward.segments import recorded
 from tests.modules import X, losses, mean_square, moved
 from tests.nnx_modules import Scanned
 
@@ -44,7 +44,7 @@ def named(layer, x, ctx):
 
 def gradients(loss, *args):
     """(gradients of all args, {segment: what it keeps})."""
-    with passes.recorded() as segments:
+    with recorded() as segments:
         found = jax.jit(jax.grad(loss, argnums=tuple(range(len(args)))))(*args)
     return found, {name: segment.kept_bytes() for name, segment in segments.items()}
 
@@ -147,7 +147,7 @@ def test_several_streams_and_rows():
 
     wanted, _ = gradients(loss("everything"), PARAMS, X, rate)
     for save in ("matmuls", f"matmuls,tokens={X.shape[1]}"):
-        with passes.recorded() as segments:
+        with recorded() as segments:
             assert_equal(jax.jit(jax.grad(loss(save), argnums=(0, 1, 2)))(PARAMS, X, rate), wanted)
         assert segments["layers"].steps == LAYERS * (1 if save == "matmuls" else len(X))
         assert segments["layers"].kept_bytes()["device"]["block_input"] == INPUT  # of the stream, not of the total
@@ -285,7 +285,7 @@ def test_two_scans_have_names_of_their_own():
         carry, _ = jax.lax.scan(layer("first"), (x, 0), params)
         return square(jax.lax.scan(layer("second"), carry, params)[0][0])
 
-    with passes.recorded() as segments:
+    with recorded() as segments:
         planned = in_scans(function, parse("first=save"))
         assert_equal(jax.jit(jax.grad(planned))(PARAMS, X), jax.grad(function)(PARAMS, X))
     kept = {name: segment.kept_bytes()["device"].keys() for name, segment in segments.items()}

@@ -12,9 +12,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.backward import passes, residuals
+from jaxpeft.backward import residuals
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.plan import Plan
+from jaxpeft.backward.segments import recorded
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, targets
 from tests import tiny
@@ -176,7 +177,7 @@ def test_a_model_under_a_policy_is_the_model_under_loops(method, save):
     for form in residuals.FORMS:
         under = jp.remat(model, save if form == "policy" else f"{save},tokens=1024", form=form)
         step = jax.value_and_grad(lambda t: jp.completion_loss(under, tree.combine(t, frozen), packed())[0])  # noqa: B023
-        with passes.recorded() as segments:
+        with recorded() as segments:
             flops = count_flops(jax.make_jaxpr(step)(trainable))
         told = {name: (s.kept_bytes(), s.recompute_flops()) for name, s in segments.items()}
         found[form] = gradients(under, trainable, frozen, packed()), told, flops
@@ -191,7 +192,7 @@ def test_jax_keeps_what_is_said_to_be_kept():
     for save in ("blocks", "gate_proj=save,v_proj=save"):
         under = jp.remat(model, save, form="policy", trained=METHODS["lora"].changes)
         value = lambda t: jp.completion_loss(under, tree.combine(t, frozen), packed())[0]  # noqa: B023
-        with passes.recorded() as segments:
+        with recorded() as segments:
             kept = jax.eval_shape(lambda t: jax.vjp(value, t)[1], trainable)  # noqa: B023
         sizes[save], told[save] = tree.num_bytes(kept), sum(segments["layers"].kept_bytes()["device"].values())
     small, large = sizes

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpeft import tree
-from jaxpeft.backward import passes, reversible
+from jaxpeft.backward import reversible
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.reversible import Coupling
+from jaxpeft.backward.segments import recorded
 from jaxpeft.backward.streams import Fixed, Float, pack, unpack
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
@@ -222,7 +223,7 @@ def test_keeps_a_pair_and_the_bits_of_each_division(lam, bits):
     """By hand: two int32 per element of the stream, and k bits per element and layer; no layer's activations."""
     params, x = start(7)
     x = x[:, :32]
-    with passes.recorded() as found:
+    with recorded() as found:
         jax.eval_shape(lambda p: gradients(coupling(lam), p, x), params)
     elements = x.size
     expected = {"stream": 2 * 4 * elements, "remainder": 7 * bits * elements // 8, "pair": 0}
@@ -239,7 +240,7 @@ def test_the_backward_pass_computes_each_layer_again_once():
     # A layer: 3 products forward, 3 again, 2 each for the derivative; apart from it also those that it reads from.
     for twice, count in ((False, 3 + 3 + 6), (True, 3 + 3 + 2 + 6)):
         of = coupling(twice=twice)
-        with passes.recorded() as found:
+        with recorded() as found:
             flops = count_flops(jax.make_jaxpr(functools.partial(gradients, of))(params, x))
         assert flops == 3 * count * product
         assert found["layers"].recompute_flops() == 3 * (count - 9) * product

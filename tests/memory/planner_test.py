@@ -9,9 +9,9 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft import tree
-from jaxpeft.backward import passes
 from jaxpeft.backward.options import options
 from jaxpeft.backward.plan import INPUT, Plan
+from jaxpeft.backward.segments import recorded
 from jaxpeft.errors import InputError
 from jaxpeft.memory import planner, search, targets
 from tests import tiny
@@ -191,7 +191,7 @@ def test_largest(slope, quantum, most, wanted):
 
 
 def test_a_recorded_segment_is_gone_after_its_context():
-    with passes.recorded() as found:
+    with recorded() as found:
         planner.cost(make("matmuls"))
     before = dict(found)
     planner.cost(make("matmuls"))
