@@ -5,7 +5,8 @@
 
 d_i is z_i ~ N(0, I), or a part of it that is a function of theta (`jaxpeft.noise.Direction`). It is made of the step's
 key, the leaf's path, the layer and the element where it is used: in the evaluations inside the block, on one layer's
-part of a stack, and in the update once more. Evaluations are a scan, so that n directions need the memory of one.
+part of a stack, and in the update once more. Evaluations are a scan, and the update adds up directions number by
+number, so that n of them need the memory of one.
 
 What other methods of a chain train gets g as its gradient. Leaves with the role `OWN` are moved, theta <- theta -
 rate (g + decay theta) in their own dtype: their gradient is never an array of its own.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -47,6 +49,7 @@ MOMENTS = {  # with their numbers per trained one
 Losses = Callable[[jax.Array, jax.Array], Any]  # (draws (E, 3), how far each (E,) or (E, 1 + L)) -> ((E,), aux)
 ROUNDINGS = ("stochastic", "nearest")
 MOST_SEEDS = 1024  # each has a name in a step's metrics
+_AT_ONCE = 8  # directions that one loop over the numbers adds up
 SLOPE = "slope_{}"  # metrics of a step in several directions; of one it is "slope"
 OWN, AWAY = Role("moved"), Role("moved", host=True)  # known by their identity among the moved leaves of a chain
 
@@ -133,7 +136,9 @@ def estimated(settings: Settings, evaluations: Callable[..., Losses] = one_by_on
             values, aux, slopes = _slopes(losses, draws, held, settings)
             if settings.variant == "conservative":
                 if view.rate is None:
-                    raise InputError(f"{name}: a conservative step tries its learning rate: give the step a rate")
+                    raise InputError(
+                        f"{name}: a conservative step tries its learning rate: give make_train_step a rate"
+                    )
                 ways = jnp.array([1.0, -1.0, 0.0])
                 tried, _ = losses(jnp.repeat(draws, 3, axis=0), -view.rate * slopes * ways)
                 slopes = slopes * ways[jnp.argmin(jnp.where(jnp.isnan(tried), jnp.inf, tried))]
@@ -152,7 +157,9 @@ def estimated(settings: Settings, evaluations: Callable[..., Losses] = one_by_on
     def move(leaves: Leaves, moment: Moment) -> Leaves:
         own = {path: leaves.moved[path] for path in own_of(moment.view)}
         if own and moment.rate is None:
-            raise InputError(f"{name}: moves leaves itself and needs the step's learning rate: give the step a rate")
+            raise InputError(
+                f"{name}: moves leaves itself and needs the step's learning rate: give make_train_step a rate"
+            )
         draws = noise.draw(moment.key, n)
         # No constant behind a slope or a rate is folded into the update, which `replay` is given numbers for.
         slopes, rate = jax.lax.optimization_barrier((moment.aux["slopes"], moment.rate))
@@ -197,8 +204,12 @@ def replay(
     view = View(None, method.specs, method.role, shapes_of(state.leaves))  # type: ignore[arg-type]
     told = {name: x for spec in method.specs for name, x in spec.config.items()}
     alone = not view.trained and 0 < len(own_of(view)) == len(view.moved)
-    if not alone or told.get("variant") == "blockwise":
+    if not alone:
         raise InputError(f"{method.name}: its steps do not follow from their metrics, and cannot be replayed")
+    if told.get("variant") == "blockwise":
+        raise InputError(
+            f"{method.name}: variant=blockwise has slopes that its metrics do not tell; it cannot be replayed"
+        )
     n = told.get("seeds", 1)
     names = ["slope"] if n == 1 else [SLOPE.format(i) for i in range(n)]
 
@@ -336,7 +347,25 @@ def _mean(
 
     along, index = direction(draws[0], path, leaf, leaves, settings)
     slopes = jnp.sign(slopes) if settings.variant == "sign" else slopes
-    return jnp.mean(jax.vmap(part)(draws, slopes), axis=0), along.keys, index
+    return _summed(part, draws, slopes) / len(draws), along.keys, index
+
+
+def _summed(part: Callable[[jax.Array, jax.Array], jax.Array], draws: jax.Array, slopes: jax.Array) -> jax.Array:
+    """sum_i part(draws_i, slopes_i), written so that a compiler adds up number by number, with no array of its parts.
+
+    Of more than `_AT_ONCE` the sum so far is an array.
+    """
+    first = len(draws) % _AT_ONCE or _AT_ONCE
+
+    def group(start, size):
+        return functools.reduce(operator.add, (part(draws[start + i], slopes[start + i]) for i in range(size)))
+
+    def more(i, total):
+        return total + group(first + i * _AT_ONCE, _AT_ONCE)
+
+    total = group(0, min(first, len(draws)))
+    groups = (len(draws) - first) // _AT_ONCE
+    return jax.lax.fori_loop(0, groups, more, total) if groups > 0 else total
 
 
 def _stepped(
@@ -369,7 +398,7 @@ def _by_layers(
             return noise.Direction(noise.of_leaf(words, path, first + i), None, settings.kept, settings.relative)
 
         part = lambda words, slope: slope * along(words)(wide, index)
-        step = jnp.mean(jax.vmap(part)(draws, slopes), axis=0)
+        step = _summed(part, draws, slopes) / len(draws)
         layer = _stepped(layer, step, along(draws[0]).keys, index, rate, decay, settings)
         return jax.lax.dynamic_update_index_in_dim(stack, host.put(layer), i, 0)
 

@@ -229,7 +229,10 @@ def saved_leaves(folder: Path, step: int, place: Callable[[dict[str, Any]], Any]
         found = checkpointer.metadata(path).item_metadata.tree
         if part is not None and part not in found:
             return {}
-        like = shapes(found) if part is None else {part: shapes(found[part])}
+        wanted = shapes(found if part is None else found[part])
+        if not wanted:  # of nothing orbax makes no template
+            return {}
+        like = wanted if part is None else {part: wanted}
         args = ocp.args.PyTreeRestore(
             item=like, restore_args=ocp.checkpoint_utils.construct_restore_args(like), partial_restore=True
         )

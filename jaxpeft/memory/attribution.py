@@ -43,7 +43,7 @@ class Attribution:
         trained = {owner.category for owner in arguments} & {"adapters", "optimizer"} or {"weights"}
         found: dict[tuple[int, ...], set[str]] = {}
         for i in self._instructions.values():
-            if (owner := self._argument(i)) and owner.category in trained:
+            if (owner := self._argument(i)) and (owner.category in trained or owner.moved):
                 paths = found.setdefault(without_ones(i.shape()[1]), set())
                 paths |= {own for own in leaves if owner.path == own or owner.path.endswith(f"/{own}")}
         return found

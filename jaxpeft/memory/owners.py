@@ -35,10 +35,16 @@ ACTIVATIONS = ((r"/(\w+)/\1\.linear/(?:\w+/)?add(?:_any)?$", r"\1"), (r"/(\w+)/(
 
 
 class Owner(NamedTuple):
-    """What an argument or a result is: its category, and its path or name."""
+    """What an argument or a result is.
+
+    category: one of `CATEGORIES`.
+    path: its path or name.
+    moved: whether it is a parameter that a step changes without a gradient of its own.
+    """
 
     category: str
     path: str = ""
+    moved: bool = False
 
 
 class Owners(NamedTuple):
@@ -108,8 +114,9 @@ def step_owners(state: Any, batch: Mapping[str, Any], base: Iterable[str], metri
 
     def owner(path: Any) -> Owner:
         field, *rest = (str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", "")))) for key in path)
-        if field in ("trainable", "frozen"):
-            return Owner("weights" if tree.canonical(rest[0]) in known else "adapters", "/".join(rest))
+        if field in ("trainable", "frozen", "moved"):
+            category = "weights" if tree.canonical(rest[0]) in known else "adapters"
+            return Owner(category, "/".join(rest), field == "moved")
         return Owner("optimizer", "/".join([field, *rest]))
 
     changing, frozen = state.parted

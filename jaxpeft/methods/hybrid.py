@@ -101,7 +101,7 @@ def hybrid(
 
     def move(leaves: Leaves, moment: Moment) -> Leaves:
         if moment.rate is None:
-            raise InputError("hybrid: what is estimated has a rate of its own: give the step a rate")
+            raise InputError("hybrid: what is estimated has a rate of its own: give make_train_step a rate")
         aux = {**moment.aux, "slopes": told("hybrid", moment.aux, ESTIMATED)}
         return estimate.move(leaves, moment._replace(aux=aux, rate=jnp.float32(lr_ratio) * moment.rate))
 

@@ -69,8 +69,9 @@ def mezo(
         prefixes.
       rounding: of moved bfloat16 weights: "stochastic", or "nearest".
       seeds: n, directions per step, each of two evaluations.
-      variant: as above: "sgd", "one_sided", "sign", "momentum", "adam", "conservative", "blockwise" or
-        "forward".
+      variant: "sgd"; "one_sided", of two points; "sign", of the slope; "conservative", the best of three steps;
+        "blockwise", a slope for each layer; "forward", in forward mode; or "momentum" or "adam", which need something
+        that trains beside, as `mezo+full`.
       sparsity: share of the elements, chosen anew at random for each direction, that z is 0 at.
 
     Returns:

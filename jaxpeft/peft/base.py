@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -137,8 +138,9 @@ def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) ->
     """What tells a base from another: its sizes, and for each leaf a hash of some of its elements.
 
     Elements are rounded to bfloat16 first, so that a base has one fingerprint whichever type it is loaded in. Leaves
-    that are not among the configuration's parameters as it shapes them (adapters, parts of a cut stack) are left out,
-    and so are packed kernels, which are no longer the base's, and a classifier of rows, which comes with the adapter.
+    that are not among the configuration's parameters as it shapes them (adapters) are left out, and so are packed
+    kernels, which are no longer the base's, and a classifier of rows, which comes with the adapter. The parts of a cut
+    stack have the fingerprint of the whole one.
 
     Args:
       config: the model's configuration.
@@ -146,16 +148,37 @@ def fingerprint(config: Any, params: Mapping[str, Any], kernels: bool = True) ->
       kernels: False leaves the kernels out (they are not the base's own).
     """
     shapes = shapes_of(config)
-    samples = {}
+    parts: dict[str, dict[int, Any]] = {}  # path -> {first row: leaf}
     for path, leaf in unfolded_all(tree.flatten(params)).items():
-        known = path in shapes and getattr(leaf, "shape", None) == shapes[path].shape and not is_packed(leaf)
-        known = known and is_own(path, config) and leaf.size > 0
+        whole = path if path in shapes else tree.canonical(path)
+        known = whole in shapes and not is_packed(leaf) and is_own(path, config)
         if known and (kernels or path.rpartition("/")[2] not in _KERNELS[: 1 + isinstance(config, Foreign)]):
-            leaf = jnp.atleast_1d(leaf)
-            at = np.linspace(0, leaf.size - 1, _SAMPLES).astype(np.int64)
-            elements = shares.on_host(leaf[np.unravel_index(at, leaf.shape)]).astype(jnp.bfloat16)
+            first = 0 if whole == path else tree.segments({path.split("/")[0]: leaf})[0][1]
+            parts.setdefault(whole, {})[first] = leaf
+    samples = {}
+    for path, of_path in parts.items():
+        if (elements := _sampled(of_path, shapes[path].shape)) is not None:
             samples[path] = hashlib.sha256(elements.tobytes()).hexdigest()[:16]
     return {"sizes": _sizes(config), "samples": samples}
+
+
+def _sampled(parts: Mapping[int, Any], shape: tuple[int, ...]) -> np.ndarray | None:
+    """Elements at even places of a leaf, in bfloat16; None for an empty one, and if these are not its parts.
+
+    parts: {first row: rows of the leaf}; the whole of it is {0: leaf}.
+    """
+    shape = shape or (1,)
+    leaves = {first: jnp.atleast_1d(leaf) for first, leaf in parts.items() if hasattr(leaf, "shape")}
+    rows = sum(leaf.shape[0] for leaf in leaves.values())
+    if rows != shape[0] or any(leaf.shape[1:] != shape[1:] for leaf in leaves.values()) or 0 in shape:
+        return None
+    at = np.unravel_index(np.linspace(0, math.prod(shape) - 1, _SAMPLES).astype(np.int64), shape)
+    found = np.zeros(_SAMPLES, jnp.bfloat16)
+    for first, leaf in leaves.items():
+        here = (at[0] >= first) & (at[0] < first + leaf.shape[0])
+        index = (at[0][here] - first, *(axis[here] for axis in at[1:]))
+        found[here] = shares.on_host(leaf[index]).astype(jnp.bfloat16)
+    return found
 
 
 def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mapping[str, Any] | None) -> None:

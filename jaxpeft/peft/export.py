@@ -136,7 +136,7 @@ def adapter_of(method: Method, params: Mapping[str, Any], config: Any) -> tuple[
     changed = [path for path in tree.flatten(params) if method.changes(path) and is_own(path, config)]
     if changed or not added:
         what = f"{changed[0]} trains too and has no place in an adapter" if changed and added else "is no adapter"
-        raise InputError(f"{names}: {what}; merge it and save the whole model instead")
+        raise InputError(f"{names}: {what}; merge it and save the whole model instead (method.merge, save_pretrained)")
     if isinstance(config, Foreign) and not config.names:
         return None
     leaves = [path for path in added if isinstance(config, Foreign) or not path.startswith(SCOPE)]

@@ -50,6 +50,20 @@ def test_one_document_and_the_files(model, tmp_path, capsys):
         assert list(dump.glob(f"*after_optimizations*{kind}")), kind
 
 
+@pytest.mark.parametrize(("method", "moments"), [("mezo", 0), ("galore", None)])
+def test_weights_that_a_method_moves_are_weights(method, moments, model, capsys):
+    """As `plan` counts them; where nothing has a gradient, the state is the step's number and key."""
+    rank = ["--rank", "4"] if method == "galore" else []
+    step = ["--batch-size", "2", "--seq-len", "16", "--method", method, *rank]
+    assert cli.main(["profile", "--model", model, *step, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    found, planned = document["profile"]["categories"], document["bytes"]
+    assert found["weights"] == planned["weights"] == weights()
+    assert found.get("adapters", 0) == planned["adapters"]
+    assert planned["optimizer"] if moments is None else planned["optimizer"] == moments
+    assert 0 < found["optimizer"] - planned["optimizer"] <= 16
+
+
 @pytest.mark.slow
 def test_a_chain(model, capsys):
     chain = ["--method", "meft+lora", "--method-options", "meft.width=4", "lora.targets=mlp"]

@@ -145,7 +145,7 @@ def test_refusals():
     ):
         with pytest.raises(jp.InputError, match=f"^hybrid: {said}" if said else "is packed and trains"):
             trace(method)
-    with pytest.raises(jp.InputError, match="^hybrid: .* give the step a rate"):
+    with pytest.raises(jp.InputError, match="^hybrid: .* give make_train_step a rate"):
         trace(jp.hybrid(), rate=None)
 
 

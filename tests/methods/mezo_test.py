@@ -242,11 +242,11 @@ def test_refusals():
             jp.mezo(**bad)
     method = jp.mezo("norms")
     model, state = start(method, num_hidden_layers=1)
-    with pytest.raises(jp.InputError, match="give the step a rate"):
+    with pytest.raises(jp.InputError, match="give make_train_step a rate"):
         jax.eval_shape(jp.make_train_step(model, method, SGD), state, BATCH)
     method = jp.chain(jp.mezo(variant="conservative"), jp.lora(1))
     model, state = start(method, num_hidden_layers=1)
-    with pytest.raises(jp.InputError, match="tries its learning rate: give the step a rate"):
+    with pytest.raises(jp.InputError, match="tries its learning rate: give make_train_step a rate"):
         jax.eval_shape(jp.make_train_step(model, method, SGD), state, BATCH)
     with pytest.raises(jp.InputError, match=r"mezo: adam needs moments, and .* moves without any; .* mezo\+full"):
         start(jp.mezo(variant="adam"), num_hidden_layers=1)
@@ -272,6 +272,16 @@ def test_plans_two_forward_passes():
     value = lambda leaves, batch: step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
     forward = count_flops(jax.make_jaxpr(value)(step.state.moved, step.batch))
     assert (cost.flops, cost.recompute_flops, cost.activations) == (2 * forward, 0, 0)
+
+
+@pytest.mark.usefixtures("optimised")
+@pytest.mark.parametrize(("method", "streams"), [(jp.mezo, 0), (jp.zo2, 2 * 2 * 10)])
+def test_many_seeds_need_the_memory_of_one(method, streams):
+    """Compiled for the CPU: no direction is an array. The evaluations of zo2 go from layer to layer side by side."""
+    config = {**tiny.CONFIG, "hidden_size": 64, "intermediate_size": 256}
+    row = lambda seeds: planner.row(planner.make_step(config, method(seeds=seeds), 1, 16), targets.target("cpu"))
+    one, many = (row(seeds)["bytes"]["workspace"] for seeds in (1, 11))
+    assert many <= 1.02 * one + streams * 4 * 16 * config["hidden_size"]
 
 
 ESTIMATED = {

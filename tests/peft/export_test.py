@@ -10,7 +10,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import files, tree
 from jaxpeft.errors import InputError
-from jaxpeft.peft import attach, export_adapter, import_adapter
+from jaxpeft.peft import attach, export_adapter, fingerprint, import_adapter
 from tests import tiny
 from tests.peft import reference
 
@@ -150,7 +150,7 @@ def test_names_that_other_modules_share_are_written_in_full(llama, tmp_path):
     model, params = reference.load(llama)
     cut = tree.cut_layers(params, 1)
     new, trainable, frozen = jp.setup(
-        jp.lora(rank=2, targets=r"layers_1_2/self_attn/q_proj"), model, cut, jax.random.key(0)
+        jp.lora(rank=2, targets=r"layers_1_3/self_attn/q_proj"), model, cut, jax.random.key(0)
     )
     params = tree.combine(reference.randomise(trainable), frozen)
     export_adapter(tmp_path / "adapter", params, method, model.config, llama)
@@ -187,6 +187,20 @@ def test_tensors_changed_since_are_read_as_plain_lora(llama, tmp_path):
     again, restored, found = attach(tmp_path / "adapter", model, original)
     assert [spec.name for spec in found.specs] == ["lora"]
     reference.assert_close(reference.logits(again, restored), reference.torch_logits(theirs.eval()))
+
+
+def test_a_cut_stack_has_the_fingerprint_of_the_whole_one():
+    """So that an adapter knows its base whichever method cut it, and one that differs in a layer."""
+    base, params = tiny.model()
+    whole = fingerprint(base.config, params)
+    cut = tree.cut_layers(params, 1)
+    assert {"layers_0_1", "layers_1_3"} <= set(cut) and fingerprint(base.config, cut) == whole
+    other = tree.flatten(cut)
+    other["layers_1_3/mlp/up_proj/kernel"] = 1.5 * other["layers_1_3/mlp/up_proj/kernel"]
+    found = fingerprint(base.config, tree.unflatten(other))["samples"]
+    assert {path for path, digest in whole["samples"].items() if found[path] != digest} == {"layers/mlp/up_proj/kernel"}
+    del other["layers_0_1/mlp/up_proj/kernel"]  # a part alone is no leaf of the base
+    assert "layers/mlp/up_proj/kernel" not in fingerprint(base.config, tree.unflatten(other))["samples"]
 
 
 @pytest.mark.parametrize(

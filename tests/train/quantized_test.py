@@ -92,6 +92,18 @@ def test_what_is_left_of_a_decomposed_kernel_is_kept_packed(files, cache, tmp_pa
     np.testing.assert_array_equal(leaves["layers/mlp/up_proj/lora/a"], restored.trainable["layers/mlp/up_proj/lora/a"])
 
 
+def test_a_run_whose_frozen_leaves_are_all_packed_is_exported(files, tmp_path):
+    """Of welore's the run keeps nothing frozen but places of kernels that are gone."""
+    from jaxpeft.cli import export
+
+    changes = {"method": "welore", "rank": None, "method_options": ("threshold=0.5",), "steps": 1, "eval_every": 0}
+    args = runs.arguments(files, tmp_path / "run", samples=0, **changes)
+    begin.train(args)
+    export.run(export.Export(args.out, tmp_path / "adapter"))
+    for path in (args.out / "adapter").iterdir():
+        assert (tmp_path / "adapter" / path.name).read_bytes() == path.read_bytes(), path.name
+
+
 def test_the_digest_is_of_the_base_as_the_file_has_it(files):
     model = str(files / "model")
     method = jp.chain(jp.quantize(), jp.lora(2))
