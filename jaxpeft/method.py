@@ -404,6 +404,8 @@ def _in_own_shapes(method: Method, flat: tree.Flat) -> tree.Flat:
       InputError: for such a kernel that changes itself.
     """
     beside = {path.rsplit("/", 2)[0] for path in flat if path.count("/") > 1}
+    # Of layers that are sampled a method may keep the adapters in its own scope.
+    beside |= {site.removeprefix(f"{spec.name}/") for site in beside for spec in method.specs}
     adapted = {f"{site}/{name}" for site in beside for name in ("kernel", "embedding")}
     for path, leaf in flat.items():
         if path in adapted and isinstance(leaf, Folded) and method.changes(path):

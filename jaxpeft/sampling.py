@@ -6,8 +6,9 @@
 
 The stack W (L, ...) is moved and keeps its dtype; the masters M (g, ...) are trained leaves `<name>/<path of W>`, so
 that gradients exist for g layers. `<name>/active` (g,) int32 says which layers they are. A layer is put in place inside
-the block: as whole leaves (L, ...) the gradients would be those of all layers. Methods differ in how they draw: for all
-stacks alike, or for each apart (`<name>/active/<...>`). NO_LAYER as a number leaves a master idle.
+the block: as whole leaves (L, ...) the gradients would be those of all layers, as they are where a model does not run
+its layers by blocks (a module of one's own). Methods differ in how they draw: for all stacks alike, or for each apart
+(`<name>/active/<...>`). NO_LAYER as a number leaves a master idle.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ import optax
 from jaxpeft import host, tree
 from jaxpeft.errors import InputError
 from jaxpeft.method import MOVED, Leaves, Moment, Objective, Role, Roles, View, blind, told, trained
-from jaxpeft.model import Model, marked_as
-from jaxpeft.quant import is_packed
+from jaxpeft.model import Model, marked_as, runs_through_blocks
+from jaxpeft.quant import is_packed, unfolded
 from pallas_kernels.stacked import taken
 
 NO_LAYER = 2**31 - 1
@@ -157,8 +158,13 @@ class Sampler(NamedTuple):
             there = any(path.startswith(self.scope) for path in flat)
             return tree.unflatten(flat if there else {**flat, **self._first(key, flat, view)})
 
+        stack = model.stack
+        if not runs_through_blocks(stack.run):  # it may read its layers in any way, and gets whole stacks
+            run = lambda _, params, batch, key=None, cache=None: stack.run(stack, self._put(params), batch, key, cache)
+            return model._replace(init=init, stack=stack._replace(run=run))
+
         def embed(params, batch, key):
-            x, ctx = model.stack.embed(params, batch, key)
+            x, ctx = stack.embed(params, batch, key)
             return x, ctx.add(shared={self.name: params[self.name]})
 
         def layer(function):
@@ -172,7 +178,7 @@ class Sampler(NamedTuple):
 
             return marked_as(call, function)
 
-        return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed))
+        return model._replace(init=init, stack=stack.map_layers(layer)._replace(embed=embed))
 
     def stacks(self, view: View) -> Stacks:
         """What is sampled, of a view with all leaves."""
@@ -231,13 +237,25 @@ class Sampler(NamedTuple):
 
     # Its parts.
 
+    def _put(self, params: tree.Params) -> tree.Params:
+        """The parameters with the masters in the layers' places: gradients are then made of whole stacks."""
+        flat = tree.flatten(params)
+        whole = {path: leaf for path, leaf in flat.items() if not path.startswith(self.scope)}
+        for path, master in flat.items():
+            if self.is_master(path) or (path.startswith(self.scope) and self.own(path)):
+                own = path.removeprefix(self.scope)
+                layers = next(leaf.shape[0] for other, leaf in whole.items() if _segment(other) == _segment(own))
+                stack = taken(whole[own]) if own in whole else jnp.zeros((layers, *master.shape[1:]), master.dtype)
+                whole[own] = written(path, stack, master, flat[self.active(path)], self.scope)
+        return tree.unflatten(whole)
+
     def _first(self, key: jax.Array, flat: tree.Flat, view: View) -> tree.Flat:
         """The leaves of the first draw.
 
         Raises:
           InputError: where nothing in the layers trains, or too few layers, or what is quantized.
         """
-        sampled = {path: leaf for path, leaf in flat.items() if _is_sampled(view.role(path))}
+        sampled = {path: unfolded(leaf) for path, leaf in flat.items() if _is_sampled(view.role(path))}
         name = self.name
         if not sampled:
             raise InputError(
@@ -321,6 +339,10 @@ def written(path: str, stack: jax.Array, master: jax.Array, active: jax.Array, s
 def read(path: str, stack: jax.Array, active: jax.Array, scope: str = "") -> jax.Array:
     """The layers (g, ...) of a stack."""
     return jnp.take(stack, local(path, stack, active, scope), axis=0, mode="clip")
+
+
+def _segment(path: str) -> str:
+    return path.partition("/")[0]
 
 
 def _chosen(leaf: jax.Array, masters: jax.Array, active: jax.Array, layer: jax.Array) -> jax.Array:

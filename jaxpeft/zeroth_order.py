@@ -223,9 +223,19 @@ def replay(
     for number, row in enumerate(rows, start=1):
         if missing := [name for name in ("lr", *names) if row.get(name) is None]:
             raise InputError(f"{method.name}: step {number} cannot be replayed: its metrics have no {missing[0]}")
+        for name in ("lr", *names):
+            if not _is_number(row[name]):
+                said = f"{name} {shown(row[name])} is not a finite number of float32"
+                raise InputError(f"{method.name}: step {number} cannot be replayed: its metrics are damaged: {said}")
         slopes = jnp.array([row[name] for name in names], jnp.float32)
         changing = compiled(changing, frozen, slopes, jnp.float32(row["lr"]))
     return changing._replace(frozen=frozen)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether a value of a step's metrics is one that a step can have said."""
+    whole = isinstance(value, int | float) and not isinstance(value, bool)
+    return whole and abs(value) <= float(jnp.finfo(jnp.float32).max)  # and no nan
 
 
 def own_of(view: View) -> list[str]:

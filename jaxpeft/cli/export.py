@@ -138,8 +138,11 @@ def told_steps(run: Path, step: int | None, best: bool) -> list[dict[str, Any]]:
     """The rows of a run's first steps in metrics.jsonl, in order: up to the one named, or all.
 
     Raises:
-      InputError: for `best`, a file that is not there, rows that are missing, or fewer steps than the one named.
+      InputError: for `best`, a file that is not there, rows that are missing, or fewer steps than the one named or, of
+        all, than the run's.
     """
+    from jaxpeft.checkpoint import on_disk
+    from jaxpeft.train import config
     from jaxpeft.train.metrics import read
 
     path = run / "metrics.jsonl"
@@ -149,6 +152,10 @@ def told_steps(run: Path, step: int | None, best: bool) -> list[dict[str, Any]]:
         raise InputError(f"--replay: {path} is missing, which says what each step was")
     rows = {row["step"]: row for row in read(path) if row["split"] == "train"}
     last = max(rows, default=0) if step is None else step
+    finished = config.read_report(run)["steps"] if (run / config.REPORT).exists() else 0
+    done = max([*on_disk(run / "checkpoints"), finished])
+    if step is None and last < done:
+        raise InputError(f"--replay: {path} tells of {last} of the run's {done} steps; name one of them with --step")
     if missing := [number for number in range(1, last + 1) if number not in rows]:
         raise InputError(f"--replay: {path} has no row of step {missing[0]}; it has {len(rows)} steps")
     if last < 1:

@@ -69,7 +69,7 @@ def _last_layers(which: str, spec: tuple[Spec, ...]) -> Method:
         raise InputError(f"which {which!r}: write last:K with a whole number K of at least 1")
 
     def prepare(params, view):
-        if not tree.segments(params):
+        if not tree.segments(params) or not view.base.stack.layered:  # a module scans over all of its stack
             raise InputError(f"which {which!r}: the model shows no stack of layers; name them, as which='^layers/3/'")
         layers = tree.segments(params)[-1][2]
         if int(count) > layers:

@@ -60,6 +60,7 @@ def zo2(eps: float = 1e-3, rounding: str = "stochastic", seeds: int = 1) -> Meth
     settings = Settings("zo2", eps, seeds, rounding, others=False)
     return zeroth_order.estimated(settings, together)._replace(
         prepare=unpacked,
+        convert=lambda params: {},  # nothing, and what others pack is seen where it is loaded
         forward=lambda model, view: checked(model),
         specs=(Spec("zo2", config),),
         alone=lambda path: AWAY if tree.stacked(path) and path.endswith("/kernel") else OWN,

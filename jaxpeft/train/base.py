@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxpeft import hf, tree
+from jaxpeft.errors import InputError
 from jaxpeft.hf.read import Placement
 from jaxpeft.method import Method
 from jaxpeft.model import Model
@@ -39,12 +40,12 @@ def load(
       InputError: for what cannot be loaded, or not be packed as the method wants it.
     """
     sums: dict[str, jax.Array] = {}
-    convert = None if method is None else _watched(method.convert, sums)
+    convert = None if method is None else _watched(method, sums)
     model, params = hf.load_pretrained(path_or_hub_id, dtype, labels, key, convert, rope_scaling, placement)
     return model, params, config.digest_of_base(params, sums)
 
 
-def _watched(convert: Convert, sums: dict[str, jax.Array]) -> Convert:
+def _watched(method: Method, sums: dict[str, jax.Array]) -> Convert:
     """The conversions, each of which adds up in `sums` what the digest takes of its leaf, layer by layer."""
 
     def watch(path, conversion):
@@ -57,4 +58,10 @@ def _watched(convert: Convert, sums: dict[str, jax.Array]) -> Convert:
 
         return one
 
-    return lambda shapes: {path: watch(path, conversion) for path, conversion in convert(shapes).items()}
+    def convert(shapes):
+        found = method.convert(shapes)
+        if away := next((path for path in found if method.role(path).host), None):
+            raise InputError(f"{method.name}: {away} would be quantized, and moves in the host's memory; leave one out")
+        return {path: watch(path, conversion) for path, conversion in found.items()}
+
+    return convert

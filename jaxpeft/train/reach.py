@@ -41,12 +41,14 @@ def check_reached(
       InputError: with the sites' names.
     """
     known = {**rest, **trained}
-    adapters = {path: leaf for path, leaf in trained.items() if kernel_path(known, _site(path)) in known}
+    scopes = {spec.name for spec in method.specs}
+    at_site = {path for path in trained if kernel_path(known, _site(path)) in known}
+    adapters = {path: leaf for path, leaf in trained.items() if path in at_site or path.partition("/")[0] in scopes}
     if not (adapters and objective.backward):
         return
     others: dict[str, Any] = {path: leaf for path, leaf in trained.items() if path not in adapters}
     loss = lambda leaves: objective.value({**others, **leaves}, rest, batch, key)[0]
-    if dead := sorted({_site(path) for path in unreached(loss, adapters)}):
+    if dead := sorted({_site(path) if path in at_site else path for path in unreached(loss, adapters)}):
         more = f" and {len(dead) - 3} more" if len(dead) > 3 else ""
         raise InputError(
             f"{method.name}: the loss does not depend on {', '.join(dead[:3])}{more} by anything that can be "

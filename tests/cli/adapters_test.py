@@ -14,6 +14,7 @@ import transformers
 
 import jaxpeft as jp
 from jaxpeft import cli, files, tree
+from jaxpeft.cli import export
 from jaxpeft.gguf import read_header
 from jaxpeft.peft import attach, import_adapter
 from jaxpeft.train import begin, result
@@ -313,3 +314,17 @@ def test_export_takes_the_steps_again_without_a_checkpoint(method, options, caps
     replay = ("export", "--run", args.out, "--out", tmp_path / "y", "--replay")
     assert "has no row of step 4; it has 3 steps" in fails(capsys, *replay, "--step", 4)
     assert "--best: chooses a checkpoint" in fails(capsys, *replay, "--best")
+
+
+def test_a_log_that_was_cut_is_not_taken_for_the_whole_run(tmp_path):
+    """Of the run's steps those that the newest checkpoint or the report know of."""
+    rows = [{"step": step, "split": "train", "loss": 1.0, "lr": 0.1, "slope": 2.0} for step in (1, 2, 3)]
+    told = lambda step=None: [row["step"] for row in export.told_steps(tmp_path, step, False)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert told() == [1, 2, 3] and told(2) == [1, 2]
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    assert told() == [1, 2, 3]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:2]))
+    with pytest.raises(jp.InputError, match=r"metrics.jsonl tells of 2 of the run's 3 steps; name one of them with"):
+        told()
+    assert told(2) == [1, 2]

@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxpeft as jp
-from jaxpeft import noise, tree
+from jaxpeft import noise, tree, zeroth_order
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.plan import parse
 from jaxpeft.backward.residuals import planned
@@ -272,6 +272,14 @@ def test_plans_two_forward_passes():
     value = lambda leaves, batch: step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
     forward = count_flops(jax.make_jaxpr(value)(step.state.moved, step.batch))
     assert (cost.flops, cost.recompute_flops, cost.activations) == (2 * forward, 0, 0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e39, 10**400, True, "x", [1.0], {}])
+@pytest.mark.parametrize("name", ["lr", "slope"])
+def test_metrics_that_no_step_has_said_are_not_replayed(alone, name, bad):
+    row = {"lr": 0.1, "slope": 1.0, name: bad}
+    with pytest.raises(jp.InputError, match=f"step 2 cannot be replayed: its metrics are damaged: {name} "):
+        zeroth_order.replay(jp.mezo(), jax.tree.map(jnp.copy, alone[1]), [{"lr": 0.1, "slope": 1.0}, row])
 
 
 @pytest.mark.usefixtures("optimised")
