@@ -387,9 +387,10 @@ def setup(
     params = model.init(key, method.prepare(dict(params), view))
     flat = _in_own_shapes(method, tree.flatten(params))
     if not any(method.changes(path) for path in flat):
+        asked = [which for spec in method.specs if (which := spec.config.get("which", "all")) != "all"]
+        why = f"none is named by which={asked[0]!r}" if asked else f"chain what trains to it, as {method.name}+lora"
         raise InputError(
-            f"{method.name}: no parameter is trainable; chain what trains to it, as {method.name}+lora; the model has "
-            f"{', '.join(sorted(flat)[:6])}, ..."
+            f"{method.name}: no parameter is trainable; {why}; the model has {', '.join(sorted(flat)[:6])}, ..."
         )
     trainable = {
         path: as_master(path, leaf, method.role(path)) for path, leaf in flat.items() if method.trainable(path)

@@ -258,10 +258,12 @@ class Sampler(NamedTuple):
         sampled = {path: unfolded(leaf) for path, leaf in flat.items() if _is_sampled(view.role(path))}
         name = self.name
         if not sampled:
-            raise InputError(
-                f"{name}: nothing in the layers trains{self.what}; put {name} behind the methods whose layers it "
-                "samples"
-            )
+            members = [spec.name for spec in view.specs]
+            front, behind = members[: members.index(name)], members[members.index(name) + 1 :]
+            advice = f"leave {name} out" if front else f"put {name} behind the methods whose layers it samples"
+            if self.what and not (front or behind):
+                advice = "name layers' own leaves with which"
+            raise InputError(f"{name}: nothing in the layers trains{self.what}; {advice}")
         if packed := [path for path, leaf in sampled.items() if is_packed(leaf)]:
             raise InputError(
                 f"{name}: {packed[0]} is quantized and cannot train; sample the layers of adapters: quantize+lora+lisa"

@@ -117,5 +117,5 @@ def test_two_adapters_at_one_site_compose():
 def test_nothing_to_train_is_refused():
     model = jp.from_linen(Classifier(), {"x": X})
     params = model.init(jax.random.key(3), {})
-    with pytest.raises(jp.InputError, match="full: no parameter is trainable"):
+    with pytest.raises(jp.InputError, match="full: no parameter is trainable; none is named by which="):
         jp.setup(jp.full("no such path"), model, params, jax.random.key(0))

@@ -40,7 +40,7 @@ from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, layer_by_layer, told
 from jaxpeft.methods import lora as _lora
-from jaxpeft.methods.full import full
+from jaxpeft.methods.full import full, of
 from jaxpeft.model import Context, Model
 from jaxpeft.quant import is_packed
 from jaxpeft.train.optimizer import decays
@@ -197,8 +197,8 @@ def projected(
             found = [site for site in sites.find(params, targets, own_name) if view.role(f"{site}/kernel") == MOVED]
             if not found:
                 raise InputError(
-                    f"{own_name}: none of the kernels that targets {targets!r} names trains in {_names(view)}; leaves "
-                    "of adapters are thinner than the rank, and are not projected"
+                    f"{own_name}: none of the kernels that targets {targets!r} names trains in {_names(view)}"
+                    f"{of(which)}; leaves of adapters are thinner than the rank, and are not projected"
                 )
             for site in found:
                 if is_packed(flat[f"{site}/kernel"]):

@@ -162,8 +162,8 @@ def owlore(
             ]
             if not chosen:
                 raise InputError(
-                    f"owlore: none of the kernels that targets {targets!r} names trains; leaves of adapters are "
-                    "thinner than the rank, and are not projected: sample them by lora+lisa or lora+ist"
+                    f"owlore: none of the kernels that targets {targets!r} names trains{_full.of(which)}; leaves of "
+                    "adapters are thinner than the rank, and are not projected: sample them by lora+lisa or lora+ist"
                 )
             flat = tree.flatten(own.init(key, params))
             for site in chosen:

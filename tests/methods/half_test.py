@@ -123,7 +123,7 @@ def test_one_round_keeps_its_halves_and_one_optimizer():
         (lambda: jp.half(every=-1), "every -1 must be at least 0"),
         (lambda: jp.half(which="("), "which.*not a regular expression"),
         (lambda: jp.half(which="norm"), "nothing in the layers trains that is a kernel"),
-        (lambda: jp.chain(jp.lora(2), jp.half()), "nothing in the layers trains that is a kernel"),
+        (lambda: jp.chain(jp.lora(2), jp.half()), "nothing in the layers trains that is a kernel; leave half out"),
         (lambda: jp.chain(jp.quantize(), jp.full(), jp.half()), "is quantized and cannot train"),
     ],
 )

@@ -193,7 +193,7 @@ def test_merge_writes_bf16_rounded_once_into_layers_of_a_cut_stack():
         (lambda: jp.lisa(moments="disk"), "moments 'disk' is not one of dropped, kept, host"),
         (lambda: jp.lisa(which="("), "not a regular expression"),
         (lambda: jp.lisa(count=4), "count 4 must be at most 3, the layers that train"),
-        (lambda: jp.lisa(which="embeddings"), "nothing in the layers trains"),
+        (lambda: jp.lisa(which="embeddings"), "trains of which='embeddings'; name layers' own leaves with which"),
         (lambda: jp.chain(jp.lisa(), jp.lora()), "put lisa behind"),
     ],
 )
