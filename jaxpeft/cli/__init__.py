@@ -264,7 +264,10 @@ def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
         with contextlib.redirect_stderr(box):
             args, unknown = tyro.cli(kind, prog=f"jaxpeft {name}", args=flags, return_unknown_args=True)
     except SystemExit:
-        raise InputError(f"{name}: {_in_our_words(kind, _box_message(box.getvalue()))}") from None
+        fields = {field.name for field in dataclasses.fields(kind)}
+        strange = [word for word in flags if word.startswith("--") and _field_name(word) not in fields]
+        said = _unknown_message(kind, strange) if strange else _in_our_words(kind, _box_message(box.getvalue()))
+        raise InputError(f"{name}: {said}") from None
     if unknown:
         raise InputError(f"{name}: {_unknown_message(kind, unknown)}")
     return args
@@ -272,6 +275,8 @@ def _parse_flags(kind: type, name: str, flags: list[str]) -> Any:
 
 def _in_our_words(kind: type, message: str) -> str:
     """tyro's message; that a value is not of its flag's type in the words of `jaxpeft.train.run`."""
+    if "Missing from" in message:
+        return f"needs {', '.join(re.findall(r'(--[a-z-]+) [^a-z ]', message))}"
     if choice := re.search(r"(?i)invalid choice '(.*?)' for argument '?--([\w-]+)", message):
         hint = typing.get_type_hints(kind).get(choice[2].replace("-", "_"))
         return message if hint is None else f"--{choice[2]} {shown(choice[1])}: must be {in_words(hint)}"

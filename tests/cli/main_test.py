@@ -80,6 +80,20 @@ def test_unknown_command_names_the_nearest(capsys):
 
 
 @pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["profile", "--clip", "None"], "profile: unknown flag --clip; did you mean"),
+        (["export", "A", "B"], "export: needs --run, --out\n"),
+        (["export", "--run", "A"], "export: needs --out\n"),
+    ],
+    ids=lambda x: None if isinstance(x, str) else "-".join(x),
+)
+def test_what_is_strange_or_lacking_is_named(words, line, capsys):
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err.startswith(f"jaxpeft: error: {line}")
+
+
+@pytest.mark.parametrize(
     ("flags", "parts"),
     [
         (["--batch-sise", "3"], ["--batch-sise", "did you mean --batch-size?"]),
