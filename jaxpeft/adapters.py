@@ -17,6 +17,7 @@ loss is a mean over all rows, so gradients of adapter g are multiplied by the ba
 
 from __future__ import annotations
 
+import inspect
 import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +31,7 @@ import optax
 
 from jaxpeft import sites, tree
 from jaxpeft.errors import InputError, did_you_mean
-from jaxpeft.method import Method, Objective, Role, about, unchanged
+from jaxpeft.method import Method, Objective, Role, about, module, unchanged
 from jaxpeft.model import Batch, Context
 from jaxpeft.quant import low_rank_dot_of
 
@@ -243,10 +244,20 @@ def _form(name: str, method: Method) -> Form:
         raise InputError(f"the adapter's name {name!r} should be of letters, digits, '_', '-' and '.', and not {NONE}")
     if not is_pair(method):
         raise InputError(
-            f"adapter {name!r}: {method.name} with {dict(method.specs[0].config) if method.specs else 'its arguments'} "
-            f"is more than a pair of factors beside frozen kernels; several at once are lora and lora_fa"
+            f"adapter {name!r}: {_with_options(method)} is more than a pair of factors beside frozen kernels; several "
+            f"at once are lora and lora_fa"
         )
     return about(method.specs[0].name).peft
+
+
+def _with_options(method: Method) -> str:
+    """The method's name, and the arguments of the first that are not its defaults."""
+    first = method.specs[0] if method.specs else None
+    if first is None:
+        return "what adds no adapter"
+    factory = inspect.signature(getattr(module(first.name), first.name)).parameters
+    given = [f"{key}={value!r}" for key, value in first.config.items() if value != factory[key].default]
+    return f"{method.name} with {', '.join(given)}" if given else method.name
 
 
 def _own_path(path: str, form: Form) -> str:

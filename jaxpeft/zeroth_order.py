@@ -35,6 +35,7 @@ from jaxpeft import forward_mode, host, noise, tree
 from jaxpeft.errors import InputError, shown
 from jaxpeft.method import Leaves, Method, Moment, Objective, Role, View, shapes_of
 from jaxpeft.model import Context, Model, reads_stacks, runs_through_blocks
+from jaxpeft.models.labels import SCOPE
 from jaxpeft.quant import is_packed
 from jaxpeft.train.optimizer import decays
 from jaxpeft.train.state import TrainState
@@ -298,7 +299,9 @@ def _check(objective: Objective, view: View, settings: Settings) -> None:
     for path in own_of(view):
         check_moves(name, path, view.shapes[path])
     if trained and not settings.others:
-        raise InputError(f"{name}: does not estimate for what others train, as {trained[0]}; put mezo in its place")
+        advice = "take quantize+mezo+lora" if name == "qzo" else "put mezo in its place"
+        why = "--task classify trains" if trained[0].startswith(SCOPE) else "others train"
+        raise InputError(f"{name}: does not estimate for what {why}, as {trained[0]}; {advice}")
     if not objective.backward:
         raise InputError(f"{name}: stands behind a method that estimates the gradient, too; leave one of them out")
 
