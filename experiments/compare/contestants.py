@@ -62,8 +62,8 @@ def make(words: str, model: str = "") -> Method:
     return recipe.parse(words, options(words, model))
 
 
-def default_rate(words: str) -> float | None:
+def default_rate(words: str, model: str = "") -> float | None:
     """Where a run begins that says nothing: the first member's opinion."""
     from jaxpeft.train.optimizer import defaults
 
-    return defaults(make(words).specs).lr
+    return defaults(make(words, model).specs).lr

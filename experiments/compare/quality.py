@@ -312,7 +312,7 @@ def tune(figures: common.Figures, task: str, words: str) -> float | None:
     """The best rate of the grid; None for a method that the task's model refuses."""
     if words in (contestants.BASE, contestants.ICL):
         return 0.0
-    start = place(contestants.default_rate(words) or FIRST)
+    start = place(contestants.default_rate(words, DATA[task].model) or FIRST)
     if "refused" in figures(**asked(task, words, lr=rate(start), seed=0)):
         return None
 
