@@ -26,6 +26,8 @@ OPTIONS = {
         "oft": ("block_size=4",),
         "owlore": ("rank=16",),
         "shira": ("rank=16",),
+        "spt": ("blocks=4",),
+        "vblora": ("length=4",),
     },
 }
 
