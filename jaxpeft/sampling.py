@@ -160,7 +160,7 @@ class Sampler(NamedTuple):
 
         stack = model.stack
         if not runs_through_blocks(stack.run):  # it may read its layers in any way, and gets whole stacks
-            run = lambda _, params, batch, key=None, cache=None: stack.run(stack, self._put(params), batch, key, cache)
+            run = lambda own, params, batch, key=None, cache=None: stack.run(own, self._put(params), batch, key, cache)
             return model._replace(init=init, stack=stack._replace(run=run))
 
         def embed(params, batch, key):
