@@ -83,6 +83,7 @@ class About(NamedTuple):
       parameters of the base itself train; or what the "host" leaves, the other member of `within`, to which it adds
       nothing.
     twice: whether it may stand in a chain more than once.
+    steps: the argument that says how many steps a run should have more of; "" if there is none.
     changes_kernels: arguments -> whether the kernels beside its leaves are others than those of the base that an
       exported adapter is for.
     remade: path -> whether `setup` makes a leaf of the method's again, so that no adapter's file holds it: a frozen one
@@ -107,6 +108,7 @@ class About(NamedTuple):
     peft: Any = None
     stored: Literal["own", "base", "host"] = "own"
     twice: bool = False
+    steps: str = ""
     changes_kernels: Callable[[Mapping[str, Any]], bool] = lambda arguments: False
     remade: Callable[[str], bool] = lambda path: False
     shaped: Callable[[str], bool] = lambda path: False
@@ -130,6 +132,8 @@ def check(name: str, file: Any) -> About:
     known = inspect.signature(getattr(file, name)).parameters
     if strange := [argument for argument in about.example if argument not in known]:
         raise TypeError(f"jaxpeft/methods/{name}.py: ABOUT.example: {name} takes no {strange[0]}")
+    if about.steps and about.steps not in known:
+        raise TypeError(f"jaxpeft/methods/{name}.py: ABOUT.steps: {name} takes no {about.steps}")
     promises = about.promises
     given = [promises.site_bytes, promises.block_bytes, promises.layer_bytes]
     if promises.backward and given.count(None) != 2 and not about.within:

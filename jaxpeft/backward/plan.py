@@ -92,8 +92,12 @@ def parse(text: str | Plan) -> Plan:
         raise InputError(f"--save {text!r}: unknown preset {first!r}; known: {', '.join(PRESETS)}, or NAME=ACTION,...")
     plan = Plan(first)
     actions: dict[str, str] = {}
+    said: set[str] = set()
     for word in rest:
         name, _, action = word.partition("=")
+        if name in said:
+            raise InputError(f"--save {text!r}: {name} stands twice; say once what is done with it")
+        said.add(name)
         if name in ("tokens", "tile"):
             if not re.fullmatch(r"[1-9]\d*", action):
                 raise InputError(f"--save {text!r}: {name}={action!r} should be a whole number above 0")

@@ -284,6 +284,7 @@ ABOUT = About(
     saves="nothing while it trains; the merged model without what is pruned is smaller",
     reference="Zhang et al. 2023, arXiv:2305.18403",
     example={"until": 4, "every": 2},
+    steps="until",
     promises=Promises(site_bytes=lambda *_, **__: 0),
     within="loraprune+lora",
 )

@@ -138,8 +138,9 @@ def pst(
       `columns` (L, n).
 
     Raises:
-      InputError: for a sparsity outside 0 to 1, or that leaves a kernel empty; a rank below 1 or above a kernel's
-        smaller side; steps in the wrong order; a kernel of more than 2^31 - 1 entries; or targets that match nothing.
+      InputError: for a factor or a sparsity outside its range, or one that leaves a kernel empty; a rank below 1 or
+        above a kernel's smaller side; steps in the wrong order; a kernel of more than 2^31 - 1 entries; or targets that
+        match nothing.
     """
     config = dict(locals())
     if not 0 < sparsity < 1:
@@ -150,13 +151,20 @@ def pst(
         raise InputError(f"pst: until {until} must be above begin, {begin}")
     if mask_rank < 1:
         raise InputError(f"pst: mask_rank {mask_rank} must be at least 1")
+    if not (0 < beta < float("inf")):
+        raise InputError(f"pst: beta {beta} must be a finite number above 0")
+    for name in ("alpha1", "alpha2"):
+        if not (0 <= config[name] < float("inf")):
+            raise InputError(f"pst: {name} {config[name]} must be a finite number of at least 0")
     _lora.check_rank("pst", rank)
     large = sparse.chosen_sites("pst", targets, 1 - sparsity, f"sparsity {sparsity}")
-    ranked = _lora.chosen_sites("pst", targets, lambda site: max(rank, mask_rank))
+    ranked = _lora.chosen_sites("pst", targets, lambda site: rank)
+    scored = _lora.chosen_sites("pst: of mask_rank", targets, lambda site: mask_rank)
     adapter = PST(rank, mask_rank, beta, alpha1, alpha2)
 
     def choose(params):
         large(params)
+        scored(params)
         return ranked(params)
 
     def role(path):
@@ -205,5 +213,6 @@ ABOUT = About(
     saves="gradients and optimizer state of all but so few numbers; no activations; one dense update and mask at work",
     reference="Li et al. 2022, arXiv:2205.11005",
     example={"sparsity": 0.3, "until": 4, "rank": 4, "mask_rank": 4},
+    steps="until",
     promises=Promises(site_bytes=_shira.saved_bytes),
 )

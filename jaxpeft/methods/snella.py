@@ -265,6 +265,7 @@ ABOUT = About(
     saves="gradients and optimizer state of all but r(n+m) numbers; no activations; a dense update is at work",
     reference="Shen et al. 2025, arXiv:2510.24037",
     example={"rank": 4, "sparsity": 0.5, "until": 4, "every": 2},
+    steps="until",
     promises=Promises(site_bytes=_shira.saved_bytes, starts_at_base=False),
     defaults=Defaults(lr=1e-3),
 )

@@ -290,6 +290,7 @@ ABOUT = About(
     saves="gradients and optimizer state of all but so many numbers per kernel; no activations; one update is at work",
     reference="Ansell et al. 2024, arXiv:2401.16405",
     example={"density": 0.05, "every": 4, "accumulate": 2},
+    steps="accumulate",
     promises=Promises(site_bytes=_shira.saved_bytes),
     places=lambda path, n, m: n * m if path.endswith(("/spiel/index", "/spiel/candidates")) else None,
 )

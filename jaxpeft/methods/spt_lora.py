@@ -163,6 +163,8 @@ def spt_lora(
     _lora.check_rank("spt_lora", rank)
     if not 1 <= ratio < float("inf"):
         raise InputError(f"spt_lora: ratio {ratio} must be a finite number of at least 1")
+    if alpha is not None and not 0 < alpha < float("inf"):
+        raise InputError(f"spt_lora: alpha {alpha} must be above 0")
     if metric not in METRICS:
         raise InputError(f"spt_lora: metric {metric!r} is not one of {', '.join(METRICS)}")
     of_rank = _lora.chosen_sites("spt_lora", targets, lambda site: rank)

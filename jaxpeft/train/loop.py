@@ -22,6 +22,7 @@ import jax
 from jaxpeft import compilation, data, distributed, documents, files, recipe, shares
 from jaxpeft.checkpoint import DAMAGED, Checkpoints, foreign
 from jaxpeft.errors import InputError, RunError
+from jaxpeft.method import about
 from jaxpeft.model import Batch
 from jaxpeft.train import config, ending, memory, several
 from jaxpeft.train.compiled import Compiled
@@ -140,6 +141,11 @@ class Loop:
         self.checkpoints.save_frozen(self.job.own)
         if self.args.warmup >= self.args.steps > 1:
             say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
+        for spec in self.job.method.specs:
+            option = about(spec.name).steps
+            if option and spec.config[option] >= self.args.steps:
+                took = f"{spec.name}'s {option}={spec.config[option]}"
+                say(f"--steps {self.args.steps}: {took} steps are not over by then")
         if self.job.data.validation or self.job.data.asked:
             say("before the first step: compiling, and scoring the model as it is")
         answers = self._answer(self.job.data.asked)

@@ -16,7 +16,7 @@ changes takes the place of what it was, and frozen leaves are only read.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import chex
@@ -79,6 +79,7 @@ def make_train_step(
     if weight_decay and rate is None:
         raise ValueError("weight_decay needs a rate: an optimizer of your own has its own decay")
     schedule = rate if callable(rate) or rate is None else optax.constant_schedule(rate)
+    loss = _with_aux(loss)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         rows = jax.tree.leaves(batch)[0].shape[:1]
@@ -200,6 +201,22 @@ def objective_of(
     if not objective.backward:
         check_kept(model, method.name)
     return objective
+
+
+def _with_aux(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A loss of the user's own, refused where it is no (loss, aux)."""
+
+    @functools.wraps(loss)
+    def checked(*args, **named):
+        found = loss(*args, **named)
+        if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[1], Mapping)):
+            raise InputError(
+                f"make_train_step: the loss gives a {type(found).__name__}; it should give (loss, aux), aux a dict in "
+                'which "weight" is what the loss is a mean over'
+            )
+        return found
+
+    return checked
 
 
 def make_objective(model: Model, loss: Callable[..., Any], accumulate: int = 1) -> Objective:

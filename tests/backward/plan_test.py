@@ -45,6 +45,8 @@ def test_a_table_without_a_preset_recomputes_the_rest():
         ("matmuls,tile=1.5", "tile='1.5' should be a whole number above 0"),
         ("matmuls,tokens=0", "tokens='0' should be a whole number above 0"),
         ("tokens=-5", "tokens='-5' should be"),
+        ("blocks,tokens=4,tokens=8", "tokens stands twice"),
+        ("blocks,q_proj=save,q_proj=compress", "q_proj stands twice"),
         ("everything,gate_proj=save", "everything is plain autodiff and takes no more words"),
         ("blocks,block_input=recompute", "block_input is where recomputation starts"),
     ],

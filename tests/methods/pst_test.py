@@ -145,7 +145,9 @@ def test_an_adapter_that_lies_nearer_to_the_kernel_is_refused():
         ({"begin": 9, "until": 9}, "until 9 must be above begin, 9"),
         ({"rank": 0}, "rank 0 must be at least 1"),
         ({"mask_rank": 0}, "mask_rank 0 must be at least 1"),
-        ({"mask_rank": 17}, "rank 17 is above the smaller side of layers/self_attn/k_proj"),
+        ({"mask_rank": 17}, "of mask_rank: rank 17 is above the smaller side of layers/self_attn/k_proj"),
+        ({"beta": 0.0}, "beta 0.0 must be a finite number above 0"),
+        ({"alpha2": float("nan")}, "alpha2 nan must be a finite number of at least 0"),
     ],
 )
 def test_refusals(options, message):

@@ -128,6 +128,13 @@ def changes_of(args):
     return {name: getattr(args, name) for name in ("method", "rank", "accumulate", "weight_decay")}
 
 
+def test_steps_that_a_run_does_not_reach_are_said(files, tmp_path, capsys):
+    options = ("density=0.05", "accumulate=5")
+    changes = {"method": "spiel", "rank": None, "method_options": options, "samples": 0, "checkpoint_every": 0}
+    begin.train(runs.arguments(files, tmp_path, steps=1, **changes))
+    assert "--steps 1: spiel's accumulate=5 steps are not over by then" in capsys.readouterr().err
+
+
 def test_accumulated_parts_train_as_the_whole_batch(files, tmp_path):
     for parts in (1, 2):
         begin.train(runs.arguments(files, tmp_path / str(parts), accumulate=parts, samples=0, checkpoint_every=0))

@@ -42,6 +42,17 @@ def test_accumulation_must_divide_the_batch():
         step(state, tiny.batch())
 
 
+@pytest.mark.parametrize("found", [1.0, (1.0,), (1.0, 2.0)])
+def test_a_loss_of_ones_own_without_its_weight_is_refused(found):
+    model, params = tiny.model()
+    method, optimizer = jp.lora(2), optax.sgd(0.1)
+    model, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
+    state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(1), model)
+    step = jp.make_train_step(model, method, optimizer, lambda *_: found)
+    with pytest.raises(jp.InputError, match=r"make_train_step: the loss gives a (float|tuple); .* \(loss, aux\)"):
+        step(state, tiny.batch())
+
+
 def test_same_state_and_batch_give_the_same_bits():
     """With dropout too: its key is the run's, folded with the step."""
     state, step = start(jp.lora(2, dropout=0.3), optax.adam(1e-2))
