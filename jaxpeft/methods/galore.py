@@ -196,9 +196,10 @@ def projected(
             flat = tree.flatten(params)
             found = [site for site in sites.find(params, targets, own_name) if view.role(f"{site}/kernel") == MOVED]
             if not found:
+                why = of(which) if len(view.specs) == 1 else ""  # in a chain it has no say
                 raise InputError(
-                    f"{own_name}: none of the kernels that targets {targets!r} names trains in {_names(view)}"
-                    f"{of(which)}; leaves of adapters are thinner than the rank, and are not projected"
+                    f"{own_name}: none of the kernels that targets {targets!r} names trains in {_names(view)}{why}; "
+                    "leaves of adapters are thinner than the rank, and are not projected"
                 )
             for site in found:
                 if is_packed(flat[f"{site}/kernel"]):

@@ -150,7 +150,7 @@ def test_names_that_other_modules_share_are_written_in_full(llama, tmp_path):
     model, params = reference.load(llama)
     cut = tree.cut_layers(params, 1)
     new, trainable, frozen = jp.setup(
-        jp.lora(rank=2, targets=r"layers_1_3/self_attn/q_proj"), model, cut, jax.random.key(0)
+        jp.lora(rank=2, targets=r"layers_1_2/self_attn/q_proj"), model, cut, jax.random.key(0)
     )
     params = tree.combine(reference.randomise(trainable), frozen)
     export_adapter(tmp_path / "adapter", params, method, model.config, llama)
