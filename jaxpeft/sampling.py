@@ -244,8 +244,11 @@ class Sampler(NamedTuple):
         for path, master in flat.items():
             if self.is_master(path) or (path.startswith(self.scope) and self.own(path)):
                 own = path.removeprefix(self.scope)
-                layers = next(leaf.shape[0] for other, leaf in whole.items() if _segment(other) == _segment(own))
-                stack = taken(whole[own]) if own in whole else jnp.zeros((layers, *master.shape[1:]), master.dtype)
+                if own in whole:
+                    stack = taken(whole[own])
+                else:  # the method's own leaf: zeros in the layers that are not drawn
+                    layers = next(len(leaf) for other, leaf in whole.items() if _segment(other) == _segment(own))
+                    stack = jnp.zeros((layers, *master.shape[1:]), master.dtype)
                 whole[own] = written(path, stack, master, flat[self.active(path)], self.scope)
         return tree.unflatten(whole)
 

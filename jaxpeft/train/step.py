@@ -69,9 +69,9 @@ def make_train_step(
       leaves, after the method's gradient slot, before clipping), lr where there is a rate, and the scalars of aux.
 
     Raises:
-      InputError: when traced, for adapters of a model without visible layers that the loss does not depend on; for
-        updates in the backward pass that a method, a model or an optimizer cannot have; for a memory plan that keeps
-        activations where there is no backward pass.
+      InputError: when traced, for a loss that gives no (loss, aux); for adapters of a model without visible layers that
+        the loss does not depend on; for updates in the backward pass that a method, a model or an optimizer cannot
+        have; for a memory plan that keeps activations where there is no backward pass.
       ValueError: for a weight decay without a rate. When traced: for a batch that `accumulate` does not divide.
       AssertionError: when traced, for a batch whose arrays differ in their rows, or gradients of other shapes than the
         trained leaves.

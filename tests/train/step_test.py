@@ -43,7 +43,7 @@ def test_accumulation_must_divide_the_batch():
 
 
 @pytest.mark.parametrize("found", [1.0, (1.0,), (1.0, 2.0)])
-def test_a_loss_of_ones_own_without_its_weight_is_refused(found):
+def test_a_loss_of_ones_own_that_gives_no_pair_is_refused(found):
     model, params = tiny.model()
     method, optimizer = jp.lora(2), optax.sgd(0.1)
     model, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
