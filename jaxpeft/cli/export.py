@@ -124,9 +124,9 @@ def _replayed(method: Any, base: Any, params: Any, arguments: Any, rows: list[di
     import jax
 
     from jaxpeft.method import setup
+    from jaxpeft.replay import replay
     from jaxpeft.train.optimizer import make_direction
     from jaxpeft.train.state import init_state
-    from jaxpeft.zeroth_order import replay
 
     init_key, run_key = jax.random.split(jax.random.key(arguments["seed"]))
     model, trainable, rest = setup(method, base, params, init_key, batches=lambda: ())

@@ -12,13 +12,14 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 import jaxpeft as jp
-from jaxpeft import noise, tree, zeroth_order
+from jaxpeft import noise, tree
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.plan import parse
 from jaxpeft.backward.residuals import planned
 from jaxpeft.memory import planner, targets
 from jaxpeft.method import MOVED, View
 from jaxpeft.models import geometries
+from jaxpeft.replay import replay
 from jaxpeft.train.step import objective_of
 from tests import beside, tiny
 from tests.methods.estimates import BATCH, EPS, RATE, RUN, SGD, by_hand, start, z_of, z_of_step
@@ -279,7 +280,7 @@ def test_plans_two_forward_passes():
 def test_metrics_that_no_step_has_said_are_not_replayed(alone, name, bad):
     row = {"lr": 0.1, "slope": 1.0, name: bad}
     with pytest.raises(jp.InputError, match=f"step 2 cannot be replayed: its metrics are damaged: {name} "):
-        zeroth_order.replay(jp.mezo(), jax.tree.map(jnp.copy, alone[1]), [{"lr": 0.1, "slope": 1.0}, row])
+        replay(jp.mezo(), jax.tree.map(jnp.copy, alone[1]), [{"lr": 0.1, "slope": 1.0}, row])
 
 
 @pytest.mark.usefixtures("optimised")
