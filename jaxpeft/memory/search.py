@@ -58,9 +58,10 @@ def fit(
       actions: what may be done with activations besides recomputing them: "save", "compress", "compress12",
         "compress4", "prune", "offload".
       report: is told what is tried.
-      most_compiles: where the search ends.
+      most_compiles: where a search ends.
       by: what the best plan has the least of. "time": plans are estimated, those tried have what they move in their
-        rows ("traffic"), and of these the one whose bound there ("bound_s") is least is returned.
+        rows ("traffic"), and of these the one whose bound there ("bound_s") is least is returned; those that a search
+        by recomputation tries are among them.
 
     Raises:
       InputError: for a budget below the arguments, or one that no plan fits; by time, for a target whose bandwidth and
@@ -91,33 +92,38 @@ def fit(
         traced, best = compiled(step)
     if best["bytes"]["total"] > budget:
         raise InputError(f"--budget {_gib(budget)}: the plan that keeps least needs {_gib(best['bytes']['total'])}")
-    choice = step
     found = tables(traced.segments, actions, step.plan.tokens, speed)
-    candidates = _candidates(found, best if speed else {}, step.accumulate)
-    overhead = best["bytes"]["total"] - traced.activations // step.shards
-    for _ in range(most_compiles - 1):
-        option = next((option for option in candidates if option.kept // step.shards + overhead <= budget), None)
-        if option is None or option.plan == choice.plan:
-            break
-        step = make(option.plan)
-        _, made = compiled(step)
-        overhead = made["bytes"]["total"] - option.kept // step.shards
-        if made["bytes"]["total"] <= budget:
-            if speed is None or _seconds(made) < _seconds(best):
-                choice, best = step, made
-            candidates = candidates[: candidates.index(option)]  # only what costs less is of interest now
-        else:
-            candidates = candidates[candidates.index(option) + 1 :]
-    return choice, best
+    tried = {step.plan: (step, best)}
+
+    def walk(candidates: list[Option]) -> list[Plan]:
+        """The plans that fit, each costing less than the one before; the first is the one that keeps least."""
+        fit, overhead = [step.plan], best["bytes"]["total"] - traced.activations // step.shards
+        for _ in range(most_compiles - 1):
+            option = next((option for option in candidates if option.kept // step.shards + overhead <= budget), None)
+            if option is None or option.plan == fit[-1]:
+                break
+            if option.plan not in tried:
+                own = make(option.plan)
+                tried[option.plan] = own, compiled(own)[1]
+            total = tried[option.plan][1]["bytes"]["total"]
+            overhead = total - option.kept // step.shards
+            at = candidates.index(option)
+            fit += [option.plan] if total <= budget else []
+            candidates = candidates[:at] if total <= budget else candidates[at + 1 :]
+        return fit
+
+    least = walk(frontier(found, lambda option: option.flops))
+    if speed is None:
+        return tried[least[-1]]
+    plans = walk(_by_time(found, best, step.accumulate)) + least
+    return min((tried[plan] for plan in plans), key=lambda one: _seconds(one[1]))
 
 
-def _candidates(found: list[Option], least: dict[str, Any], accumulate: int) -> list[Option]:
-    """Plans by what they cost: recomputation or, where the row of the one that keeps least tells its time, time.
+def _by_time(found: list[Option], least: dict[str, Any], accumulate: int) -> list[Option]:
+    """Plans by their time, of which that of the plan that keeps least is known from its row.
 
     accumulate: micro-batches of a step; the plans' costs are those of one.
     """
-    if "traffic" not in least:
-        return frontier(found, lambda option: option.flops)
     own = next(option for option in found if not option.plan.actions)
     rest = least["traffic"]["least_by_module_s"] - accumulate * own.seconds
     return frontier(found, lambda option: max(rest + accumulate * option.seconds, accumulate * option.transfer))
