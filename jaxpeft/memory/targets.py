@@ -313,7 +313,7 @@ def compile_lowered(
             options = {**options, "xla_dump_to": str(folder), **hlo.DUMP_OPTIONS}
         try:
             with contextlib.nullcontext() if folder is None else without_cache():
-                executable = lowered.compile(compiler_options=options)
+                executable = _compiled(lowered, options)
         except jax.errors.JaxRuntimeError as error:
             if _NO_TOOLKIT.search(str(error)):
                 raise _missing(target) from error
@@ -331,6 +331,20 @@ def compile_lowered(
     return Compiled(memory, executable, fits, None if dump is None else Path(dump))
 
 
+def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
+    """The executable, of a GPU without Triton's products where the first of its tilings cannot be.
+
+    With no device there is no autotuner to try others; the library's product takes its place, which is what openxla/xla
+    pull request 36792 advises.
+    """
+    try:
+        return lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+        if not _NO_TILES.search(str(error)):
+            raise
+    return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
+
+
 # XLA computes again what would go beyond a share, in percent, of the memory that it may count on: of the allocator's
 # where a device is attached, of 80 % of the device's where one is described. So the described one's share is that of
 # the attached one, 95 %, of a larger part.
@@ -338,6 +352,7 @@ _GPU_OPTIONS = {"xla_gpu_memory_limit_slop_factor": round(95 * GPU_FRACTION / 0.
 
 # Not the on-chip memories ("... in memory space vmem"): those are a kernel's mistake.
 _REFUSED = re.compile(r"Ran out of memory (on|in memory space) hbm", re.IGNORECASE)
+_NO_TILES = re.compile("Couldn't find output tile sizes")
 _NO_TOOLKIT = re.compile("No PTX compilation provider|libdevice not found")  # the wheels nvidia-cuda-nvcc, nvidia-nvvm
 
 

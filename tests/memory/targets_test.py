@@ -16,6 +16,7 @@ from jaxpeft import executable
 from jaxpeft.errors import InputError
 from jaxpeft.memory import targets
 from jaxpeft.memory.kinds import TARGETS
+from jaxpeft.methods import lokr
 
 GiB = 2**30
 COMPILED = ("cpu", "v5e", "v5p", "h200")
@@ -266,6 +267,22 @@ def test_what_fits_can_be_run():
     compiled = targets.compile(targets.target("cpu"), lambda tree: {"y": tree["x"] * 2}, {"x": x})
     assert compiled.fits and compiled.dump is None
     assert (compiled.executable({"x": x})["y"] == 2).all()
+
+
+def test_products_that_have_no_tiles_are_compiled():
+    """LoKr's at Llama-2-7B's down_proj, for one of which XLA finds no tiles without a device to try them on."""
+    x, y = (jax.ShapeDtypeStruct((4, 768, n), jnp.bfloat16) for n in (11008, 4096))
+    own = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in lokr.shapes_of(8, 11008, 4096, None, False).items()
+    }
+
+    def step(x, own, dy):
+        y, backward = jax.vjp(lambda x, own: lokr.product(x, own, 1.0), x, own)
+        return y, *backward(dy)
+
+    memory = targets.compile(described("h200"), step, x, own, y).memory
+    assert memory.outputs >= x.size * 2 + y.size * 2 and memory.temporaries < x.size * 2
 
 
 @pytest.mark.parametrize("name", ["v5e", "h200"])
