@@ -96,6 +96,7 @@ class View(NamedTuple):
     batches: a function that gives some batches of the training data, for starts that are calculated from it; it gives
       none when a run is planned, or goes on from a checkpoint: then the leaves' shapes alone count. None where there is
       no data.
+    loss: (model, params, batch, key) -> (loss, aux), which such starts differentiate; None: by what a batch holds.
     rate: () float32, the learning rate of the step that is traced; None where there is none, or the optimizer has its
       own.
     """
@@ -105,6 +106,7 @@ class View(NamedTuple):
     role: Roles
     shapes: Mapping[str, Any]
     batches: Callable[[], Iterable[Batch]] | None = None
+    loss: Callable[..., Any] | None = None
     rate: Any = None
 
     def of(self, *names: str) -> tree.Flat:
@@ -363,6 +365,7 @@ def setup(
     params: Mapping[str, Any],
     key: jax.Array,
     batches: Callable[[], Iterable[Batch]] | None = None,
+    loss: Callable[..., Any] | None = None,
 ) -> tuple[Model, tree.Flat, tree.Flat]:
     """Puts a method on a model.
 
@@ -372,6 +375,8 @@ def setup(
       params: its parameters (nested dict); adapter leaves that are already there are kept.
       key: PRNG key for the parameters that the method adds.
       batches: gives some batches of the training data, for a method that starts from them.
+      loss: (model, params, batch, key) -> (loss, aux), the step's own, for a method that starts from these batches;
+        None: `classification_loss` of batches with labels, `completion_loss` of those with targets.
 
     Returns:
       (model, trainable, rest): the adapted model; flat dicts. Trainable leaves have their masters' dtype (float32
@@ -382,7 +387,7 @@ def setup(
       InputError: if nothing would train, or a packed kernel would.
     """
     params = base.adopt(dict(params))
-    view = View(base, method.specs, method.role, shapes_of(params), batches)
+    view = View(base, method.specs, method.role, shapes_of(params), batches, loss)
     model = method.forward(base, view)._replace(base=base)
     params = model.init(key, method.prepare(dict(params), view))
     flat = _in_own_shapes(method, tree.flatten(params))

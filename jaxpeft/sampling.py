@@ -216,8 +216,9 @@ class Sampler(NamedTuple):
         """The leaves of the first draw.
 
         Raises:
-          InputError: where nothing in the layers trains, or too few layers, or what is quantized.
+          InputError: where there are no stacked layers, nothing in them trains, or too few layers, or what is quantized.
         """
+        check_stacks(self.name, flat)
         sampled = {path: unfolded(leaf) for path, leaf in flat.items() if _is_sampled(view.role(path))}
         name = self.name
         if not sampled:
@@ -272,6 +273,12 @@ def weighted(key: jax.Array, layers: Sequence[int], count: int, weights: jax.Arr
     """The same, one after the other, each as likely as its weight (L,) is of those left: torch's `multinomial`."""
     shares = weights / weights.sum()
     return jax.random.choice(key, jnp.asarray(layers, jnp.int32), (count,), replace=False, p=shares)
+
+
+def check_stacks(name: str, params: Mapping[str, Any]) -> None:
+    """Raises InputError for a model without a stack of layers; `params` may be nested or flat."""
+    if not any(map(tree.stacked, tree.flatten(params))):
+        raise InputError(f"{name}: the model shows no stack of layers, of which some could be drawn; leave {name} out")
 
 
 def check_count(name: str, count: int, layers: Sequence[int]) -> None:

@@ -72,8 +72,18 @@ def test_a_kernel_of_several_axes_is_not_projected():
         jp.setup(jp.owlore(1, rank=2, scores="uniform"), base, base.init(jax.random.key(1), {}), jax.random.key(2))
 
 
-@pytest.mark.parametrize("method", [jp.full("last:1"), jp.mezo(which="last:1"), jp.hybrid()], ids=lambda m: m.name)
+CUT = [jp.full("last:1"), jp.mezo(which="last:1"), jp.hybrid(), jp.pockengine({"layers/2/": 1.0})]
+
+
+@pytest.mark.parametrize("method", CUT, ids=lambda method: method.name)
 def test_a_stack_that_a_module_scans_is_not_cut(method):
     base = jp.from_linen(Stacked(), {"x": X})
-    with pytest.raises(jp.InputError, match="which 'last:1': the model shows no stack of layers"):
+    with pytest.raises(jp.InputError, match="the model shows no stack of layers"):
+        jp.setup(method, base, base.init(jax.random.key(1), {}), jax.random.key(2))
+
+
+@pytest.mark.parametrize("method", [jp.lisa(), jp.half(), jp.owlore(), jp.slimfit()], ids=lambda method: method.name)
+def test_without_a_stack_no_layers_are_drawn(method):
+    base = jp.from_linen(nn.Dense(4), {"inputs": X})
+    with pytest.raises(jp.InputError, match=f"{method.name}: the model shows no stack of layers, of which some could"):
         jp.setup(method, base, base.init(jax.random.key(1), {}), jax.random.key(2))

@@ -44,7 +44,7 @@ from jaxpeft.method import Method, Spec, trains
 from jaxpeft.methods import lora as _lora
 from jaxpeft.methods.lst import fisher_information
 from jaxpeft.quant import by_layer, folded_as, is_packed, matrix
-from jaxpeft.train.loss import classification_loss, completion_loss
+from jaxpeft.starts import probes
 from pallas_kernels import packed
 from pallas_kernels.packed import ALIGNED, BITS, CODEBOOKS, FORMATS, Packed
 
@@ -342,7 +342,7 @@ def _weights(params: tree.Params, view: Any) -> dict[str, jax.Array]:
     if view.batches is None:
         raise InputError("lq_lora: fisher needs data: setup(..., batches=...)")
     of_base = {path: leaf for path, leaf in tree.flatten(params).items() if path in view.shapes}
-    loss = classification_loss if view.base.config.num_labels else completion_loss
+    loss = view.loss or probes.by_content
     return tree.flatten(fisher_information(view.base, tree.unflatten(of_base), view.batches(), loss))
 
 

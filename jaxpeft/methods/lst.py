@@ -55,7 +55,8 @@ from jaxpeft.method import Method, Spec, trains
 from jaxpeft.model import Batch, Model, Stack
 from jaxpeft.models.layers import RMSNorm
 from jaxpeft.quant import dense
-from jaxpeft.train.loss import classification_loss, completion_loss
+from jaxpeft.starts import probes
+from jaxpeft.train.loss import completion_loss
 
 TEMPERATURE = 0.1
 INITS = ("magnitude", "fisher", "random")
@@ -124,7 +125,7 @@ def lst(
             chosen = check_layers("lst", layers, count_layers("lst", params))
             matter = information
             if init == "fisher" and matter is None and view.batches is not None:
-                loss = classification_loss if view.base.config.num_labels else completion_loss
+                loss = view.loss or probes.by_content
                 of_base = {path: leaf for path, leaf in tree.flatten(params).items() if path in view.shapes}
                 # A plan has no batches and needs shapes alone, which the size of the parameters gives as well.
                 matter = fisher_information(view.base, tree.unflatten(of_base), view.batches(), loss) or params

@@ -155,6 +155,7 @@ def owlore(
         def init(key, params):
             params = model.init(key, params)
             flat = tree.flatten(params)
+            sampling.check_stacks("owlore", flat)
             chosen = [
                 site
                 for site in sites.find(params, targets, "owlore")
@@ -247,7 +248,7 @@ def _scores(kind: str, threshold: float, flat: tree.Flat, layers: Sequence[int],
     if not batches:
         return jnp.ones(count)
     sited = [Sited(site, 1, 1.0) for site in own]
-    loss = lambda model, *of: jnp.sum(model.hidden(*of), dtype=jnp.float32)
+    loss = probes.running(view.loss)
     base = {path: leaf for path, leaf in flat.items() if not path.startswith("owlore/")}
     start, of_batch = probes.gradients(view.base, tree.unflatten(base), sited, lambda site: Squares(), loss)
     total: Any = functools.reduce(

@@ -108,9 +108,8 @@ def pockengine(scheme: Mapping[str, float] | None = None) -> Method:
         return 0.0 if found is None else share(int(found[1] or 0), found[2])
 
     def prepare(params, view):
-        del view
         segments = tree.segments(params)
-        if not segments:
+        if not segments or not view.base.stack.layered:  # a module scans over all of its stack
             raise InputError("pockengine: the model shows no stack of layers, of which a scheme could name some")
         _check_matches(scheme, params)
         for key, first, end in segments:
@@ -202,7 +201,7 @@ def contributions(
     found, flat = {}, tree.flatten(params)
 
     def loss(kernel, at, batch):
-        return probes.loss_of(base, tree.unflatten({**flat, at: kernel}), batch)
+        return probes.by_content(base, tree.unflatten({**flat, at: kernel}), batch)[0]
 
     losses = jax.jit(loss, static_argnums=1)
     mean = lambda kernel, at: float(np.mean([losses(kernel, at, batch) for batch in batches]))

@@ -111,7 +111,7 @@ def sparsegrad(density: float = 0.01, metric: str = "gradient", targets: Targets
             planned = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(kernel))
             if planned or f"{own}/u" in flat or (metric == "gradient" and not batches):
                 continue
-            parts = probes.of_kernels(view.base, params, site, batches) if batches else [dense(kernel)]
+            parts = probes.of_kernels(view.base, params, site, batches, view.loss) if batches else [dense(kernel)]
             total, left, right = 0.0, 0.0, 0.0
             for g in parts:
                 total = total + g

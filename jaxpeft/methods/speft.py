@@ -34,7 +34,7 @@ leaves alone, which is the same function, and it chooses for all layers at once 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import flax.linen as nn
 import jax
@@ -174,16 +174,17 @@ def folded(w: jax.Array, index: jax.Array, values: jax.Array) -> jax.Array:
     return w.at[at].set((w[at].astype(jnp.float32) + values).astype(w.dtype))
 
 
-def _salience(view: View, params: tree.Params, site: str, metric: str, batches: list[Batch]) -> jax.Array:
+def _salience(view: View, params: tree.Params, site: str, metric: str, batches: Iterable[Batch]) -> jax.Array:
     """(..., n, m) float32, of one site's kernels."""
     total, count = jnp.zeros(()), 0
-    for g in probes.of_kernels(view.base, params, site, _rows(batches) if metric == "fisher" else batches):
+    batches = _rows(batches) if metric == "fisher" else batches
+    for g in probes.of_kernels(view.base, params, site, batches, view.loss):
         total, count = total + (g**2 if metric == "fisher" else g), count + 1
     flat = tree.flatten(params)
     return OF_GRADIENTS[metric](dense(flat[sites.kernel_path(flat, site)]), total / count)
 
 
-def _rows(batches: list[Batch]) -> Iterator[Batch]:
+def _rows(batches: Iterable[Batch]) -> Iterator[Batch]:
     for batch in batches:
         for row in range(len(jax.tree.leaves(batch)[0])):
             yield jax.tree.map(lambda x, row=row: x[row : row + 1], dict(batch))

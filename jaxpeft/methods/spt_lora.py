@@ -254,7 +254,7 @@ def budget(density: float, kernels: Mapping[str, Any] | Sequence[Any]) -> int:
 def _sensitivity(view: View, params: tree.Params, site: str, batches: Sequence[Batch]) -> jax.Array:
     """(..., n, m) float32: the sum over batches of dW^2, of one site's kernels."""
     total: Any = 0.0
-    for g in probes.of_kernels(view.base, params, site, batches):
+    for g in probes.of_kernels(view.base, params, site, batches, view.loss):
         total = total + g**2
     return total
 

@@ -116,7 +116,7 @@ def eva(whiten: bool = False) -> Start:
         shapes = {site: flat[f"{site.path}/kernel"].shape for site in sites}
         if found:
             through = any(not tree.stacked(site.path) for site in sites)  # the head too
-            loss = lambda model, *of: jnp.sum((model.apply if through else model.hidden)(*of), dtype=jnp.float32)
+            loss = probes.running(view.loss, whole=through)
             states, step = probes.gradients(view.base, params, sites, lambda site: Inputs(site.rank), loss)
             states = functools.reduce(step, found, states)
             a = {site: _factor(states[site.path], site.rank, whiten) for site in sites}

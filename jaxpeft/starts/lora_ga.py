@@ -22,7 +22,7 @@ each, without them. PEFT sums up G itself, and has random indices as a further d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -35,7 +35,6 @@ from jaxpeft.model import Batch
 from jaxpeft.quant import dense
 from jaxpeft.starts import probes
 from jaxpeft.starts.pair import Pair, Sited, Start
-from jaxpeft.train.loss import classification_loss, completion_loss
 
 # (r) -> the singular vectors of A and of B.
 DIRECTIONS = {
@@ -95,7 +94,7 @@ def lora_ga(direction: str = "ArB2r", scale: str = "stable", gamma: float = 16, 
                     f"{site.path} has, a kernel of {n} x {m}"
                 )
         found = probes.batches("lora: init 'lora_ga'", view)
-        vectors = decomposed(view.base, params, sites, found, iterations) if found else _of_none(kernels)
+        vectors = decomposed(view.base, params, sites, found, iterations, view.loss) if found else _of_none(kernels)
         made = {}
         for site, kernel in kernels.items():
             u, s, vt = vectors[site.path]
@@ -115,12 +114,17 @@ def lora_ga(direction: str = "ArB2r", scale: str = "stable", gamma: float = 16, 
 
 
 def decomposed(
-    base: Any, params: tree.Params, sites: Sequence[Sited], batches: Sequence[Batch], iterations: int
+    base: Any,
+    params: tree.Params,
+    sites: Sequence[Sited],
+    batches: Sequence[Batch],
+    iterations: int,
+    loss: Callable[..., Any] | None = None,
 ) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:
     """{site: U (..., n, q), S (..., q), V^T (..., q, m)} of the mean gradient of its kernel, float32."""
     flat = tree.flatten(params)
     sizes = {site: min(4 * site.rank, *flat[f"{site.path}/kernel"].shape[-2:]) for site in sites}
-    leaves, of_batch = probes.gradients(base, params, sites, lambda site: Sketch(sizes[site]), _loss)
+    leaves, of_batch = probes.gradients(base, params, sites, lambda site: Sketch(sizes[site]), probes.value(loss))
 
     def sweep(side, leaves):
         """The mean of one side's gradients."""
@@ -154,15 +158,6 @@ def _orthonormal(columns: jax.Array) -> jax.Array:
 
 def _transposed(x: jax.Array) -> jax.Array:
     return jnp.swapaxes(x, -1, -2)
-
-
-def _loss(model: Any, params: tree.Params, batch: Batch) -> jax.Array:
-    """The loss of a batch, by what it holds."""
-    if "labels" in batch:
-        return classification_loss(model, params, batch)[0]
-    if "targets" not in batch:
-        raise InputError(f"lora: init 'lora_ga' needs batches with targets or labels, not of {', '.join(batch)} alone")
-    return completion_loss(model, params, batch)[0]
 
 
 def _of_none(kernels: Any) -> dict[str, tuple[jax.Array, jax.Array, jax.Array]]:

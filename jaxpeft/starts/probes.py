@@ -80,16 +80,46 @@ class Whole(nn.Module):
         return inner(x) + x @ self.param("w", nn.initializers.zeros, site.kernel.shape).astype(x.dtype)
 
 
-def of_kernels(base: Model, params: tree.Params, site: str, batches: Iterable[Batch]) -> Iterator[jax.Array]:
-    """dW (..., n, m) float32 of each batch, of one site's kernels, packed or not: of all its layers at once."""
-    leaves, of_batch = gradients(base, params, [Sited(site, 1, 1.0)], lambda _: Whole(), loss_of)
+def of_kernels(
+    base: Model, params: tree.Params, site: str, batches: Iterable[Batch], loss: Callable[..., Any] | None = None
+) -> Iterator[jax.Array]:
+    """dW (..., n, m) float32 of each batch, of one site's kernels, packed or not: of all its layers at once.
+
+    Args:
+      base: the model.  params: its parameters, nested.
+      site: the path.
+      batches: some.
+      loss: of `setup`.
+    """
+    leaves, of_batch = gradients(base, params, [Sited(site, 1, 1.0)], lambda _: Whole(), value(loss))
     for batch in batches:
         yield of_batch(leaves, batch)[site]["w"].astype(jnp.float32)
 
 
-def loss_of(model: Model, params: tree.Params, batch: Batch) -> jax.Array:
-    """The loss of a batch, by what it holds."""
-    return (classification_loss if "labels" in batch else completion_loss)(model, params, batch)[0]
+def value(loss: Callable[..., Any] | None) -> Loss:
+    """The loss of a batch: the one that `setup` was given, or by what the batch holds."""
+    return lambda model, params, batch: (loss or by_content)(model, params, batch, None)[0]
+
+
+def running(loss: Callable[..., Any] | None, whole: bool = False) -> Loss:
+    """A number of a batch whose calculation runs all sites in the layers, and where it is `whole` all others too."""
+    if loss is not None:
+        return value(loss)
+    return lambda model, *of: jnp.sum((model.apply if whole else model.hidden)(*of), dtype=jnp.float32)
+
+
+def by_content(model: Model, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> Any:
+    """(loss, aux) of a batch with labels or targets.
+
+    Raises:
+      InputError: for one with neither.
+    """
+    if "labels" not in batch and "targets" not in batch:
+        raise InputError(
+            f"a start from the loss's gradient needs batches with targets or labels, not of {', '.join(batch)} alone; "
+            "setup(..., loss=...) takes any other"
+        )
+    return (classification_loss if "labels" in batch else completion_loss)(model, params, batch, key)
 
 
 def _again(block: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,5 +1,7 @@
 """Starts of LoRA that are calculated: LoftQ of the kernels, EVA and LoRA-GA of data."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -195,12 +197,20 @@ class Block(nn.Module):
         return x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(32, name="up")(x)))
 
 
+def mean_square(model, params, batch, key=None):
+    """A loss that is no language model's."""
+    return jnp.mean((model.apply(params, {"x": batch["x"]}, key) - batch["y"]) ** 2), {"weight": jnp.ones(())}
+
+
 def test_eva_of_a_module_of_one_s_own_that_is_computed_again():
     x = jax.random.normal(jax.random.key(0), (64, 8)) * jnp.arange(8)
     base = jp.from_linen(nn.remat(Block)(), {"x": x})
     method = jp.lora(2, init="eva", targets=["up"])
-    _, trainable, _ = jp.setup(method, base, base.init(KEY, {}), KEY, batches=lambda: [{"x": x}])
-    _, _, vt = np.linalg.svd(x - x.mean(0), full_matrices=False)
+    params, (_, _, vt) = base.init(KEY, {}), np.linalg.svd(x - x.mean(0), full_matrices=False)
+    _, trainable, _ = jp.setup(method, base, params, KEY, batches=lambda: [{"x": x}])
+    assert_same_directions(np.asarray(trainable["up/lora/a"]), vt[:2].T)
+    # Of batches that hold what the module does not read, through the loss.
+    _, trainable, _ = jp.setup(method, base, params, KEY, lambda: [{"x": x, "y": jnp.ones(())}], mean_square)
     assert_same_directions(np.asarray(trainable["up/lora/a"]), vt[:2].T)
 
 
@@ -333,3 +343,33 @@ def test_without_data_there_are_shapes_alone():
 def test_bad_starts_say_what_would_be_right(members, says):
     with pytest.raises(jp.InputError, match=says):
         jp.setup(jp.chain(*members()), *tiny.model(), KEY)
+
+
+OF_A_LOSS = (
+    jp.lora(2, init="lora_ga", targets=["up"]),
+    jp.speft(0.1, metric="gradient", targets=["up"]),
+    jp.spt_lora(0.1, rank=2, targets=["up"]),
+    jp.sparsegrad(0.1, targets=["up"]),
+    jp.lq_lora(2, format="nf3", fisher=True, targets=["up"]),
+)
+
+
+@pytest.mark.parametrize("method", OF_A_LOSS, ids=lambda method: method.name)
+def test_a_start_of_a_module_of_one_s_own_reads_its_own_loss(method):
+    x, y = jax.random.normal(jax.random.key(0), (2, 64, 8))
+    base = jp.from_linen(Block(), {"x": x})
+    params, batch = base.init(KEY, {}), {"x": x, "y": y}
+    start = functools.partial(jp.setup, method, base, params, KEY, lambda: [batch])
+    with pytest.raises(jp.InputError, match=r"batches with targets or labels, not of x, y alone; setup\(\.\.\., loss="):
+        start()
+    _, trainable, rest = start(loss=mean_square)
+    g = np.asarray(jax.grad(lambda params: mean_square(base, params, batch)[0])(params)["up"]["kernel"])
+    if method.name == "lora":
+        u, _, vt = np.linalg.svd(g)
+        assert_same_directions(
+            np.asarray(trainable["up/lora/a"]) / np.linalg.norm(trainable["up/lora/a"], axis=0), u[:, :2]
+        )
+        rows = np.asarray(trainable["up/lora/b"])
+        assert_same_directions((rows / np.linalg.norm(rows, axis=1, keepdims=True)).T, vt[2:4].T)
+    if method.name == "speft":
+        assert set(rest["up/speft/index"].tolist()) == set(np.argsort(-np.abs(g).ravel())[: g.size // 10].tolist())
