@@ -49,9 +49,10 @@ def _called(hint: Any) -> str:
     """An annotation in words."""
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
-        return " or ".join(_called(one) for one in inner)
+        words = [_called(one) for one in inner]
+        return (", or " if any(", " in one for one in words) else " or ").join(words)
     if kind is Sequence:
         return f"a list, each of it {_called(inner[0])}"
     if kind is Mapping:
-        return f"a mapping, each value of it {_called(inner[1])}"
+        return f"a mapping, each name in it {_called(inner[0])} and each value {_called(inner[1])}"
     return _CALLED.get(kind, str(kind))

@@ -216,7 +216,7 @@ class Sampler(NamedTuple):
         """The leaves of the first draw.
 
         Raises:
-          InputError: where there are no stacked layers, nothing in them trains, or too few layers, or what is quantized.
+          InputError: without stacked layers, or where nothing in them trains, too few are there, or they are quantized.
         """
         check_stacks(self.name, flat)
         sampled = {path: unfolded(leaf) for path, leaf in flat.items() if _is_sampled(view.role(path))}

@@ -209,7 +209,7 @@ def attach(
         calls it with an empty context.
       choose: params -> sites that get an adapter at init.
       parameters: False for adapters that have none; they act at the sites that `choose` finds in each layer.
-      shared: whether all adapters read leaves `<name>/...` beside the layers; they find them in `ctx.shared[name]`.
+      shared: whether all adapters read leaves `<name>/...` beside the layers; they find them by `beside`.
 
     Returns:
       A model whose `init` adds the adapters' parameters (axis 0 is the layer, where the site's kernel has that axis).
@@ -270,6 +270,21 @@ def attach(
 
     init = init if parameters else model.init
     return model._replace(init=init, stack=model.stack.map_layers(layer)._replace(embed=embed, head=head))
+
+
+def beside(module: nn.Module, ctx: Context, name: str, what: str) -> Any:
+    """The leaves `<name>/...` beside the layers that an adapter reads (`attach(shared=True)`), in words `what`.
+
+    None while the adapter is initialised.
+
+    Raises:
+      InputError: where there are none, as of a module that runs without its model.
+    """
+    if name in ctx.shared:
+        return ctx.shared[name]
+    if module.is_initializing():
+        return None
+    raise InputError(f"{name}: its {what} are beside the module, which cannot run alone; merge the adapter first")
 
 
 def wrap(model: Model, name: str, adapter: nn.Module, modules: Sequence[str], segments: AdaptedSegments) -> Model:

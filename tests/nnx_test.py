@@ -246,6 +246,29 @@ def test_names_of_axes_are_kept():
     assert model.axes() == base.axes()
 
 
+@pytest.mark.parametrize(
+    ("method", "what"),
+    [
+        (jp.vera(2, targets=EVERY), "factors"),
+        (jp.randlora(2, targets=EVERY), "bases"),
+        (jp.vblora(2, vectors=8, length=1, topk=2, targets=EVERY), "vectors"),
+        (jp.pst(rank=1, mask_rank=1, targets=EVERY), "sparsity"),
+        (jp.sparsegrad(0.5, metric="magnitude", targets=EVERY), "bases"),
+        (jp.spt_lora(0.5, rank=1, metric="magnitude", targets=EVERY), "numbers"),
+    ],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_an_adapter_that_reads_beside_its_module_does_not_run_alone(method, what):
+    """Merged it does; without what it reads it would be another function, without a word."""
+    base, params = jp.from_nnx(Listed(nnx.Rngs(0)))
+    model, trainable, frozen = jp.setup(method, base, params, jax.random.key(0))
+    trained = jp.combine(moved(trainable), frozen)
+    with pytest.raises(jp.InputError, match=f"{method.name}: its {what} are beside the module, which cannot run alone"):
+        jp.to_nnx(model, trained)(X)
+    alone = jp.to_nnx(model, method.merge(trained))(X)
+    np.testing.assert_allclose(alone, model.apply(trained, {"x": X}), rtol=1e-4, atol=1e-4)
+
+
 def test_what_cannot_be_is_one_line():
     base, params = jp.from_nnx(Listed(nnx.Rngs(0)))
     with pytest.raises(jp.InputError, match="dict is no flax.nnx.Module"):

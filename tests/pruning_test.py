@@ -209,6 +209,8 @@ def test_mistakes_are_one_line(road, tmp_path, capsys):
     assert "--by taylor: needs --data" in said(capsys, "prune", "--out", tmp_path / "out", "--by", "taylor")
     assert "--keep 2: the share that stays" in said(capsys, "prune", "--out", tmp_path / "out", "--keep", "2")
     assert "--batches 0: should be at least 1" in said(capsys, "prune", "--out", tmp_path / "out", "--batches", "0")
+    line = said(capsys, *recover, road / "run/adapter", "--model", road / "pruned")
+    assert "pruning.json: pruned from another base than " in line
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for file in (road / "pruned").iterdir():

@@ -107,7 +107,12 @@ def test_several_chains_each_get_what_they_take():
         ("lora", ["rank=true"], {}, "method lora: rank True should be a whole number"),
         ("lora", ["rslora=3"], {}, "method lora: rslora 3 should be true or false"),
         ("lora", ["targets=[q_proj, 3]"], {}, "targets ['q_proj', 3] should be text or a list, each of it text"),
-        ("lora", ["rank_pattern={q_proj: two}"], {}, "should be a mapping, each value of it a whole number or null"),
+        (
+            "lora",
+            ["rank_pattern={q_proj: two}"],
+            {},
+            "a mapping, each name in it text and each value a whole number, or null",
+        ),
     ],
 )
 def test_a_mistake_is_one_line(text, options, common, said):

@@ -52,12 +52,13 @@ def run(args: Recover) -> dict[str, Any]:
     if changes_kernels(spec):
         raise InputError(
             f"--adapter {args.adapter}: its start, {spec.config['init']}, changes the base's kernels, which the "
-            "whole base's cannot follow; train with another --init"
+            "whole base's cannot follow; train with another init (--method-options init=...)"
         )
     name = args.model or document["base"]
     model, params, _ = load(name, rope_scaling=scaling)
-    check_base(str(args.pruned / pruning.FILE), document["fingerprint"], model.config, params)
-    pruning.check_fits(str(args.pruned / pruning.FILE), kept, model.config)
+    where, other = str(args.pruned / pruning.FILE), f"pruned from another base than {name}"
+    check_base(where, document["fingerprint"], model.config, params, other)
+    pruning.check_fits(where, kept, model.config)
     whole = pruning.recovered(leaves, model.config, kept)
     peft.export_adapter(
         args.out,

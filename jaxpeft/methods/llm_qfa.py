@@ -76,7 +76,7 @@ class LLMQFA(nn.Module):
         )
         a = self.param("a", each, (count, n, self.rank))
         b = self.param("b", nn.initializers.zeros, (count, self.rank, m))
-        chosen = ctx.shared.get("llm_qfa")
+        chosen = sites.beside(self, ctx, "llm_qfa", "widths")
         k = jnp.int32(0) if chosen is None else chosen["chosen"][ctx.layer]
         product = functools.partial(chosen_product, kernel=kernel, index=k)
         return low_rank_dot(x, product, a[k], b[k], scale=self.scale)

@@ -71,7 +71,7 @@ class PST(nn.Module):
             "rows": self.param("rows", zeros, (m,)),
             "columns": self.param("columns", zeros, (n,)),
         }
-        shared = ctx.shared.get("pst")
+        shared = sites.beside(self, ctx, "pst", "sparsity")
         share = jnp.float32(0) if shared is None else shared["sparsity"]
 
         def product(x, kernel, own, share):
@@ -181,6 +181,7 @@ def pst(
 
     def move(leaves: Leaves, moment: Moment) -> Leaves:
         share = sparsity_at(moment.step + 1, sparsity, begin, until)
+        share = jnp.maximum(share, leaves.moved[SPARSITY])  # of a run that goes on from an adapter's end
         return Leaves(leaves.trained, {**leaves.moved, SPARSITY: share})
 
     return Method(

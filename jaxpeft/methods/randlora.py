@@ -66,16 +66,12 @@ class RandLoRA(nn.Module):
             "lambda": self.param("lambda", nn.initializers.zeros, (copies, self.rank)),
             "gamma": self.param("gamma", nn.initializers.constant(1 / least), (least, copies)),
         }
-        if self.is_initializing():
+        if (shared := sites.beside(self, ctx, "randlora", "bases")) is None:
             return inner(x)
-        if "randlora" not in ctx.shared:
-            raise InputError(
-                "randlora: its bases are beside the module, which cannot run alone; merge the adapter first"
-            )
         rate, seed = 0.0, jnp.zeros((), jnp.uint32)
         if self.dropout and self.has_rng("dropout"):
             rate, seed = self.dropout, jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
-        a, b = sliced(ctx.shared["randlora"], own, max(n, m))
+        a, b = sliced(shared, own, max(n, m))
         again = lambda function: jax.checkpoint(function, prevent_cse=False)
 
         def dropped(x, seed):

@@ -176,6 +176,7 @@ def snella(
         step = moment.step + 1
         share = 1 - sparsity_at(step, initial, sparsity, begin, until)
         due = (step > begin) & ((step % every == 0) & (step < until) | (step == until))
+        due &= share <= _most(counts, sizes)
         for path, found in shared_out(scores, sizes, share).items():
             moved[path] = jnp.where(due, found, counts[path])
         return Leaves(leaves.trained, moved)
@@ -198,6 +199,16 @@ def sensitivity(mean: jax.Array, spread: jax.Array, product: jax.Array) -> tuple
     size = jnp.abs(product)
     mean = BETA * mean + (1 - BETA) * size
     return mean, BETA * spread + (1 - BETA) * jnp.abs(size - mean)
+
+
+def _most(counts: Mapping[str, jax.Array], sizes: Mapping[str, int]) -> jax.Array:
+    """The share () float32 of entries that kernels have, and what rounding may have taken.
+
+    A budget beyond that is one of a run that goes on from an adapter's end, and begins anew: nothing comes back.
+    """
+    total = sum(sizes[path] * leaf.size for path, leaf in counts.items())
+    kept = sum((jnp.sum(leaf.astype(jnp.float32)) for leaf in counts.values()), jnp.zeros(()))
+    return kept / total * (1 + 1e-5) + sum(leaf.size for leaf in counts.values()) / total
 
 
 def sparsity_at(step: jax.Array, initial: float, sparsity: float, begin: int, until: int) -> jax.Array:

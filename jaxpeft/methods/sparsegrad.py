@@ -63,9 +63,9 @@ class SparseGrad(nn.Module):
     @nn.compact
     def __call__(self, inner: Callable, x: jax.Array, site: sites.Site, ctx: Context) -> jax.Array:
         index, values = sparse.parameters(self, self.density, site.kernel.shape)
-        if "sparsegrad" not in ctx.shared:
+        if (shared := sites.beside(self, ctx, "sparsegrad", "bases")) is None:
             return inner(x)
-        u, v = (ctx.shared["sparsegrad"][_called(site.path)][name].astype(x.dtype) for name in "uv")
+        u, v = (shared[_called(site.path)][name].astype(x.dtype) for name in "uv")
         whole = entries.own_dense(self, "sparsegrad", site, ctx, x.dtype)
         return inner(x) + sparse.product(x @ u, index, values, site.kernel.shape, whole) @ v.T
 

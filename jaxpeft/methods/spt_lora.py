@@ -68,10 +68,9 @@ class SPTLoRA(nn.Module):
         n, m = site.kernel.shape
         types = (jnp.int32, jnp.int32, bool)
         own = [self.param(part, nn.initializers.zeros, (), dtype) for part, dtype in zip(PARTS, types, strict=True)]
-        if "spt_lora" not in ctx.shared:
+        if (shared := sites.beside(self, ctx, "spt_lora", "numbers")) is None:
             return inner(x)
         shape = Matrix(n, m, self.rank, self.scale, self.ratio)
-        shared = ctx.shared["spt_lora"]
 
         def change(x, values, index, *own):
             return jax.lax.cond(own[-1], shape.by_factors, shape.by_entries, x, values, index, *own)

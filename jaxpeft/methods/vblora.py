@@ -61,14 +61,12 @@ class VBLoRA(nn.Module):
         normal = nn.initializers.normal(self.std)
         logits_a = self.param("logits_a", normal, (self.rank, n, self.vectors))
         logits_b = self.param("logits_b", normal, (m, self.rank, self.vectors))
-        if self.is_initializing():
+        if (shared := sites.beside(self, ctx, "vblora", "vectors")) is None:
             return inner(x)
-        if "vblora" not in ctx.shared:
-            raise InputError("vblora: its bank is beside the module, which cannot run alone; merge the adapter first")
         rate, seed = 0.0, None
         if self.dropout and self.has_rng("dropout"):
             rate, seed = self.dropout, jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
-        a, b = factors(ctx.shared["vblora"]["bank"], logits_a, logits_b, self.topk)
+        a, b = factors(shared["bank"], logits_a, logits_b, self.topk)
         return site.low_rank(inner, x, a, b, scale=1.0, rate=rate, seed=seed)
 
 

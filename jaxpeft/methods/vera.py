@@ -53,14 +53,12 @@ class VeRA(nn.Module):
         n, m = site.kernel.shape
         d = self.param("lambda_d", nn.initializers.constant(self.start), (self.rank,))
         b = self.param("lambda_b", nn.initializers.zeros, (m,))
-        if self.is_initializing():
+        if (shared := sites.beside(self, ctx, "vera", "factors")) is None:
             return inner(x)
-        if "vera" not in ctx.shared:
-            raise InputError("vera: its factors are beside the module, which cannot run alone; merge the adapter first")
         rate, seed = 0.0, None
         if self.dropout and self.has_rng("dropout"):
             rate, seed = self.dropout, jax.random.bits(self.make_rng("dropout"), (), jnp.uint32)
-        a, up = factors(ctx.shared["vera"], d, b, n)
+        a, up = factors(shared, d, b, n)
         return site.low_rank(inner, x, a, up, scale=1.0, rate=rate, seed=seed)
 
 

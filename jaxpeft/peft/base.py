@@ -181,7 +181,9 @@ def _sampled(parts: Mapping[int, Any], shape: tuple[int, ...]) -> np.ndarray | N
     return found
 
 
-def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mapping[str, Any] | None) -> None:
+def check_base(
+    where: str, stored: Mapping[str, Any], config: Any, params: Mapping[str, Any] | None, what: str = ""
+) -> None:
     """Compares a stored fingerprint with a base.
 
     Args:
@@ -189,19 +191,22 @@ def check_base(where: str, stored: Mapping[str, Any], config: Any, params: Mappi
       stored: from `fingerprint`.
       config: the base's configuration.
       params: its parameters, or None to compare sizes only.
+      what: in place of an adapter for another base, in words.
 
     Raises:
       InputError: if the adapter is for another base, with the first difference.
     """
-    here = _sizes(config)
+    here, words = _sizes(config), what or "an adapter for another base"
     for name, value in stored["sizes"].items():
         if (name in SIZES or isinstance(config, Foreign)) and here.get(name) != value:
-            raise InputError(f"{where}: an adapter for another base: {name} is {here.get(name)} here, {value} there")
+            raise InputError(f"{where}: {words}: {name} is {here.get(name)} here, {value} there")
     found = fingerprint(config, params)["samples"] if params is not None else {}
     for path, digest in stored["samples"].items():
         if found.get(path, digest) != digest:
+            if what:
+                raise InputError(f"{where}: {words}: the values of {path} differ")
             raise InputError(
-                f"{where}: an adapter for another base: the values of {path} differ from those it was trained beside "
+                f"{where}: {words}: the values of {path} differ from those it was trained beside "
                 f"(remove its {OWN} to use it nevertheless)"
             )
 

@@ -267,6 +267,9 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
     expected = jax.eval_shape(added, jax.eval_shape(lambda: jax.random.key(0)), params)
     if whole and (lacking := sorted(expected.keys() - leaves.keys())):
         raise InputError(f"{where}: lacks {lacking[0]} of shape {expected[lacking[0]].shape}, which {method.name} has")
+    kernels = shapes_of(config)
+    if isinstance(config, Foreign):  # as sites have them: matrices
+        kernels = tree.flatten(jax.eval_shape(base.adopt, tree.unflatten(kernels)))
     for path, leaf in leaves.items():
         if path not in expected and not whole:
             continue
@@ -279,7 +282,7 @@ def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config
         floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, expected[path])]
         if floats[0] != floats[1] or not (floats[0] or leaf.dtype == expected[path].dtype):
             raise InputError(f"{where}: {path} is {leaf.dtype}, where {method.name} has {expected[path].dtype}")
-        most = _places(path, method, shapes_of(config))
+        most = _places(path, method, kernels)
         if most is not None and leaf.size and not (leaf.min() >= 0 and leaf.max() < most):
             strange = leaf.min() if leaf.min() < 0 else leaf.max()
             raise InputError(f"{where}: {path} holds {strange}, where {method.name} has 0 to {most - 1} on such a base")

@@ -317,9 +317,10 @@ def check_same(out: Path, old: Mapping[str, Any], new: Mapping[str, Any], named_
     if changes:
         ends = ""
         if now.get("steps", 0) > before.get("steps", 0):
-            ends = (
-                f" (the {before.get('schedule')} schedule ends at step {before.get('steps')}; a constant one goes on)"
-            )
+            rounds = (before.get("rounds") or 1) > 1
+            whose = f"{before['rounds']} rounds end" if rounds else f"{before.get('schedule')} schedule ends"
+            goes_on = "a run of one round" if rounds else "a constant one"
+            ends = f" (the {whose} at step {before.get('steps')}; {goes_on} goes on)"
         beside = f"; named otherwise, too: {'; '.join(named_otherwise)}" if named_otherwise else ""
         raise InputError(f"--resume {out}: the run was begun otherwise: {'; '.join(changes)}{ends}{beside}")
 
@@ -382,6 +383,7 @@ def checksum(leaf: jax.Array, first: jax.Array | int = 0) -> jax.Array:
     Words are unsigned integers, sums are modulo 2^32. A part of an array whose axis 0 begins at index `first` of the
     whole has its share of the whole's sum.
     """
+    leaf = leaf.astype(jnp.uint8) if leaf.dtype == bool else leaf
     bits = jnp.dtype(leaf.dtype).itemsize * 8
     words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{bits}")).astype(jnp.uint32)
     odd = jnp.zeros((), jnp.uint32)

@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from jaxpeft import tree
-from jaxpeft.method import about
+from jaxpeft.method import MOVED, about
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.peft.base import is_written
 from jaxpeft.train import result, several
@@ -43,8 +43,10 @@ def counts(job: Job, state: TrainState) -> dict[str, int]:
         own_path = tree.canonical(path)
         if own_path in job.base or own_path.startswith(SCOPE) or (added and path in state.frozen):
             return True
-        if path in state.moved and path.partition("/")[0] in names:
+        if job.method.role(path) is MOVED or (path in state.moved and path.partition("/")[0] in names):
             return False
+        if path in state.trainable and f"{path.rsplit('/', 2)[0]}/kernel" in state.frozen:  # in a part of its place
+            return True
         return added and (job.adapters is not None or is_written(path, job.method, job.model.config))
 
     own = {path: leaf for path, leaf in state.leaves.items() if is_theirs(path)}

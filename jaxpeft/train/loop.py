@@ -142,7 +142,7 @@ class Loop:
         if self.args.warmup >= self.args.steps > 1:
             say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
         for spec in self.job.method.specs:
-            option = about(spec.name).steps
+            option = about(spec.name).steps if not self.args.adapter else ""
             if option and spec.config[option] >= self.args.steps:
                 took = f"{spec.name}'s {option}={spec.config[option]}"
                 say(f"--steps {self.args.steps}: {took} steps are not over by then")

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import jaxpeft as jp
 from jaxpeft import sites, sparse, tree
+from jaxpeft.method import Leaves, Moment, View, shapes_of
 from jaxpeft.methods import pst
 from jaxpeft.model import Context
 from tests import tiny
@@ -117,6 +118,17 @@ def test_all_leaves_move_and_the_state_is_what_the_formula_says(trained):
     for name in NAMES:
         leaf = f"{SITE}/pst/{name}"
         assert np.any(last.trainable[leaf] != states[0].trainable[leaf]), name
+
+
+def test_a_run_that_goes_on_prunes_no_less(trained):
+    """Its steps begin anew, and their share with them: what has been pruned stays so."""
+    method, states = trained
+    again = states[-1]
+    view = View(None, method.specs, method.role, shapes_of(again.leaves))
+    for step in range(6):
+        moment = Moment(jnp.int32(step), KEY, 1e-2, 0.0, {}, {}, view, {})
+        moved = method.move(Leaves(again.trainable, again.moved), moment).moved
+        np.testing.assert_allclose(moved[pst.SPARSITY], 0.4, rtol=1e-6)
 
 
 def test_packed_kernels_are_pruned_as_what_they_stand_for():

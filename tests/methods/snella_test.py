@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import jaxpeft as jp
 from jaxpeft import sites, tree
+from jaxpeft.method import Leaves, Moment, View, shapes_of
 from jaxpeft.methods import snella
 from jaxpeft.model import Context
 from tests import tiny
@@ -128,6 +129,27 @@ def test_sensitivities_and_parts_by_numpy():
         wanted = published(scores, sizes, share * sizes.sum())
         assert np.abs(np.concatenate(list(new.values())) - wanted).max() <= 1 + 1e-4 * wanted.max()  # floor, rounding
     assert len({int(x) for leaf in counts(state).values() for x in leaf}) > 3
+
+
+def test_a_run_that_goes_on_gives_no_entries_back():
+    """Its steps begin anew, and the budget with them: that of the adapter's end holds until it is less."""
+    method, _, state = start(targets=["up_proj"], until=8)
+    view = View(None, method.specs, method.role, shapes_of(state.leaves))
+
+    def run(moved, steps):
+        budgets = []
+        for step in range(steps):
+            aux = {path: jnp.ones_like(leaf) for path, leaf in moved.items() if path.endswith(("_mean", "_spread"))}
+            moment = Moment(jnp.int32(step), KEY, 1e-2, 0.0, aux, {}, view, {})
+            moved = method.move(Leaves(state.trainable, moved), moment).moved
+            budgets.append(int(moved[f"{OWN}kept"].sum()))
+        return moved, budgets
+
+    total = state.frozen["layers/mlp/up_proj/kernel"].size
+    moved, first = run(state.moved, 6)
+    assert first[0] > first[1] > first[3] > first[5] > 0.4 * total
+    _, second = run(moved, 8)
+    assert second[:6] == [first[5]] * 6 and second[7] <= 0.4 * total < second[6]
 
 
 def test_the_state_is_20_bytes_of_a_number():

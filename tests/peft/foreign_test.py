@@ -63,8 +63,9 @@ def graph():
         (linen, jp.lora_fa(2, targets=["split", "join", "conv", "classifier"])),
         (linen, jp.lora(2, init="pissa")),
         (graph, jp.chain(jp.ia3(targets=".*"), jp.dora(2))),
+        (linen, jp.speft(0.5, metric="magnitude", targets=["split", "join"])),  # whose places are those of a matrix
     ],
-    ids=["lora_fa-linen", "pissa-linen", "ia3+dora-nnx"],
+    ids=["lora_fa-linen", "pissa-linen", "ia3+dora-nnx", "speft-linen"],
 )
 def test_an_adapter_comes_back_on_a_fresh_base(make, method, tmp_path):
     base, params = make()

@@ -104,6 +104,13 @@ def test_a_run_whose_frozen_leaves_are_all_packed_is_exported(files, tmp_path):
         assert (tmp_path / "adapter" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+def test_a_digest_of_booleans():
+    """As of an adapter's that goes on: which entries train (sara), which matrices are factors (spt_lora)."""
+    leaves = {"a": jnp.array([True, False, True]), "b": jnp.array(2, jnp.int32)}
+    assert config.digest(leaves) == config.digest({**leaves, "a": jnp.array([True, False, True])})
+    assert config.digest(leaves) != config.digest({**leaves, "a": jnp.array([True, True, False])})
+
+
 def test_the_digest_is_of_the_base_as_the_file_has_it(files):
     model = str(files / "model")
     method = jp.chain(jp.quantize(), jp.lora(2))

@@ -1,5 +1,6 @@
 """What `jaxpeft train` refuses: one line, status 2, and nothing written or changed."""
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -153,6 +154,13 @@ def test_resume_lists_every_field_that_differs(begun, files, capsys):
     assert "the run was begun otherwise: --rank 2 -> None; --steps 6 -> 9; --lr 0.01 -> 0.5" in line
     assert "(the cosine schedule ends at step 6; a constant one goes on); named otherwise, too: --data " in line
     assert [path.name for path in begun.out.iterdir()] == ["config.json"]
+
+
+def test_a_run_of_rounds_has_its_steps(begun, capsys):
+    args = dataclasses.replace(begun, rounds=2, round_size=20, schedule="constant")
+    write_json(args.out / "config.json", begin.prepare(args).document)
+    line = refused(dataclasses.replace(args, resume=True, steps=9), capsys)
+    assert "--steps 6 -> 9 (the 2 rounds end at step 6; a run of one round goes on)" in line
 
 
 @pytest.fixture
