@@ -216,10 +216,9 @@ def count_layers(name: str, params: tree.Params) -> int:
     Raises:
       InputError: for a model that shows no layers.
     """
-    segments = tree.segments(params)
-    if not segments:
+    if not (count := tree.count_layers(params)):
         raise InputError(f"{name}: this model shows no layers; use one of jaxpeft.models")
-    return segments[-1][2]
+    return count
 
 
 def width(name: str, model: Model) -> int:

@@ -321,6 +321,13 @@ def from_yaml(where: str, text: str) -> Any:
             self.depth -= 1
             return node
 
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
+                line = node.start_mark.line + 1
+                raise InputError(f"{where}: the mapping that begins in line {line} has {twice!r} twice")
+            return super().construct_mapping(node, deep)
+
         def construct_yaml_int(self, node: Any) -> int:
             if (value := super().construct_yaml_int(node)).bit_length() > 1024:  # thousands of digits, in base 16
                 raise ValueError(f"a number of {len(node.value)} digits")

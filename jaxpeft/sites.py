@@ -38,7 +38,7 @@ from jaxpeft.linear import Through, product, runs
 from jaxpeft.model import Context, Model, marked_as
 from jaxpeft.models.layers import Dense
 from jaxpeft.quant import Absent, dot, is_packed, low_rank_dot
-from jaxpeft.targets import chooses, find, first_match, kernel_path
+from jaxpeft.targets import check_patterns, chooses, find, first_match, kernel_path
 from pallas_kernels.dropout import drop
 from pallas_kernels.stacked import taken
 
@@ -59,6 +59,8 @@ __all__ = [
     "Site",
     "around",
     "attach",
+    "beside",
+    "check_patterns",
     "chooses",
     "factor_gradient",
     "factor_gradient_of",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxpeft import patterns, tree
@@ -124,6 +124,21 @@ def first_match(values: Mapping[str, Any], site: str, default: Any) -> Any:
         if patterns.found(pattern, site, "the pattern"):
             return value
     return default
+
+
+def check_patterns(name: str, patterns: Mapping[str, Mapping[str, Any] | None], sites: Sequence[str]) -> None:
+    """Raises InputError for a regular expression of an option's that is found in no site's path.
+
+    Args:
+      name: of the method.
+      patterns: {option: {expression: value}}, or None.
+      sites: those that the method's targets have chosen.
+    """
+    for what, values in patterns.items():
+        for pattern in values or ():
+            if not tree.match(pattern, sites):
+                near = tree.nearest(pattern, sites)
+                raise InputError(f"{name}: {what} {pattern!r} is found in no site that targets choose; nearest: {near}")
 
 
 def kernel_path(leaves: Mapping[str, Any], site: str) -> str:

@@ -93,6 +93,11 @@ def segments(params: Mapping[str, Any]) -> list[tuple[str, int, int]]:
     return sorted(found, key=lambda segment: segment[1])
 
 
+def count_layers(params: Mapping[str, Any]) -> int:
+    """L; 0 of parameters without layers. A segment of adapters that were read from a file ends before the last."""
+    return max((end for _, _, end in segments(params)), default=0)
+
+
 def stacked(path: str) -> bool:
     """Whether axis 0 of the leaf at `path` is the layer."""
     head, _, rest = path.partition("/")

@@ -249,9 +249,6 @@ def test_names_of_axes_are_kept():
 @pytest.mark.parametrize(
     ("method", "what"),
     [
-        (jp.vera(2, targets=EVERY), "factors"),
-        (jp.randlora(2, targets=EVERY), "bases"),
-        (jp.vblora(2, vectors=8, length=1, topk=2, targets=EVERY), "vectors"),
         (jp.pst(rank=1, mask_rank=1, targets=EVERY), "sparsity"),
         (jp.sparsegrad(0.5, metric="magnitude", targets=EVERY), "bases"),
         (jp.spt_lora(0.5, rank=1, metric="magnitude", targets=EVERY), "numbers"),

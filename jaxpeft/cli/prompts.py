@@ -40,6 +40,8 @@ def read_prompts(path: Path) -> list[Prompt]:
 
     if sources.is_named(path):
         rows = [(record.fields(), record.where) for record in sources.find(path).records()]
+        if empty := next((where for fields, where in rows if fields.get("adapter") == ""), None):
+            raise InputError(f"{empty}: field adapter is empty; give a name, or null for the base alone")
         prompts = [_of_row(fields, where)._replace(adapter=fields.get("adapter", "")) for fields, where in rows]
     else:
         lines = [(f"{path}:{number}", raw.rstrip(b"\r\n")) for number, raw in records.read_lines(path)]

@@ -37,6 +37,7 @@ from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.in_front import row_bytes
 from jaxpeft.method import Method, Spec, blind, trains
+from jaxpeft.methods.lora import check_alpha
 from jaxpeft.models.layers import lookup, with_inner
 
 FACTORS = ("dept/a", "dept/b")
@@ -81,8 +82,9 @@ def dept(
     prompts.check("dept", length, init, text, tokenizer)
     if rank < 1 or rank > positions:
         raise InputError(f"dept: rank {rank} must be at least 1, and at most the {positions} positions")
-    if not lr_ratio > 0:
-        raise InputError(f"dept: lr_ratio {lr_ratio} must be above 0")
+    check_alpha("dept", alpha)
+    if not 0 < lr_ratio < float("inf"):
+        raise InputError(f"dept: lr_ratio {lr_ratio} must be a finite number above 0")
     begin, scale = prompts.start("dept", length, init, text, tokenizer), alpha / math.sqrt(rank)
 
     def forward(model, view):

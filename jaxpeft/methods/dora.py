@@ -146,6 +146,7 @@ def dora(
     """
     config = dict(locals())
     _lora.check_rank("dora", rank)
+    _lora.check_alpha("dora", alpha, alpha_pattern)
     if init not in _lora.INITS:
         raise InputError(f"dora: init {init!r} is not one of {', '.join(_lora.INITS)}")
     if not 0 <= dropout < 1:
@@ -157,7 +158,8 @@ def dora(
     def adapter(site):
         return DoRA(rank_of(site), scale_at(config, site), dropout, init)
 
-    choose = _lora.chosen_sites("dora", targets, rank_of, (CONVOLUTION,))
+    named = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    choose = _lora.chosen_sites("dora", targets, rank_of, (CONVOLUTION,), named)
     return Method(
         forward=lambda model, view: _measured(sites.attach(model, "dora", adapter, choose)),
         roles=trains(lambda path: path.endswith(("/dora/a", "/dora/b", "/dora/mag"))),

@@ -71,7 +71,7 @@ def _last_layers(which: str, spec: tuple[Spec, ...]) -> Method:
     def prepare(params, view):
         if not tree.segments(params) or not view.base.stack.layered:  # a module scans over all of its stack
             raise InputError(f"which {which!r}: the model shows no stack of layers; name them, as which='^layers/3/'")
-        layers = tree.segments(params)[-1][2]
+        layers = tree.count_layers(params)
         if int(count) > layers:
             raise InputError(f"which {which!r}: the model has {layers} layers")
         return tree.cut_layers(params, layers - int(count)) if int(count) < layers else params

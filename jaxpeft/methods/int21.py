@@ -110,6 +110,7 @@ def int21(
     """
     config = dict(locals())
     _lora.check_rank("int21", rank)
+    _lora.check_alpha("int21", alpha)
     if bits not in affine.FIELDS:
         raise InputError(f"int21: bits {bits} is not one of {', '.join(map(str, affine.FIELDS))}")
     if group is not None and group < 1:
@@ -119,8 +120,6 @@ def int21(
     if not 0 <= recover <= 1:
         raise InputError(f"int21: recover {recover} must be from 0 to 1")
     scale = _lora.scale_of(rank if alpha is None else alpha, rank, False)
-    if not scale > 0:
-        raise InputError(f"int21: alpha {alpha} must be above 0")
     choose = _lora.chosen_sites("int21", targets, lambda site: rank)
     as_read = init == "kaiming" or recover > 0  # whether what is packed is all that is asked for
     one = functools.partial(pack, bits=bits, group=group, pairs=recover > 0)

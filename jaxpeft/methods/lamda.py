@@ -148,6 +148,7 @@ def lamda(
     """
     config = dict(locals())
     _lora.check_rank("lamda", rank)
+    _lora.check_alpha("lamda", alpha)
     if init not in INITS:
         raise InputError(f"lamda: init {init!r} is not one of {', '.join(INITS)}")
     if freeze < 0 or (freeze == 0 and init != "svd"):
@@ -165,7 +166,7 @@ def lamda(
     def adapter(site):
         return LaMDA(rank_of(site), scale(site), init, freeze > 0, dropout)
 
-    choose = _lora.chosen_sites("lamda", targets, rank_of)
+    choose = _lora.chosen_sites("lamda", targets, rank_of, patterns={"rank_pattern": rank_pattern})
     own = ("/lamda/e", "/lamda/d")
 
     @blind

@@ -220,6 +220,7 @@ def llm_qfa(
             f"llm_qfa: widths {widths} should be two or more of {', '.join(map(str, affine.FIELDS))}, ascending"
         )
     _lora.check_rank("llm_qfa", rank)
+    _lora.check_alpha("llm_qfa", alpha)
     if period < 2:
         raise InputError(f"llm_qfa: period {period} must be at least 2")
     if group is not None and group < 1:

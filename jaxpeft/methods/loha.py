@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.method import Method, Spec, trains
-from jaxpeft.methods.lora import INITS, Targets, check_rank, chosen_sites
+from jaxpeft.methods.lora import INITS, Targets, check_alpha, check_rank, chosen_sites
 from jaxpeft.model import Context
 from jaxpeft.peft import form
 from jaxpeft.quant import dense
@@ -105,6 +105,7 @@ def loha(
     config = dict(locals())
     for r in (rank, *(rank_pattern or {}).values()):
         check_rank("loha", r)
+    check_alpha("loha", alpha, alpha_pattern)
 
     def rank_of(site):
         return form.rank_and_alpha(config, site)[0]
@@ -113,7 +114,8 @@ def loha(
         r, numerator = form.rank_and_alpha(config, site)
         return numerator / r
 
-    choose = chosen_sites("loha", targets, rank_of)
+    named = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    choose = chosen_sites("loha", targets, rank_of, patterns=named)
     return Method(
         forward=lambda model, view: sites.attach(model, "loha", lambda site: LoHa(rank_of(site), scale(site)), choose),
         roles=trains(lambda path: "/loha/" in path),

@@ -33,7 +33,7 @@ from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
-from jaxpeft.methods.lora import INITS, Targets, check_rank
+from jaxpeft.methods.lora import INITS, Targets, check_alpha, check_rank
 from jaxpeft.model import Context
 from jaxpeft.peft import form
 from jaxpeft.quant import dense
@@ -144,6 +144,7 @@ def lokr(
     config = dict(locals())
     for r in (rank, *(rank_pattern or {}).values()):
         check_rank("lokr", r)
+    check_alpha("lokr", alpha, alpha_pattern)
     if factor is not None and factor < 1:
         raise InputError(f"lokr: factor {factor} must be at least 1, or None for the square root")
 
@@ -154,10 +155,13 @@ def lokr(
     def adapter(site):
         return LoKr(form.rank_and_alpha(config, site)[0], scale(site), factor, both)
 
+    def choose(params):
+        found = sites.find(params, targets, "lokr")
+        sites.check_patterns("lokr", {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}, found)
+        return found
+
     return Method(
-        forward=lambda model, view: sites.attach(
-            model, "lokr", adapter, lambda params: sites.find(params, targets, "lokr")
-        ),
+        forward=lambda model, view: sites.attach(model, "lokr", adapter, choose),
         roles=trains(lambda path: "/lokr/" in path),
         merge=lambda params: fold(params, scale),
         specs=(Spec("lokr", config),),

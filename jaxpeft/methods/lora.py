@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -116,6 +117,13 @@ def check_rank(name: str, rank: int) -> int:
     return rank
 
 
+def check_alpha(name: str, alpha: float | None, pattern: Mapping[str, float] | None = None) -> None:
+    """Refuses a scale of nothing, or one that is no number."""
+    for what, value in {"alpha": alpha, **{f"alpha_pattern {key!r}:": x for key, x in (pattern or {}).items()}}.items():
+        if value is not None and not 0 < value < float("inf"):
+            raise InputError(f"{name}: {what} {value} must be a finite number above 0")
+
+
 def check_kernel(name: str, site: str, rank: int, kernel: Any) -> None:
     """Refuses a rank above the kernel's smaller side."""
     n, m = kernel.shape[-2:]
@@ -124,15 +132,23 @@ def check_kernel(name: str, site: str, rank: int, kernel: Any) -> None:
 
 
 def chosen_sites(
-    name: str, targets: Targets, rank_of: Callable[[str], int], kinds: Collection[str] = ()
+    name: str,
+    targets: Targets,
+    rank_of: Callable[[str], int],
+    kinds: Collection[str] = (),
+    patterns: Mapping[str, Mapping[str, Any] | None] = MappingProxyType({}),
 ) -> Callable[[tree.Params], list[str]]:
-    """params -> the sites that targets choose, each checked against its rank; `kinds` as of `sites.find`."""
+    """params -> the sites that targets choose, each checked against its rank; `kinds` as of `sites.find`.
+
+    patterns: options that name sites by regular expressions, each of which should name one.
+    """
 
     def choose(params):
         flat = tree.flatten(params)
         found = sites.find(params, targets, name, kinds)
         for site in found:
             check_kernel(name, site, rank_of(site), flat[sites.kernel_path(flat, site)])
+        sites.check_patterns(name, patterns, found)
         return found
 
     return choose
@@ -169,12 +185,15 @@ def lora(
       The method; it trains `<site>/lora/a` (L, n, r) and `<site>/lora/b` (L, r, m).
 
     Raises:
-      InputError: for a rank below 1 or above a kernel's smaller side, an unknown init or an option that it has not, a
-        rate outside [0, 1), or targets that match nothing.
+      InputError: for a rank below 1 or above a kernel's smaller side, an alpha or lr_ratio that is not above 0, an
+        unknown init or an option that it has not, a rate outside [0, 1), or targets or patterns that match nothing.
     """
     config = dict(locals())
     check_rank("lora", rank)
+    check_alpha("lora", alpha, alpha_pattern)
     start = _start(config)
+    if not 0 < lr_ratio < float("inf"):
+        raise InputError(f"lora: lr_ratio {lr_ratio} must be a finite number above 0")
     if not 0 <= dropout < 1:
         raise InputError(f"lora: dropout {dropout} must be at least 0 and below 1")
 
@@ -189,7 +208,8 @@ def lora(
     def adapter(site):
         return LoRA(rank_of(site), scale(site), dropout, init if start is None else "kaiming")
 
-    choose = chosen_sites("lora", targets, rank_of, (EMBEDDING, CONVOLUTION) if start is None else start.kinds)
+    named = {"rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern}
+    choose = chosen_sites("lora", targets, rank_of, (EMBEDDING, CONVOLUTION) if start is None else start.kinds, named)
 
     def prepare(params, view):
         chosen = [starts.Sited(site, rank_of(site), scale(site)) for site in choose(params)]

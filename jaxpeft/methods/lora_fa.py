@@ -122,6 +122,7 @@ def lora_fa(
     """
     config = dict(locals())
     _lora.check_rank("lora_fa", rank)
+    _lora.check_alpha("lora_fa", alpha)
     if init not in _lora.INITS:
         raise InputError(f"lora_fa: init {init!r} is not one of {', '.join(_lora.INITS)}")
     if not 0 <= dropout < 1:

@@ -235,6 +235,7 @@ def lq_lora(
     """
     config = dict(locals())
     _lora.check_rank("lq_lora", rank)
+    _lora.check_alpha("lq_lora", alpha)
     if format not in FORMATS:
         raise InputError(f"lq_lora: format {format!r} is not one of {', '.join(FORMATS)}")
     if group is not None and group < 1:
@@ -244,8 +245,6 @@ def lq_lora(
     if bits is not None and not bits > 0:
         raise InputError(f"lq_lora: bits {bits} must be above 0")
     scale = _lora.scale_of(rank if alpha is None else alpha, rank, False)
-    if not scale > 0:
-        raise InputError(f"lq_lora: alpha {alpha} must be above 0")
     every = Choice(format, group)
     choose = _lora.chosen_sites("lq_lora", targets, lambda site: rank)
 

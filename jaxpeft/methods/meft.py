@@ -161,7 +161,7 @@ def meft(
     reversible.check("meft", base)
 
     def prepare(params, view):
-        count = tree.segments(params)[-1][2]
+        count = tree.count_layers(params)
         if layers is not None and layers > count:
             raise InputError(f"meft: layers {layers}: the model has {count}")
         return params if layers in (None, count) else tree.cut_layers(params, layers)

@@ -105,6 +105,7 @@ def mixlora(
     """
     config = dict(locals())
     _lora.check_rank(NAME, rank)
+    _lora.check_alpha(NAME, alpha)
     if experts < 1:
         raise InputError(f"mixlora: experts {experts} must be at least 1")
     if not 1 <= top_k <= experts:

@@ -103,6 +103,7 @@ def paca(
     """
     config = dict(locals())
     _lora.check_rank("paca", rank)
+    _lora.check_alpha("paca", alpha)
     if rows not in CHOICES:
         raise InputError(f"paca: rows {rows!r} is not one of {', '.join(CHOICES)}")
     scale = 1.0 if alpha is None else alpha / rank

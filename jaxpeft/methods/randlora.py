@@ -39,7 +39,7 @@ from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, trains
-from jaxpeft.methods.lora import Targets, check_rank
+from jaxpeft.methods.lora import Targets, check_alpha, check_rank
 from jaxpeft.model import Context
 from jaxpeft.peft import form, twister
 from jaxpeft.quant import dense
@@ -140,6 +140,7 @@ def randlora(
     """
     config = dict(locals())
     check_rank("randlora", rank)
+    check_alpha("randlora", alpha)
     if bases not in BASES:
         raise InputError(f"randlora: bases {bases!r} should be one of {', '.join(BASES)}")
     if not 0 <= dropout < 1:

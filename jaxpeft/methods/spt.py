@@ -126,6 +126,7 @@ def spt(
     """
     config = dict(locals())
     _lora.check_rank(NAME, rank)
+    _lora.check_alpha(NAME, alpha)
     for name, share in (("keep", keep), ("active", active)):
         if not 0 < share <= 1:
             raise InputError(f"spt: {name} {share} must be above 0 and at most 1")

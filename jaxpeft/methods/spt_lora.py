@@ -160,10 +160,9 @@ def spt_lora(
     config = dict(locals())
     sparse.check_density("spt_lora", density)
     _lora.check_rank("spt_lora", rank)
+    _lora.check_alpha("spt_lora", alpha)
     if not 1 <= ratio < float("inf"):
         raise InputError(f"spt_lora: ratio {ratio} must be a finite number of at least 1")
-    if alpha is not None and not 0 < alpha < float("inf"):
-        raise InputError(f"spt_lora: alpha {alpha} must be above 0")
     if metric not in METRICS:
         raise InputError(f"spt_lora: metric {metric!r} is not one of {', '.join(METRICS)}")
     of_rank = _lora.chosen_sites("spt_lora", targets, lambda site: rank)

@@ -139,6 +139,7 @@ def velora(
     """
     config = dict(locals())
     _lora.check_rank("velora", rank)
+    _lora.check_alpha("velora", alpha)
     if groups < 1:
         raise InputError(f"velora: groups {groups} must be at least 1")
     scale = (alpha if alpha is not None else rank) / rank

@@ -148,7 +148,7 @@ def _good(out: Path) -> str:
 
 def _report_of(out: Path, steps: int) -> dict[str, Any] | None:
     """The report of a run that is finished, wherever it lies by now; None where there is none, a damaged one, which is
-    made again, or one of fewer steps.
+    made again, one of fewer steps, or one without what the run has made.
     """
     if not (out / config.REPORT).exists():
         return None
@@ -158,6 +158,9 @@ def _report_of(out: Path, steps: int) -> dict[str, Any] | None:
         say(f"{error}; it is made again")
         return None
     if report["steps"] < steps:
+        return None
+    if not any((out / name).exists() for name in config.RESULTS):
+        say(f"{out}: what the run wrote is gone; it is made again")
         return None
     return {**report, "out": str(out)}
 

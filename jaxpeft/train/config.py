@@ -39,7 +39,8 @@ from jaxpeft.train.run import Run
 FILE = "config.json"
 REPORT = "report.json"
 # What a run leaves in its folder; one of these there, and the folder holds a run.
-TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", "adapter", "adapters", "model", "tensorboard")
+RESULTS = ("adapter", "adapters", "model")  # of which a finished run has one
+TRACES = (FILE, REPORT, "metrics.jsonl", "checkpoints", *RESULTS, "tensorboard")
 # Fields that may differ when a run is continued: they don't bear on its numbers ...
 _FREE = {"out", "resume", "data_cache", "compile_cache", "mesh", "profile_steps", "profile_process", *launched.FLAGS}
 _FREE |= {"checkpoint_every", "keep"}

@@ -234,6 +234,7 @@ def test_config_file_gives_flags_and_the_command_line_wins(tmp_path):
         ("pack: 'yes'", ['pack: "yes" must be true or false']),
         ("optimizer-memory: disk", ['--optimizer-memory "disk": must be one of device, host']),
         ("batch_size: 1\nbatch-size: 2", ["given twice"]),
+        ("rank: 4\nlr: 1\nrank: 5", ["the mapping that begins in line 1 has 'rank' twice"]),
         ("- 3", ["mapping"]),
         ("a: [", ["is not YAML"]),
     ],

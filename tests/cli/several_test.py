@@ -184,11 +184,16 @@ def test_a_conversation_switches_by_name_without_compiling(files, capsys, monkey
         (["--adapter", "{a}", "--use", "c"], "--use c: no adapter has a name"),
         (["--adapter", "a={a}", "--prompts", "prompts.jsonl"], "prompts.jsonl:1: no adapter is called 'b'"),
         (["--adapter", "a={a}", "--prompts", "bad.jsonl"], "bad.jsonl:1: field adapter must be a name"),
+        (
+            ["--adapter", "a={a}", "--prompts", "empty.jsonl"],
+            "empty.jsonl:1: field adapter is empty; give a name, or null",
+        ),
     ],
 )
 def test_mistakes(files, flags, reason, capsys, monkeypatch):
     monkeypatch.chdir(files)
     (files / "bad.jsonl").write_text('{"prompt": "a", "adapter": 3}\n')
+    (files / "empty.jsonl").write_text('{"prompt": "a", "adapter": ""}\n')
     flags = [word.format(a=files / "a", b=files / "b") for word in flags]
     prompt = [] if "--prompts" in flags else ["--prompt", "abc"]
     assert cli.main(["generate", "--model", str(files / "model"), *prompt, *flags]) == 2

@@ -177,7 +177,7 @@ def test_packed_as_they_are_read(options):
         (lambda: jp.int21(group=0), "group 0 must be at least 1"),
         (lambda: jp.int21(init="pissa"), "init 'pissa' is not one of error, kaiming"),
         (lambda: jp.int21(recover=2.0), "recover 2.0 must be from 0 to 1"),
-        (lambda: jp.int21(alpha=0.0), "alpha 0.0 must be above 0"),
+        (lambda: jp.int21(alpha=0.0), "alpha 0.0 must be a finite number above 0"),
         (lambda: jp.int21(rank=4, targets="lm_head"), "lm_head is not in the layers"),
         (lambda: jp.chain(jp.quantize("int4"), jp.int21(rank=4)), "is packed already"),
         (lambda: jp.chain(jp.peqa(2), jp.int21(rank=4)), "is packed already"),

@@ -218,6 +218,14 @@ def test_bf16_base_keeps_float32_masters_and_a_bf16_stream():
     ("bad", "says"),
     [
         ({"rank": 0}, "rank 0 must be at least 1"),
+        ({"alpha": 0.0}, "alpha 0.0 must be a finite number above 0"),
+        ({"alpha_pattern": {"mlp": -1.0}}, "alpha_pattern 'mlp': -1.0 must be a finite number above 0"),
+        ({"lr_ratio": 0.0}, "lr_ratio 0.0 must be a finite number above 0"),
+        (
+            {"rank_pattern": {"q_porj": 2}},
+            "rank_pattern 'q_porj' is found in no site that targets choose; nearest: .*q_proj",
+        ),
+        ({"alpha_pattern": {"up": 2.0}, "targets": ["q_proj"]}, "alpha_pattern 'up' is found in no site that targets"),
         ({"rank": 17}, r"rank 17 is above the smaller side of layers/self_attn/k_proj, a kernel of 32 x 16"),
         ({"init": "zeros"}, "init 'zeros' is not one of kaiming"),
         ({"dropout": -0.1}, "dropout -0.1"),

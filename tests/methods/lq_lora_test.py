@@ -212,7 +212,7 @@ def test_it_stays_near_a_base_of_two_bits():
         (lambda: jp.lq_lora(4, bits=0), "bits 0 must be above 0"),
         (lambda: jp.lq_lora(4, bits=2.0), r"bits 2.0: the least that fits these kernels is 1\.\d+ times"),
         (lambda: jp.lq_lora(4, iterations=0), "iterations 0 must be at least 1"),
-        (lambda: jp.lq_lora(4, alpha=-1), "alpha -1 must be above 0"),
+        (lambda: jp.lq_lora(4, alpha=-1), "alpha -1 must be a finite number above 0"),
         (lambda: jp.lq_lora(4, targets="lm_head"), "lm_head is not in the layers"),
         (lambda: jp.chain(jp.quantize(), jp.lq_lora(4)), "is packed already"),
     ],

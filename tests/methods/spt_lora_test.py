@@ -194,7 +194,7 @@ def test_a_budget_of_no_factors_trains_single_weights_alone():
         ({"rank": 0}, "spt_lora: rank 0 must be at least 1"),
         ({"rank": 99}, "spt_lora: rank 99 is above the smaller side of layers/mlp/down_proj, a kernel of 56 x 32"),
         ({"ratio": 0.5}, "spt_lora: ratio 0.5 must be a finite number of at least 1"),
-        ({"alpha": 0.0}, "spt_lora: alpha 0.0 must be above 0"),
+        ({"alpha": 0.0}, "spt_lora: alpha 0.0 must be a finite number above 0"),
         ({"metric": "fisher"}, "spt_lora: metric 'fisher' is not one of gradient, magnitude"),
         ({"metric": "gradient"}, "spt_lora: metric 'gradient' starts from data: setup(..., batches=...)"),
         ({"targets": ["qqq"]}, "targets 'qqq': matches no linear site"),

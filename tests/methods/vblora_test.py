@@ -188,7 +188,7 @@ def test_in_modules_without_visible_layers(tmp_path):
     expected = model.apply(trained, {"x": X})
     assert np.abs(expected - base.apply(params, {"x": X})).max() > 0.1
     np.testing.assert_allclose(base.apply(method.merge(trained), {"x": X}), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(jp.InputError, match="vblora: its bank is beside the module, which cannot run alone"):
+    with pytest.raises(jp.InputError, match="vblora: its vectors are beside the module, which cannot run alone"):
         jp.to_nnx(model, trained)(X)
     export_adapter(tmp_path / "adapter", trained, method, model)
     again, leaves, _ = attach(tmp_path / "adapter", base, params)

@@ -231,6 +231,8 @@ def test_tensors_that_do_not_fit_are_refused(change, reason, copy, base):
         ("alpha_pattern", {"q_proj": float("inf")}),
         ("rank_pattern", [4]),
         ("r", 0),
+        ("r", 3),
+        ("rank_pattern", {"q_proj": 3}),
         ("lora_dropout", 1),
         ("use_rslora", "yes"),
         ("target_modules", {"q_proj": 1}),

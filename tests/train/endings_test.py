@@ -118,6 +118,13 @@ def test_full_leaves_a_model_and_a_finished_run_is_not_run_again(files, tmp_path
     with pytest.raises(InputError, match=r"--lr 0.01 -> 0.1; named otherwise, too: --data .*other.jsonl$"):
         begin.train(asked(data=str(tmp_path / "other.jsonl"), lr=0.1))
     assert json.loads((tmp_path / "report.json").read_text()) == again
+    # What it wrote can be made again of its last checkpoint.
+    shutil.rmtree(tmp_path / "model")
+    begin.train(runs.arguments(files, tmp_path, **{**changes_of(args), "resume": True}))
+    assert "what the run wrote is gone; it is made again" in capsys.readouterr().err
+    written = tree.flatten(hf.load_pretrained(tmp_path / "model", jnp.float32)[1])
+    assert all((written[path] == leaf).all() for path, leaf in saved.items())
+    again = json.loads((tmp_path / "report.json").read_text())
     # How often it is saved is not what it is.
     shutil.copytree(tmp_path, tmp_path.parent / "elsewhere")
     elsewhere = runs.arguments(files, tmp_path.parent / "elsewhere", **{**changes_of(args), "resume": True}, keep=1)

@@ -102,14 +102,17 @@ def lora_pairs(
             own_ranks = {name: parts[name]["a"].shape[1] for name in names}
             own_alphas = {name: _alpha(found, name) for name in names}
             scales = {name: own_alphas[name] / _divisor(own_ranks[name], rslora) for name in names}
-            ranks[site], common = max(own_ranks.values()), commonest([x for x in scales.values() if x] or [0.0])
+            ranks[site], common = max(own_ranks.values()), commonest([abs(x) for x in scales.values() if x] or [1.0])
             _, _, n, m = base.modules[names[0]]
             if ranks[site] > min(n, m):
                 raise InputError(f"{names[0]} has rank {ranks[site]}, above the smaller side of its {n} x {m} kernel")
-            same = len({*own_ranks.values()}) == len({*own_alphas.values()}) == 1
+            for name, rank in own_ranks.items():
+                if (said := by_pattern(found, "rank_pattern", name, found.get("r", rank))) != rank:
+                    raise InputError(f"{name} has rank {said} by r and rank_pattern, and {rank} by its tensors")
+            same = len({*own_ranks.values()}) == len({*own_alphas.values()}) == 1 and own_alphas[names[0]] > 0
             alphas[site] = own_alphas[names[0]] if same else common / (1 / _divisor(ranks[site], rslora))
             for name in names:
-                if (ratio := scales[name] / common if common else 1.0) != 1:
+                if (ratio := scales[name] / common) != 1:  # of an alpha that is 0 or below, too
                     scaled[name] = {**parts[name], "b": parts[name]["b"] * np.float32(ratio)}
         rank, alpha = commonest(ranks.values()), commonest(alphas.values())
         made = {
