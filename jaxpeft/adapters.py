@@ -107,7 +107,11 @@ def several(adapters: Adapters) -> Method:
             flat = tree.flatten(model.init(key, params))
             for name, method in adapters.items():
                 start = method.forward(model, view).init
-                fresh = start(jax.random.fold_in(key, zlib.crc32(name.encode())), _alone(flat, name, forms[name]))
+                own_key = jax.random.fold_in(key, zlib.crc32(name.encode()))
+                try:
+                    fresh = start(own_key, _alone(flat, name, forms[name]))
+                except InputError as error:
+                    raise InputError(f"adapter {name!r}: {error}") from None
                 flat |= _named({path: x for path, x in tree.flatten(fresh).items() if forms[name].owns(path)}, name)
             _check_inside(flat)
             return tree.unflatten(flat)

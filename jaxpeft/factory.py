@@ -50,7 +50,7 @@ def _called(hint: Any) -> str:
     kind, inner = get_origin(hint) or hint, get_args(hint)
     if kind in (Union, types.UnionType):
         words = [_called(one) for one in inner]
-        return (", or " if any(", " in one for one in words) else " or ").join(words)
+        return (", or " if any(", " in one for one in words[:-1]) else " or ").join(words)
     if kind is Sequence:
         return f"a list, each of it {_called(inner[0])}"
     if kind is Mapping:

@@ -164,6 +164,8 @@ def test_what_is_outside_the_layers_and_what_is_not_there(made):
     base, params = tiny.model(tie_word_embeddings=False)
     with pytest.raises(InputError, match="adapter 'x': adapts lm_head, outside the layers"):
         jp.setup(jp.several({"x": jp.lora(targets=["lm_head"])}), base, params, jax.random.key(0))
+    with pytest.raises(InputError, match="adapter 'y': lora: rank 65 is above the smaller side of layers/"):
+        jp.setup(jp.several({"x": jp.lora(2), "y": jp.lora(65)}), base, params, jax.random.key(0))
     with pytest.raises(InputError, match="no adapter is called 'wid'; did you mean wide"):
         several.rows(ADAPTERS, ["wid"])
     with pytest.raises(InputError, match="no adapter is called 'other'"):

@@ -313,6 +313,8 @@ def _method(
         with _of(folder / OWN):
             forms = {at: form for at, spec in enumerate(specs) if (form := form_of(spec.name))}
             at = own.get("spec", min(forms, default=-1))
+            if "spec" in own and at not in range(len(specs)):
+                raise InputError(f"spec {at} is none of its {len(specs)} methods, which are numbered from 0")
             if at not in forms or forms[at].type != config.get("peft_type"):
                 raise InputError(f"its method has no form for peft_type {config.get('peft_type')!r}")
         return specs, at, forms[at]

@@ -355,7 +355,7 @@ def test_jaxpeft_json_of_another_version_or_without_a_field_is_refused(base, tmp
         ({"method": "lora"}, 'method "lora" should be a list'),
         ({"method": []}, "method .. should be at least 1 long"),
         ({"base": {"sizes": {}}}, "lacks base.samples"),
-        ({"spec": 7}, "its method has no form for peft_type 'LORA'"),
+        ({"spec": 7}, "spec 7 is none of its 1 methods, which are numbered from 0"),
     ):
         own.write_text(json.dumps({**whole, **change}))
         with pytest.raises(InputError, match=said) as error:
