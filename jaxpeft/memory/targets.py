@@ -334,8 +334,8 @@ def compile_lowered(
 def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
     """The executable, of a GPU without Triton's products where the first of its tilings cannot be.
 
-    With no device there is no autotuner to try others; the library's product takes its place, which is what openxla/xla
-    pull request 36792 advises.
+    With no device there is no autotuner to try others; the library's product takes its place, as advised in the review
+    of openxla/xla#36792.
     """
     try:
         return lowered.compile(compiler_options=options)
