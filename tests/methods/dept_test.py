@@ -133,7 +133,7 @@ def test_its_parameters_are_those_of_a_longer_prompt():
         ({"rank": 0}, "dept: rank 0 must be at least 1, and at most the 256 positions"),
         ({"rank": 8, "positions": 7}, "dept: rank 8 must be at least 1, and at most the 7 positions"),
         ({"rank": 33}, "dept: rank 33 is above the model's width, 32"),
-        ({"rank": 2, "lr_ratio": 0.0}, "dept: lr_ratio 0.0 must be above 0"),
+        ({"rank": 2, "lr_ratio": 0.0}, "dept: lr_ratio 0.0 must be a finite number above 0"),
         ({"rank": 2, "init": "ones"}, "dept: init 'ones' is not one of vocabulary, text, random"),
         ({"rank": 2, "length": 128}, "dept: length 128 leaves no room; the model has 128 positions"),
     ],
