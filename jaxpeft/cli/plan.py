@@ -106,19 +106,27 @@ def run(args: Plan) -> dict[str, Any]:
         of_step = (args.optimizer, args.update_in_backward, *kept, bool(args.adapters))
         return planner.make_step(config, method, batch_size, seq_len, plan, dtype_on(device), *layout, *of_step)
 
+    named = {device: text for device, text in texts.items() if text and text != "auto"}
+    meshes_of = {device: sharding.make_mesh(text, targets.devices(device)) for device, text in named.items()}
+    steps = {  # of all methods and plans: what one of them refuses is said before the first compilation
+        (name, device, number): make(method, device, plan, meshes_of.get(device))
+        for name, method in chosen
+        for device in devices
+        for number, plan in enumerate(plans)
+        if budget is None and texts[device] != "auto"
+    }
     rows = []
     for name, method in chosen:
         for device in devices:
-            named = texts[device] if texts[device] != "auto" else None
-            mesh = sharding.make_mesh(named, targets.devices(device)) if named else None
-            where = f"{device.name} ({named})" if named else device.name
-            for plan in plans if budget is None else [parse("blocks")]:
+            mesh = meshes_of.get(device)
+            where = f"{device.name} ({named[device]})" if device in named else device.name
+            for number, plan in enumerate(plans if budget is None else [parse("blocks")]):
                 if texts[device] == "auto":
                     on = lambda mesh, method=method, device=device, plan=plan: make(method, device, plan, mesh)
                     _say(f"compiling {name} for the meshes of {device.name} that promise most")
                     step, made = meshes.best(on, device, args.batch_size, args.accumulate, _say)
                 elif budget is None:
-                    step = make(method, device, plan, mesh)
+                    step = steps[name, device, number]
                     _say(f"compiling {name} for {where}, {step.plan}")
                     measure = pods.row if mesh is not None else planner.moving if args.traffic else planner.row
                     made = measure(step, device)

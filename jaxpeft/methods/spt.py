@@ -312,7 +312,8 @@ def sparse(model: Model, sizes: Sizes) -> Model:
         for mlp in mlps if sizes.active < 1 else ():
             layers, inputs, neurons = flat[f"{mlp}/up_proj/kernel"].shape
             if neurons % sizes.blocks:
-                raise InputError(f"spt: blocks {sizes.blocks} does not divide {mlp}'s {neurons} neurons")
+                fits = next(count for count in range(sizes.blocks, 0, -1) if neurons % count == 0)
+                raise InputError(f"spt: blocks {sizes.blocks} does not divide {mlp}'s {neurons} neurons; {fits} does")
             if (path := f"{mlp}/{NAME}/router") not in flat:
                 own = jax.random.fold_in(key, zlib.crc32(path.encode()))
                 flat[path] = 0.02 * jax.random.normal(own, (layers, inputs, sizes.blocks))

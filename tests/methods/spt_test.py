@@ -341,7 +341,7 @@ def test_keeps_gate_and_up_of_the_blocks_room():
         ({"active": -1.0}, "active -1.0 must be above 0 and at most 1"),
         ({"code_size": 3}, "code_size 3 does not divide the size of a head, 8"),
         ({"code_size": 0}, "code_size 0 must be at least 1"),
-        ({"blocks": 5}, "blocks 5 does not divide layers/mlp's 56 neurons"),
+        ({"blocks": 5}, "blocks 5 does not divide layers/mlp's 56 neurons; 4 does"),
         ({"blocks": 0}, "blocks 0 must be at least 1"),
         ({"codewords": 1}, "codewords 1 must be at least 2 and at most 127"),
         ({"codewords": 128}, "codewords 128 must be at least 2 and at most 127"),
