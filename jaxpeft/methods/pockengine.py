@@ -243,24 +243,31 @@ def search(
       {pattern: share}.
 
     Raises:
-      InputError: where nothing that lowers the loss fits.
+      InputError: for a limit below what the least of the last layer takes, or where nothing that lowers the loss fits.
     """
     batches = list(batches)
-    gains = contributions(base, params, batches, targets, shares, rate)
     ((segment, _, layers),) = tree.segments(params)
     flat, (rows, length) = tree.flatten(params), batches[0]["tokens"].shape
     kernel = lambda path: flat[f"{segment}/{path}/kernel"]
-    some = next(iter(gains))[1]
-    width = jnp.dtype(kernel(some).dtype).itemsize * rows * length
-    ends = range(layers - 1, max(layers - 3, -1), -1)  # the last layer and, if there is one, that before it
-    last = [needs(base, params, batches[0], _scheme({(layer, some): shares[0]})) for layer in ends]
-    of_layer = last[-1] - last[0]
+    found = [site.split("/", 1)[1] for site in sites.find(params, targets, "pockengine") if tree.stacked(site)]
+    if not found:
+        raise InputError(f"pockengine: targets {targets!r} name nothing in the layers")
+    width = jnp.dtype(kernel(found[0]).dtype).itemsize * rows * length
 
     def bytes_of(path, share):
         _, n, m = kernel(path).shape
         r = n if share == 1 else channels(share, n)
         return r * (TRAINED_BYTES * m + width)
 
+    thinnest = min(found, key=lambda path: bytes_of(path, shares[0]))
+    if limit < (least := needs(base, params, batches[0], _scheme({(layers - 1, thinnest): shares[0]}))):
+        what = f"{shares[0]:g} of the last layer's {thinnest}"
+        raise InputError(f"pockengine: {limit:.0f} bytes are fewer than the {least} that {what} alone takes")
+    gains = contributions(base, params, batches, targets, shares, rate)
+    some = next(iter(gains))[1]
+    ends = range(layers - 1, max(layers - 3, -1), -1)  # the last layer and, if there is one, that before it
+    last = [needs(base, params, batches[0], _scheme({(layer, some): shares[0]})) for layer in ends]
+    of_layer = last[-1] - last[0]
     best: tuple[float, dict[tuple[int, str], float]] = (0.0, {})
     for deepest in range(layers):
         room = limit - last[0] + bytes_of(some, shares[0]) - of_layer * (layers - 1 - deepest)

@@ -158,7 +158,9 @@ def test_a_search_fits_and_more_room_takes_off_more(gains, monkeypatch):
         assert total > before
         before = total
     assert scheme == {f"layers/{layer}/mlp/up_proj$": 1.0 for layer in range(3)}
-    with pytest.raises(jp.InputError, match="nothing that lowers the loss fits into 1000 bytes; raise the limit"):
+    with pytest.raises(
+        jp.InputError, match=f"1000 bytes are fewer than the {least} that 0.25 of the last layer's mlp/up"
+    ):
         pockengine.search(base, params, BATCHES, 1000, ["up_proj"], (0.25, 1.0))
 
 
