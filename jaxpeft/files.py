@@ -322,10 +322,10 @@ def from_yaml(where: str, text: str) -> Any:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            keys = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
             if twice := next((key for i, key in enumerate(keys) if key in keys[:i]), None):
                 line = node.start_mark.line + 1
-                raise InputError(f"{where}: the mapping that begins in line {line} has {twice!r} twice")
+                raise InputError(f"{where}: the mapping that begins in line {line} has {twice[1]!r} twice")
             return super().construct_mapping(node, deep)
 
         def construct_yaml_int(self, node: Any) -> int:

@@ -278,7 +278,9 @@ def weighted(key: jax.Array, layers: Sequence[int], count: int, weights: jax.Arr
 def check_stacks(name: str, params: Mapping[str, Any]) -> None:
     """Raises InputError for a model without a stack of layers; `params` may be nested or flat."""
     if not any(map(tree.stacked, tree.flatten(params))):
-        raise InputError(f"{name}: the model shows no stack of layers, of which some could be drawn; leave {name} out")
+        raise InputError(
+            f"{name}: the model shows no stack of layers, of which some could be drawn; train without {name}"
+        )
 
 
 def check_count(name: str, count: int, layers: Sequence[int]) -> None:

@@ -249,15 +249,15 @@ def attach(
         finally:
             _entries.reset(token)
 
-    def beside(params):
+    def told(params):
         return {name: params[name]} if shared and name in params else {}
 
     def embed(params, batch, key):
-        with adapted("", Context(shared=beside(params)), params) as called:
+        with adapted("", Context(shared=told(params)), params) as called:
             x, ctx = model.stack.embed(params, batch, key)
         if not model.stack.layered:
             _check_called(name, params, called)
-        return x, ctx.add(shared=beside(params))
+        return x, ctx.add(shared=told(params))
 
     def layer(function):
         def call(layer, x, ctx, cache, segment):
@@ -267,7 +267,7 @@ def attach(
         return marked_as(call, function)
 
     def head(params, x):
-        with adapted("", Context(shared=beside(params)), params):
+        with adapted("", Context(shared=told(params)), params):
             return model.stack.head(params, x)
 
     init = init if parameters else model.init

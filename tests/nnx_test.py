@@ -249,7 +249,7 @@ def test_names_of_axes_are_kept():
 @pytest.mark.parametrize(
     ("method", "what"),
     [
-        (jp.pst(rank=1, mask_rank=1, targets=EVERY), "sparsity"),
+        (jp.pst(rank=1, mask_rank=1, targets=EVERY), "shares"),
         (jp.sparsegrad(0.5, metric="magnitude", targets=EVERY), "bases"),
         (jp.spt_lora(0.5, rank=1, metric="magnitude", targets=EVERY), "numbers"),
     ],

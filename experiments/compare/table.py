@@ -126,7 +126,7 @@ def document(memories: Rows, qualities: Rows) -> str:
     jax = ", ".join(sorted({row["jax"] for row in memories}))
     text = (
         f"{TITLE}\nPeak of a step of {', '.join(models)} by plan, GiB on an {memory.TARGET}, batch {memory.BATCH} x "
-        f"{memory.LENGTH}, bfloat16 base; JAX {jax}. Empty: the method runs the layers in its own way, or was not "
+        f"{memory.LENGTH}, bfloat16 base; JAX {jax}. Empty: the method refuses the plan, or was not "
         "measured. Trained numbers, files, FLOPs and readings are those of the first model. "
     )
     if tasks:

@@ -88,7 +88,9 @@ def run(args: Plan) -> dict[str, Any]:
     texts = {device: mesh_text(args, device) for device in devices}
     if args.check and (several := next((device for device in devices if texts[device]), None)):
         raise InputError(f"--check: runs the step on one device, and --target {several.name} has {several.chips}")
+    least = parse("blocks")  # with which a search begins
     plans = [None] if args.save is None else [parse(text) for text in args.save.split(";")]
+    plans = plans if budget is None else [least]
     raw = geometries.load(str(assets.MODEL) if args.model is None else args.model)
     config = models.for_longer(raw, args.rope_scaling)
     chosen = methods(args)
@@ -108,19 +110,21 @@ def run(args: Plan) -> dict[str, Any]:
 
     named = {device: text for device, text in texts.items() if text and text != "auto"}
     meshes_of = {device: sharding.make_mesh(text, targets.devices(device)) for device, text in named.items()}
-    steps = {  # of all methods and plans: what one of them refuses is said before the first compilation
+    # Of all methods and plans, but on meshes that are yet to be found: what one of them refuses is said before anything
+    # is compiled.
+    steps = {
         (name, device, number): make(method, device, plan, meshes_of.get(device))
         for name, method in chosen
         for device in devices
         for number, plan in enumerate(plans)
-        if budget is None and texts[device] != "auto"
+        if texts[device] != "auto"
     }
     rows = []
     for name, method in chosen:
         for device in devices:
             mesh = meshes_of.get(device)
             where = f"{device.name} ({named[device]})" if device in named else device.name
-            for number, plan in enumerate(plans if budget is None else [parse("blocks")]):
+            for number, plan in enumerate(plans):
                 if texts[device] == "auto":
                     on = lambda mesh, method=method, device=device, plan=plan: make(method, device, plan, mesh)
                     _say(f"compiling {name} for the meshes of {device.name} that promise most")
@@ -131,7 +135,9 @@ def run(args: Plan) -> dict[str, Any]:
                     measure = pods.row if mesh is not None else planner.moving if args.traffic else planner.row
                     made = measure(step, device)
                 else:
-                    by_plan = lambda plan, method=method, device=device, mesh=mesh: make(method, device, plan, mesh)
+                    begun = steps[name, device, number]
+                    on_plan = functools.partial(make, method, device, mesh=mesh)
+                    by_plan = lambda plan, begun=begun, on_plan=on_plan: begun if plan == least else on_plan(plan)
                     step, made = search.fit(by_plan, device, budget, allowed, _say, by=args.by)
                     if args.traffic and "traffic" not in made:
                         made = planner.moving(step, device)

@@ -32,6 +32,7 @@ import math
 import os
 import re
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +44,7 @@ from jax.sharding import SingleDeviceSharding
 from jaxlib.mlir import ir
 
 from jaxpeft import tree
-from jaxpeft.errors import InputError, first_line
+from jaxpeft.errors import InputError, Notice, first_line
 from jaxpeft.executable import Memory, analysed, assigned
 from jaxpeft.memory import hlo, slices
 from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS, Kind
@@ -334,14 +335,16 @@ def compile_lowered(
 def _compiled(lowered: Any, options: dict[str, Any]) -> Any:
     """The executable, of a GPU without Triton's products where the first of its tilings cannot be.
 
-    With no device there is no autotuner to try others; the library's product takes its place, as advised in the review
-    of openxla/xla#36792.
+    With no device there is no autotuner to try others; the library's products take their place, as advised in the
+    review of openxla/xla#36792.
     """
     try:
         return lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if not _NO_TILES.search(str(error)):
             raise
+    said = "XLA finds no Triton tiles for a product and has no device to try others on; all are compiled without Triton"
+    warnings.warn(said, Notice, stacklevel=4)
     return lowered.compile(compiler_options={**options, "xla_gpu_enable_triton_gemm": False})
 
 

@@ -71,7 +71,7 @@ class PST(nn.Module):
             "rows": self.param("rows", zeros, (m,)),
             "columns": self.param("columns", zeros, (n,)),
         }
-        shared = sites.beside(self, ctx, "pst", "sparsity")
+        shared = sites.beside(self, ctx, "pst", "shares")
         share = jnp.float32(0) if shared is None else shared["sparsity"]
 
         def product(x, kernel, own, share):

@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxpeft import executable
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, Notice
 from jaxpeft.memory import targets
 from jaxpeft.memory.kinds import TARGETS
 from jaxpeft.methods import lokr
@@ -281,7 +281,8 @@ def test_products_that_have_no_tiles_are_compiled():
         y, backward = jax.vjp(lambda x, own: lokr.product(x, own, 1.0), x, own)
         return y, *backward(dy)
 
-    memory = targets.compile(described("h200"), step, x, own, y).memory
+    with pytest.warns(Notice, match="XLA finds no Triton tiles for a product"):
+        memory = targets.compile(described("h200"), step, x, own, y).memory
     assert memory.outputs >= x.size * 2 + y.size * 2 and memory.temporaries < x.size * 2
 
 
