@@ -1,5 +1,6 @@
 """The comparison: drawn from its data, what readings say, how a rate is found, which hours and files are counted."""
 
+import functools
 import re
 from pathlib import Path
 
@@ -96,8 +97,38 @@ def test_a_rate_is_searched_from_the_method_s_default():
         asked.append(lr)
         return run(lr, seed, abs(np.log10(lr) + 3), task, method)
 
-    assert quality.tune(figures, "qnli", "ia3") == 1e-3
+    assert quality.tune(figures, "banking77", "ia3") == 1e-3
     assert asked[0] == contract.about("ia3").defaults.lr and {6e-4, 1e-3, 2e-3} <= set(asked)
+
+
+def test_a_rate_that_is_worse_than_one_before_it_is_not_tested(monkeypatch):
+    """Other seeds than that which tunes are; what was the best so far is, and what is as good."""
+
+    class Learned(quality.Runner):
+        def __init__(self, task, words):
+            self.protocol, self.rows, self.trains, self.shows = (
+                quality.DATA[task],
+                quality.Rows([], [], []),
+                False,
+                False,
+            )
+            self.least = np.inf
+
+        def setup(self, seed):
+            return None, {}, {}
+
+        def train(self, lr, seed, trainable, frozen, steps):
+            return lr
+
+        def scores(self, state, rows):
+            return {"loss": state, "accuracy": 0.5}
+
+    monkeypatch.setattr(quality, "runner", functools.cache(Learned))
+    key = {"task": "qnli", "method": "lora"}
+    runs = [(2e-3, 0), (3e-3, 0), (2e-3, 1), (2e-3, 0), (1e-3, 0), (2e-3, 0), (3e-3, 1)]
+    rows = [quality.measure({**key, "lr": lr, "seed": seed}) for lr, seed in runs]
+    assert all("tune_accuracy" in row for row in rows)
+    assert ["accuracy" in row for row in rows] == [True, False, True, True, True, False, True]
 
 
 def test_a_method_that_the_model_refuses_is_not_tuned():
@@ -166,7 +197,7 @@ def test_hours_are_those_of_the_methods_that_lack_runs():
     rows = [run(2e-3, seed, 0.5) for seed in quality.DATA["qnli"].seeds] + [
         {**run(1e-3, 0, 0.5, method="ia3"), "refused": "no"}
     ]
-    assert quality.hours(rows, ["lora", "ia3", "full", "dora"], ["qnli"], runs=5) == {"qnli": 10.0}
+    assert quality.hours(rows, ["lora", "ia3", "full", "dora"], ["qnli"], runs=7) == {"qnli": 10.0}
 
 
 @pytest.mark.parametrize("name", ["lora", "prefix", "houlsby", "svfit"])
