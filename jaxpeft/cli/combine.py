@@ -72,6 +72,7 @@ def run(args: Combine) -> dict[str, Any]:
     name = model_or_default(args.model)
     scaling = _same_scaling(args.adapter)
     _note_templates(args.adapter)
+    _note_quantized(args.adapter)
     model, params, _ = load(name, rope_scaling=scaling)
     method, leaves = peft.weighted_adapter(
         args.adapter,
@@ -143,4 +144,18 @@ def _note_templates(folders: tuple[Path, ...]) -> None:
     for folder, own in zip(folders, digests, strict=True):
         if own != digests[0]:
             note(f"{folder} was trained through another template than {folders[0]}, whose is kept")
+            return
+
+
+def _note_quantized(folders: tuple[Path, ...]) -> None:
+    """Says that adapters were trained beside different codes of the base."""
+    from jaxpeft.cli.decoding import note
+    from jaxpeft.peft.read import specs_of
+
+    codes = [[spec.config for spec in specs_of(folder) if spec.name == "quantize"] for folder in folders]
+    for folder, own in zip(folders, codes, strict=True):
+        if own != codes[0]:
+            told = ["codes of " + found[0]["format"] if found else "full precision" for found in (own, codes[0])]
+            told[0] += " of another kind" if told[0] == told[1] else ""
+            note(f"{folder} was trained beside a base in {told[0]}, and {folders[0]} in {told[1]}")
             return

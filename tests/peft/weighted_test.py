@@ -209,6 +209,35 @@ def test_a_result_keeps_the_first_template(base, made, tmp_path, capsys):
         assert template.find(tmp_path / f"out{notes}").kind == "chat"
 
 
+def test_bases_in_other_codes_are_said(base, tmp_path, capsys):
+    """The result is exact for the base as it was, and the adapters were trained beside another."""
+    model, params = reference.load(base)
+    methods = {
+        "plain": jp.lora(rank=2),
+        "nf4": jp.chain(jp.quantize("nf4", group=8), jp.lora(rank=2)),
+        "nf4 too": jp.chain(jp.quantize("nf4", group=8), jp.lora(rank=3)),
+        "nf4 of 4": jp.chain(jp.quantize("nf4", group=4), jp.lora(rank=2)),
+    }
+    for name, method in methods.items():
+        _, trainable, rest = jp.setup(method, model, params, jax.random.key(0))
+        whole = tree.combine(reference.randomise(trainable), rest)
+        jp.export_adapter(tmp_path / name, whole, method, model.config, base)
+    for names, said in (
+        (("nf4", "nf4 too"), ""),
+        (("nf4", "plain"), "plain was trained beside a base in full precision, and {0} in codes of nf4"),
+        (("plain", "nf4"), "nf4 was trained beside a base in codes of nf4, and {0} in full precision"),
+        (
+            ("nf4", "nf4 of 4"),
+            "nf4 of 4 was trained beside a base in codes of nf4 of another kind, and {0} in codes of",
+        ),
+    ):
+        given = [word for name in names for word in ("--adapter", str(tmp_path / name))]
+        out = ["--out", str(tmp_path / "out" / "-".join(names))]
+        assert cli.main(["combine", "--model", str(base), *given, *out]) == 0
+        err = capsys.readouterr().err
+        assert said.format(tmp_path / names[0]) in err and ("trained beside" in err) == bool(said)
+
+
 def test_adapters_that_are_not_combined(base, made, tmp_path):
     model, params = reference.load(base)
     method = jp.dora(rank=2)
