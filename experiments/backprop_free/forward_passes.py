@@ -8,7 +8,7 @@ from typing import Any
 from experiments.memory import common
 from experiments.memory.common import GIB
 from jaxpeft import recipe, tree
-from jaxpeft.memory import planner, targets
+from jaxpeft.memory import aot, planner, targets
 from jaxpeft.models import geometries
 
 NAME = "forward_passes"
@@ -50,7 +50,7 @@ def measure(key: common.Row) -> common.Row:
     def loss(leaves: Any, batch: Any) -> Any:
         return step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
 
-    compiled = targets.compile(target, loss, step.state.moved, step.batch)
+    compiled = aot.compile(target, loss, step.state.moved, step.batch)
     return {"total": compiled.memory.total, "flops": planner.cost(step).flops / 2}
 
 

@@ -24,7 +24,7 @@ import jaxpeft as jp
 from experiments.memory import common
 from jaxpeft import tree
 from jaxpeft.backward import residuals
-from jaxpeft.memory import targets
+from jaxpeft.memory import aot, targets
 from jaxpeft.models import decoder, geometries
 from pallas_kernels import packed, platform
 
@@ -56,7 +56,7 @@ def measure(key: common.Row) -> common.Row:
         return jax.value_and_grad(loss)(trainable)
 
     with platform.forced(None if key["products"] == "kernels" else "xla"):
-        memory = targets.compile(targets.target(key["target"]), step, trainable, frozen, batch).memory
+        memory = aot.compile(targets.target(key["target"]), step, trainable, frozen, batch).memory
     return {"arguments": memory.arguments, "temporaries": memory.temporaries}
 
 

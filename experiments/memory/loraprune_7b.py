@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from experiments.memory import common
 from experiments.memory.common import GIB
 from jaxpeft import recipe, tree
-from jaxpeft.memory import planner, targets
+from jaxpeft.memory import aot, planner, targets
 from jaxpeft.models import geometries
 
 NAME = "loraprune_7b"
@@ -47,7 +47,7 @@ def measure(key: common.Row) -> common.Row:
         return step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
 
     half = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for path, leaf in step.state.leaves.items()}
-    return {"total": targets.compile(target, jax.value_and_grad(loss), half, step.batch).memory.total}
+    return {"total": aot.compile(target, jax.value_and_grad(loss), half, step.batch).memory.total}
 
 
 def collect(figures: common.Figures, names: list[str]) -> list[common.Row]:

@@ -41,7 +41,7 @@ from experiments.memory.common import GIB
 from jaxpeft import tree
 from jaxpeft.backward import residuals
 from jaxpeft.backward.segments import recorded
-from jaxpeft.memory import profile, targets
+from jaxpeft.memory import aot, profile, targets
 from jaxpeft.memory.owners import Owner, Owners
 from jaxpeft.method import view_of
 from jaxpeft.models import family, geometries
@@ -124,7 +124,7 @@ def measure(key: common.Row) -> dict[str, Any]:
     with recorded() as segments:
         jax.eval_shape(step, *args)
     with tempfile.TemporaryDirectory() as dump:
-        memory = targets.compile(targets.target(key["target"]), step, *args, dump=dump).memory
+        memory = aot.compile(targets.target(key["target"]), step, *args, dump=dump).memory
         peak = profile.table(profile.read(Path(dump), owners), 1000)
     rest = {f"{row['category']}: {row['owner']}": row["bytes"] for row in peak if row["category"] in REST}
     kept = segments["layers"].kept_bytes() if segments else {}

@@ -31,7 +31,7 @@ import jax
 from experiments.memory import common
 from experiments.traffic import ledger
 from experiments.traffic.floor import BACKWARD, FACTORS, FORWARD, Work, floor, maps, widths
-from jaxpeft.memory import hlo, targets
+from jaxpeft.memory import aot, hlo, targets
 from jaxpeft.memory.dataflow import Dataflow
 from jaxpeft.memory.movement import Move, moves
 from jaxpeft.models import geometries
@@ -196,7 +196,7 @@ def main() -> None:
     else:
         made = ledger.program({**ledger.CASES[CASE]})
         with tempfile.TemporaryDirectory() as dump:
-            targets.compile(targets.target(TARGET), made.function, *made.args, dump=dump)
+            aot.compile(targets.target(TARGET), made.function, *made.args, dump=dump)
             found = figures(Path(dump))
     file.write_text(json.dumps(found, indent=1) + "\n")
     text = table(found)

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import jaxpeft as jp
 from experiments.memory.common import table
 from jaxpeft import generate, tree
-from jaxpeft.memory import foreign, hlo, targets, traffic
+from jaxpeft.memory import aot, foreign, hlo, targets, traffic
 from jaxpeft.models import decoder, geometries
 
 RESULTS = Path(__file__).resolve().parents[1] / "results/traffic"
@@ -103,7 +103,7 @@ def measure(target: str, geometry: str, rows: int, slots: int, method: str) -> d
     found: dict[str, Any] = {"weights": size(params), "read": read, "cache": kept, "floor": read + kept + slot}
     for name, (function, arguments, donated) in made.items():
         with tempfile.TemporaryDirectory() as dump:
-            compiled = targets.compile(device, function, *arguments, donate_argnums=donated, dump=dump)
+            compiled = aot.compile(device, function, *arguments, donate_argnums=donated, dump=dump)
             memory = compiled.memory
             found[name] = {
                 "total": memory.total,

@@ -48,7 +48,7 @@ from experiments.traffic.floor import Work, floor
 from jaxpeft import tree
 from jaxpeft.backward.flops import flops_by_name
 from jaxpeft.backward.segments import Segment, recorded
-from jaxpeft.memory import hlo, planner, targets
+from jaxpeft.memory import aot, hlo, planner, targets
 from jaxpeft.memory.owners import Owners, step_owners
 from jaxpeft.memory.traffic import traffic
 from jaxpeft.models import geometries
@@ -126,7 +126,7 @@ def measure(key: common.Row) -> common.Row:
         return {**found, "fits": False, "peak": needs, "refused": "arguments and kept activations"}
     with tempfile.TemporaryDirectory() as dump:
         donated = (0,) if made.donated else ()
-        compiled = targets.compile(device, made.function, *made.args, donate_argnums=donated, dump=dump)
+        compiled = aot.compile(device, made.function, *made.args, donate_argnums=donated, dump=dump)
         moved = traffic(hlo.read(Path(dump)), made.owners, target=device, flops=flops_by_name(jaxpr)).to_json(12)
     names = ("bytes", "read", "written", "avoidable_bytes", "host_bytes", "flops", "bandwidth_s", "rate_s", "bound_s")
     both = {

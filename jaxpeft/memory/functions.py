@@ -18,7 +18,7 @@ import jax
 
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.files import check_empty
-from jaxpeft.memory import foreign, hlo, targets
+from jaxpeft.memory import aot, foreign, hlo, targets
 from jaxpeft.memory import profile as profiles
 from jaxpeft.memory.owners import Owner, Owners
 from jaxpeft.memory.profile import Profile
@@ -66,7 +66,7 @@ def profile(
     owners = _owners(function, args, traced, static_argnums, categories)
     with tempfile.TemporaryDirectory(prefix="jaxpeft-profile-") as scratch:
         folder = Path(dump or scratch)
-        targets.compile_lowered(where, traced.lower(), folder)
+        aot.compile_lowered(where, traced.lower(), folder)
         program = hlo.read(folder)
     found = profiles.profile(program, owners, foreign.ForeignAttribution)
     if traffic:
@@ -95,7 +95,7 @@ def plan(
     """
     where = targets.target(target)
     _, traced = _traced(where, function, args, donate_argnums, static_argnums)
-    compiled = targets.compile_lowered(where, traced.lower())
+    compiled = aot.compile_lowered(where, traced.lower())
     memory = compiled.memory
     return {
         "target": where.name,
@@ -115,7 +115,7 @@ def _traced(where: targets.Target, function: Any, args: tuple[Any, ...], donate:
     """(the arguments as shapes on the target, the function's trace with them)."""
     default = jax.sharding.SingleDeviceSharding(targets.devices(where)[0])
     fixed = _numbers(static)
-    shapes = [x if n in fixed else targets.abstract(x, default) for n, x in enumerate(args)]
+    shapes = [x if n in fixed else aot.abstract(x, default) for n, x in enumerate(args)]
     jitted = function
     if not hasattr(function, "trace") or _numbers(donate) or fixed:
         jitted = jax.jit(function, donate_argnums=donate, static_argnums=static)

@@ -33,7 +33,7 @@ from jaxpeft.backward.plan import Plan, parse
 from jaxpeft.backward.segments import Segment, recorded
 from jaxpeft.errors import InputError
 from jaxpeft.hf import quantized
-from jaxpeft.memory import hlo, targets
+from jaxpeft.memory import aot, hlo, targets
 from jaxpeft.memory.owners import Owners, step_owners
 from jaxpeft.memory.targets import Target
 from jaxpeft.memory.traffic import Traffic, traffic
@@ -304,7 +304,7 @@ def row(step: Step, target: Target, traced: Cost | None = None, dump: Any = None
     if devices != target.chips:
         raise ValueError(f"a step of {devices} device(s), and {target.name} has {target.chips}: give it their mesh")
     traced = cost(step) if traced is None else traced
-    compiled = targets.compile_lowered(target, lowered(step, target), dump, compilation.options(target.platform))
+    compiled = aot.compile_lowered(target, lowered(step, target), dump, compilation.options(target.platform))
     state, _ = local(step)
     gradients = gradient_bytes(state.trainable, step.update_in_backward) if step.backward else 0
     state = on_device(state, step.away)
@@ -332,13 +332,13 @@ def lowered(step: Step, target: Target) -> Any:
     with tracing_for(target.platform, targets.devices(target)[0]):
         if step.mesh is None:
             device = SingleDeviceSharding(targets.devices(target)[0])
-            changing, *rest = targets.abstract((*step.state.parted, step.batch), device)
+            changing, *rest = aot.abstract((*step.state.parted, step.batch), device)
             some = any(jax.tree.leaves(step.away))
             if target.platform == "tpu":  # a described GPU shows no memories; the step itself puts arrays there
                 changing = jax.tree.map(_lying, changing, step.away._replace(frozen={}))
             options: dict[str, Any] = {"donate_argnums": 0, "keep_unused": some}
             lowered = jax.jit(in_place(step.function), **options).lower(changing, *rest)
-            return targets.in_host_memory(lowered) if some else lowered
+            return aot.in_host_memory(lowered) if some else lowered
         state, batch = placed(step)
         if target.platform == "tpu":
             lying = jax.tree.map(_lying, state._replace(frozen={}), step.away._replace(frozen={}))
@@ -347,7 +347,7 @@ def lowered(step: Step, target: Target) -> Any:
         with on_mesh(step):
             function = jax.jit(in_place(step.function), donate_argnums=0, out_shardings=(there, None))
             lowered = function.lower(*state.parted, batch)
-            return targets.in_host_memory(lowered) if any(jax.tree.leaves(step.away)) else lowered
+            return aot.in_host_memory(lowered) if any(jax.tree.leaves(step.away)) else lowered
 
 
 def _lying(x: jax.ShapeDtypeStruct, away: bool) -> jax.ShapeDtypeStruct:

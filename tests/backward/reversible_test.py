@@ -19,7 +19,7 @@ from jaxpeft.backward.reversible import Coupling
 from jaxpeft.backward.segments import recorded
 from jaxpeft.backward.streams import Fixed, Float, pack, unpack
 from jaxpeft.errors import InputError
-from jaxpeft.memory import targets
+from jaxpeft.memory import aot, targets
 from jaxpeft.model import Context
 
 B, S, D = 4, 40, 32
@@ -292,7 +292,7 @@ def test_both_loops_call_the_same_programs(target, twice):
     wide = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
     params = {name: jax.ShapeDtypeStruct((3, 512, 512), jnp.float32) for name in "wvu"}
     function = functools.partial(gradients, coupling(twice=twice), tokens=2048)
-    compiled = targets.compile(targets.target(target), function, params, wide((16, 256, 512)))
+    compiled = aot.compile(targets.target(target), function, params, wide((16, 256, 512)))
     programs = computations(compiled.executable.as_text())
     found = []
     for line in (line for lines in programs.values() for line in lines if " conditional(" in line):

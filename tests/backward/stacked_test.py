@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jaxpeft as jp
 from jaxpeft.backward import loop, passes
 from jaxpeft.errors import InputError
-from jaxpeft.memory import hlo, planner, targets
+from jaxpeft.memory import aot, hlo, planner, targets
 from jaxpeft.memory.dataflow import Dataflow
 from jaxpeft.memory.movement import moves
 from jaxpeft.model import Context
@@ -63,7 +63,7 @@ def test_a_layer_is_taken_once_for_all_groups(monkeypatch, tmp_path):
         """Bytes of kernels that are taken out of their stacks, in layers' kernels."""
         step = planner.make_step(CONFIG, jp.lora(rank=16), 3, 256, "blocks,tokens=256", packed=False)
         device = targets.target("rtx4090")
-        targets.compile(device, step.function, step.state, step.batch, donate_argnums=0, dump=tmp_path / name)
+        aot.compile(device, step.function, step.state, step.batch, donate_argnums=0, dump=tmp_path / name)
         found, _ = moves(Dataflow(hlo.read(tmp_path / name)))
         size = sum(m.times * sum(a.bytes for a in m.writes) for m in found if m.kind == "copy: slice")
         return size / (2 * LAYERS * (4 * D * D + 3 * D * F))
@@ -92,7 +92,7 @@ def test_no_layer_is_copied_out_of_its_stack(tmp_path):
     except InputError as error:
         pytest.skip(str(error))
     args = (step.function, step.state, step.batch)
-    program = targets.compile(target, *args, donate_argnums=0, dump=tmp_path).executable.as_text()
+    program = aot.compile(target, *args, donate_argnums=0, dump=tmp_path).executable.as_text()
     for n, m in ((D, D), (D, F), (F, D)):
         assert not re.findall(rf"^.* = .*bf16\[(?:1,)?{n},{m}\].*", program, re.MULTILINE)
         stacks = re.findall(rf"(%\S+) = bf16\[{LAYERS},{n},{m}\]", program)

@@ -5,7 +5,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.errors import InputError
-from jaxpeft.memory import planner, profile, targets
+from jaxpeft.memory import aot, planner, profile, targets
 from jaxpeft.train.step import in_place
 
 # What is kept has to be too large for a TPU's VMEM, which is no part of the profile.
@@ -35,7 +35,7 @@ def profiled(target, dump, method, save, **more):
         pytest.skip(str(error))
     cost = planner.cost(step)
     args = (*step.state.parted, step.batch)
-    targets.compile(device, in_place(step.function), *args, donate_argnums=0, dump=dump)
+    aot.compile(device, in_place(step.function), *args, donate_argnums=0, dump=dump)
     metrics = jax.eval_shape(step.function, step.state, step.batch)[1]
     return step, cost, profile.read(dump, profile.step_owners(step.state, step.batch, step.base, metrics))
 

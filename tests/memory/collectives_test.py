@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxpeft.memory import collectives, hlo, interconnect, targets
+from jaxpeft.memory import aot, collectives, hlo, interconnect
 from jaxpeft.memory.collectives import Collective
 from jaxpeft.memory.dataflow import Dataflow
 from jaxpeft.memory.wire import Message
@@ -33,7 +33,7 @@ def test_collectives_are_those_of_the_program_by_their_trips(name, tmp_path):
     over = PartitionSpec(("data", "fsdp"))
     function = jax.shard_map(exchanged, mesh=mesh, in_specs=over, out_specs=over, check_vma=False)
     x = jax.ShapeDtypeStruct((4 * N, M), jnp.float32, sharding=NamedSharding(mesh, over))
-    targets.compile_lowered(target, jax.jit(function).lower(x), tmp_path)
+    aot.compile_lowered(target, jax.jit(function).lower(x), tmp_path)
     found, unknown = collectives.collectives(Dataflow(hlo.read(tmp_path)), target.chips)
     assert unknown == 0
     part = 4 * N * M
@@ -61,7 +61,7 @@ def test_an_all_gather_that_is_a_sum_is_an_all_gather(tmp_path):
     place = lambda *axes: NamedSharding(mesh, PartitionSpec(*axes))
     x = jax.ShapeDtypeStruct((64 * 64, M), jnp.bfloat16, sharding=place("fsdp"))
     function = jax.jit(lambda x: jax.lax.with_sharding_constraint(jnp.tanh(x), place()))
-    targets.compile_lowered(target, function.lower(x), tmp_path)
+    aot.compile_lowered(target, function.lower(x), tmp_path)
     found, _ = collectives.collectives(Dataflow(hlo.read(tmp_path)), target.chips)
     [one] = found
     size = 2 * 64 * 64 * M

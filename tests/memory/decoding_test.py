@@ -9,7 +9,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import generate, tree
 from jaxpeft.errors import InputError
-from jaxpeft.memory import foreign, hlo, targets, traffic
+from jaxpeft.memory import aot, foreign, hlo, targets, traffic
 from jaxpeft.models import decoder, geometries
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -67,7 +67,7 @@ def compiled(target, function, args, dump=None, donate=()):
         targets.devices(device)
     except InputError as error:
         pytest.skip(str(error))
-    return device, targets.compile(device, function, *args, donate_argnums=donate, dump=dump)
+    return device, aot.compile(device, function, *args, donate_argnums=donate, dump=dump)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.backward import residuals
-from jaxpeft.memory import targets
+from jaxpeft.memory import aot, targets
 from jaxpeft.method import view_of
 from jaxpeft.models import decoder, geometries
 
@@ -81,7 +81,7 @@ def memory(name, config, save, rows=ROWS, length=LENGTH):
 
         return jax.value_and_grad(loss)(trainable)
 
-    return targets.compile(target, step, trainable, frozen, batch).memory
+    return aot.compile(target, step, trainable, frozen, batch).memory
 
 
 @functools.cache

@@ -14,7 +14,7 @@ import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.backward import residuals
 from jaxpeft.errors import InputError
-from jaxpeft.memory import draw, hlo, profile, targets
+from jaxpeft.memory import aot, draw, hlo, profile, targets
 from jaxpeft.models import decoder, layers
 from jaxpeft.train.step import in_place
 from tests import tiny
@@ -32,7 +32,7 @@ def compiled(name, function, *args, dump, donate=()):
         pytest.skip(str(error))
     where = jax.sharding.SingleDeviceSharding(device)
     jitted = jax.jit(function, in_shardings=where, out_shardings=where, donate_argnums=donate)
-    with targets.without_cache():  # which other tests of this process may have in use
+    with aot.without_cache():  # which other tests of this process may have in use
         return jitted.lower(*args).compile(compiler_options={"xla_dump_to": str(dump), **hlo.DUMP_OPTIONS})
 
 

@@ -12,7 +12,7 @@ from jaxpeft.backward.flops import count_flops, flops_by_name
 from jaxpeft.backward.places import empty
 from jaxpeft.cli import plan
 from jaxpeft.errors import InputError
-from jaxpeft.memory import bars, draw_traffic, dumped, foreign, hlo, targets, traffic
+from jaxpeft.memory import aot, bars, draw_traffic, dumped, foreign, hlo, targets, traffic
 from jaxpeft.memory.movement import AVOIDABLE
 from pallas_kernels.lora_matmul import lora_matmul
 from pallas_kernels.stacked import Stacked
@@ -37,7 +37,7 @@ def moved(tmp_path, function, *args, target="cpu"):
         targets.devices(device)
     except InputError as error:
         pytest.skip(str(error))
-    compiled = targets.compile(device, function, *args, dump=tmp_path)
+    compiled = aot.compile(device, function, *args, dump=tmp_path)
     program = hlo.read(tmp_path)
     owners = foreign.owners_of(program)
     return traffic.traffic(program, owners, foreign.ForeignAttribution, device), compiled.executable
@@ -220,7 +220,7 @@ def test_the_hosts_memory_is_apart(tmp_path):
 
     compiled = jax.jit(there, out_shardings=on.with_memory_kind("pinned_host"))
     shape = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=on)
-    targets.compile_lowered(device, compiled.lower(shape), tmp_path)
+    aot.compile_lowered(device, compiled.lower(shape), tmp_path)
     program = hlo.read(tmp_path)
     of = traffic.traffic(program, foreign.owners_of(program), foreign.ForeignAttribution, device).to_json()
     assert of["host_bytes"] == 4 * 1024 * 1024 and of["avoidable_bytes"] == 0

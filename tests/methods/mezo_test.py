@@ -16,7 +16,7 @@ from jaxpeft import noise, tree
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.backward.plan import parse
 from jaxpeft.backward.residuals import planned
-from jaxpeft.memory import planner, targets
+from jaxpeft.memory import aot, planner, targets
 from jaxpeft.method import MOVED, View
 from jaxpeft.models import geometries
 from jaxpeft.replay import replay
@@ -359,7 +359,7 @@ def test_figures():
     def evaluate(leaves, batch):
         return step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
 
-    forward = targets.compile(target, evaluate, step.state.moved, step.batch).memory.total
+    forward = aot.compile(target, evaluate, step.state.moved, step.batch).memory.total
     weights = planner.row(step, target)["bytes"]
     lora = planner.row(make(method=jp.chain(jp.mezo(), jp.lora(8))), target)["bytes"]
     seeds = planner.row(make(method=jp.mezo(seeds=4)), target)["bytes"]

@@ -11,7 +11,7 @@ import pytest
 import jaxpeft as jp
 from jaxpeft import tree
 from jaxpeft.errors import Notice
-from jaxpeft.memory import planner, targets
+from jaxpeft.memory import aot, planner, targets
 from jaxpeft.models import geometries
 from jaxpeft.quant import dense, pack_affine
 from jaxpeft.train.step import objective_of
@@ -157,6 +157,6 @@ def test_figures():
     def evaluate(leaves, batch):
         return step.task.loss(step.model, tree.unflatten(leaves), batch)[0]
 
-    forward = targets.compile(target, evaluate, {**step.state.frozen, **step.state.moved}, step.batch).memory.total
+    forward = aot.compile(target, evaluate, {**step.state.frozen, **step.state.moved}, step.batch).memory.total
     scales = tree.num_bytes(step.state.moved)
     assert row["total"] <= forward + scales

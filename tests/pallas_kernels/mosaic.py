@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxpeft.memory import targets
+from jaxpeft.memory import aot, targets
 from pallas_kernels import mosaic_gpu
 
 
@@ -52,7 +52,7 @@ def compiled(capfd: pytest.CaptureFixture[str], function: Callable[..., Any], *a
         pytest.skip("no CUDA plugin")
     capfd.readouterr()
     with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_PTXAS="1"):
-        found = targets.compile(targets.target("h200"), lambda *args: function(*args, **static), *args)
+        found = aot.compile(targets.target("h200"), lambda *args: function(*args, **static), *args)
     remarks = "".join(capfd.readouterr())
     entry = found.executable.as_text().partition("ENTRY")[2]
     opcodes = re.findall(r"^ +(?:ROOT )?%\S+ = .*? ([a-z][a-z-]*)\(", entry, re.MULTILINE)

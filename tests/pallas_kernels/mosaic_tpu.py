@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxpeft.memory import targets
+from jaxpeft.memory import aot, targets
 from pallas_kernels import mosaic_tpu
 
 # Memory that nothing has written holds NaN, outputs and what lies beyond a ragged tile included.
@@ -29,7 +29,7 @@ def compiled(device, function, *args, **static):
     function = functools.partial(function, **static)
     arrays = jax.tree.leaves((args, jax.eval_shape(function, *args)))
     counted = sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
-    return targets.compile(targets.target(device), function, *args), counted
+    return aot.compile(targets.target(device), function, *args), counted
 
 
 def check_alone(device, function, *args, **static):

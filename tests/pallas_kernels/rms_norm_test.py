@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpeft.memory import targets
+from jaxpeft.memory import aot, targets
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.rms_norm.shapes import WIDTHS
 from tests.pallas_kernels import elementwise
@@ -134,7 +134,7 @@ def test_the_compiled_gradient_has_no_copies(model, trains):
     def gradient(x, scale, dy):
         return jax.vjp(op, x, scale)[1](dy) if trains else jax.vjp(lambda x: op(x, scale), x)[1](dy)
 
-    memory = targets.compile(targets.target("h200"), gradient, x, scale, x).memory
+    memory = aot.compile(targets.target("h200"), gradient, x, scale, x).memory
     products = tokens * width * 4 if trains else 0
     assert memory.temporaries <= products + 4 * 4 * tokens
 

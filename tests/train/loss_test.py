@@ -8,7 +8,7 @@ import pytest
 
 import jaxpeft as jp
 from jaxpeft.errors import InputError
-from jaxpeft.memory import targets
+from jaxpeft.memory import aot, targets
 from jaxpeft.model import opaque
 from jaxpeft.models.decoder import from_hf
 from tests import residuals, tiny
@@ -133,7 +133,7 @@ def test_the_workspace_at_128k_words(target, tied):
         given = model._replace(stack=model.stack._replace(run=lambda *args: (x, None)))
         return jp.completion_loss(given, params, batch)[0]
 
-    compiled = targets.compile(device, jax.value_and_grad(loss), x, params, batch)
+    compiled = aot.compile(device, jax.value_and_grad(loss), x, params, batch)
     assert compiled.memory.temporaries < 0.15 * 2**30
 
 
