@@ -155,9 +155,21 @@ def peft_table(memories: Rows) -> str:
         "(`everything`). PEFT's figures: method_comparison/MetaMathQA, `accelerator_memory_max`, what torch's "
         "allocator reserved at most, with rows of at most 768 tokens; ours is what one step of full rows needs. "
         "Full fine-tuning there holds weights, gradients and moments in bfloat16, here masters and moments in "
-        "float32.\n\n"
+        "float32."
     )
-    return head + common.table(["method", "trained, millions", "ours, GiB", "PEFT's, GiB", "PEFT's accuracy"], body)
+    whole = [find(memories, memory.MODELS[0], name, "everything") for name in ("lora_fa", "lora")]
+    if all(whole):
+        ours, theirs = (f"{found['bytes']['total'] / GIB:.1f}" for found in whole if found)
+        head += (
+            f" LoRA-FA's A is frozen throughout: on all linear maps a step takes {ours} GiB in place of LoRA's "
+            f"{theirs}; q and v alone, as in this table, keep little to begin with. PEFT 0.21 freezes A by a flag, "
+            "which the end of `disable_adapter` undoes."
+        )
+    return (
+        head
+        + "\n\n"
+        + common.table(["method", "trained, millions", "ours, GiB", "PEFT's, GiB", "PEFT's accuracy"], body)
+    )
 
 
 def pareto(memories: Rows, qualities: Rows, path: Path) -> None:

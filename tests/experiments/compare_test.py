@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from peft.optimizers import create_lorafa_optimizer
 
 import jaxpeft as jp
 from experiments.compare import __main__ as command
@@ -17,6 +18,7 @@ from jaxpeft import method as contract
 from jaxpeft.hf import load_tokenizer
 from jaxpeft.memory import planner
 from tests import tiny
+from tests.peft import reference
 
 README = Path(__file__).parents[2] / "README.md"
 DATA = {name: common.load(name, command.RESULTS) for name in ("memory", "quality")}
@@ -214,6 +216,20 @@ def test_a_file_is_as_large_as_the_one_that_is_written(name, tmp_path):
         0 if contract.about(name).peft else 8 + int.from_bytes((folder / memory.WEIGHTS).read_bytes()[:8], "little")
     )
     assert memory.file_bytes(step, method) == written - header
+
+
+def test_pefts_flag_on_a_is_undone_and_ours_is_no_flag(tmp_path):
+    """What the table says of LoRA-FA in PEFT's benchmark."""
+    theirs = reference.make_peft(reference.write_base(tmp_path / "base"), r=2, target_modules=["q_proj"])
+    create_lorafa_optimizer(theirs, r=2, lora_alpha=4, lr=1e-3)
+    flags = lambda: {leaf.requires_grad for name, leaf in theirs.named_parameters() if "lora_A" in name}
+    assert flags() == {False}
+    with theirs.disable_adapter():
+        pass
+    assert flags() == {True}
+    base, params = tiny.model()
+    _, trainable, _ = jp.setup(jp.lora_fa(rank=2), base, params, jax.random.key(0))
+    assert trainable and all(path.endswith("/b") for path in trainable)
 
 
 def test_rows_that_tune_are_not_trained_on(shared_data, monkeypatch):
