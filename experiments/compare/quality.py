@@ -10,12 +10,12 @@
 
 The first is for every method, the others, which are dearer, for some (FEW): the first alone has some 650 runs.
 
-One grid of rates for all, quarters of decades: the search begins at a method's default rate (else 0.003) and walks
-downhill in the loss on held-out rows of seed 0, first two grid points at a time, then one (e2e_nlg, banking77; the
-others two alone), until both neighbours of the best are worse. A rate that is worse than one before it is not tested
-further. Seeds 0, 1, 2 (induction and sentiment: 0, 1) at the best rate differ in order of data and in what the method
-draws; at the same seed all methods see the same batches. AdamW without weight decay
-(a method's own direction where it has one), clipped at norm 1, 10 % warm-up, then linearly to zero; float32.
+One grid of rates for all, quarters of decades: the search begins at a method's default rate (else 0.003, full
+fine-tuning 0.0003) and walks downhill in the loss on held-out rows of seed 0, first two grid points at a time, then one
+(e2e_nlg, banking77; the others two alone), until both neighbours of the best are worse. A rate that is worse than one
+before it is not tested further. Seeds 0, 1, 2 (induction and sentiment: 0, 1) at the best rate differ in order of data
+and in what the method draws; at the same seed all methods see the same batches. AdamW without weight decay (a method's
+own direction where it has one), clipped at norm 1, 10 % warm-up, then linearly to zero; float32.
 
 Induction's rows have the headings of `instruction_prompt`; its test rows are every fourth of the test file (sentiment:
 all 50), and a greedy answer of at most 16 tokens counts where it is the reference. `base` is the model as it was, `icl`
@@ -55,7 +55,7 @@ from jaxpeft.train.compiled import Compiled
 from jaxpeft.train.optimizer import defaults, make_direction, make_schedule
 from jaxpeft.train.task import TASKS
 
-FIRST = 3e-3
+FIRST, FULL = 3e-3, 3e-4  # where the search for a rate begins without a default; of full fine-tuning
 SENTIMENT = "ii_sentiment"  # what the rows of that task are called
 SHOTS, MOST = 8, 2048  # rows in context, and tokens of a row with them
 QUESTIONS, ANSWER = 256, 16  # test rows that are answered at most, and tokens of an answer
@@ -329,7 +329,7 @@ def tune(figures: common.Figures, task: str, words: str) -> float | None:
     """The best rate of the grid; None for a method that the task's model refuses."""
     if words in (contestants.BASE, contestants.ICL):
         return 0.0
-    start = place(contestants.default_rate(words, DATA[task].model) or FIRST)
+    start = place(contestants.default_rate(words, DATA[task].model) or (FULL if words == "full" else FIRST))
     if "refused" in figures(**asked(task, words, lr=rate(start), seed=0)):
         return None
 

@@ -101,6 +101,10 @@ def test_a_rate_is_searched_from_the_method_s_default():
 
     assert quality.tune(figures, "banking77", "ia3") == 1e-3
     assert asked[0] == contract.about("ia3").defaults.lr and {6e-4, 1e-3, 2e-3} <= set(asked)
+    asked.clear()
+    quality.tune(figures, "qnli", "full")
+    quality.tune(figures, "qnli", "lora")
+    assert asked[0] == 3e-4 and 3e-3 in asked  # of full fine-tuning less, which learns nothing at an adapter's rate
 
 
 def test_a_rate_that_is_worse_than_one_before_it_is_not_tested(monkeypatch):
