@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 from experiments.compare import contestants, memory, quality
 from experiments.memory import common
@@ -13,6 +14,7 @@ from jaxpeft.memory.bars import write_bars
 
 Rows = Sequence[common.Row]
 TITLE = "# What each method saves, and what it learns\n"
+UNITS = {"loss": "nats per token", "exact": "answers, per cent", "accuracy": "accuracy, per cent"}
 FORM = {"loss": ".3f", "exact": ".1f", "accuracy": ".1f"}  # of a score's figures
 SHORT = {"llama3.2-3b": "3B", "llama2-7b": "7B"}
 
@@ -172,29 +174,46 @@ def peft_table(memories: Rows) -> str:
     )
 
 
+def front_of(points: Sequence[tuple[float, float, str]], sign: int) -> list[tuple[float, float, str]]:
+    """Of (x, y, name), less x and less sign * y being better, those that nothing beats in both, by x."""
+    return sorted(p for p in points if not any(q[0] <= p[0] and sign * q[1] < sign * p[1] for q in points))
+
+
 def pareto(memories: Rows, qualities: Rows, path: Path) -> None:
-    """Quality against the compiled peak, a panel for each task; a line joins what nothing beats in both."""
+    """Quality against the compiled peak, a panel for each task; a line joins what nothing beats in both.
+
+    Names that would lie on another's are left out, those on the line last.
+    """
     from matplotlib.figure import Figure
 
     tasks = [task for task in quality.DATA if any(quality.at_best(qualities, task, w) for w in contestants.names())]
     if not tasks:
         return
     figure = Figure(figsize=(9, 5.5 * len(tasks)), dpi=110, layout="constrained")
+    names = []
     for axes, task in zip(figure.subplots(len(tasks), 1, squeeze=False)[:, 0], tasks, strict=True):
-        protocol, points = quality.DATA[task], []
+        score, points = quality.DATA[task].scores[0], []
         for words in contestants.names():
             runs, own = quality.at_best(qualities, task, words), shown(memories, memory.MODELS[0], words)
             if runs and own:
-                points.append((own["bytes"]["total"] / GIB, mean(run[protocol.scores[0]] for run in runs), words))
-        sign = 1 if quality.BETTER[protocol.scores[0]] == "less" else -1
-        front = [p for p in points if not any(q[0] <= p[0] and sign * q[1] < sign * p[1] for q in points)]
-        axes.plot(*zip(*sorted(front)[:], strict=True), color="tab:red", linewidth=1, zorder=1) if front else None
-        for x, y, words in points:
+                points.append((own["bytes"]["total"] / GIB, mean(run[score] for run in runs), words))
+        front = front_of(points, 1 if quality.BETTER[score] == "less" else -1)
+        axes.plot([x for x, _, _ in front], [y for _, y, _ in front], color="tab:red", linewidth=1, zorder=1)
+        for x, y, words in [*front, *(point for point in points if point not in front)]:
             axes.scatter(x, y, s=14, color="tab:red" if (x, y, words) in front else "#4c6a92")
-            axes.annotate(words, (x, y), (3, 2), textcoords="offset points", fontsize=7)
-        unit = "nats per token" if protocol.scores[0] == "loss" else "accuracy, per cent"
-        axes.set(xscale="log", ylabel=f"{task}: {unit}", xlabel=f"GiB of a step of {memory.MODELS[0]}")
+            names.append(axes.annotate(words, (x, y), (3, 2), textcoords="offset points", fontsize=7))
+        axes.set(xscale="log", ylabel=f"{task}: {UNITS[score]}", xlabel=f"GiB of a step of {memory.MODELS[0]}")
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter("{x:g}")
         axes.grid(alpha=0.3)
+    figure.draw_without_rendering()
+    taken: list[Any] = []
+    for name in names:
+        box = name.get_window_extent()
+        if any(box.overlaps(other) for other in taken):
+            name.remove()
+        else:
+            taken.append(box)
     figure.savefig(path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from peft.optimizers import create_lorafa_optimizer
 
 import jaxpeft as jp
@@ -77,6 +78,23 @@ def test_a_method_without_figures_says_why():
         "base": "the model as it was",
         "lora": "",
     }
+
+
+def test_what_nothing_beats_is_joined(monkeypatch, tmp_path):
+    """In the picture, over axes of numbers."""
+    points = [(1.0, 5.0, "small"), (2.0, 3.0, "middle"), (2.5, 4.0, "beaten"), (4.0, 2.0, "large")]
+    assert table.front_of(points, 1) == [points[0], points[1], points[3]]
+    assert table.front_of(points, -1) == [points[0]]
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path: drawn.append(figure))
+    table.pareto(DATA["memory"], DATA["quality"], tmp_path / "pareto.png")
+    first = drawn[0].axes[0]
+    (line,) = first.lines
+    assert first.get_ylabel() == "e2e_nlg: nats per token"
+    assert list(line.get_xdata()) == sorted(line.get_xdata())
+    assert list(line.get_ydata()) == sorted(line.get_ydata(), reverse=True)
+    full = quality.at_best(DATA["quality"], "e2e_nlg", "full")
+    assert line.get_ydata()[-1] == pytest.approx(np.mean([row["loss"] for row in full]))
 
 
 def run(lr, seed, tune, task="qnli", method="lora", seconds=3600.0):
