@@ -160,18 +160,15 @@ def peft_table(memories: Rows) -> str:
         "float32."
     )
     whole = [find(memories, memory.MODELS[0], name, "everything") for name in ("lora_fa", "lora")]
-    if all(whole):
-        ours, theirs = (f"{found['bytes']['total'] / GIB:.1f}" for found in whole if found)
+    if None not in whole:
+        ours, theirs = (f"{found['bytes']['total'] / GIB:.1f}" for found in whole)
         head += (
             f" LoRA-FA's A is frozen throughout: on all linear maps a step takes {ours} GiB in place of LoRA's "
             f"{theirs}; q and v alone, as in this table, keep little to begin with. PEFT 0.21 freezes A by a flag, "
             "which the end of `disable_adapter` undoes."
         )
-    return (
-        head
-        + "\n\n"
-        + common.table(["method", "trained, millions", "ours, GiB", "PEFT's, GiB", "PEFT's accuracy"], body)
-    )
+    columns = ["method", "trained, millions", "ours, GiB", "PEFT's, GiB", "PEFT's accuracy"]
+    return f"{head}\n\n{common.table(columns, body)}"
 
 
 def front_of(points: Sequence[tuple[float, float, str]], sign: int) -> list[tuple[float, float, str]]:

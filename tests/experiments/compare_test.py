@@ -130,13 +130,8 @@ def test_a_rate_that_is_worse_than_one_before_it_is_not_tested(monkeypatch):
 
     class Learned(quality.Runner):
         def __init__(self, task, words):
-            self.protocol, self.rows, self.trains, self.shows = (
-                quality.DATA[task],
-                quality.Rows([], [], []),
-                False,
-                False,
-            )
-            self.least = np.inf
+            self.protocol, self.rows, self.least = quality.DATA[task], quality.Rows([], [], []), np.inf
+            self.trains = self.shows = False
 
         def setup(self, seed):
             return None, {}, {}
