@@ -148,14 +148,14 @@ def _note_templates(folders: tuple[Path, ...]) -> None:
 
 
 def _note_quantized(folders: tuple[Path, ...]) -> None:
-    """Says that adapters were trained beside different codes of the base."""
+    """Says that adapters name different codes of the base beside which they were trained; PEFT's own name none."""
     from jaxpeft.cli.decoding import note
     from jaxpeft.peft.read import specs_of
 
     codes = [[spec.config for spec in specs_of(folder) if spec.name == "quantize"] for folder in folders]
     for folder, own in zip(folders, codes, strict=True):
         if own != codes[0]:
-            told = ["codes of " + found[0]["format"] if found else "full precision" for found in (own, codes[0])]
+            told = [f"a base in codes of {found[0]['format']}" if found else "no codes" for found in (own, codes[0])]
             told[0] += " of another kind" if told[0] == told[1] else ""
-            note(f"{folder} was trained beside a base in {told[0]}, and {folders[0]} in {told[1]}")
+            note(f"{folder} names {told[0]}, and {folders[0]} {told[1]}, as what it was trained beside")
             return
