@@ -31,7 +31,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from jaxpeft import sampling, sites, tree
+from jaxpeft import projections, sampling, sites, tree
 from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, MOVED, TRAINED, Leaves, Method, Moment, Objective, Spec, View, told
@@ -193,7 +193,7 @@ def owlore(
                 return (*objective.value_and_grad(trainable, rest, batch, key, opt_state), bases)
 
             def renew():
-                return _galore.sketched(objective, rank, trainable, rest, batch, key, opt_state)
+                return projections.sketched(objective, rank, trainable, rest, batch, key, opt_state)
 
             done = rest["owlore/steps"]
             (value, aux), grads, bases = jax.lax.cond((done % every == 0) | (done % gap == 0), renew, go_on)
@@ -214,7 +214,7 @@ def owlore(
             key = jax.random.fold_in(moment.key, zlib.crc32(site.encode())) if rounding == "stochastic" else None
             keeps = 1 - moment.decay * rate if moment.decay and decays(kernel, moved[kernel]) else 1.0
             places = sampling.local(kernel, moved[kernel], moved["owlore/active"])
-            moved[kernel] = _galore.taken_up(moved[kernel], moved[path], trained[r], scale, keeps, key, places)
+            moved[kernel] = projections.taken_up(moved[kernel], moved[path], trained[r], scale, keeps, key, places)
             moved[path], trained[r] = fresh, jnp.zeros_like(trained[r])
         moved["owlore/steps"] = moved["owlore/steps"] + 1
         return sampler.move(Leaves(trained, moved), moment)

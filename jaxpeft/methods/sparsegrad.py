@@ -42,9 +42,9 @@ from jaxpeft.about import About, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec, View, unchanged
 from jaxpeft.methods import shira as _shira
-from jaxpeft.methods.galore import stochastic
 from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Context, Model
+from jaxpeft.projections import stochastic
 from jaxpeft.quant import dense
 from jaxpeft.quant import merged as as_merged
 from jaxpeft.starts import probes

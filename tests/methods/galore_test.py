@@ -12,7 +12,7 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import projections, tree
 from jaxpeft.memory import planner
 from jaxpeft.memory.targets import target
 from jaxpeft.methods import galore
@@ -93,12 +93,12 @@ def test_the_directions_are_the_gradients_leading_ones(first, projection):
         rows = full if n <= m else full.mT
         if projection == "sketch":
             seeds = jax.random.bits(jax.random.fold_in(KEY, zlib.crc32(name.encode())), (3,), jnp.uint32)
-            k = min(RANK + galore.OVERSAMPLING, n, m)
+            k = min(RANK + projections.OVERSAMPLING, n, m)
             rows = rows @ jnp.stack([jax.random.normal(jax.random.key(seed), (max(n, m), k)) for seed in seeds])
         best = np.linalg.svd(rows)[0][..., :RANK]
         np.testing.assert_allclose(basis @ basis.mT, best @ best.mT, atol=2e-3, err_msg=path)
         most = (np.linalg.svd(full, compute_uv=False)[:, :RANK] ** 2).sum(-1)
-        shares.append(np.linalg.norm(galore.project(full, basis), axis=(-2, -1)) ** 2 / most)
+        shares.append(np.linalg.norm(projections.project(full, basis), axis=(-2, -1)) ** 2 / most)
     assert np.mean(shares) > (0.8 if projection == "sketch" else 0.9999)
 
 
@@ -209,12 +209,12 @@ def test_rounding_is_unbiased_where_bf16_would_lose_the_change():
     """1 + 2^-10 is 1 to the nearest; at random it is 1 + 2^-7 once in eight times. Negative numbers likewise."""
     for sign in (1, -1):
         wide = jnp.full((1 << 16,), sign * (1 + 2**-10))
-        found = galore.stochastic(wide, jax.random.bits(KEY, wide.shape, jnp.uint16)).astype(jnp.float32)
+        found = projections.stochastic(wide, jax.random.bits(KEY, wide.shape, jnp.uint16)).astype(jnp.float32)
         assert set(np.unique(found)) == {sign * 1.0, sign * (1 + 2**-7)}
         np.testing.assert_allclose(found.mean(), wide.mean(), atol=5e-5)
     kernel, p, r = jnp.ones((2, 4, 8), jnp.bfloat16), jnp.ones((2, 4, 1)), jnp.full((2, 1, 8), 2**-12)
-    assert np.all(galore.taken_up(kernel, p, r, 1.0, 1.0, None) == kernel)
-    up = jax.vmap(lambda i: galore.taken_up(kernel, p, r, 1.0, 1.0, jax.random.key(i)))(jnp.arange(256))
+    assert np.all(projections.taken_up(kernel, p, r, 1.0, 1.0, None) == kernel)
+    up = jax.vmap(lambda i: projections.taken_up(kernel, p, r, 1.0, 1.0, jax.random.key(i)))(jnp.arange(256))
     np.testing.assert_allclose(up.astype(jnp.float32).mean(), 1 + 2**-12, atol=1.5e-4)
 
 
@@ -274,13 +274,13 @@ def test_rounding_turns_only_projections_of_close_singular_values():
     u, v = (np.linalg.qr(rng.standard_normal((size, 5)))[0] for size in (24, 16))
     matrix = u * [9.0, 6.0, 3.0 + 1e-6, 3.0, 0.5] @ v.T
     noise = 3e-6 * (u[:, 2:4] @ v[:, 3:1:-1].T)
-    one, other = (np.asarray(galore.leading(jnp.asarray(x, jnp.float32), 4)) for x in (matrix, matrix + noise))
+    one, other = (np.asarray(projections.leading(jnp.asarray(x, jnp.float32), 4)) for x in (matrix, matrix + noise))
     np.testing.assert_allclose(other[:, :2], one[:, :2], atol=1e-5)
     assert np.abs(other[:, 2:] - one[:, 2:]).max() > 1e-3
     np.testing.assert_allclose(other @ other.T, one @ one.T, atol=1e-5)
 
 
-@pytest.mark.parametrize("decompose", [galore.leading, galore.exact])
+@pytest.mark.parametrize("decompose", [projections.leading, projections.exact])
 def test_decomposes_a_matrix_at_a_time(decompose):
     """Batched decompositions side by side wait for ever on a processor of two cores."""
     matrices = jax.random.normal(jax.random.key(0), (2, 3, 6, 4))

@@ -11,9 +11,8 @@ import optax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import sampling, tree
+from jaxpeft import projections, sampling, tree
 from jaxpeft.memory import planner, targets
-from jaxpeft.methods import galore
 from jaxpeft.models import geometries
 from jaxpeft.models.layers import Dense
 from jaxpeft.train.optimizer import make_direction
@@ -154,7 +153,7 @@ def test_projections_are_renewed_when_they_are_due(run):
             if due:
                 full = np.asarray(grads[f"layers/{site}/kernel"][active])
                 most = (np.linalg.svd(full, compute_uv=False)[:RANK] ** 2).sum()
-                shares.append(np.linalg.norm(galore.project(full, fresh[0])) ** 2 / most)
+                shares.append(np.linalg.norm(projections.project(full, fresh[0])) ** 2 / most)
     assert np.mean(shares) > 0.8  # the sketch's, see GaLore's test
 
 
