@@ -5,7 +5,6 @@ import pytest
 from experiments.backprop_free import forward_passes, full_in_24_gb, one_table, sampled_layers
 from experiments.backprop_free.__main__ import RESULTS, TOPICS
 from experiments.memory import common
-from jaxpeft.memory import targets
 
 # Llama-2-7B's parameters: of a layer's kernels and of all its leaves; of embedding, head and the last norm.
 D, F, LAYERS = 4096, 11008, 32
@@ -14,13 +13,8 @@ BLOCK, OUTSIDE = KERNELS + 2 * D, 2 * 32000 * D + D
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def rows(no_compiler):
     """The committed figures, by method, batch and options; nothing is compiled."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("nothing should be compiled")
-
-    monkeypatch.setattr(targets, "compile", refuse)
     found = sampled_layers.collect(common.Figures(sampled_layers.NAME, folder=RESULTS))
     return {(row["method"], row["batch_size"], *row["options"]): row for row in found}
 

@@ -20,7 +20,6 @@ from experiments.memory import (
     slimfit_bert,
 )
 from experiments.memory.common import GIB
-from jaxpeft.memory import targets
 
 SCRIPTS = (
     lora_fa_tables,
@@ -33,17 +32,10 @@ SCRIPTS = (
     loraprune_7b,
     peqa_65b,
 )
+pytestmark = pytest.mark.usefixtures("no_compiler")
 NAMES = [script.NAME for script in SCRIPTS]
 # Llama-2-7B's parameters: embedding and head 2 V d, per layer 4 d d + 3 d f + 2 d, a norm d.
 PARAMETERS_7B = 2 * 32000 * 4096 + 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096) + 4096
-
-
-@pytest.fixture(autouse=True)
-def no_compiler(monkeypatch) -> None:
-    def refuse(*args, **kwargs):
-        raise AssertionError("nothing should be compiled")
-
-    monkeypatch.setattr(targets, "compile", refuse)
 
 
 def drawn(script):

@@ -6,19 +6,13 @@ import pytest
 
 from experiments.memory import common
 from experiments.side_networks import memory
-from jaxpeft.memory import targets
 
 GIB = common.GIB
 
 
 @pytest.fixture
-def rows(monkeypatch):
+def rows(no_compiler):
     """The committed figures; nothing is compiled."""
-
-    def refuse(*args, **kwargs):
-        raise AssertionError("nothing should be compiled")
-
-    monkeypatch.setattr(targets, "compile", refuse)
     figures = common.Figures(memory.NAME)
     return memory.collect(figures, list(dict.fromkeys(row["target"] for row in figures.rows)))
 
