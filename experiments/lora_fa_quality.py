@@ -220,8 +220,12 @@ def run_all(args: Quality, file: Path) -> list[Row]:
                 continue
             best = starts.get((dataset, name), START)
             strides = () if args.quick else (1,) if (dataset, name) in starts else (2, 1)
+
+            def tuned(i: int, dataset: str = dataset) -> float:
+                return row_of(dataset, rate(i), 0)["tune_loss"]
+
             for stride in strides:
-                best = search(lambda i, dataset=dataset: row_of(dataset, rate(i), 0)["tune_loss"], best, stride)
+                best = search(tuned, best, stride)
             starts[dataset, name] = best
             for seed in range(args.seeds):
                 row_of(dataset, rate(best), seed)
@@ -282,7 +286,9 @@ def gaps(summary: Sequence[Row], rank_factor: int = 1) -> list[Row]:
         made["parameters"] = row["trainable"] / lora["trainable"]
         for part in PARTS:
             ours, theirs = row[f"{part}_losses"], lora[f"{part}_losses"]
-            differences = spread(ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys()))
+            differences: dict[str, Any] = spread(
+                ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())
+            )
             made |= {f"{part}_{name}": value for name, value in differences.items()}
             gain = base[f"{part}_mean"] - lora[f"{part}_mean"] if base else math.nan
             made[f"{part}_share"] = differences["mean"] / gain

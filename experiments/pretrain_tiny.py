@@ -24,6 +24,7 @@ What came out is in jaxpeft/assets/tiny_llama/README.md.
 
 import dataclasses
 import functools
+import io
 import json
 import math
 import os
@@ -339,5 +340,6 @@ def main(args: Pretrain) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.reconfigure(line_buffering=True)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     main(tyro.cli(Pretrain))

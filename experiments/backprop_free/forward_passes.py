@@ -28,7 +28,7 @@ TARGETS = ("h200", "v5p")
 # Beside full fine-tuning on an H200: what is compared, whose paper's claim it is, and its two figures in GB. MeZO's are
 # of A100s and rows of 400 tokens on average (MultiRC), one at a time; QZO's of 16-bit weights, gradients and moments of
 # 7B parameters, and of int4 weights.
-CLAIMS = (
+CLAIMS: tuple[Any, ...] = (
     ("opt-13b", 1, 400, "mezo", (), "MeZO", 316, 26),
     ("llama2-7b", 1, 512, "quantize+qzo", ("format=int4",), "QZO", 56, 3.5),
 )

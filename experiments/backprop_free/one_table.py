@@ -175,7 +175,8 @@ def equal_steps(figures: common.Figures, entry: Entry, compared: Sequence[common
         return []
     if entry.compared:
         return quality.at_best(compared, TASK, entry.words)
-    key = {"what": "run", "method": entry.words, "options": _small(entry), "optimizer": entry.optimizer}
+    key: dict[str, Any] = {"what": "run", "method": entry.words, "options": _small(entry)}
+    key |= {"optimizer": entry.optimizer}
     key |= {"steps": PROTOCOL.steps}
     if figures.measure is not None:
         _tune(figures, entry, key)

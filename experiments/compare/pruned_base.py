@@ -58,7 +58,8 @@ class Runner(quality.Runner):
     def setup(self, seed: int) -> Any:
         return jp.setup(self.method, self.small, self.left, jax.random.key(100 + seed))
 
-    def __call__(self, lr: float, seed: int) -> common.Row:
+    def both(self, lr: float, seed: int) -> common.Row:
+        """A run: losses of the pruned base and, with what it learned, of the whole one."""
         began = time.process_time()
         _, trainable, frozen = self.setup(seed)
         state = self.train(lr, seed, trainable, frozen, self.steps)
@@ -124,7 +125,7 @@ def main() -> None:
             keep = key["keep"]
             if keep not in runners:
                 runners[keep] = Runner(keep)
-            return runners[keep](key["lr"], key["seed"])
+            return runners[keep].both(key["lr"], key["seed"])
 
         collect(common.Figures(NAME, measure, FOLDER))
     found = table(common.load(NAME, FOLDER), common.load("quality", FOLDER))

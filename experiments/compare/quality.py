@@ -31,7 +31,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,7 +222,7 @@ class Runner:
         self.step, self.eval_step = Compiled(self.told, steps=True), Compiled(self.task.eval_step(self.model))
         self.least = math.inf  # loss on held-out rows of the rates that `measure` has tried
 
-    def told(self, state: jp.TrainState, batch: dict[str, Any]) -> Any:
+    def told(self, state: jp.TrainState, batch: Mapping[str, Any]) -> Any:
         """A step of a batch with its "rate", which is the method's too, of what it moves without gradients."""
         told, rows = batch["rate"], {name: leaf for name, leaf in batch.items() if name != "rate"}
         step = jp.make_train_step(self.model, self.method, self.direction, self.task.loss, rate=lambda count: told)

@@ -160,8 +160,9 @@ def peft_table(memories: Rows) -> str:
         "float32."
     )
     whole = [find(memories, memory.MODELS[0], name, "everything") for name in ("lora_fa", "lora")]
-    if None not in whole:
-        ours, theirs = (f"{found['bytes']['total'] / GIB:.1f}" for found in whole)
+    totals = [f"{found['bytes']['total'] / GIB:.1f}" for found in whole if found is not None]
+    if len(totals) == 2:
+        ours, theirs = totals
         head += (
             f" LoRA-FA's A is frozen throughout: on all linear maps a step takes {ours} GiB in place of LoRA's "
             f"{theirs}; q and v alone, as in this table, keep little to begin with. PEFT 0.21 freezes A by a flag, "

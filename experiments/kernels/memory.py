@@ -25,6 +25,7 @@ from experiments.memory import common
 from jaxpeft import tree
 from jaxpeft.backward import residuals
 from jaxpeft.memory import aot, targets
+from jaxpeft.method import view_of
 from jaxpeft.models import decoder, geometries
 from pallas_kernels import packed, platform
 
@@ -35,7 +36,8 @@ RANK = 64
 def measure(key: common.Row) -> common.Row:
     """Bytes of arguments and temporaries of the compiled step."""
     method = jp.lora(RANK)
-    model = method.forward(decoder.from_hf(geometries.load(key["geometry"]), jnp.bfloat16))
+    base = decoder.from_hf(geometries.load(key["geometry"]), jnp.bfloat16)
+    model = method.forward(base, view_of(base, method, {}))
     params = jax.eval_shape(lambda key: model.init(key, {}), jax.random.key(0))
     flat = {path: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16) for path, leaf in tree.flatten(params).items()}
     if key["base"] == "nf4":

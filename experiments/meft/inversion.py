@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +43,7 @@ from jaxpeft.models import family
 NAME = "meft_inversion"
 DEPTHS = (1, 4, 6, 8, 12, 24, 48)
 # label -> (variant, arguments)
-FORMS = {
+FORMS: dict[str, Callable[[int], dict[str, Any]]] = {
     "published, 0.1": lambda v: {"exact": False, **_factors(v, "1/10")},
     "floating point, 1/8": lambda v: {"exact": False, **_factors(v, "1/8")},
     "floating point, 1/2": lambda v: {"exact": False, **_factors(v, "1/2")},

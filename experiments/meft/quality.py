@@ -140,7 +140,7 @@ class Runner:
         step = jp.make_train_step(model, self.method, self.optimizer(1.0), self.task.loss)
         self.step, self.eval_step = Compiled(step, steps=True), Compiled(self.task.eval_step(model))
         widths = tuple(range(8, self.length + 1, 8))
-        self.layout = {"buckets": widths, "collate": data.collate_rows}
+        self.layout: dict[str, Any] = {"buckets": widths, "collate": data.collate_rows}
 
     def setup(self, seed: int):
         base, params = jp.load_pretrained(assets.minilm(), "float32", labels=self.labels, key=jax.random.key(seed))

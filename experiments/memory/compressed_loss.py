@@ -27,7 +27,7 @@ import json
 import os
 import statistics
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -119,7 +119,8 @@ def run_all(args: Settings, out: Path, tasks: dict[str, Task]) -> Runs:
                 state = jp.init_state(method, optimizer, trainable, frozen, jax.random.key(100 + seed))
                 state, losses = train(state, stacked)
                 sums = np.sum([evaluate(state.params, batch) for batch in held_out], axis=0)
-                row = {"train": [round(float(loss), 6) for loss in losses], "validation": float(sums[0] / sums[1])}
+                trained = [round(float(loss), 6) for loss in losses]
+                row: dict[str, Any] = {"train": trained, "validation": float(sums[0] / sums[1])}
                 own[plan].append(row)
                 file.write_text(json.dumps(found, indent=1) + "\n")
                 print(name, plan, seed, row["train"][-1], row["validation"], flush=True)

@@ -26,6 +26,8 @@ with which `everything` keeps about a third less (residuals_7b.py has the 7B ste
 
 from __future__ import annotations
 
+from typing import Any
+
 from matplotlib.figure import Figure
 
 import jaxpeft as jp
@@ -69,7 +71,7 @@ def measure(key: common.Row) -> common.Row:
 
 def collect(figures: common.Figures) -> dict[tuple[str, str, int], common.Row]:
     """{(plan, method, sequence): figure}."""
-    adapter = {
+    adapter: dict[str, dict[str, Any]] = {
         "full": {"rank": None, "targets": None},
         "lora": {"rank": RANK, "targets": "all-linear"},
         "lora_fa": {"rank": RANK, "targets": "all-linear"},

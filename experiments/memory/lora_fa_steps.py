@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jaxpeft as jp
 from experiments.memory import common
 from experiments.memory.common import GIB
 from jaxpeft import tree
-from jaxpeft.method import Method, chain
+from jaxpeft.method import Method, View, chain
 
 NAME = "lora_fa_tables"
-METHODS = {"lora": jp.lora, "lora_fa": jp.lora_fa}
+METHODS: dict[str, Callable[..., Method]] = {"lora": jp.lora, "lora_fa": jp.lora_fa}
 PLANS = ("everything", "matmuls")
 PAIRS = [(plan, method) for plan in PLANS for method in METHODS]
 OURS = [f"{label}, {plan}" for plan in PLANS for label in ("LoRA", "FA")]
@@ -23,8 +25,11 @@ def method_of(key: common.Row) -> Method:
     make, rank = METHODS[key["method"]], key["rank"]
     if (first, end) == (0, whole):
         return make(rank=rank, targets=key["targets"])
-    cut = Method(prepare=lambda params: tree.cut_layers(params, end if first == 0 else first))
-    return chain(cut, make(rank=rank, targets=rf"^layers_{first}_{end}/"))
+
+    def cut(params: tree.Params, view: View) -> tree.Params:
+        return tree.cut_layers(params, end if first == 0 else first)
+
+    return chain(Method(prepare=cut), make(rank=rank, targets=rf"^layers_{first}_{end}/"))
 
 
 def without(module: str) -> str:

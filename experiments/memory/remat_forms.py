@@ -101,7 +101,7 @@ def table(rows: list[common.Row]) -> str:
     body = []
     for row in rows:
         size = {name: f"{row['memory'][name] / GIB:.2f}" for name in ("arguments", "temporaries", "total", "host")}
-        line = [f"{row['target']}, `{row['save']}`, {row['form']}", version(row), size["arguments"]]
+        line: list[str | None] = [f"{row['target']}, `{row['save']}`, {row['form']}", version(row), size["arguments"]]
         line += [size["temporaries"], size["total"] + ("" if row["fits"] else " (does not fit)")]
         line += [size["host"] if row["memory"]["host"] else None, f"{row['flops'] / 1e12:.0f}"]
         body.append([*line, f"{row['recompute_flops'] / row['flops']:.1%}", f"{row['seconds']:.0f}"])

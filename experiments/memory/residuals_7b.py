@@ -29,6 +29,7 @@ the rounded q, k, v.
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,12 @@ from jaxpeft.backward import residuals
 from jaxpeft.backward.segments import recorded
 from jaxpeft.memory import aot, profile, targets
 from jaxpeft.memory.owners import Owner, Owners
-from jaxpeft.method import view_of
+from jaxpeft.method import Method, view_of
 from jaxpeft.models import family, geometries
 from jaxpeft.train.loss import completion_loss
 
 NAME = "residuals_7b"
-METHODS = {"lora": jp.lora, "lora_fa": jp.lora_fa}
+METHODS: dict[str, Callable[..., Method]] = {"lora": jp.lora, "lora_fa": jp.lora_fa}
 PLANS = (
     "everything",
     "matmuls",

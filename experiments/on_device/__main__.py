@@ -160,7 +160,7 @@ def _step(step: str, record: Record, header: Row, toy: bool, deadline: float, st
             say(f"{step}: {words}: no time left")
             continue
         before = record.find({"key": key}) or {}
-        names = {name: before[name] for name in ("target", "named", "named_at") if name in before}
+        names: dict[str, Any] = {name: before[name] for name in ("target", "named", "named_at") if name in before}
         record.add({"key": key, **names, **row, **stamp})
         say(f"{step}: {words}: {_short(row)}")
         if step == "layers" and row.get("entries"):

@@ -203,7 +203,7 @@ def peft_functions(shape: Any, rank: int, rows: int, dtype: str = "bfloat16") ->
     try:
         layer = Linear(base, "default", config=config, r=rank, lora_alpha=2 * rank)
     except TypeError:  # peft before 0.19 takes the fields alone
-        layer = Linear(base, "default", r=rank, lora_alpha=2 * rank)
+        layer = Linear(base, "default", r=rank, lora_alpha=2 * rank)  # type: ignore[call-arg]
     layer = layer.to(device=device, dtype=kind)
     x = torch.randn(rows, shape.n, device=device, dtype=kind, requires_grad=True)
     dy = torch.randn(rows, shape.m, device=device, dtype=kind)

@@ -38,13 +38,15 @@ class Worker:
             env={**os.environ, **environment, _NESTED: "1"},
             start_new_session=_NESTED not in os.environ,  # a worker's own workers end with it
         )
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self._into, self._out = self.process.stdin, self.process.stdout
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         self.say(json.dumps({"step": step, "key": key, "toy": toy, "device": device}))
 
     def _read(self) -> None:
-        for line in self.process.stdout:
+        for line in self._out:
             if line.startswith("@"):
                 self._lines.put(line[1:].strip())
         self._lines.put(None)
@@ -52,8 +54,8 @@ class Worker:
     def say(self, line: str) -> None:
         """Writes a line to its stdin; one that has ended does not read it."""
         with contextlib.suppress(OSError):
-            self.process.stdin.write(line + "\n")
-            self.process.stdin.flush()
+            self._into.write(line + "\n")
+            self._into.flush()
 
     def hear(self, seconds: float) -> str | None:
         """Its next line; None if it has ended without one. Raises TimeoutError."""
@@ -73,7 +75,7 @@ class Worker:
                 os.killpg(self.process.pid, signal.SIGKILL)
         self.status = self.process.wait()
         self._reader.join(10)
-        for pipe in (self.process.stdin, self.process.stdout):
+        for pipe in (self._into, self._out):
             with contextlib.suppress(OSError):
                 pipe.close()
         self.log.seek(0)

@@ -24,7 +24,7 @@ PATIENCE = 200.0
 BOUND = 4e-3
 SCALE = 1.5
 REAL = {"8b q_o": (512, 4096, 4096, 16), "8b gate_up": (300, 4096, 14336, 64), "8b down": (256, 14336, 4096, 16)}
-ATTENTION = {
+ATTENTION: dict[str, dict[str, Any]] = {
     "causal": {},
     "grouped heads": {"kv": 2},
     "segments": {"segments": 3},
@@ -70,7 +70,7 @@ def prepare(key: Row, toy: bool, device: str) -> Prepared:
     compiled = {name: jax.jit(function).lower(*args).compile() for name, (function, args, _) in made.items()}
 
     def measure() -> Row:
-        found = {}
+        found: dict[str, dict[str, Any]] = {}
         for name, (_, args, expected) in made.items():
             out, share = poisoned(compiled[name], args)
             errors = {
@@ -151,7 +151,7 @@ def _with_gradients(function: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _lora(x, w, a, b, dy, kept, scale) -> dict[str, np.ndarray]:
+def _lora(x, w, a, b, dy, *, kept, scale) -> dict[str, np.ndarray]:
     """Everything that is asked for, of float64 arrays; kept: the mask over 1 - rate, or 1."""
     low = scale * (x * kept) @ a
     e = scale * dy @ b.T
@@ -180,7 +180,7 @@ def _lora_matmul(shape: str) -> Iterator[tuple[str, Case]]:
 
         def expected(rate=rate, seed=seed):
             kept = np.asarray(dropout.mask(seed, (t, n), rate)) / (1 - rate) if rate else 1.0
-            return _lora(*_wide(x, w, a, b, dy), kept, SCALE)
+            return _lora(*_wide(x, w, a, b, dy), kept=kept, scale=SCALE)
 
         yield f"dropout {rate}", (_with_gradients(product), (dy, (x, a, b), w, seed), expected)
 
@@ -190,7 +190,7 @@ def _lora_matmul(shape: str) -> Iterator[tuple[str, Case]]:
         return stack[1], stack[0], stack[2]
 
     def around():
-        y = _lora(*_wide(x, w, a, b, dy), 1.0, SCALE)["y"]
+        y = _lora(*_wide(x, w, a, b, dy), kept=1.0, scale=SCALE)["y"]
         return {"y": y, "layer before": np.full_like(y, 2), "layer after": np.full_like(y, 2)}
 
     yield "written in a stack", (in_place, (x, w, a, b), around)
@@ -212,7 +212,7 @@ def _quant_lora_matmul(shape: str) -> Iterator[tuple[str, Case]]:
             import jax.numpy as jnp
 
             whole = packed.dequantize(kernel, jnp.bfloat16)  # what is multiplied is rounded
-            return _lora(*_wide(x, whole, a, b, dy), 1.0, SCALE)
+            return _lora(*_wide(x, whole, a, b, dy), kept=1.0, scale=SCALE)
 
         yield name, (_with_gradients(product), (dy, (x, a, b), kernel), expected)
 
@@ -232,7 +232,7 @@ def _multi_lora_matmul(shape: str) -> Iterator[tuple[str, Case]]:
 
     def expected():
         xs, whole, als, bs, dys = _wide(x, w, a, b, dy)
-        rows = [_lora(xs[i], whole, als[g], bs[g], dys[i], 1.0, scales[g]) for i, g in enumerate(owners)]
+        rows = [_lora(xs[i], whole, als[g], bs[g], dys[i], kept=1.0, scale=scales[g]) for i, g in enumerate(owners)]
         sums = {"da": np.zeros_like(als), "db": np.zeros_like(bs)}
         for row, g in zip(rows, owners, strict=True):
             sums["da"][g] += row["da"]

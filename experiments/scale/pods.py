@@ -83,8 +83,8 @@ def measure(of: common.Row) -> common.Row:
     """A point's bytes of a chip, FLOPs, collectives and bound, as `jaxpeft plan --mesh` gives them."""
     begun, target = time.process_time(), targets.target(of["target"])
     mesh = sharding.make_mesh(of["mesh"], targets.devices(target))
-    options = () if of["method"] == "full" else (RANK, "all-linear")
-    method = recipe.parse(of["method"], **dict(zip(("rank", "targets"), options, strict=False)))
+    options: dict[str, Any] = {} if of["method"] == "full" else {"rank": RANK, "targets": "all-linear"}
+    method = recipe.parse(of["method"], **options)
     config = geometries.load(of["geometry"])
     config |= {"max_position_embeddings": max(config["max_position_embeddings"], of["seq_len"])}
     step = planner.make_step(config, method, of["batch_size"], of["seq_len"], of["save"], of["dtype"], mesh=mesh)

@@ -30,7 +30,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from experiments.memory.common import table
 
@@ -118,7 +118,7 @@ def measure() -> list[dict[str, Any]]:
 
     found = []
     with contextlib.ExitStack() as stack:
-        workers = {}
+        workers: dict[tuple[str, str], tuple[IO[str], IO[str]]] = {}
         for name in MODELS:
             folder = str(assets.MODEL)
             if name != "embedded, 4M":
@@ -130,17 +130,18 @@ def measure() -> list[dict[str, Any]]:
             for side in SIDES:
                 worker = subprocess.Popen([*command, side], env=environment, **pipes)
                 stack.callback(worker.wait)
+                assert worker.stdin is not None and worker.stdout is not None
                 stack.callback(worker.stdin.close)
-                workers[name, side] = worker
+                workers[name, side] = worker.stdin, worker.stdout
         for rounds, length in ((ROUNDS, 0), (LONG_ROUNDS, 1)):
             for name, rows in itertools.product(MODELS, ROWS):
                 new = MODELS[name][length]
                 seen: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
                 for _, side in itertools.product(range(rounds), SIDES):
-                    worker = workers[name, side]
-                    worker.stdin.write(f"{rows} {new}\n")
-                    worker.stdin.flush()
-                    seen[side].append(json.loads(worker.stdout.readline()))
+                    into, out = workers[name, side]
+                    into.write(f"{rows} {new}\n")
+                    into.flush()
+                    seen[side].append(json.loads(out.readline()))
                 same = agreeing(*(seen[side][0]["ids"] for side in SIDES))
                 row: dict[str, Any] = {"model": name, "rows": rows, "new": new, "same_tokens": same}
                 row["cores"] = len(os.sched_getaffinity(0))

@@ -59,7 +59,7 @@ PAGE = Path(__file__).resolve().parents[2] / "docs/profile.md"
 BEGIN, END = "<!-- drawn by python -m experiments.traffic.ledger --draw -->", "<!-- end of what is drawn -->"
 TARGETS = "h200,rtx4090,v5p,v5e"
 _COMMON = {"dtype": "bfloat16", "method": "lora"}
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "7B": {"geometry": "llama2-7b", "batch_size": 16, "seq_len": 1024, "rank": 64, "save": "matmuls", "optimizer": 0},
     "8B": {"geometry": "llama3.1-8b", "batch_size": 2, "seq_len": 2048, "rank": 8, "save": "blocks", "optimizer": 1},
 }
