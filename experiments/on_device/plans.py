@@ -106,7 +106,7 @@ def compiled(step: Any, times: int = 2) -> Prepared:
 
     def measure() -> Row:
         from jaxpeft.errors import InputError
-        from jaxpeft.memory import targets
+        from jaxpeft.memory import resident
 
         state, batch = filled(step.state), filled(step.batch)
         before = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
@@ -114,7 +114,7 @@ def compiled(step: Any, times: int = 2) -> Prepared:
         for _ in range(times - 1):
             changing, _ = executable(changing, frozen, batch)
         try:
-            peak = targets.measured_peak(executable, changing, frozen, batch)
+            peak = resident.measured_peak(executable, changing, frozen, batch)
         except InputError:  # a CPU counts nothing
             peak = None
         return {"measured": peak, "compiled_here": int(here), "peak_before": before}

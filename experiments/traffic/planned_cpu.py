@@ -7,7 +7,7 @@
 
 Each row is a process of its own: `jaxpeft plan --target cpu --check`, LoRA of rank 8 on every linear map. Planned are
 the compiler's bytes of the step; measured is the most that the process has resident while a step runs, above what it
-had before, with the step's arguments added (`jaxpeft.memory.targets.measured_peak`). Data in
+had before, with the step's arguments added (`jaxpeft.memory.resident.measured_peak`). Data in
 results/traffic/planned_cpu.json, table in planned_cpu.md.
 """
 

@@ -186,7 +186,7 @@ def _measured(step: Any, device: Any) -> int:
     import jax.numpy as jnp
 
     from jaxpeft.compilation import compiled
-    from jaxpeft.memory import targets
+    from jaxpeft.memory import resident, targets
     from jaxpeft.train.step import in_place
 
     if not targets.attached(device):
@@ -202,7 +202,7 @@ def _measured(step: Any, device: Any) -> int:
     function = compiled(jitted.lower(*step.state.parted, step.batch))
     state = jax.block_until_ready(jax.tree.map(filled, step.state))
     batch = jax.block_until_ready(jax.tree.map(filled, step.batch))
-    return targets.measured_peak(function, *state.parted, batch)
+    return resident.measured_peak(function, *state.parted, batch)
 
 
 def _on_several(rows: list[dict[str, Any]], size: int) -> Any:

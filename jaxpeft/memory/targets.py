@@ -14,19 +14,17 @@ import importlib.util
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.experimental import topologies
 
 from jaxpeft import tree
 from jaxpeft.errors import InputError, first_line
 from jaxpeft.memory import slices
 from jaxpeft.memory.kinds import GPU_FRACTION, TARGETS, Kind
-from jaxpeft.memory.resident import most_resident
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,24 +209,3 @@ def _environment(values: Mapping[str, str], replace: str | None = None) -> Itera
 def attached(target: Target) -> bool:
     """Whether the target is what JAX has attached here: such devices, and at least as many."""
     return jax.devices()[0].device_kind in TARGETS[target.kind].names and jax.device_count() >= target.chips
-
-
-def measured_peak(function: Callable[..., Any], *args: Any) -> int:
-    """Bytes in use at the peak, on the attached device, after `function(*args)` has run.
-
-    An accelerator's allocator counts from the start of the process: measure in a fresh one, whose arguments are what
-    the plan has. A CPU's memory is the process's, of which Linux says the most that was resident: what `function`,
-    compiled (`jax.stages.Compiled`), adds to its arguments while it runs.
-
-    Raises:
-      InputError: if neither keeps such statistics.
-    """
-    device = jax.devices()[0]
-    if device.platform == "cpu":
-        jax.block_until_ready(function(*jax.tree.map(jnp.copy, args)))  # the code comes into memory, too, once
-        return sum(x.nbytes for x in jax.tree.leaves(args)) + most_resident(lambda: function(*args))
-    jax.block_until_ready(function(*args))
-    statistics = device.memory_stats()
-    if not statistics or "peak_bytes_in_use" not in statistics:
-        raise InputError(f"no memory statistics on {device.platform}: measure on an attached GPU or TPU")
-    return int(statistics["peak_bytes_in_use"])

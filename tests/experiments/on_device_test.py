@@ -191,11 +191,11 @@ for name in ("grain", "tyro", "tensorboardX", "matplotlib", "transformers"):
 import jax, optax
 import jaxpeft as jp
 from experiments.on_device import fits, layers, plans, right, steps
-from jaxpeft.memory import planner, targets
+from jaxpeft.memory import planner, resident, targets
 from pallas_kernels import attention, lora_matmul, multi_lora_matmul, quant_lora_matmul, tune
 step = plans.step_of({"geometry": "toy", "rows": 1, "length": 8, "method": "lora", "save": "matmuls"})
 jax.make_jaxpr(step.function)(step.state, step.batch)
-assert callable(targets.measured_peak) and plans.target_of("NVIDIA H100 80GB HBM3").name == "h100"
+assert callable(resident.measured_peak) and plans.target_of("NVIDIA H100 80GB HBM3").name == "h100"
 """
 
 

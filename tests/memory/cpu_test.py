@@ -7,13 +7,11 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 import jaxpeft as jp
 from jaxpeft import compilation
-from jaxpeft.errors import InputError
-from jaxpeft.memory import planner, resident, targets
+from jaxpeft.memory import planner, targets
 from tests import tiny, virtual
 
 pytestmark = pytest.mark.usefixtures("optimised")
@@ -76,16 +74,3 @@ def test_a_step_takes_what_was_planned(dtype):
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout)["rows"]
     assert row["measured_bytes"] == pytest.approx(row["bytes"]["total"], rel=0.1)
-
-
-def test_the_most_that_is_resident_is_of_the_call():
-    """Not what was there before it, nor what it has given back at the end."""
-    size = 64 * 2**20
-    there = np.ones(size, np.uint8)
-    assert resident.most_resident(lambda: np.ones(size, np.uint8).sum() + there[0]) == pytest.approx(size, rel=0.05)
-
-
-def test_a_system_that_does_not_count_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(resident, "_PROCESS", tmp_path / "absent")
-    with pytest.raises(InputError, match="no memory statistics on this cpu: .*; measure on Linux, a GPU or a TPU"):
-        targets.measured_peak(jnp.sin, jnp.ones(8))

@@ -181,12 +181,3 @@ def test_the_attached_device_is_recognised(monkeypatch):
     monkeypatch.setattr(jax, "devices", lambda: [types.SimpleNamespace(device_kind="TPU v5 lite")])
     monkeypatch.setattr(jax, "device_count", lambda: 4)
     assert targets.attached(targets.target("v5e:2x2")) and not targets.attached(targets.target("v5e:4x4"))
-
-
-def test_the_measured_peak(monkeypatch):
-    device = types.SimpleNamespace(platform="gpu", memory_stats=lambda: {"peak_bytes_in_use": 12345})
-    monkeypatch.setattr(jax, "devices", lambda: [device])
-    assert targets.measured_peak(lambda: 1) == 12345
-    device.memory_stats = lambda: None
-    with pytest.raises(InputError, match="no memory statistics on gpu"):
-        targets.measured_peak(lambda: 1)
