@@ -4,13 +4,11 @@
     python -m experiments.memory.does_lora_reduce_memory --draw    # picture and table from the data
 
 Train steps of llama3.1-8b with one row, compiled for an H200, under three plans: everything (plain autodiff), matmuls
-(no matrix product is computed twice), blocks (layers are run again). LoRA and LoRA-FA have rank 16 on all linear maps.
-Prompt tuning is not in the library yet; LoRA of rank 1 on v_proj alone, 160 thousand parameters, stands in for an
-adapter of a prompt's size. Figures are in results/memory/does_lora_reduce_memory.json, all totals in the .md, the
-picture in the .png. Totals beyond the device's 141 GiB are what the step would need.
-
-Plain autodiff here is that of the written-out formulas of RMSNorm and SwiGLU. They have derivatives of their own since,
-with which `everything` keeps about a third less (residuals_7b.py has the 7B step); the other plans' figures stand.
+(no matrix product is computed twice), blocks (layers are run again). LoRA and LoRA-FA have rank 16 on all linear maps;
+prompt tuning has 20 tokens, 82 thousand parameters. Figures are in results/memory/does_lora_reduce_memory.json, all
+totals in the .md, the picture in the .png. Totals beyond the device's 141 GiB are what the step would need. Plain
+autodiff is that of the library's operations: RMSNorm and SwiGLU keep their inputs alone, where autodiff of their
+written-out formulas keeps more.
 
 - Yes, in what belongs to parameters: weights, adapters, gradients and Adam's state take 119.7 GiB with full
   fine-tuning, 15.6 with LoRA, 15.4 with LoRA-FA, 15.0 with the prompt-sized adapter, and 15.0 are the base.
@@ -39,13 +37,13 @@ from jaxpeft.method import Method
 from jaxpeft.train.memory import CATEGORIES
 
 NAME = "does_lora_reduce_memory"
-GEOMETRY, BATCH, RANK, TARGET = "llama3.1-8b", 1, 16, "h200"
+GEOMETRY, BATCH, RANK, PROMPT, TARGET = "llama3.1-8b", 1, 16, 20, "h200"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 METHODS = {
     "full": "full fine-tuning",
     "lora": f"LoRA, rank {RANK}, all linear maps",
     "lora_fa": f"LoRA-FA, rank {RANK}, all linear maps",
-    "tiny": "prompt-sized: LoRA, rank 1, v_proj",
+    "prompt": f"prompt tuning, {PROMPT} tokens",
     "meft": "MEFT, exact, factor 1/8",
     "lst": "LST, reduction 8",
 }
@@ -61,6 +59,8 @@ PLANS = {
 def method_of(key: common.Row) -> Method:
     if key["method"] in ("full", *OWN):
         return getattr(jp, key["method"])()
+    if key["method"] == "prompt":
+        return jp.prompt(length=PROMPT)
     make = jp.lora_fa if key["method"] == "lora_fa" else jp.lora
     return make(rank=key["rank"], targets=key["targets"])
 
@@ -75,8 +75,7 @@ def collect(figures: common.Figures) -> dict[tuple[str, str, int], common.Row]:
         "full": {"rank": None, "targets": None},
         "lora": {"rank": RANK, "targets": "all-linear"},
         "lora_fa": {"rank": RANK, "targets": "all-linear"},
-        "tiny": {"rank": 1, "targets": "v_proj"},
-        **{method: {"rank": None, "targets": None} for method in OWN},
+        **{method: {"rank": None, "targets": None} for method in ("prompt", *OWN)},
     }
     fixed = {"geometry": GEOMETRY, "batch_size": BATCH, "dtype": "bfloat16", "target": TARGET}
     return {
@@ -148,17 +147,17 @@ def verdicts(found: dict[tuple[str, str, int], common.Row]) -> list[str]:
     full, lora = (of("total", "everything", m, 16384) for m in ("full", "lora"))
     text = f"""
 Yes, in what belongs to parameters: weights, adapters, gradients and Adam's state take {states["full"]:.1f} GiB with
-full fine-tuning, {states["lora"]:.1f} with LoRA, {states["lora_fa"]:.1f} with LoRA-FA, {states["tiny"]:.1f} with the
-prompt-sized adapter, and {of("weights", "blocks", "lora", 16384):.1f} are the base.
+full fine-tuning, {states["lora"]:.1f} with LoRA, {states["lora_fa"]:.1f} with LoRA-FA, {states["prompt"]:.1f} with a
+prompt, and {of("weights", "blocks", "lora", 16384):.1f} are the base.
 
 Little, in what belongs to tokens. Under plain autodiff 16k tokens keep {kept["everything", "full"]:.1f} GiB of
 activations with full fine-tuning ({copies:.1f} of them copies of the weights in bfloat16),
 {kept["everything", "lora"]:.1f} with LoRA, {kept["everything", "lora_fa"]:.1f} with LoRA-FA and
-{kept["everything", "tiny"]:.1f} with an adapter of 160 thousand parameters: the backward pass goes through every layer
+{kept["everything", "prompt"]:.1f} with 82 thousand parameters of a prompt: the backward pass goes through every layer
 whatever is trained. The whole step shrinks from {full:.0f} to {lora:.0f} GiB.
 
 That part is the plan's: matmuls keeps {kept["matmuls", "full"]:.1f}, {kept["matmuls", "lora"]:.1f},
-{kept["matmuls", "lora_fa"]:.1f} and {kept["matmuls", "tiny"]:.1f} GiB, blocks {kept["blocks", "lora"]:.1f} with every
+{kept["matmuls", "lora_fa"]:.1f} and {kept["matmuls", "prompt"]:.1f} GiB, blocks {kept["blocks", "lora"]:.1f} with every
 method; LoRA's step is then {of("total", "matmuls", "lora", 16384):.0f} and
 {of("total", "blocks", "lora", 16384):.0f} GiB.
 
