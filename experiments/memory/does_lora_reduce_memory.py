@@ -11,14 +11,14 @@ autodiff is that of the library's operations: RMSNorm and SwiGLU keep their inpu
 written-out formulas keeps more.
 
 - Yes, in what belongs to parameters: weights, adapters, gradients and Adam's state take 119.7 GiB with full
-  fine-tuning, 15.6 with LoRA, 15.4 with LoRA-FA, 15.0 with the prompt-sized adapter, and 15.0 are the base.
-- Little, in what belongs to tokens. Under plain autodiff 16k tokens keep 143.2 GiB of activations with full
-  fine-tuning (13.0 of them copies of the weights in bfloat16), 122.4 with LoRA, 96.4 with LoRA-FA and 100.2 with an
-  adapter of 160 thousand parameters: the backward pass goes through every layer whatever is trained. The whole step
-  shrinks from 263 to 140 GiB.
+  fine-tuning, 15.6 with LoRA, 15.4 with LoRA-FA, 15.0 with a prompt, and 15.0 are the base.
+- Little, in what belongs to tokens. Under plain autodiff 16k tokens keep 85.1 GiB of activations with full
+  fine-tuning (13.0 of them copies of the weights in bfloat16), 72.4 with LoRA, 46.4 with LoRA-FA and 46.3 with 82
+  thousand parameters of a prompt: the backward pass goes through every layer whatever is trained. The whole step
+  shrinks from 205 to 90 GiB.
 - That part is the plan's: matmuls keeps 46.1, 46.2, 46.2 and 46.1 GiB, blocks 4.0 with every method; LoRA's step is
-  then 65 and 23 GiB.
-- A reversible model and a network beside the backbone need no plan: MEFT keeps 1.2 GiB and LST 4.8; their steps take
+  then 64 and 22 GiB.
+- A reversible model and a network beside the backbone need no plan: MEFT keeps 1.2 GiB and LST 4.9; their steps take
   20 and 23 GiB.
 """
 
