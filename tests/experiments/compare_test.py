@@ -125,6 +125,20 @@ def test_a_rate_is_searched_from_the_method_s_default():
     assert asked[0] == 3e-4 and 3e-3 in asked  # of full fine-tuning less, which learns nothing at an adapter's rate
 
 
+def test_a_search_that_stays_at_chance_begins_elsewhere_too():
+    """DoRA's rate lies beside a dent in a plateau, the valley at 0.01; full fine-tuning begins at its own alone."""
+    losses = {2e-4: 1.09, 3e-3: 1.05, 1e-2: 0.9}
+
+    def figures(task, method, lr, seed):
+        return run(lr, seed, losses.get(lr, 1.1), task, method)
+
+    assert contract.about("dora").defaults.lr == 2e-4
+    assert quality.tune(figures, "mnli", "dora") == 1e-2
+    assert quality.tune(figures, "mnli", "full") == 3e-4
+    losses = {2e-4: 1.0, 3e-3: 1.05, 1e-2: float("nan")}
+    assert quality.tune(figures, "mnli", "dora") == 2e-4
+
+
 def test_a_rate_that_is_worse_than_one_before_it_is_not_tested(monkeypatch):
     """Other seeds than that which tunes are; what was the best so far is, and what is as good."""
 
