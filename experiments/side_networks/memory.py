@@ -9,21 +9,17 @@ bert-base with its batch of 100 x 128 is what comes nearest here. Networks besid
 again in the backward pass, so what is kept is the backbone's stream, d per token and layer: as much as `blocks` keeps,
 which runs every layer again. Figures are in results/memory/side_networks.json, steps by owner in the .md.
 
-Plain autodiff here is that of the written-out formulas of RMSNorm and SwiGLU (llama2-7b). They have derivatives of
-their own since, with which `everything` keeps about a third less (experiments/memory/residuals_7b.py has the 7B step);
-the other plans' figures stand.
-
-- h200, roberta-large, 32 x 512: activations of full fine-tuning 23.97, 8.27 and 0.75 GiB under everything, matmuls
-  and blocks, of LoRA 20.37, 8.34 and 0.75; of lst 0.89, unipt 0.75 and sherl 0.78.
-- h200, llama2-7b, 16 x 1024: activations of full fine-tuning 128.77, 45.56 and 4.00 GiB under everything, matmuls and
-  blocks, of LoRA 108.89, 45.67 and 4.00; of lst 4.82, unipt 4.13 and sherl 4.26.
+- h200, roberta-large, 32 x 512: activations of full fine-tuning 23.97, 8.23 and 0.75 GiB under everything, matmuls
+  and blocks, of LoRA 20.35, 8.34 and 0.75; of lst 0.89, unipt 0.75 and sherl 0.78.
+- h200, llama2-7b, 16 x 1024: activations of full fine-tuning 80.64, 45.56 and 4.00 GiB under everything, matmuls and
+  blocks, of LoRA 68.68, 45.67 and 4.00; of lst 4.92, unipt 4.25 and sherl 4.38.
 - h200, bert-base, 100 x 128: activations of full fine-tuning 7.05, 2.42 and 0.22 GiB under everything, matmuls and
-  blocks, of LoRA 5.98, 2.45 and 0.22; of lst 0.28, unipt 0.22 and sherl 0.24.
+  blocks, of LoRA 5.97, 2.45 and 0.22; of lst 0.27, unipt 0.22 and sherl 0.24.
 - h200, vit-l-16, 128 x 197: activations of full fine-tuning 36.43, 11.58 and 1.15 GiB under everything, matmuls and
-  blocks, of LoRA 31.34, 11.69 and 1.15; of lst 1.37, unipt 1.16, sherl 1.21 and vqt 2.68.
-- h200, the whole step under plain autodiff: LST is 94, 91, 93 and 94 % below full fine-tuning (claimed: 69 % on
-  T5-base) and 91, 83, 90 and 93 % below LoRA on roberta-large, llama2-7b, bert-base and vit-l-16.
-- h200, against recomputation: LoRA under blocks takes 0.91, 0.87, 0.87 and 0.85 times the memory of LST and 2.8, 2.5,
+  blocks, of LoRA 31.32, 11.69 and 1.15; of lst 1.36, unipt 1.16, sherl 1.21 and vqt 2.68.
+- h200, the whole step under plain autodiff: LST is 94, 89, 93 and 94 % below full fine-tuning (claimed: 69 % on
+  T5-base) and 91, 76, 90 and 93 % below LoRA on roberta-large, llama2-7b, bert-base and vit-l-16.
+- h200, against recomputation: LoRA under blocks takes 0.89, 0.86, 0.85 and 0.83 times the memory of LST and 2.8, 2.5,
   2.8 and 2.5 times its products.
 
 What a network beside the backbone saves over recomputation is therefore work, not memory: no layer is run again, and
