@@ -36,9 +36,12 @@ def test_figures_add_up(rows):
 
 
 def test_side_networks_keep_what_the_equations_say(rows):
-    """llama2-7b, 16 x 1024 tokens: d per token and layer, LST with d / 8 more; beside the layers a few arrays of d."""
+    """llama2-7b, 16 x 1024 tokens: d per token and layer, LST with d / 8 more; beside the layers a few arrays of d.
+
+    The loss's gradient of the stream, which is taken with the loss, in float32, is two of them; the last stream is one.
+    """
     array = 2 * 16 * 1024 * 4096
     for row in rows:
         if row["geometry"] == "llama2-7b" and row["method"] in memory.BESIDE:
             layers = 32 * array * {"lst": 9 / 8, "unipt": 1, "sherl": 1}[row["method"]]
-            assert layers <= row["kept"] <= layers + 3 * array, row["method"]
+            assert layers <= row["kept"] <= layers + 4 * array, row["method"]
