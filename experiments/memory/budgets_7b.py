@@ -7,8 +7,8 @@ The train step of LoRA, rank 64 on all linear maps, Llama-2-7B, batch 16 x 1024,
 Adam's state, for budgets of arguments and temporaries together; activations are saved or recomputed, none is compressed
 or offloaded. Data in results/memory/budgets_7b.json, the plans in budgets_7b.md.
 
-- h200: 7 of 7 budgets are reached and every plan fits; 92% or more is used where more would help; extra FLOPs fall
-  with the budget, from 38.0% at 22 GiB to 0.9% at 70 GiB.
+- h200: 7 of 7 budgets are reached and every plan fits; 90% or more is used where more would help; extra FLOPs fall
+  with the budget, from 37.4% at 22 GiB to 0.0% at 70 GiB.
 """
 
 from __future__ import annotations
