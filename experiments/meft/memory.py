@@ -7,15 +7,15 @@ Nearly all of the activations, at the price of computing each layer once more. A
 
                                      bert-base   roberta-large   opt-1.3b   llama2-7b
     rows x tokens                     32 x 512        32 x 512   32 x 512   16 x 1024
-    full fine-tuning                      9.21           24.20      34.95      130.45
-    full, no product computed again       3.16            8.29      15.56       46.49
-    LoRA, layers computed again           0.41            0.93       1.83        4.72
-    MEFT1, published                      0.23            0.31       0.71        1.54
-    MEFT1, exact, lam = 1/8               0.28            0.49       0.99        2.41
+    full fine-tuning                      9.21           24.20      34.88       81.82
+    full, no product computed again       3.13            8.23      15.30       45.68
+    LoRA, layers computed again           0.39            0.89       1.73        4.46
+    MEFT1, published                      0.23            0.31       0.65        1.55
+    MEFT1, exact, lam = 1/8               0.31            0.49       0.93        2.28
 
-Exact MEFT1 needs 2.0 % (roberta-large) and 2.8 % (opt-1.3b) of what plain autodiff needs for full fine-tuning, 5.9 and
-6.4 % of what it needs where only matrix products are kept. About 33 % of its FLOPs are the layers' second evaluation,
-as with LoRA under blocks, which needs twice as much; evaluated twice, 44 to 49 %.
+Exact MEFT1 needs 2.0 % (roberta-large) and 2.7 % (opt-1.3b) of what plain autodiff needs for full fine-tuning, 5.9 and
+6.1 % of what it needs where only matrix products are kept. About 32 % of its FLOPs are the layers' second evaluation
+(LoRA under blocks, which needs nearly twice as much: 23 to 32 %); evaluated twice, 43 to 49 %.
 
 Train steps as `jaxpeft train` runs them (bfloat16, Adam, what trains in float32), compiled for the target. Activations:
 what the backward pass keeps of the forward pass; extra: all temporaries without the gradients, so with what a layer
