@@ -6,34 +6,33 @@
 Train steps of Llama-2-7B and 13B, compiled for an H200: bfloat16 base and computation, float32 adapters (LoRA-FA's
 frozen A too) and Adam's state, one micro-batch, no padding, cuDNN attention, chunked loss. The paper measured PyTorch.
 Figures are in results/memory/lora_fa_tables.json, with the paper's beside ours in lora_fa_tables.md, activations in
-lora_fa_tables.png. GiB; 7B, 16 x 1024 tokens, rank 64 where nothing else is said:
+lora_fa_tables.png. Plain autodiff is that of the library's operations: RMSNorm and SwiGLU keep their inputs alone,
+where autodiff of their written-out formulas keeps more. GiB; 7B, 16 x 1024 tokens, rank 64 where nothing else is said:
 
-Plain autodiff here is that of the written-out formulas of RMSNorm and SwiGLU. They have derivatives of their own since,
-with which `everything` keeps about a third less (residuals_7b.py has the 7B step); the other plans' figures stand.
-
-- LoRA-FA keeps less than LoRA: yes, if autodiff keeps what it likes: 109.44 against 86.69 GiB of activations, 22.75
-  less (paper: 55.6, 42.3, 13.3). Per token and layer that is 46,672 bytes, e(2d + f) being 38,400.
-- The saving is the plan's, not the method's. Under matmuls LoRA keeps 46.0 GiB and LoRA-FA 46.0, 128 bytes per token
-  and layer apart; what is left between the totals (61.6, 60.7) are A's gradients and Adam's state.
-- Rank matters little: from 1 to 128 LoRA (attention) grows by 2.6 GiB and LoRA-FA by 4.7 under everything, 2.5 and
-  4.0 under matmuls (paper: 1.5, 2.2).
-- Attention alone: 109.4 instead of 126.5 GiB under everything, 17.1 less (paper: 10.9); 59.9 instead of 61.6 under
+- LoRA-FA keeps less than LoRA: yes, if autodiff keeps what it likes: 69.01 against 46.26 GiB of activations, 22.75
+  less (paper: 55.6, 42.3, 13.3). Per token and layer that is 46,608 bytes, e(2d + f) being 38,400.
+- The saving is a plan's as well: under matmuls LoRA keeps 46.0 GiB and LoRA-FA 46.0, 0 bytes per token and layer
+  apart, as what A reads is computed again, without a matrix product. What is left between the totals (61.4, 60.5) are
+  A's gradients and Adam's state.
+- Rank matters little: from 1 to 128 LoRA (attention) grows by 2.0 GiB and LoRA-FA by 4.0 under everything, 2.2 and
+  3.8 under matmuls (paper: 1.5, 2.2).
+- Attention alone: 68.8 instead of 85.6 GiB under everything, 16.9 less (paper: 10.9); 59.7 instead of 61.4 under
   matmuls, 1.7 less.
-- Modules: leaving out down saves 11.5 GiB under everything, most of what any single one does, because nothing else
-  reads its input (paper: 6.0); leaving out q, whose input k and v read too, 0.5 (paper: 2.4). Under matmuls it is 0.6
+- Modules: leaving out down saves 11.4 GiB under everything, most of what any single one does, because nothing else
+  reads its input (paper: 6.0); leaving out q, whose input k and v read too, 0.3 (paper: 2.4). Under matmuls it is 0.6
   and 0.3, what belongs to the adapters.
-- A tenth of the layers: 24.1 GiB less under everything if they are the first (paper, which does not say which: 15.8),
-  2.7 less under matmuls. If they are the last, nothing below them is kept, and 25.7 and 17.8 GiB are left in all:
+- A tenth of the layers: 23.5 GiB less under everything if they are the first (paper, which does not say which: 15.8),
+  2.3 less under matmuls. If they are the last, nothing below them is kept, and 21.2 and 17.5 GiB are left in all:
   which layers matters more than how many.
-- 16 x 2048 tokens in 75.3 and 62.5 GB: not with full rows. With no matrix product computed twice LoRA-FA needs 107.0
-  GiB there, with plain autodiff 191.3. Even its 42.3 GiB of activations are less than 16 x 1024 full rows keep: 12d +
+- 16 x 2048 tokens in 75.3 and 62.5 GB: not with full rows. With no matrix product computed twice LoRA-FA needs 106.6
+  GiB there, with plain autodiff 110.0. Even its 42.3 GiB of activations are less than 16 x 1024 full rows keep: 12d +
   4f bytes per token and layer are 45.5. The paper's activations are those of 12,146 and 12,321 tokens if PyTorch
-  keeps 8d + 4f and 6d + 3f elements of each, and of 8,324 and 7,995 if it keeps what JAX does.
-- 13B: two rows are as in the paper: with 1024 and 2048 tokens LoRA needs 50.2 and 71.8 GiB under everything, LoRA-FA
-  44.4 and 61.6 (paper: 50, 71; 45, 62). 8 x 2048 tokens, in 77.1 and 63.9 GB, are not: 201.9 and 165.1. Under matmuls
-  two rows need 37.5 and 46.6 GiB with LoRA, 36.2 and 45.2 with LoRA-FA.
+  keeps 8d + 4f and 6d + 3f elements of each, and of 13,200 and 14,981 if it keeps what JAX does.
+- 13B: two rows need less than in the paper: with 1024 and 2048 tokens LoRA takes 41.7 and 55.5 GiB under everything,
+  LoRA-FA 36.0 and 45.3 (paper: 50, 71; 45, 62). 8 x 2048 tokens, in 77.1 and 63.9 GB, need more: 137.9 and 101.0.
+  Under matmuls two rows need 37.3 and 46.4 GiB with LoRA, 36.0 and 45.0 with LoRA-FA.
 - Twice the batch in 24 GB, from 2 rows to 4: not by LoRA-FA, at 1024 full tokens. 2 rows of LoRA and 4 of LoRA-FA
-  need 29.1 and 36.5 GiB under everything, 21.1 and 26.0 under matmuls (for the H200).
+  need 23.8 and 26.1 GiB under everything, 21.0 and 25.9 under matmuls (for the H200).
 
 e(2d + f) counts what only A's gradient reads; the 8,192 bytes beyond it are attention's output, which plain autodiff
 keeps a second time as the input of o_proj (leaving out o saves 4 GiB).
@@ -130,9 +129,11 @@ Adam's state, one micro-batch, no padding, cuDNN attention, chunked loss. FA: Lo
 
 def document(of: Sizes) -> str:
     """The tables, below what was found."""
-    head = HEAD.format(target=of.target, jax=", ".join(sorted({row["jax"] for row in of.figures.rows})))
-    parts = [f"## {title}\n\n{draw(of)}" for title, draw in TABLES.items()]
-    return "\n".join([head, common.bullets(verdicts(of)), *parts])
+    parts = [common.bullets(verdicts(of)), *(f"## {title}\n\n{draw(of)}" for title, draw in TABLES.items())]
+    head = HEAD.format(
+        target=of.target, jax=", ".join(sorted({row["jax"] for row in of.figures.rows}))
+    )  # all are there
+    return "\n".join([head, *parts])
 
 
 if __name__ == "__main__":
