@@ -10,20 +10,19 @@ product is kept in place of the stream after attention, which is its sum with th
 results/memory/residuals_7b.json, by plan and by name in residuals_7b.md.
 
 - 31 of 32 plans need at most the temporaries that were asked for. Not v5p, lora, compressed12.
-- h200, LoRA: 46.69 GiB under matmuls, everything 70.9. Of 94,208 bytes kept per token and layer 93,184 are the floor,
-  896 the low-rank products, 128 attention's log-sum-exp; the rest is 0.69 GiB in all (0.46 to 0.95 under the 8
-  plans). 32 more layers under blocks cost 4.00 GiB, their inputs being 4.00.
-- v5p, LoRA: 46.53 GiB under matmuls, everything 71.4. Of 94,208 bytes kept per token and layer 93,184 are the floor,
-  896 the low-rank products, 128 attention's log-sum-exp; the rest is 0.53 GiB in all (0.53 to 0.79 under the 8
-  plans). 32 more layers under blocks cost 4.00 GiB, their inputs being 4.00.
+- h200, LoRA: 46.45 GiB under matmuls, everything 70.7. Of 94,208 bytes kept per token and layer 93,184 are the floor,
+  896 the low-rank products, 128 attention's log-sum-exp; the rest is 0.45 GiB in all (0.45 to 0.48 under the 8
+  plans). 32 more layers under blocks cost 4.04 GiB, their inputs being 4.00.
+- v5p, LoRA: 46.56 GiB under matmuls, everything 71.4. Of 94,208 bytes kept per token and layer 93,184 are the floor,
+  896 the low-rank products, 128 attention's log-sum-exp; the rest is 0.56 GiB in all (0.53 to 0.90 under the 8
+  plans). 32 more layers under blocks cost 3.95 GiB, their inputs being 4.00.
 
 What stands in the way of the floor, which is exceeded by 1.1 % in what is kept: low-rank products and log-sum-exps
 could be computed again, the former from the layer's input at the price of the low-rank maps' products, the latter with
-attention. The rest does not grow with depth: the gradient of the stream (128 MiB), what one layer computes for 2048
-tokens (tokens=... in a plan sets how many), and on the H200 the current layer's kernels, which XLA copies out of their
-stacks (86 MiB for each of the MLP's); residuals_7b.md lists the largest. Below the floor there is only what compresses,
-offloads or recomputes products. `compressed` and `compressed4` compute attention again by themselves, from
-the rounded q, k, v.
+attention. The rest hardly grows with depth: the gradient of the stream (128 MiB) and what one layer computes for 2048
+tokens (43 MiB an array of the MLP's; tokens=... in a plan sets how many); residuals_7b.md lists the largest. Below the
+floor there is only what compresses, offloads or recomputes products. `compressed` and `compressed4` compute attention
+again by themselves, from the rounded q, k, v.
 """
 
 from __future__ import annotations
