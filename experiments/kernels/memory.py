@@ -3,9 +3,9 @@
     python -m experiments.kernels.memory                      # compiles what the data lacks
     python -m experiments.kernels.memory --draw               # table from the data
 
-They don't. The temporaries of the 7B reference step are 46.57 GiB with the kernels and 46.69 in plain JAX on an H200,
-46.69 and 46.72 on a v5p; with NF4 kernels (3.90 GiB of arguments instead of 12.85), where plain JAX, and on a GPU both,
-unpack a layer's kernel at a time, 46.58 and 46.61, 46.68 and 46.98.
+They don't. The temporaries of the 7B reference step are 46.45 GiB with the kernels and 46.49 in plain JAX on an H200,
+46.56 and 46.60 on a v5p; with NF4 kernels (3.90 GiB of arguments instead of 12.85), where plain JAX, and on a GPU both,
+unpack a layer's kernel at a time, 46.46 and 46.49, 46.57 and 46.78.
 
 The reference step: Llama-2-7B's geometry, 16 x 1024 tokens, bfloat16, value and gradient of the chunked loss with
 respect to adapters of rank 64 on all linear maps, plan `matmuls`, compiled by JAX's ahead-of-time compilers for an H200
