@@ -9,10 +9,10 @@ Adam's state, under the plans `matmuls`, `blocks` and `offload`, by JAX 0.10 and
 results/memory/remat_forms.json, table in remat_forms.md.
 
 - Both forms keep the same bytes and compute the same products.
-- h200: the policy's temporaries are larger by 1.8 to 2.4 GiB.
+- h200: the policy's temporaries are larger by 1.9 to 2.4 GiB.
 - v5p: the policy's temporaries are larger by 2.6 to 3.3 GiB.
 - Under JAX_REMAT3 the peaks are those without it, to 0.1 MiB.
-- The policy's compilation takes 0.8 to 1.1 times the loops' CPU seconds.
+- The policy's compilation takes 0.7 to 1.1 times the loops' CPU seconds.
 
 The loops take 2048 tokens at a time through a layer, the policy all 16384: what one layer computes, beside what is
 kept, is that much larger. FLOPs are those of the trace, without what a compiler leaves out or computes again by itself.
