@@ -48,7 +48,7 @@ def test_only_figures_of_the_jax_that_runs_are_drawn() -> None:
 def figures(tmp_path, monkeypatch):
     """Writes the rows of an experiment whose step has 100 bytes, 20 of them in a list."""
     monkeypatch.setattr(common, "RESULTS", tmp_path / "memory")
-    made = {"bytes": {"total": 100, "layers": [10, 10]}, "fits": True, "seconds": 3.0}
+    made = {"bytes": {"total": 100, "layers": [10, 10]}, "fits": True, "seconds": 3.0, "cpu_seconds": 2.0}
     monkeypatch.setattr(importlib.import_module("experiments.memory.methods_1b"), "measure", lambda key: made)
 
     def write(**changed) -> None:
@@ -60,7 +60,7 @@ def figures(tmp_path, monkeypatch):
 
 
 def test_the_same_figure_is_the_same(figures, capsys) -> None:
-    figures(bytes={"total": 100.4, "layers": [10, 10]})  # half a percent
+    figures(bytes={"total": 100.4, "layers": [10, 10]}, cpu_seconds=9.0)  # half a percent
     assert again.again("memory/methods_1b", 1, 0)
     assert capsys.readouterr().out.startswith("memory/methods_1b: the same: method lora: ")
 
