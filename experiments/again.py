@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import random
 import sys
 import time
@@ -55,23 +56,31 @@ TOLERANCE = 0.005
 TIMES = ("seconds", "cpu_seconds", "compiles")  # what a figure took, no part of it
 
 
-def numbers(found: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """(path, number) of every number in dictionaries and lists, `TIMES` left out."""
+def leaves(found: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, leaf) of every number, text or None in dictionaries and lists, `TIMES` left out."""
     if isinstance(found, dict | list | tuple):
         inside = found.items() if isinstance(found, dict) else enumerate(found)
         for name, value in inside:
             if name not in TIMES:
-                yield from numbers(value, f"{path}.{name}" if path else str(name))
-    elif isinstance(found, int | float):
+                yield from leaves(value, f"{path}.{name}" if path else str(name))
+    else:
         yield path, found
 
 
+def alike(a: Any, b: Any) -> bool:
+    """Numbers to `TOLERANCE`; what is no number, a plan that was chosen or why a step is refused, as it is."""
+    if isinstance(a, int | float) and isinstance(b, int | float):
+        return abs(b - a) <= TOLERANCE * abs(a) or (math.isnan(a) and math.isnan(b))
+    return a == b
+
+
 def differences(committed: common.Row, anew: common.Row) -> list[str]:
-    """A line for each number of `anew` that the committed row lacks or has otherwise."""
-    before, now = dict(numbers(committed)), dict(numbers(anew))
+    """A line for each leaf of `anew` that the committed row lacks or has otherwise, and for each that it had there."""
+    before, now = (dict(leaves({name: row[name] for name in anew if name in row})) for row in (committed, anew))
     lines = [f"{path} is {x}, no figure before" for path, x in now.items() if path not in before]
+    lines += [f"{path} was {x}, no figure now" for path, x in before.items() if path not in now]
     both = ((path, before[path], x) for path, x in now.items() if path in before)
-    return lines + [f"{path}: {a} -> {x}" for path, a, x in both if abs(x - a) > TOLERANCE * abs(a)]
+    return lines + [f"{path}: {a} -> {x}" for path, a, x in both if not alike(a, x)]
 
 
 def drawn(rows: Sequence[common.Row], count: int, seed: int) -> list[common.Row]:
@@ -83,7 +92,10 @@ def drawn(rows: Sequence[common.Row], count: int, seed: int) -> list[common.Row]
 def again(name: str, count: int, seed: int) -> bool:
     """Measures so many figures of an experiment anew, says of each what became of it, and whether all are the same."""
     measure, same = importlib.import_module(f"experiments.{MEASURED[name]}").measure, True
-    for row in drawn(common.load(name, common.RESULTS.parent), count, seed):
+    rows = drawn(common.load(name, common.RESULTS.parent), count, seed)
+    if not rows:
+        print(f"{name}: none measured: no figure of JAX {jax.__version__}, which runs this", flush=True)
+    for row in rows:
         began = time.monotonic()
         anew = json.loads(json.dumps(measure(dict(row))))
         words = ", ".join(f"{key} {x}" for key, x in row.items() if key not in (*anew, "jax") and x not in (None, []))

@@ -48,7 +48,13 @@ def test_only_figures_of_the_jax_that_runs_are_drawn() -> None:
 def figures(tmp_path, monkeypatch):
     """Writes the rows of an experiment whose step has 100 bytes, 20 of them in a list."""
     monkeypatch.setattr(common, "RESULTS", tmp_path / "memory")
-    made = {"bytes": {"total": 100, "layers": [10, 10]}, "fits": True, "seconds": 3.0, "cpu_seconds": 2.0}
+    made = {
+        "bytes": {"total": 100, "layers": [10, 10]},
+        "save": "matmuls",
+        "fits": True,
+        "seconds": 3.0,
+        "cpu_seconds": 2.0,
+    }
     monkeypatch.setattr(importlib.import_module("experiments.memory.methods_1b"), "measure", lambda key: made)
 
     def write(**changed) -> None:
@@ -71,7 +77,9 @@ def test_the_same_figure_is_the_same(figures, capsys) -> None:
         ({"bytes": {"total": 101, "layers": [10, 10]}}, "bytes.total: 101 -> 100"),
         ({"bytes": {"total": 100, "layers": [10, 0]}}, "bytes.layers.1: 0 -> 10"),
         ({"bytes": {"total": 100, "layers": [10]}}, "bytes.layers.1 is 10, no figure before"),
+        ({"bytes": {"total": 100, "layers": [10, 10, 10]}}, "bytes.layers.2 was 10, no figure now"),
         ({"fits": False}, "fits: False -> True"),
+        ({"save": "blocks"}, "save: blocks -> matmuls"),
     ],
 )
 def test_what_differs_is_named(figures, capsys, changed, line) -> None:
@@ -79,6 +87,20 @@ def test_what_differs_is_named(figures, capsys, changed, line) -> None:
     assert not again.again("memory/methods_1b", 1, 0)
     head, said = capsys.readouterr().out.splitlines()
     assert head.startswith("memory/methods_1b: differs: method lora: ") and said == f"  {line}"
+
+
+def test_a_step_that_is_refused_by_now_differs(figures, monkeypatch, capsys) -> None:
+    figures()
+    module = importlib.import_module("experiments.memory.methods_1b")
+    monkeypatch.setattr(module, "measure", lambda key: {"refused": "no such plan"})
+    assert not again.again("memory/methods_1b", 1, 0)
+    assert "refused is no such plan, no figure before" in capsys.readouterr().out
+
+
+def test_without_a_figure_of_this_jax_it_says_so(figures, capsys) -> None:
+    figures(jax="0.1.0")
+    again.again("memory/methods_1b", 1, 0)
+    assert "none measured: no figure of JAX" in capsys.readouterr().out
 
 
 def test_a_name_without_such_figures_is_refused(monkeypatch, capsys) -> None:
