@@ -42,6 +42,7 @@ FROZEN, DAMAGED = "frozen", "damaged"
 _UNFINISHED = "*.orbax-checkpoint-tmp*"
 _STEP = re.compile("[1-9][0-9]{0,9}")  # its name
 _SEGMENT = re.compile(r"layers_(\d+)_(\d+)/")
+_OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")  # among the payloads that end tensorstore's messages
 
 
 class Checkpoints:
@@ -370,6 +371,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = " ".join(str(error).split())
-    if found := re.search(r"([^:\]]+) \[os_error_code", text):
-        return found[1].strip()
+    if found := _OS_ERROR.search(text):
+        return os.strerror(int(found[1]))
     return text[:200] or type(error).__name__

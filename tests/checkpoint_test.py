@@ -253,6 +253,25 @@ def test_a_write_that_fails_leaves_the_last_good_checkpoint(tmp_path):
     assert meta == {"n": 1}
 
 
+SPEC = """ [tensorstore_spec='{"driver":"zarr","dtype":"int32","path":"step/"}']"""
+CODES = [(13, "Permission denied"), (27, "File too large"), (28, "No space left on device")]
+
+
+@pytest.mark.parametrize("spec", ["", SPEC])
+@pytest.mark.parametrize("code, said", CODES)
+def test_the_reason_is_the_system_s_whatever_else_the_message_holds(tmp_path, monkeypatch, spec, code, said):
+    """The first of many concurrent writes to fail may be one that opens an array, which adds what it opens."""
+    text = f"""OUT_OF_RANGE: Error writing "step/.zarray" in OCDBT database: {said}{spec} [os_error_code='{code}']"""
+
+    def failing(*_, **__):
+        raise ValueError(text)
+
+    with pytest.raises(RunError) as caught, Checkpoints(tmp_path) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "save", failing)
+        checkpoints.save(make(1), {})
+    assert str(caught.value) == f"{tmp_path / '1'}: not written: {said}; no checkpoint has been written yet"
+
+
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 6 MB, where the system lets us mount one."""
