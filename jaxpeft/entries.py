@@ -51,13 +51,20 @@ class Turns(NamedTuple):
 
 
 def turns(values: Mapping[str, Any], suffix: str) -> Turns:
-    """Of {site and suffix: values} (L, k), or (k,) outside of the layers."""
+    """Of {site and suffix: values} (L, k), or (k,) outside of the layers.
+
+    Raises:
+      InputError: for values of stacks in stacks.
+    """
     found: dict[str, range | None] = {}
     for path, leaf in values.items():
         site, numbers = path.removesuffix(suffix), None
+        if leaf.ndim > 2:
+            name = suffix.split("/")[1]
+            raise InputError(f"{name}: {site} is stacked in stacks, whose layers take no turns; leave it out")
         if leaf.ndim > 1:
-            ((_, first, end),) = tree.segments({path.split("/", 1)[0]: {"": leaf}})
-            numbers = range(first, end)
+            segment = tree.segments({path.split("/", 1)[0]: {"": leaf}})  # none: a stack of a module of one's own
+            numbers = range(*segment[0][1:]) if segment else range(len(leaf))
         found[site] = numbers
     return Turns(found)
 

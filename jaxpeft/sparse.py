@@ -137,7 +137,6 @@ def fold(params: Mapping[str, Any], name: str) -> tree.Params:
         if path.endswith(f"/{name}/values"):
             site = path.removesuffix(f"/{name}/values")
             kernel, index = merged[f"{site}/kernel"], flat[f"{site}/{name}/index"]
-            add = lambda w, i, v: w.reshape(-1).at[i].add(v).reshape(w.shape)
-            add = jax.vmap(add) if values.ndim == 2 else add
+            add = tree.over(values.ndim - 1, lambda w, i, v: w.reshape(-1).at[i].add(v).reshape(w.shape))
             merged[f"{site}/kernel"] = as_merged(kernel, add(dense(kernel), index, values))
     return tree.unflatten(merged)

@@ -142,6 +142,21 @@ def join_layers(params: Mapping[str, Any]) -> Params:
     return result
 
 
+def over(axes: int, function: Callable[..., Any], each: Callable[..., Any] = jax.vmap) -> Callable[..., Any]:
+    """A function of one layer's leaves, of leaves with so many axes of layers before: of one, of none, or of nested.
+
+    each: how an axis is gone over: `jax.vmap`, all at once; or `in_turn`, which holds what one layer needs.
+    """
+    for _ in range(axes):
+        function = each(function)
+    return function
+
+
+def in_turn(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function of leaves over their axis 0, one after the other."""
+    return lambda *leaves: jax.lax.map(lambda own: function(*own), leaves)
+
+
 def size(tree: Any) -> int:
     """Number of elements of all arrays; a packed kernel has those of the kernel that it stands for."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree, is_leaf=lambda node: hasattr(node, "size")))

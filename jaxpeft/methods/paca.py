@@ -133,8 +133,7 @@ def fold(params: Mapping[str, Any]) -> tree.Params:
     merged = {path: leaf for path, leaf in flat.items() if "/paca/" not in path}
     for site in sorted({path.split("/paca/")[0] for path in flat if "/paca/" in path}):
         kernel, index, rows = flat[f"{site}/kernel"], flat[f"{site}/paca/index"], flat[f"{site}/paca/rows"]
-        write = lambda w, i, p: w.at[i].set(p.astype(w.dtype))
-        write = jax.vmap(write) if index.ndim == 2 else write
+        write = tree.over(index.ndim - 1, lambda w, i, p: w.at[i].set(p.astype(w.dtype)))
         merged[f"{site}/kernel"] = as_merged(kernel, write(dense(kernel, kernel.dtype), index, rows))
     return tree.unflatten(merged)
 

@@ -126,8 +126,7 @@ def fold(params: Mapping[str, Any]) -> tree.Params:
         site, _, leaf = path.partition("/shira/")
         if leaf == "values":
             kernel, index = merged[f"{site}/kernel"], flat[f"{site}/shira/index"]
-            add = lambda w, i, v: w.at[i[:, 0], i[:, 1]].add(v)
-            add = jax.vmap(add) if values.ndim == 2 else add
+            add = tree.over(values.ndim - 1, lambda w, i, v: w.at[i[:, 0], i[:, 1]].add(v))
             merged[f"{site}/kernel"] = as_merged(kernel, add(dense(kernel), index, values))
     return tree.unflatten(merged)
 

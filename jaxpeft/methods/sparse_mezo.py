@@ -32,6 +32,7 @@ from jaxpeft.about import About, Defaults, Promises
 from jaxpeft.errors import InputError
 from jaxpeft.method import FROZEN, Method, Spec
 from jaxpeft.methods.full import full
+from jaxpeft.quant import unfolded
 from jaxpeft.zeroth_order import OWN, Settings
 
 SCOPE = "sparse_mezo/"
@@ -89,7 +90,8 @@ def sparse_mezo(
             for path in [path for path in flat if view.role(path) is OWN and SCOPE + path not in flat]:
                 zeroth_order.check_moves("sparse_mezo", path, flat[path])
                 of = functools.partial(threshold, share=1 - sparsity)
-                flat[SCOPE + path] = jax.lax.map(of, flat[path]) if tree.stacked(path) else of(flat[path])
+                leaf = unfolded(flat[path])
+                flat[SCOPE + path] = jax.lax.map(of, leaf) if tree.stacked(path) else of(leaf)
             return tree.unflatten(flat)
 
         return model._replace(init=init)

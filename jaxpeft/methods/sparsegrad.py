@@ -218,10 +218,9 @@ def merge(params: Mapping[str, Any]) -> tree.Params:
             continue
         site = path.removesuffix(VALUES)
         u, v = (flat[f"sparsegrad/{_called(site)}/{name}"] for name in "uv")
-        of_layer, own = lambda x, u=u, v=v: changed(x[0], x[1], u, v), (flat[f"{site}/sparsegrad/index"], values)
-        kernel = merged[f"{site}/kernel"]
-        added = jax.lax.map(of_layer, own) if values.ndim > 1 else of_layer(own)
-        merged[f"{site}/kernel"] = as_merged(kernel, dense(kernel) + added)
+        added = tree.over(values.ndim - 1, lambda index, own, u=u, v=v: changed(index, own, u, v), tree.in_turn)
+        kernel, index = merged[f"{site}/kernel"], flat[f"{site}/sparsegrad/index"]
+        merged[f"{site}/kernel"] = as_merged(kernel, dense(kernel) + added(index, values))
     return tree.unflatten(merged)
 
 

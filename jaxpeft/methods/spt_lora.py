@@ -28,6 +28,7 @@ at most 16 batches, rate 1e-3.)
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -229,9 +230,9 @@ def spt_lora(
             site = path.removesuffix("/spt_lora/at")
             at = sites.kernel_path(merged, site)
             kernel, own = merged[at], [flat[f"{site}/spt_lora/{part}"] for part in PARTS]
-            of_layer = lambda own, shape=matrix_of(kernel): shape.dense(flat[VALUES], flat[INDEX], *own)  # noqa: B008
-            added = jax.lax.map(of_layer, own) if own[0].ndim else of_layer(own)
-            merged[at] = as_merged(kernel, dense(kernel) + added)
+            of_layer = functools.partial(matrix_of(kernel).dense, flat[VALUES], flat[INDEX])
+            added = tree.over(own[0].ndim, of_layer, tree.in_turn)
+            merged[at] = as_merged(kernel, dense(kernel) + added(*own))
         return tree.unflatten(merged)
 
     return Method(
