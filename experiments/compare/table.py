@@ -37,17 +37,20 @@ def reading(row: common.Row, full: common.Row, base: float) -> str:
 
     Args:
       row, full: figures.
-      base: bytes of the frozen weights as they were loaded; what full fine-tuning holds more is its masters.
+      base: bytes of the frozen weights as they were loaded. What a step holds beyond them are masters, four bytes for
+        each number that trains, and what is frozen beside the base.
     """
-    ours, theirs = row["bytes"], full["bytes"]
-    parts = []
+    ours, theirs, parts = row["bytes"], full["bytes"], []
+    beyond = lambda of: of["adapters"] + max(of["weights"] - base, 0)
+    fixed = max(beyond(ours) - 4 * row["trained"], 0)
     if not row["backward"]:
         parts.append("no backward pass: saves gradients, masters, optimizer state and all activations")
     else:
-        own = sum(ours[name] for name in ("gradients", "optimizer", "adapters"))
-        rest = theirs["gradients"] + theirs["optimizer"] + theirs["weights"] - base
-        saved = "over 99.9%" if own < 0.0005 * rest else f"{1 - own / rest:.1%}"
-        parts.append(f"saves {saved} of gradients, masters and optimizer state" if own < rest else "saves none")
+        own, rest = (of["gradients"] + of["optimizer"] + beyond(of) for of in (ours, theirs))
+        saved = 1 - (own - fixed) / rest
+        said = "over 99.9% of" if saved > 0.9995 else f"{saved:.1%} of"
+        some = f"saves {said} gradients, masters and optimizer state"
+        parts.append(some if saved >= 0.0005 else "saves no gradients, masters or optimizer state")
         kept = ours["activations"] / theirs["activations"]
         if abs(1 - kept) < 0.005:
             parts.append("no activations")
@@ -55,10 +58,11 @@ def reading(row: common.Row, full: common.Row, base: float) -> str:
             parts.append(f"{1 - kept:.0%} of the activations")
         else:
             parts.append(f"keeps {kept - 1:.0%} more activations")
-    if ours["weights"] < 0.9 * base:
-        parts.append(f"holds the base in {ours['weights'] / base:.0%} of its bytes")
-    elif ours["weights"] > 1.05 * base:
-        parts.append(f"holds {ours['weights'] / base - 1:.0%} more weights")
+    held = (min(ours["weights"], base) + fixed) / base
+    if held < 0.9:
+        parts.append(f"holds the base in {held:.0%} of its bytes")
+    elif held > 1.05:
+        parts.append(f"holds {held - 1:.0%} more frozen weights")
     return "; ".join(parts)
 
 
@@ -73,6 +77,17 @@ def unmeasured(rows: Rows, geometry: str, words: str) -> str:
     own = (geometry, words, list(contestants.options(words, geometry)))
     of_method = [row for row in rows if (row["geometry"], row["method"], row["options"]) == own]
     return next((row["refused"].replace("|", "/") for row in of_method if "refused" in row), "")
+
+
+def refusals(qualities: Rows, tasks: Sequence[str]) -> str:
+    """Which methods the models of tasks have no place for, and why, in brackets."""
+    said = [
+        f"{task}: {row['refused'].replace('|', '/')}"
+        for task in tasks
+        for row in qualities
+        if row["task"] == task and "refused" in row and not quality.at_best(qualities, task, row["method"])
+    ]
+    return f" ({'; '.join(said)})" if said else ""
 
 
 def titles(task: str) -> list[str]:
@@ -135,7 +150,8 @@ def document(memories: Rows, qualities: Rows) -> str:
         text += (
             "Quality at each method's best rate, mean ± standard deviation over seeds ("
             f"{', '.join(f'{task}: {len(quality.DATA[task].seeds)}' for task in tasks)}): loss in nats per token "
-            "(e2e_nlg too; less is better), others in per cent of the test rows. "
+            "(e2e_nlg too; less is better), others in per cent of the test rows. Empty: refused"
+            f"{refusals(qualities, tasks)}, or not among those that are trained on a task. "
         )
     return f"{text}\n\n{common.table(header, body)}\n{peft_table(memories)}"
 

@@ -35,29 +35,37 @@ def test_every_method_is_compared():
     assert members == set(contract.names())
 
 
-def bytes_of(**figures):
+def bytes_of(trained=0, **figures):
     names = ("weights", "adapters", "optimizer", "gradients", "activations")
-    return {"bytes": dict.fromkeys(names, 0) | figures, "backward": True}
+    return {"bytes": dict.fromkeys(names, 0) | figures, "backward": True, "trained": trained}
 
 
-FULL = bytes_of(weights=200, gradients=200, optimizer=400, activations=1000)
+FULL = bytes_of(50, weights=200, gradients=200, optimizer=400, activations=1000)
 
 
 @pytest.mark.parametrize(
     ("row", "said"),
     [
-        (
-            bytes_of(weights=100, adapters=2, gradients=2, optimizer=4, activations=1000),
+        (  # an adapter
+            bytes_of(0.5, weights=100, adapters=2, gradients=2, optimizer=4, activations=1000),
             "saves 98.9% of gradients, masters and optimizer state; no activations",
         ),
-        (
-            bytes_of(weights=25, adapters=2, gradients=2, optimizer=2, activations=700),
+        (  # over a packed base
+            bytes_of(0.5, weights=25, adapters=2, gradients=2, optimizer=2, activations=700),
             "saves 99.1% of gradients, masters and optimizer state; 30% of the activations; "
             "holds the base in 25% of its bytes",
         ),
-        (
-            bytes_of(weights=130, adapters=100, gradients=200, optimizer=400, activations=1100),
-            "saves none; keeps 10% more activations; holds 30% more weights",
+        (  # all weights, whose masters stand in the base's place
+            bytes_of(50, weights=200, gradients=200, optimizer=400, activations=550),
+            "saves no gradients, masters or optimizer state; 45% of the activations",
+        ),
+        (  # some of the base's own, in float32, and masters of others beside it
+            bytes_of(22.5, weights=112, adapters=66, gradients=90, optimizer=180, activations=1100),
+            "saves 50.3% of gradients, masters and optimizer state; keeps 10% more activations",
+        ),
+        (  # an adapter with frozen matrices of its own
+            bytes_of(0.5, weights=100, adapters=132, gradients=2, optimizer=4, activations=1000),
+            "saves 98.9% of gradients, masters and optimizer state; no activations; holds 130% more frozen weights",
         ),
         (
             {**bytes_of(weights=100), "backward": False},
@@ -66,6 +74,7 @@ FULL = bytes_of(weights=200, gradients=200, optimizer=400, activations=1000)
     ],
 )
 def test_a_reading_says_what_the_bytes_say(row, said):
+    """Beside full fine-tuning of a base of 100 bytes: 200 of gradients, 400 of moments, 100 of masters beyond it."""
     assert table.reading(row, FULL, 100) == said
 
 
