@@ -134,6 +134,7 @@ def per_site(
         when,
         ("ranks", "extra") if ranked else ("extra",),
         tuple(f".{tensor.suffix}" for tensor in tensors.values() if tensor.dtype == np.int32),
+        modules=lambda base: base.modules,
     )
 
 
