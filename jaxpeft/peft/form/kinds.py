@@ -62,13 +62,13 @@ class Tensor(NamedTuple):
       tensors of a module share, any other letter a size that a site's modules have in common. The leaf has the axes in
       reverse, without those of one.
     dtype: of its numbers in the file; whole ones may be kept as floating-point numbers there.
-    optional: whether a module may be without it.
+    instead: the leaf in whose place a module may have this one, with all others that say the same.
     """
 
     suffix: str
     axes: str
     dtype: type[np.generic] = np.float32
-    optional: bool = False
+    instead: str = ""
 
 
 class Written(NamedTuple):
