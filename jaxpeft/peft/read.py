@@ -162,7 +162,7 @@ def specs_of(directory: str | os.PathLike[str]) -> tuple[Spec, ...]:
     if own is None and config.get("peft_type") != NATIVE:
         return _method(folder, config, None)[0]
     said = _ours(folder, own)
-    _require(folder, said, ("method",))
+    _require(folder, said, ("method",), needed=config.get("peft_type") == NATIVE)
     specs = tuple(Spec(name, arguments) for name, arguments in said["method"])
     return tuple(spec for spec in specs if (spec.name, spec.config) != ("full", full(f"^{SCOPE}").specs[0].config))
 
@@ -213,10 +213,11 @@ def _ours(folder: Path, own: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return own
 
 
-def _require(folder: Path, own: Mapping[str, Any], fields: tuple[str, ...]) -> None:
-    """Refuses a jaxpeft.json that lacks one of the fields."""
+def _require(folder: Path, own: Mapping[str, Any], fields: tuple[str, ...], needed: bool = False) -> None:
+    """Refuses a jaxpeft.json that lacks one of the fields; `needed`: without it the adapter cannot be read."""
     if lacking := [name for name in fields if name not in own]:
-        raise InputError(f"{folder / OWN}: lacks {', '.join(lacking)}; remove it to read the adapter as PEFT does")
+        advice = "" if needed else "; remove it to read the adapter as PEFT does"
+        raise InputError(f"{folder / OWN}: lacks {', '.join(lacking)}{advice}")
 
 
 @contextmanager
@@ -413,8 +414,8 @@ def _as_it_is(
 ) -> tuple[Method, tree.Flat]:
     """An adapter in our form: tensors by our paths, in their own types."""
     own = _ours(folder, own)
-    _require(folder, own, ("method", "base"))
-    check_base(os.fspath(folder), own["base"], config, params)
+    _require(folder, own, ("method", "base"), needed=True)
+    check_base(os.fspath(folder), own["base"], config, params, needed=True)
     with _of(folder / OWN):
         method = from_specs(own["method"])
     tensors = _tensors(folder / WEIGHTS)
