@@ -74,8 +74,8 @@ def import_adapter(
         `attach`).
 
     Raises:
-      InputError: for no such adapter, pickled or damaged weights, an adapter for another base, or a feature that is not
-        supported.
+      InputError: for no such adapter, pickled or damaged weights, also without a module that target_modules names, an
+        adapter for another base, or a feature that is not supported.
     """
     folder = files.expanded(directory)
     base_config = config_of(base_config, names)
@@ -125,8 +125,8 @@ def import_adapter(
     leaves = {**leaves, **classifier}
     _check_leaves(file, leaves, method, base_config, whole=False)
     if own is None and (folder / OWN).is_file():
-        text = f"speaks of other tensors than {WEIGHTS} holds, and is passed over: {CONFIG} alone says what they are"
-        warnings.warn(f"{folder / OWN}: {text}, and nothing that they are for this base", Notice, stacklevel=2)
+        text = f"speaks of other tensors than {WEIGHTS} holds, and is passed over: the adapter is what {CONFIG} says"
+        warnings.warn(f"{folder / OWN}: {text}; whether it is for this base is not known", Notice, stacklevel=2)
     return method, leaves
 
 
