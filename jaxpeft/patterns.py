@@ -41,17 +41,26 @@ class Pattern:
         Raises:
           InputError: if that takes too long.
         """
-        return self._is_found(self._compiled.search, text)
+        return self._looked(self._compiled.search, text) is not None
 
     def begins(self, text: str) -> bool:
         """Whether the text begins with it (`re.match`); raises as `found` does."""
-        return self._is_found(self._compiled.match, text)
+        return self._looked(self._compiled.match, text) is not None
 
-    def _is_found(self, look: Callable[..., Any], text: str) -> bool:
+    def is_whole(self, text: str) -> bool:
+        """Whether the text is all of it (`re.fullmatch`); raises as `found` does."""
+        return self._looked(self._compiled.fullmatch, text) is not None
+
+    def part(self, text: str, group: str) -> str | None:
+        """A named group where the text begins with it (`re.match`), None where it does not; raises as `found` does."""
+        match = self._looked(self._compiled.match, text)
+        return None if match is None else match[group]
+
+    def _looked(self, look: Callable[..., Any], text: str) -> regex.Match[str] | None:
         global _spent
         started = time.thread_time()
         try:
-            result = look(text, timeout=SECONDS) is not None
+            result = look(text, timeout=SECONDS)
         except TimeoutError:
             raise InputError(f"{self._what}: takes longer than {SECONDS:g} s to look for in {_short(text)}") from None
         except (MemoryError, RecursionError) as error:

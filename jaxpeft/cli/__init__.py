@@ -60,7 +60,7 @@ COMMANDS = {
     "prune": ("prune:Prune", "cut heads and neurons out of a base, to train on what is left"),
     "recover": ("recover:Recover", "make an adapter of a pruned base one of the whole base"),
     "scheme": ("scheme:Scheme", "find what pockengine is to train within a limit of memory"),
-    "export": ("export:Export", "write a run's checkpoint as a Hugging Face PEFT adapter"),
+    "export": ("export:Export", "write a run's checkpoint as an adapter, in PEFT's form where PEFT has one"),
     "import": ("import_:Import", "read a Hugging Face PEFT adapter and check it against its base"),
     "methods": ("methods:Methods", "list the fine-tuning methods"),
 }

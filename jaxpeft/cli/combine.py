@@ -136,15 +136,19 @@ def _same_scaling(folders: tuple[Path, ...]) -> str | None:
 
 
 def _note_templates(folders: tuple[Path, ...]) -> None:
-    """Says that the result keeps the first adapter's template where another one has been trained through another."""
+    """Says what template the result has where an adapter names another one than the first; PEFT's own name none."""
     from jaxpeft.cli.decoding import note
     from jaxpeft.template import find
 
     digests = [None if (found := find(folder)) is None else found.digest() for folder in folders]
     for folder, own in zip(folders, digests, strict=True):
-        if own != digests[0]:
+        if own in (None, digests[0]):
+            continue
+        if digests[0] is None:
+            note(f"{folder} was trained through a template; {folders[0]} names none, and so the result has none")
+        else:
             note(f"{folder} was trained through another template than {folders[0]}, whose is kept")
-            return
+        return
 
 
 def _note_quantized(folders: tuple[Path, ...]) -> None:

@@ -1,4 +1,4 @@
-"""`jaxpeft export`: a checkpoint of a training run as a PEFT adapter, or as a whole model where the base trained."""
+"""`jaxpeft export`: a checkpoint of a training run as an adapter, or as a whole model where the base trained."""
 
 import dataclasses
 import tempfile
@@ -13,8 +13,8 @@ from jaxpeft.errors import InputError, Notice
 
 @dataclasses.dataclass(frozen=True)
 class Export(ProcessArguments):
-    """Write a training run's checkpoint as an adapter in PEFT's format, or as a whole model where the base trained; the
-    run may still be going on.
+    """Write a training run's checkpoint as an adapter, in PEFT's format where PEFT has the method and else in jaxpeft's
+    own, or as a whole model where the base trained; the run may still be going on.
     """
 
     run: Path
@@ -22,7 +22,7 @@ class Export(ProcessArguments):
     out: Path
     """Folder to make (it may exist if it is empty), or NAME.gguf. Of several adapters, it has a folder of each."""
     format: Literal["peft", "gguf"] | None = None
-    """PEFT's format, or a file for llama.cpp (LoRA alone). Default: gguf where --out ends so."""
+    """A folder as PEFT has it, or a file for llama.cpp (LoRA alone). Default: gguf where --out ends so."""
     step: int | None = None
     """Step of the checkpoint. Default: the newest."""
     best: bool = False
@@ -37,7 +37,8 @@ class Export(ProcessArguments):
 
 
 def run(args: Export) -> dict[str, Any]:
-    """Returns {"out", "run", "step", "model", "method": [[name, arguments], ...]}.
+    """Returns {"out", "run", "step", "model", "method": [[name, arguments], ...], "form": "peft", "own" (jaxpeft's own
+    form of an adapter, which PEFT does not read), "model" (a whole one) or "gguf"}.
 
     Raises:
       InputError: for arguments or input that cannot be used.
@@ -55,7 +56,7 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
 
     gguf = args.format == "gguf" or (args.format is None and args.out.suffix == write.SUFFIX)
     write.check_file(args.out) if gguf else check_target(args.out)
-    check_gguf(gguf)
+    check_gguf(gguf, args.out)
     document = config.read(args.run)
     folder = args.run / "checkpoints"
     rows = told_steps(args.run, args.step, args.best) if args.replay else []
@@ -65,7 +66,7 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
 
     import jax
 
-    from jaxpeft import hf, sharding, shares, tree
+    from jaxpeft import distributed, hf, sharding, shares, tree
     from jaxpeft.cli.models import model_or_default
     from jaxpeft.method import from_specs, setup
     from jaxpeft.models.labels import SCOPE
@@ -116,7 +117,18 @@ def _run(args: Export, mesh: Any) -> dict[str, Any]:
                 write.save_model(args.out, written, hf.load_pretrained(written, hf.STORED)[1])
     else:
         result.write((args.out, args.out), *what)
-    return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"]}
+    form = "gguf" if gguf else "peft" if adapters is not None else distributed.from_first(lambda: _form(args.out))
+    return {"out": args.out, "run": args.run, "step": step, "model": name, "method": document["method"], "form": form}
+
+
+def _form(out: Path) -> str:
+    """What a folder that was written holds, as `run` calls it."""
+    from jaxpeft.peft.base import NATIVE
+    from jaxpeft.peft.schema import CONFIG, adapter_config
+
+    if not (out / CONFIG).is_file():
+        return "model"
+    return "own" if adapter_config(out).get("peft_type") == NATIVE else "peft"
 
 
 def _replayed(method: Any, base: Any, params: Any, arguments: Any, rows: list[dict[str, Any]]) -> Any:
@@ -165,7 +177,8 @@ def told_steps(run: Path, step: int | None, best: bool) -> list[dict[str, Any]]:
 
 def show(document: dict[str, Any]) -> None:
     """Prints what was written."""
-    print(f"{document['out']}: {document['run']} at step {document['step']}")
+    form = " in jaxpeft's own form, which PEFT does not read" if document["form"] == "own" else ""
+    print(f"{document['out']}: {document['run']} at step {document['step']}{form}")
 
 
 def chosen_step(folder: Path, step: int | None, best: bool) -> int:

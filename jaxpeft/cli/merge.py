@@ -50,14 +50,14 @@ def _run(args: Merge, mesh: Any) -> dict[str, Any]:
     if args.gguf_type is not None and form != "gguf":
         raise InputError(f"--gguf-type {args.gguf_type}: belongs to --format gguf")
     write.check_file(args.out) if form == "gguf" else check_target(args.out)
-    check_gguf(form == "gguf")
+    check_gguf(form == "gguf", args.out)
     name = model_or_default(args.model)
     scaling = scaling_of(args.adapter, args.rope_scaling)
     _, params, method = load(name, args.adapter, hf.STORED, scaling, mesh)
     document = {"out": args.out, "model": name, "adapter": args.adapter}
     if form == "gguf":
         if labels_of(args.adapter):
-            raise InputError(f"--format gguf: {args.adapter} classifies rows, and llama.cpp has no form for that")
+            raise InputError(f"--out {args.out}: {args.adapter} classifies rows, and llama.cpp has no form for that")
         own_template = beside(args.adapter).get(JINJA)
         merged = method.merge(params)
         _check_finite(args.adapter, tree.flatten(params), tree.flatten(merged))

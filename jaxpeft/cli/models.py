@@ -71,12 +71,12 @@ def scaling_of(adapter: Path | None, given: str | None = None) -> str | None:
     return given if adapter is None else peft.adapter_rope_scaling(adapter, given)
 
 
-def check_gguf(wanted: bool) -> None:
+def check_gguf(wanted: bool, out: Path) -> None:
     """Raises InputError if a GGUF file is to be written by several processes."""
     from jaxpeft import distributed
 
     if wanted and distributed.group() is not None:
-        raise InputError("--format gguf: is written by one process; leave --processes out")
+        raise InputError(f"--out {out}: a GGUF file is written by one process; leave --processes out")
 
 
 def labels_of(adapter: Path | None) -> tuple[str, ...]:

@@ -115,8 +115,10 @@ def save_adapter(file: Path, adapter: Path, config: Any) -> Path:
     """
     from safetensors.numpy import load_file
 
+    from jaxpeft.method import about
     from jaxpeft.peft.form.lora import scale_of
     from jaxpeft.peft.form.sites import commonest
+    from jaxpeft.peft.read import specs_of
     from jaxpeft.peft.schema import WEIGHTS, adapter_config
 
     check_file(file)
@@ -125,13 +127,13 @@ def save_adapter(file: Path, adapter: Path, config: Any) -> Path:
     tensors = load_file(adapter / WEIGHTS) if found.get("peft_type") == "LORA" else {}
     if not tensors or others:
         what = others[0] if tensors else f"peft_type {found.get('peft_type')}"
-        raise InputError(
-            f"--format gguf: llama.cpp applies LoRA alone, not {what}; `jaxpeft merge --format gguf` instead"
-        )
+        merges = all(about(spec.name).promises.merges for spec in specs_of(adapter))
+        advice = "; `jaxpeft merge --out NAME.gguf` instead" if merges else ""
+        raise InputError(f"--out {file}: llama.cpp applies LoRA alone, not {what}{advice}")
     pairs: dict[str, dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         if (named := _LORA.fullmatch(key)) is None:
-            raise InputError(f"--format gguf: {key} is no part of a plain LoRA")
+            raise InputError(f"--out {file}: {key} is no part of a plain LoRA")
         pairs.setdefault(named["module"], {})[named["side"]] = tensor.astype(np.float32)
     alphas = {name: scale_of(found, name, pair["A"].shape[0]) * pair["A"].shape[0] for name, pair in pairs.items()}
     alpha = commonest(alphas.values())
@@ -148,7 +150,7 @@ def save_adapter(file: Path, adapter: Path, config: Any) -> Path:
             make = functools.partial(_in_order, functools.partial(np.asarray, array), split)
             outgoing.append(Outgoing(f"{there}.lora_{side}", "F32", array.shape, make))
     if pairs:
-        raise InputError(f"--format gguf: llama.cpp has no name for {next(iter(pairs))}")
+        raise InputError(f"--out {file}: llama.cpp has no name for {next(iter(pairs))}")
     fields = {
         "general.architecture": name,
         "general.type": "adapter",

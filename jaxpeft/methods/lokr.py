@@ -187,12 +187,12 @@ PEFT = form.lycoris(
     "LOKR",
     "lokr",
     {
-        "w1": form.Tensor("lokr_w1", "ji", optional=True),
-        "w1_down": form.Tensor("lokr_w1_b", "si", optional=True),
-        "w1_up": form.Tensor("lokr_w1_a", "js", optional=True),
-        "w2": form.Tensor("lokr_w2", "lk", optional=True),
-        "w2_down": form.Tensor("lokr_w2_b", "sk", optional=True),
-        "w2_up": form.Tensor("lokr_w2_a", "ls", optional=True),
+        "w1": form.Tensor("lokr_w1", "ji"),
+        "w1_down": form.Tensor("lokr_w1_b", "si", instead="w1"),
+        "w1_up": form.Tensor("lokr_w1_a", "js", instead="w1"),
+        "w2": form.Tensor("lokr_w2", "lk"),
+        "w2_down": form.Tensor("lokr_w2_b", "sk", instead="w2"),
+        "w2_up": form.Tensor("lokr_w2_a", "ls", instead="w2"),
     },
     shapes_of,
     to_fields=lambda config: {

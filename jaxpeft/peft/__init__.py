@@ -13,7 +13,8 @@ An adapter is a folder:
 The forms are in the methods' own files (see `jaxpeft.peft.form`).
 
 With jaxpeft.json an adapter comes back as the method that made it, bit for bit, and trains on; without it, or when the
-tensors have changed since, it is read as what PEFT says it is.
+tensors have changed since (which a notice says), it is read as what PEFT says it is. Either way it has tensors of every
+module that target_modules names; one that has lost some is refused.
 
 What PEFT has no form for (adapters between layers, side networks, several methods that add leaves, any of a module of
 one's own) is written in ours: the peft_type is JAXPEFT, so that PEFT takes it for nothing else, the tensors are called

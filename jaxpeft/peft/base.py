@@ -182,7 +182,12 @@ def _sampled(parts: Mapping[int, Any], shape: tuple[int, ...]) -> np.ndarray | N
 
 
 def check_base(
-    where: str, stored: Mapping[str, Any], config: Any, params: Mapping[str, Any] | None, what: str = ""
+    where: str,
+    stored: Mapping[str, Any],
+    config: Any,
+    params: Mapping[str, Any] | None,
+    what: str = "",
+    needed: bool = False,
 ) -> None:
     """Compares a stored fingerprint with a base.
 
@@ -192,6 +197,7 @@ def check_base(
       config: the base's configuration.
       params: its parameters, or None to compare sizes only.
       what: in place of an adapter for another base, in words.
+      needed: whether the adapter cannot be read without the document that holds the fingerprint.
 
     Raises:
       InputError: if the adapter is for another base, with the first difference.
@@ -205,10 +211,8 @@ def check_base(
         if found.get(path, digest) != digest:
             if what:
                 raise InputError(f"{where}: {words}: the values of {path} differ")
-            raise InputError(
-                f"{where}: {words}: the values of {path} differ from those it was trained beside "
-                f"(remove its {OWN} to use it nevertheless)"
-            )
+            advice = "" if needed else f" (remove its {OWN} to use it nevertheless)"
+            raise InputError(f"{where}: {words}: the values of {path} differ from those it was trained beside{advice}")
 
 
 def adapter_rope_scaling(directory: str | os.PathLike[str], given: str | None = None) -> str | None:

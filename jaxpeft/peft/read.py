@@ -7,6 +7,7 @@ import json
 import os
 import re
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpeft import files, models, tree
-from jaxpeft.errors import InputError, first_line
+from jaxpeft.errors import InputError, Notice, first_line
 from jaxpeft.method import Method, Spec, about, chain, from_specs, setup
 from jaxpeft.methods.full import full
 from jaxpeft.model import Model
@@ -32,7 +33,8 @@ from jaxpeft.peft.base import (
     is_written,
     shapes_of,
 )
-from jaxpeft.peft.form import Form, base_of, form_of, method_for
+from jaxpeft.peft.chosen import is_target
+from jaxpeft.peft.form import Base, Form, base_of, form_of, method_for
 from jaxpeft.peft.schema import CONFIG, FORMAT, OWN, WEIGHTS, Own, adapter_config, own_document
 
 # Fields of every adapter_config.json that say nothing about what the adapter computes, or that are read here.
@@ -72,8 +74,8 @@ def import_adapter(
         `attach`).
 
     Raises:
-      InputError: for no such adapter, pickled or damaged weights, an adapter for another base, or a feature that is not
-        supported.
+      InputError: for no such adapter, pickled or damaged weights, also without a module that target_modules names, an
+        adapter for another base, or a feature that is not supported.
     """
     folder = files.expanded(directory)
     base_config = config_of(base_config, names)
@@ -106,6 +108,7 @@ def import_adapter(
     tensors = _without_copies(file, tensors, base_config, base_params)
     with _of(file):
         parts = form.parse(tensors, base)
+    _check_targets(folder, config, form, parts, base)
     with _of(folder / CONFIG if own is None else folder / OWN):
         if own is None:
             arguments, parts = form.read(config, parts, base)
@@ -121,6 +124,9 @@ def import_adapter(
         method = chain(method, full(f"^{SCOPE}"))
     leaves = {**leaves, **classifier}
     _check_leaves(file, leaves, method, base_config, whole=False)
+    if own is None and (folder / OWN).is_file():
+        text = f"speaks of other tensors than {WEIGHTS} holds, and is passed over: the adapter is what {CONFIG} says"
+        warnings.warn(f"{folder / OWN}: {text}; whether it is for this base is not known", Notice, stacklevel=2)
     return method, leaves
 
 
@@ -156,7 +162,7 @@ def specs_of(directory: str | os.PathLike[str]) -> tuple[Spec, ...]:
     if own is None and config.get("peft_type") != NATIVE:
         return _method(folder, config, None)[0]
     said = _ours(folder, own)
-    _require(folder, said, ("method",))
+    _require(folder, said, ("method",), needed=config.get("peft_type") == NATIVE)
     specs = tuple(Spec(name, arguments) for name, arguments in said["method"])
     return tuple(spec for spec in specs if (spec.name, spec.config) != ("full", full(f"^{SCOPE}").specs[0].config))
 
@@ -207,10 +213,11 @@ def _ours(folder: Path, own: Mapping[str, Any] | None) -> Mapping[str, Any]:
     return own
 
 
-def _require(folder: Path, own: Mapping[str, Any], fields: tuple[str, ...]) -> None:
-    """Refuses a jaxpeft.json that lacks one of the fields."""
+def _require(folder: Path, own: Mapping[str, Any], fields: tuple[str, ...], needed: bool = False) -> None:
+    """Refuses a jaxpeft.json that lacks one of the fields; `needed`: without it the adapter cannot be read."""
     if lacking := [name for name in fields if name not in own]:
-        raise InputError(f"{folder / OWN}: lacks {', '.join(lacking)}; remove it to read the adapter as PEFT does")
+        advice = "" if needed else "; remove it to read the adapter as PEFT does"
+        raise InputError(f"{folder / OWN}: lacks {', '.join(lacking)}{advice}")
 
 
 @contextmanager
@@ -336,6 +343,21 @@ def _check_config(file: Path, config: Mapping[str, Any], form: Form, base: Any) 
                 raise InputError(f"{name} = {json.dumps(value)} is not supported")
 
 
+def _check_targets(folder: Path, config: Mapping[str, Any], form: Form, parts: Mapping[str, Any], base: Base) -> None:
+    """Refuses tensors that lack a module which adapter_config.json names: the file has lost some.
+
+    PEFT saves tensors of every module that it adapts, and we name exactly those that the file has.
+    """
+    heads = {name.removesuffix(".weight") for name, _ in classifier_names(base.config).values()}
+    with _of(folder / CONFIG):
+        named = [name for name in form.modules(base) if name not in heads and is_target(config, name)]
+    if lacking := [name for name in named if name not in parts]:
+        others = f" and of {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise InputError(
+            f"{folder / WEIGHTS}: has no tensor of {lacking[0]}{others}, which target_modules of {CONFIG} names"
+        )
+
+
 def _without_classifier(
     file: Path, tensors: Mapping[str, np.ndarray], config: Any, root: str
 ) -> tuple[dict[str, np.ndarray], tree.Flat]:
@@ -392,8 +414,8 @@ def _as_it_is(
 ) -> tuple[Method, tree.Flat]:
     """An adapter in our form: tensors by our paths, in their own types."""
     own = _ours(folder, own)
-    _require(folder, own, ("method", "base"))
-    check_base(os.fspath(folder), own["base"], config, params)
+    _require(folder, own, ("method", "base"), needed=True)
+    check_base(os.fspath(folder), own["base"], config, params, needed=True)
     with _of(folder / OWN):
         method = from_specs(own["method"])
     tensors = _tensors(folder / WEIGHTS)

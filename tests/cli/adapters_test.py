@@ -158,15 +158,17 @@ def test_import_writes_an_adapter_of_ours(base, adapter, tmp_path, capsys):
 
 @pytest.fixture(scope="module", params=[{"name": "lora_fa", "store_a": False}, {"name": "lora", "init": "pissa"}])
 def run(request, base, tmp_path_factory):
+    out, settings = tmp_path_factory.mktemp("run"), dict(request.param)
+    return write_run(out, getattr(jp, settings.pop("name"))(rank=3, targets="attention", **settings), base)
+
+
+def write_run(out, method, base):
     """A run's folder as `jaxpeft train` leaves it, with checkpoints of steps 2 and 4, the first being better."""
     import optax
 
     from jaxpeft.checkpoint import Checkpoints, not_in_base
     from jaxpeft.train import config
 
-    out = tmp_path_factory.mktemp("run")
-    settings = dict(request.param)
-    method = getattr(jp, settings.pop("name"))(rank=3, targets="attention", **settings)
     model, params = reference.load(base)
     new, trainable, frozen = jp.setup(method, model, params, jax.random.key(0))
     flat = tree.flatten(params)
@@ -191,13 +193,33 @@ def run(request, base, tmp_path_factory):
 def test_export_writes_the_adapter_of_a_checkpoint(flags, step, run, base, tmp_path, capsys):
     before = sorted(run.out.rglob("*"))
     document = succeeds(capsys, "export", "--run", run.out, "--out", tmp_path / "adapter", *flags)
-    assert document["step"] == step
+    assert document["step"] == step and document["form"] == "peft"
     _, restored, _ = attach(tmp_path / "adapter", *reference.load(base))
     for path, leaf in tree.flatten(run.params[step]).items():
         np.testing.assert_array_equal(leaf, tree.flatten(restored)[path], err_msg=path)
     theirs = reference.with_adapter(base, tmp_path / "adapter")
     reference.assert_close(reference.logits(run.model, run.params[step]), theirs)
     assert sorted(run.out.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("method", "form", "why"),
+    [
+        (jp.miss(2), "", "not peft_type MISS; `jaxpeft merge --out NAME.gguf` instead"),
+        (jp.houlsby(2), " in jaxpeft's own form, which PEFT does not read", "not peft_type JAXPEFT"),
+    ],
+    ids=["miss", "houlsby"],
+)
+def test_export_says_which_form_it_wrote_and_why_not_gguf(method, form, why, base, tmp_path, capsys):
+    (out := tmp_path / "run").mkdir()
+    model, params = reference.load(base)
+    write_run(out, method, base)
+    assert cli.main(["export", "--run", str(out), "--out", str(tmp_path / "x")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'x'}: {out} at step 4{form}\n"
+    attach(tmp_path / "x", model, params)
+    gguf = tmp_path / "x.gguf"
+    said = fails(capsys, "export", "--run", out, "--out", gguf)
+    assert said == f"jaxpeft: error: --out {gguf}: llama.cpp applies LoRA alone, {why}\n"
 
 
 def test_export_writes_a_lora_for_llama_cpp(run, base, tmp_path, capsys):
@@ -282,8 +304,7 @@ def test_export_of_a_run_that_trained_the_base_itself(method, options, capsys, t
     settings = {"rank": None, "method_options": options, "steps": 2, "samples": 0, "eval_every": 0}
     args = runs.arguments(made, tmp_path / "run", method=method, **settings)
     begin.train(args)
-    assert cli.main(["export", "--run", str(args.out), "--out", str(tmp_path / "x")]) == 0
-    capsys.readouterr()
+    assert succeeds(capsys, "export", "--run", args.out, "--out", tmp_path / "x")["form"] == "model"
     name = "model.safetensors"
     assert (tmp_path / "x" / name).read_bytes() == (args.out / "model" / name).read_bytes()
 

@@ -1,5 +1,6 @@
 """LoKr: PEFT's numbers in every form of its factors, sizes as PEFT takes them, packed kernels, what is kept."""
 
+import hashlib
 import json
 
 import jax
@@ -12,10 +13,10 @@ from peft.tuners.lokr.layer import factorization
 from safetensors.numpy import load_file, save_file
 
 import jaxpeft as jp
-from jaxpeft import sites
+from jaxpeft import sites, tree
 from jaxpeft.methods import lokr
 from jaxpeft.model import Context
-from jaxpeft.peft import attach, import_adapter
+from jaxpeft.peft import attach, export_adapter, import_adapter
 from jaxpeft.quant import dot
 from pallas_kernels.packed import dequantize, quantize
 from tests import residuals, tiny
@@ -118,10 +119,36 @@ def test_layers_without_an_adapter_and_what_is_none_of_this_base(llama, tmp_path
     pattern = {**config, "alpha_pattern": {"layers.1.mlp.down_proj": 3}}
     refused("layers.1.mlp.down_proj has r 3 and alpha 3, other layers 3 and 8", pattern)
     lacking = {name: x for name, x in tensors.items() if name != f"{first}w1"}
-    refused(r"down_proj.lokr_w1 is none, where r 3 .* means \(4, 7\)", tensors=lacking)
+    refused("layers.0.mlp.down_proj has no lokr_w1$", tensors=lacking)
     refused("the tensor .*lokr_t2 is not supported", tensors={**tensors, f"{first}t2": np.zeros((3, 3, 1, 1), "f")})
     wider = reference.load(reference.write_base(tmp_path / "wider", hidden_size=64))[0]
     refused(r"an adapter for another base or rank: \S+lokr_w1 is \(4, 7\), where .* means \(8, 7\)", base=wider)
+
+
+@pytest.mark.parametrize(
+    ("lost", "put", "reason"),
+    [
+        ("w1", None, "{file}: {name} has no lokr_w1$"),
+        ("w2_a", None, "{file}: {name} has no lokr_w2_a$"),
+        ("w2_b", None, "{file}: {name} has no lokr_w2_b$"),
+        (None, "w1_a", "{file}: {name} has lokr_w1 and lokr_w1_a, which stands in its place"),
+        ("w2", "w2", r"jaxpeft.json: an adapter .*: {name}.lokr_w2_b is none, where r 3 .* means \(3, 8\)"),
+    ],
+)
+def test_factors_that_are_not_whole_are_refused(lost, put, reason, tmp_path):
+    """Also where jaxpeft.json speaks of them."""
+    model, params = tiny.model()
+    _, trainable, rest = jp.setup(jp.lokr(3), model, params, jax.random.key(0))
+    folder = export_adapter(tmp_path, tree.combine(trainable, rest), jp.lokr(3), model.config)
+    file, name = folder / "adapter_model.safetensors", "model.layers.1.self_attn.q_proj"
+    start = f"base_model.model.{name}.lokr_"
+    tensors = {key: x for key, x in load_file(file).items() if lost is None or not key.startswith(start + lost)}
+    save_file(tensors if put is None else {**tensors, start + put: np.zeros((8, 8), "f")}, file)
+    own = json.loads((folder / "jaxpeft.json").read_text())
+    own["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    (folder / "jaxpeft.json").write_text(json.dumps(own))
+    with pytest.raises(jp.InputError, match=reason.format(file=file.name, name=name)):
+        import_adapter(folder, model.config)
 
 
 def test_sizes_are_those_of_peft():

@@ -28,6 +28,10 @@ SETTINGS = {  # of the same ranks, and of different ranks and sites
         {"r": 3, "rank_pattern": {"up_proj": 5}, "target_modules": ["up_proj", "down_proj"]},
     ],
     "square": [{"r": 3, "target_modules": ["q_proj"]}, {"r": 2, "lora_alpha": 9, "target_modules": ["q_proj"]}],
+    "rslora": [
+        {"r": 3, "use_rslora": True, "target_modules": ["q_proj"]},
+        {"r": 2, "lora_alpha": 5, "use_rslora": True, "target_modules": ["q_proj"]},
+    ],
     "one": [{"r": 3, "target_modules": ["up_proj"]}, {"r": 3, "lora_alpha": 9, "target_modules": ["up_proj"]}],
 }
 CASES = [
@@ -127,6 +131,24 @@ def test_what_peft_computes(kind, settings, base, made, tmp_path):
         np.testing.assert_allclose(found[name], delta, rtol=1e-3, atol=1e-4 * np.abs(delta).max(), err_msg=name)
 
 
+def test_a_sum_of_rslora_is_exact_and_pefts_is_not(base, made):
+    """PEFT's combined adapter is of rsLoRA's too, with alpha = r: of a scale of sqrt(r), which the sum has not."""
+    folders, theirs = made["rslora"]
+    model, params = reference.load(base)
+    method, leaves = jp.weighted_adapter(folders, WEIGHTS[:2], model, params, combination_type="cat")
+    merged = tree.flatten(method.merge(tree.unflatten({**tree.flatten(params), **leaves})))
+    site = "layers/self_attn/q_proj/kernel"
+    mixed = of_peft(theirs, NAMES[:2], WEIGHTS[:2], {"combination_type": "cat"})
+    for layer in range(2):
+        name = f"model.layers.{layer}.self_attn.q_proj"
+        module = theirs.base_model.model.get_submodule(name)
+        deltas = [module.get_delta_weight(own).detach().numpy() for own in NAMES[:2]]
+        expected = sum(weight * delta for weight, delta in zip(WEIGHTS[:2], deltas, strict=True))
+        found = (merged[site] - tree.flatten(params)[site])[layer].T
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(mixed[name], np.sqrt(3 + 2) * expected, rtol=1e-3, atol=1e-5)
+
+
 def test_a_sum_is_exact_and_of_true_ranks(base, made):
     """`cat` adds what the adapters add, and has at each module the sum of the ranks there."""
     folders, _ = made["differ"]
@@ -207,6 +229,22 @@ def test_a_result_keeps_the_first_template(base, made, tmp_path, capsys):
         assert cli.main(["combine", "--model", str(base), *given, "--out", str(tmp_path / f"out{notes}")]) == 0
         assert capsys.readouterr().err.count("was trained through another template") == notes
         assert template.find(tmp_path / f"out{notes}").kind == "chat"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_of_an_adapter_without_a_template_nothing_is_claimed(first, base, made, tmp_path, capsys):
+    """One of PEFT's own may have been trained through the same; where it is the first, the result has none."""
+    plain = made["one"][0][1]
+    named = shutil.copytree(made["one"][0][0], tmp_path / "named")
+    for name, text in template.Template("chat", "2026-01-31").beside().items():
+        (named / name).write_text(text)
+    chosen = (named, plain) if first else (plain, named)
+    given = [word for folder in chosen for word in ("--adapter", str(folder))]
+    assert cli.main(["combine", "--model", str(base), *given, "--out", str(tmp_path / "out")]) == 0
+    said = f"{named} was trained through a template; {plain} names none, and so the result has none"
+    err = capsys.readouterr().err
+    assert "another template" not in err and (said in err) != first
+    assert (template.find(tmp_path / "out") is not None) == first
 
 
 def test_bases_in_other_codes_are_said(base, tmp_path, capsys):

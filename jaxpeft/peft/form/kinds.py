@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -62,13 +62,13 @@ class Tensor(NamedTuple):
       tensors of a module share, any other letter a size that a site's modules have in common. The leaf has the axes in
       reverse, without those of one.
     dtype: of its numbers in the file; whole ones may be kept as floating-point numbers there.
-    optional: whether a module may be without it.
+    instead: the leaf in whose place a module may have this one, with all others that say the same.
     """
 
     suffix: str
     axes: str
     dtype: type[np.generic] = np.float32
-    optional: bool = False
+    instead: str = ""
 
 
 class Written(NamedTuple):
@@ -97,6 +97,8 @@ class Form(NamedTuple):
     root: what stands in front of the names of the base's own tensors; PEFT wraps the base once more where it wraps
       modules of it.
     scale: (config, site) -> s of an adapter that is x W + s x A B and nothing else; None for all others.
+    modules: base -> the names of the modules that it may adapt, as `parse` and target_modules have them; none of a form
+      of the whole model.
     """
 
     type: str
@@ -112,6 +114,7 @@ class Form(NamedTuple):
     integers: tuple[str, ...] = ()
     root: str = "base_model.model."
     scale: Callable[[Config, str], float] | None = None
+    modules: Callable[[Base], Iterable[str]] = lambda base: ()
 
     def owns(self, path: str) -> bool:
         """Whether a leaf is of the method."""

@@ -40,7 +40,7 @@ def lycoris(
     Args:
       type: PEFT's peft_type.
       scope: of the leaves at a site.
-      tensors: leaf -> tensor; those that not every module has are optional.
+      tensors: leaf -> tensor; which of those in place of others a module has follows from `shapes`.
       shapes: (rank, n, m, **the arguments that `to_arguments` gives) -> {leaf: shape} of a kernel of n x m.
       to_fields: config -> fields of adapter_config.json beside ranks and alphas.
       to_arguments: of those fields the factory's arguments.
@@ -69,20 +69,12 @@ def lycoris(
 
     def from_config(found, parts, base):
         own, ranks, alphas = to_arguments(found), dict[str, int](), dict[str, float]()
-        for name, part in parts.items():
-            site, _, n, m = base.modules[name]
+        for name in parts:
+            site = base.modules[name].site
             rank = by_pattern(found, "rank_pattern", name, found.get("r", 8))
             alpha = float(by_pattern(found, "alpha_pattern", name, found.get("alpha", 8)))
             if (rank, alpha) != (first := (ranks.setdefault(site, rank), alphas.setdefault(site, alpha))):
                 raise InputError(f"{name} has r {rank} and alpha {alpha:g}, other layers {first[0]} and {first[1]:g}")
-            expected = shapes(rank, n, m, **own)
-            for leaf in dict.fromkeys([*expected, *part]):
-                there, wanted = (x[leaf][::-1] if leaf in x else "none" for x in (_shapes(part), expected))
-                if there != wanted:
-                    raise InputError(
-                        f"an adapter for another base or rank: {name}.{tensors[leaf].suffix} is {there}, where r "
-                        f"{rank} on a kernel of {n} inputs and {m} outputs means {wanted}"
-                    )
         rank, alpha = commonest(ranks.values()), commonest(alphas.values())
         return {
             "rank": rank,
@@ -93,7 +85,23 @@ def lycoris(
             "alpha_pattern": {f"^{re.escape(site)}$": x for site, x in alphas.items() if x != alpha} or None,
         }, parts
 
-    return per_site(type, scope, tensors, to_config, from_config, (*_FIELDS, *fields), check=_check)
+    def restore(config, parts, facts, base):
+        own = {name: config[name] for name in to_arguments({})}
+        for name, part in parts.items():
+            site, _, n, m = base.modules[name]
+            rank, _ = rank_and_alpha(config, site)
+            expected = shapes(rank, n, m, **own)
+            for leaf in dict.fromkeys([*expected, *part]):
+                there, wanted = (x[leaf][::-1] if leaf in x else "none" for x in (_shapes(part), expected))
+                if there != wanted:
+                    raise InputError(
+                        f"an adapter for another base or rank: {name}.{tensors[leaf].suffix} is {there}, where r "
+                        f"{rank} on a kernel of {n} inputs and {m} outputs means {wanted}"
+                    )
+        return form.restore(config, parts, facts, base)
+
+    form = per_site(type, scope, tensors, to_config, from_config, (*_FIELDS, *fields), check=_check)
+    return form._replace(restore=restore)
 
 
 def _shapes(part: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -97,7 +97,7 @@ def norms(type: str, scope: str, stem: str, arguments: Callable[[str | list[str]
         return found | {path: jnp.asarray(np.stack(layers)) for path, layers in rows.items()}
 
     fields = frozenset({"target_modules", "exclude_modules"})
-    return Form(type, scope, write, parse, read, restore, refuse_nothing, fields, {})
+    return Form(type, scope, write, parse, read, restore, refuse_nothing, fields, {}, modules=_named)
 
 
 def _named(base: Base) -> dict[str, tuple[str, int | None, dict[str, tuple[int, ...]]]]:

@@ -134,6 +134,7 @@ def per_site(
         when,
         ("ranks", "extra") if ranked else ("extra",),
         tuple(f".{tensor.suffix}" for tensor in tensors.values() if tensor.dtype == np.int32),
+        modules=lambda base: base.modules,
     )
 
 
@@ -215,13 +216,24 @@ def _parse(found: Tensors, tensors: Mapping[str, Tensor], base: Base) -> dict[st
     if not parts:
         raise InputError("holds no adapter")
     for name, own in parts.items():
-        there = {tensors[leaf].suffix for leaf in own} | {t.suffix for t in tensors.values() if t.optional}
-        if lacking := [suffix for suffix in suffixes if suffix not in there]:
-            raise InputError(f"{name} has no {lacking[0]}")
+        _check_whole(name, own, tensors)
         if len(set(ranks.get(name, {}).values())) > 1:
             differ = (f"{stem} of rank {rank}" for stem, rank in sorted(ranks[name].items()))
             raise InputError(f"{name} has {' and '.join(differ)}")
     return parts
+
+
+def _check_whole(name: str, own: Iterable[str], tensors: Mapping[str, Tensor]) -> None:
+    """Refuses leaves of a module that are not each of its tensors, or in place of one all those that may be."""
+    there = {tensors[leaf].suffix for leaf in own}
+    for leaf, tensor in tensors.items():
+        others = [other.suffix for other in tensors.values() if other.instead == leaf]
+        found = [suffix for suffix in others if suffix in there]
+        if found and tensor.suffix in there:
+            raise InputError(f"{name} has {tensor.suffix} and {found[0]}, which stands in its place")
+        lacking = [suffix for suffix in (others if found else [tensor.suffix]) if suffix not in there]
+        if lacking and not tensor.instead:
+            raise InputError(f"{name} has no {lacking[0]}")
 
 
 def _leaf(key: str, array: np.ndarray, candidates: Mapping[str, Tensor], name: str, module: Module) -> str:
