@@ -227,6 +227,12 @@ def test_links_lead_to_files_of_the_repository(page):
             assert path.exists() or path.relative_to(DOCS).as_posix() in made, target
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_called_by_the_librarys_name_is_in_it(page):
+    names = set(re.findall(r"\b(?:jp|jaxpeft)\.([A-Za-z_]\w*)\(", page.read_text(encoding="utf-8")))
+    assert names <= set(jp.__all__), names - set(jp.__all__)
+
+
 def test_every_verdict_has_its_evidence():
     tried = (DOCS / "claims.md").read_text(encoding="utf-8").partition("## Not yet tried")[0]
     rows = [line for line in tried.splitlines() if line.startswith("| ") and not line.startswith("| source")]
