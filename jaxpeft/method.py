@@ -49,7 +49,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import factory, tree
+from jaxpeft import aliases, factory, tree
 from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
@@ -469,10 +469,13 @@ def module(name: str) -> ModuleType:
     """The file of a method.
 
     Raises:
-      InputError: for an unknown name, with the nearest ones.
+      InputError: for an unknown name, with what it is here or the nearest ones.
     """
     if name not in names():
-        raise InputError(f"unknown method {name!r}; nearest: {tree.nearest(name, names())} (see `jaxpeft methods`)")
+        if flags := aliases.flags_of(name):
+            raise InputError(f"unknown method {name!r}; here it is {flags} (see `jaxpeft methods`)")
+        near = tree.nearest(name.lower(), names())
+        raise InputError(f"unknown method {name!r}; nearest: {near} (see `jaxpeft methods`)")
     return importlib.import_module(f"jaxpeft.methods.{name}")
 
 
