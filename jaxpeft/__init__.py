@@ -86,7 +86,7 @@ if TYPE_CHECKING:
     from jaxpeft.methods.zo2 import zo2
     from jaxpeft.model import Context, Model, Stack
     from jaxpeft.nnx import carry, from_nnx, to_nnx
-    from jaxpeft.peft import attach_several, export_adapter, import_adapter, weighted_adapter
+    from jaxpeft.peft import attach, attach_several, export_adapter, import_adapter, weighted_adapter
     from jaxpeft.train.loss import classification_loss, completion_loss
     from jaxpeft.train.masked import masked, trainable_mask
     from jaxpeft.train.run import Run, run
@@ -106,6 +106,7 @@ _MODULE_OF = {
     "Spec": "method",
     "Stack": "model",
     "TrainState": "train.state",
+    "attach": "peft",
     "attach_several": "peft",
     "ba_lora": "methods.ba_lora",
     "bitfit": "methods.bitfit",

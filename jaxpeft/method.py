@@ -49,7 +49,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import factory, tree
+from jaxpeft import aliases, factory, tree
 from jaxpeft.about import About, check
 from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
@@ -393,7 +393,8 @@ def setup(
     flat = _in_own_shapes(method, tree.flatten(params))
     if not any(method.changes(path) for path in flat):
         asked = [which for spec in method.specs if (which := spec.config.get("which", "all")) != "all"]
-        why = f"none is named by which={asked[0]!r}" if asked else f"chain what trains to it, as {method.name}+lora"
+        beside = f"chain what trains to it, as {_with_what_trains(method)}"
+        why = f"none is named by which={asked[0]!r}" if asked else beside
         raise InputError(
             f"{method.name}: no parameter is trainable; {why}; the model has {', '.join(sorted(flat)[:6])}, ..."
         )
@@ -401,6 +402,14 @@ def setup(
         path: as_master(path, leaf, method.role(path)) for path, leaf in flat.items() if method.trainable(path)
     }
     return model, trainable, {path: leaf for path, leaf in flat.items() if path not in trainable}
+
+
+def _with_what_trains(method: Method) -> str:
+    """The names of a chain that trains nothing, with what its members are tried with: lora+ba_lora."""
+    asked = [spec.name for spec in method.specs]
+    tried = [about(name).within if name in names() else "" for name in asked]
+    words = dict.fromkeys("+".join(within or name for name, within in zip(asked, tried, strict=True)).split("+"))
+    return "+".join(words if len(words) > len(asked) else [*words, "lora"])
 
 
 def _in_own_shapes(method: Method, flat: tree.Flat) -> tree.Flat:
@@ -460,10 +469,13 @@ def module(name: str) -> ModuleType:
     """The file of a method.
 
     Raises:
-      InputError: for an unknown name, with the nearest ones.
+      InputError: for an unknown name, with what it is here or the nearest ones.
     """
     if name not in names():
-        raise InputError(f"unknown method {name!r}; nearest: {tree.nearest(name, names())} (see `jaxpeft methods`)")
+        if flags := aliases.flags_of(name):
+            raise InputError(f"unknown method {name!r}; here it is {flags} (see `jaxpeft methods`)")
+        near = tree.nearest(name.lower(), names())
+        raise InputError(f"unknown method {name!r}; nearest: {near} (see `jaxpeft methods`)")
     return importlib.import_module(f"jaxpeft.methods.{name}")
 
 

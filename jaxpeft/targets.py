@@ -31,7 +31,7 @@ def find(
       targets: "all-linear" (every linear map of the layers, not the head; every one where no layers are visible),
         "attention", "qv" (its queries and values, as in LoRA's paper), "mlp", a regular expression found in the site's
         path (`re.search`), or names that sites end with, as in PEFT's `target_modules` (`["q_proj", "v_proj"]`, or
-        "q_proj,v_proj"). Embeddings and convolutions are chosen by names alone.
+        "q_proj,v_proj"; "q_proj," is one name). Embeddings and convolutions are chosen by names alone.
       method: whose targets they are.
       kinds: what the method adapts besides linear maps (`quant.EMBEDDING`, `quant.CONVOLUTION`).
 
@@ -47,8 +47,7 @@ def find(
     refused = {site: leaf.why for site, leaf in kernels.items() if isinstance(leaf, Folded) and leaf.why}
     others = {site: kind for site, leaf in kernels.items() if (kind := kind_of(leaf))}
     sites = sorted(site for site, leaf in kernels.items() if is_linear(leaf) or site in refused.keys() - others.keys())
-    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
-        targets = targets.split(",")
+    targets = _listed(targets)
     if isinstance(targets, str):
         wanted = [_PRESETS.get(targets, targets)]
         if targets == "all-linear" and not any(re.search(wanted[0], tree.canonical(site)) for site in sites):
@@ -78,10 +77,16 @@ def find(
     return sorted(chosen)
 
 
+def _listed(targets: str | Iterable[str]) -> str | Iterable[str]:
+    """Targets in words as their names, "q_proj,v_proj" or "q_proj,"; a preset or an expression as it is."""
+    if isinstance(targets, str) and re.fullmatch(r"[\w./]+,([\w./]+(,[\w./]+)*)?", targets):
+        return targets.removesuffix(",").split(",")
+    return targets
+
+
 def chooses(targets: str | Iterable[str], site: str) -> bool:
     """Whether `find` would choose a site of a model of visible layers; of targets that it takes."""
-    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
-        targets = targets.split(",")
+    targets = _listed(targets)
     if isinstance(targets, str):
         wanted = [_PRESETS.get(targets, targets)]
     else:
@@ -101,8 +106,7 @@ def among(modules: Iterable[str], targets: str | Iterable[str], method: str, wha
       InputError: if a target matches none, with the nearest names.
     """
     modules = list(modules)
-    if isinstance(targets, str) and re.fullmatch(r"[\w./]+(,[\w./]+)+", targets):
-        targets = targets.split(",")
+    targets = _listed(targets)
     if isinstance(targets, str):
         wanted = {targets: "" if targets == "all" else targets}
     else:

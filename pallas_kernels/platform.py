@@ -19,11 +19,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import dispatch  # lowering rules see devices only where this says that they ask for them
 from jax.extend.core import Primitive
@@ -74,7 +76,7 @@ class Part(NamedTuple):
 
 
 class KernelFallback(UserWarning):
-    """A kernel does not take these shapes; the plain implementation runs in its place."""
+    """A kernel does not take these shapes; the plain implementation runs in its place, in calls like this one, too."""
 
 
 # operation's name -> its FLOPs as a function of its (args as ShapeDtypeStructs, **static); see `operation`.
@@ -89,7 +91,8 @@ INTO: dict[str, Callable[..., Any]] = {}
 _traced_for = jax.make_user_context(default_value=None)  # a part of what JAX knows kept traces by
 _of_parts = jax.make_user_context(default_value=False)  # likewise
 _forced: contextvars.ContextVar[str | None] = contextvars.ContextVar("forced", default=None)
-_said: set[str] = set()
+_said: set[tuple[Any, ...]] = set()  # reasons for which a kernel did not run, of which users know
+_log = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -292,23 +295,34 @@ def _chooses(name, platform, chosen: Implementation | None, where, wanted: str |
     capability = getattr(_device(where, platform), "compute_capability", chosen.capability)
     if not str(capability).startswith(chosen.capability):
         needed = f"compute capability {chosen.capability}x, not {capability}"
-        _refuse(chosen, wanted, f"the {kernel} kernels run on {needed}")
+        _refuse(chosen, wanted, (kernel, "device", capability), f"the {kernel} kernels run on {needed}")
         return False
     if not chosen.supports(*args, **static):
-        _refuse(chosen, wanted, f"{name}: the {kernel} kernel does not take {_described(args, static)}")
+        why = f"{name}: the {kernel} kernel does not take {_described(args, static)}"
+        _refuse(chosen, wanted, (kernel, "arguments", _kinds(args)), why)
         return False
     if not chosen.partitions and not _whole(where):
-        _refuse(chosen, wanted, f"{name}: the {kernel} kernel runs on one device, or in a shard_map over all axes")
+        why = f"{name}: the {kernel} kernel runs on one device, or in a shard_map over all axes"
+        _refuse(chosen, wanted, (kernel, "mesh"), why)
         return False
     return True
 
 
-def _refuse(chosen: Implementation, wanted: str | None, why: str) -> None:
+def _refuse(chosen: Implementation, wanted: str | None, reason: tuple[Any, ...], why: str) -> None:
+    """Raises where the kernel was asked for, else warns of the first call of each reason, and logs the others."""
     if wanted not in (None, PLAIN):
         raise NotImplementedError(why)
-    if chosen.announces and why not in _said:
-        _said.add(why)
-        warnings.warn(f"{why}; plain JAX runs instead", KernelFallback, stacklevel=2)
+    if not chosen.announces:
+        return
+    _log.info("%s; plain JAX runs instead", why)
+    if reason not in _said:
+        _said.add(reason)
+        warnings.warn(f"{why}; plain JAX runs instead, there and in calls like it", KernelFallback, stacklevel=2)
+
+
+def _kinds(args: Sequence[Any]) -> tuple[str, ...]:
+    """The floating-point types among arguments: of calls that are not taken those with the same are one reason."""
+    return tuple(sorted({x.dtype.name for x in jax.tree.leaves(args) if jnp.issubdtype(x.dtype, jnp.floating)}))
 
 
 def _described(args: Sequence[Any], static: dict[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """Models from outside the library: Linen and NNX modules under the same contract."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import pytest
 from flax import nnx
 
 import jaxpeft as jp
-from jaxpeft import tree
+from jaxpeft import recipe, tree
+from tests import tiny
 
 
 class Classifier(nn.Module):
@@ -112,6 +115,23 @@ def test_two_adapters_at_one_site_compose():
         assert np.abs(adapted.apply(jp.combine(without, frozen), {"x": X}) - found).max() > 1e-2
     with pytest.raises(jp.InputError, match="lora stands twice"):
         jp.chain(jp.lora(2, targets=["hidden"]), jp.lora(2, targets=["hidden"]))
+
+
+@pytest.mark.parametrize(
+    ("chained", "advised"),
+    [
+        ("ba_lora", "lora+ba_lora"),
+        ("quantize", "quantize+lora"),
+        ("quantize+ba_lora", "quantize+lora+ba_lora"),
+    ],
+)
+def test_what_trains_nothing_is_told_its_own_chain(chained, advised):
+    """In the order in which its file, and so the README, has it; that one is taken."""
+    base, params = tiny.model()
+    with pytest.raises(jp.InputError, match=f"chain what trains to it, as {re.escape(advised)};"):
+        jp.setup(recipe.parse(chained), base, params, jax.random.key(0))
+    method = recipe.parse(advised, rank=2)
+    jax.eval_shape(lambda params: jp.setup(method, base, params, jax.random.key(0))[1:], params)
 
 
 def test_nothing_to_train_is_refused():

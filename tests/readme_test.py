@@ -4,6 +4,7 @@ import ast
 import functools
 import itertools
 import re
+import textwrap
 from pathlib import Path
 
 import jax
@@ -20,6 +21,7 @@ from jaxpeft import data, tree
 from jaxpeft import method as contract
 from jaxpeft.backward.flops import count_flops
 from jaxpeft.models import FAMILIES, geometries
+from jaxpeft.train.report import MEMORY, SCORES, print_report
 from tests import tiny
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,6 +109,37 @@ def test_models_of_ones_own():
 def moved(params, before):
     """The paths whose leaves are no longer what they were."""
     return {path for path, leaf in tree.flatten(params).items() if not np.array_equal(leaf, before[path])}
+
+
+def demo(page):
+    """The blocks in a page of what `make demo` prints, up to its first other words, as one text."""
+    text = (DOCS / page).read_text(encoding="utf-8").partition("task](")[2].partition("\n\n")[2]
+    return textwrap.dedent(re.match(r"(?:(?: {4}.*)?\n)+", text)[0]).strip()
+
+
+def test_what_the_demo_prints_has_the_programs_form(capsys):
+    """The numbers are of a run; a report of them is shown so, to the space."""
+    printed = demo("quickstart.md")
+    numbers = lambda label: re.search(rf"^{re.escape(label)} +(.*)$", printed, re.MULTILINE)[1].replace(",", "").split()
+    said = {
+        f"{name}_{when}": x
+        for name in ("eval_loss", "overlap")
+        for when, x in zip(("before", "after"), map(float, numbers(SCORES[name])), strict=True)
+    }
+    counts = {f"{name}_parameters": int(numbers(name)[0]) for name in ("trainable", "frozen", "total")}
+    sizes = re.findall(r"^(\w+) +([\d.]+) (KiB|MiB)$", printed, re.MULTILINE)
+    memory = {name: float(size) * {"KiB": 2**10, "MiB": 2**20}[unit] for name, size, unit in sizes}
+    assert list(memory) == [*MEMORY, "total"]
+    parts = re.split(r"^(prompt|reference|before|after):\n", printed.rpartition("\n\n")[0], flags=re.MULTILINE)[1:]
+    sample = {name: textwrap.dedent(words).strip() for name, words in zip(parts[::2], parts[1::2], strict=True)}
+    steps, tokens, loss = re.search(r"lora: (\S+) steps, (\S+) tokens .* loss (\S+)$", printed, re.MULTILINE).groups()
+    run = {"method": "lora", "steps": int(steps), "tokens": int(tokens.replace(",", "")), "train_loss": float(loss)}
+    run |= {"dtype": "float32", "optimizer": "adam", "out": "out/run-1"}
+    run |= {"compile_cache": "~/.cache/jaxpeft/compiled/..."}
+    print_report({**said, **counts, "memory_bytes": memory, "sample": sample, **run})
+    shown = "\n".join(line.rstrip() for line in capsys.readouterr().out.strip().splitlines())
+    assert shown == printed
+    assert shown.startswith(demo("../README.md"))
 
 
 FALLBACK = pytest.mark.filterwarnings("ignore::pallas_kernels.platform.KernelFallback")  # of float32 on a GPU
@@ -225,6 +258,12 @@ def test_links_lead_to_files_of_the_repository(page):
         if not target.startswith(("http", "mailto")):
             path = (page.parent / target).resolve()
             assert path.exists() or path.relative_to(DOCS).as_posix() in made, target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_called_by_the_librarys_name_is_in_it(page):
+    names = set(re.findall(r"\b(?:jp|jaxpeft)\.([A-Za-z_]\w*)\(", page.read_text(encoding="utf-8")))
+    assert names <= set(jp.__all__), names - set(jp.__all__)
 
 
 def test_every_verdict_has_its_evidence():

@@ -7,7 +7,7 @@ from typing import Any
 from jaxpeft.errors import InputError, did_you_mean, shown
 from jaxpeft.files import from_yaml, read_text, to_yaml
 from jaxpeft.train.checks import flag
-from jaxpeft.train.hints import in_words, is_of_form
+from jaxpeft.train.hints import is_of_form, one_word, wanted
 
 _MOST_BYTES = 2**20
 _REPEATED = ("adapter",)  # flags that stand once for each value
@@ -17,7 +17,8 @@ def config_arguments(path: Path, known: Mapping[str, Any]) -> dict[str, list[str
     """Reads a run's YAML file as command-line arguments: {field name: arguments that set it}.
 
     Values pass through the same parser as flags, so that both accept and refuse the same things. Lists become several
-    values; a mapping becomes NAME=VALUE pairs, or of adapters NAME where there is no folder; null is the flag's None.
+    values, targets names with commas; a mapping becomes NAME=VALUE pairs, or of adapters NAME where there is no folder;
+    null is the flag's None.
 
     Args:
         path: the file; keys are flags' names, with dashes or underscores.
@@ -45,8 +46,9 @@ def config_arguments(path: Path, known: Mapping[str, Any]) -> dict[str, list[str
             raise InputError(f"--config {path}: unknown key {key!r}" + did_you_mean(name.replace("_", "-"), spelt))
         if name in arguments:
             raise InputError(f"--config {path}: {key!r} is given twice")
+        value = one_word(name, value)
         if name not in _REPEATED and not is_of_form(value, known[name]):
-            raise InputError(f"--config {path}: {key}: {shown(value)} must be {in_words(known[name])}")
+            raise InputError(f"--config {path}: {key}: {shown(value)} must be {wanted(name, known[name])}")
         arguments[name] = _as_arguments(name, value)
     return arguments
 

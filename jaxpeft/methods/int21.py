@@ -37,6 +37,7 @@ from jaxpeft.methods.lq_lora import principal
 from jaxpeft.model import Batch, Model
 from jaxpeft.quant import Affine, Paired, affine, by_layer, dense, folded_as, is_packed, matrix, pack_affine
 from jaxpeft.train.loss import for_head, in_chunks
+from jaxpeft.widths import check_affine
 
 INITS = ("error", "kaiming")
 GROUP = 128
@@ -125,16 +126,12 @@ def int21(
     one = functools.partial(pack, bits=bits, group=group, pairs=recover > 0)
 
     def check(site, kernel, layered):
-        n, unit = kernel.shape[-2], Affine.aligned(bits)
         if layered and (kernel.ndim != 3 or not tree.stacked(site)):
             raise InputError(f"int21: {site} is not in the layers, whose kernels alone can be packed")
         if is_packed(kernel):
             raise InputError(
                 f"int21: {site} is packed already; int21 packs kernels itself: give quantize other targets"
             )
-        if n % (group or 1) or n % unit:
-            what = f"groups of {group}" if n % (group or 1) else f"{bits} bits, which are packed in {unit}s"
-            raise InputError(f"int21: {site} has {n} inputs, which is no multiple for {what}")
 
     def ours(kernel):
         found = kernel.packed if isinstance(kernel, Paired) else kernel
@@ -145,6 +142,7 @@ def int21(
         wanted = [site for site in choose(params) if not (as_read and ours(matrix(flat[f"{site}/kernel"])))]
         for site in wanted:
             check(site, flat[f"{site}/kernel"], bool(tree.segments(params)))
+        check_affine("int21", bits, group, {site: flat[f"{site}/kernel"].shape[-2] for site in wanted})
         return {f"{site}/kernel": one for site in wanted}
 
     def prepare(params, view):

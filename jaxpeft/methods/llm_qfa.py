@@ -53,6 +53,7 @@ from jaxpeft.quant import (
 from jaxpeft.quant import merged as as_merged
 from jaxpeft.quant.nested import chosen_product
 from jaxpeft.train.loss import completion_loss
+from jaxpeft.widths import check_group, check_packs
 
 CHOSEN = "llm_qfa/chosen"  # the number of each layer's width, (L,) int32
 THETAS = np.linspace(-12, 12, 2401)
@@ -233,20 +234,21 @@ def llm_qfa(
         return Nested(tuple(pack_affine(w, bits, size) for bits in widths))
 
     def check(site, kernel):
-        n, unit = kernel.shape[-2], max(Affine.aligned(bits) for bits in widths)
         if kernel.ndim != 3 or not tree.stacked(site):
             raise InputError(f"llm_qfa: {site} is not in the layers, which have a width each")
         if is_packed(kernel):
             raise InputError(f"llm_qfa: {site} is packed already; llm_qfa packs kernels itself")
-        if n % (group or 1) or n % unit:
-            what = f"groups of {group}" if n % (group or 1) else f"these widths, which are packed in {unit}s"
-            raise InputError(f"llm_qfa: {site} has {n} inputs, which is no multiple for {what}")
 
     def convert(params):
         flat = tree.flatten(params)
         wanted = [site for site in choose(params) if not isinstance(matrix(flat[f"{site}/kernel"]), Nested)]
         for site in wanted:
             check(site, flat[f"{site}/kernel"])
+        inputs = {site: flat[f"{site}/kernel"].shape[-2] for site in wanted}
+        check_group("llm_qfa", group, inputs)
+        fit = [bits for bits in widths if not any(n % Affine.aligned(bits) for n in inputs.values())]
+        others = {f"widths {fit}": 1} if len(fit) > 1 else {}
+        check_packs("llm_qfa", f"widths {widths} pack", max(map(Affine.aligned, widths)), inputs, others)
         return {f"{site}/kernel": pack for site in wanted}
 
     def prepare(params, view):

@@ -45,6 +45,7 @@ from jaxpeft.methods import lora as _lora
 from jaxpeft.methods.lst import fisher_information
 from jaxpeft.quant import by_layer, folded_as, is_packed, matrix
 from jaxpeft.starts import probes
+from jaxpeft.widths import check_format, left_out
 from pallas_kernels import packed
 from pallas_kernels.packed import ALIGNED, BITS, CODEBOOKS, FORMATS, Packed
 
@@ -253,10 +254,6 @@ def lq_lora(
             raise InputError(f"lq_lora: {site} is not in the layers, whose kernels alone can be packed")
         if is_packed(kernel):
             raise InputError(f"lq_lora: {site} is packed already; lq_lora packs kernels itself")
-        n = kernel.shape[-2]
-        if bits is None and not every.fits(n):
-            unit = group if group and n % group else ALIGNED[BITS[format]]
-            raise InputError(f"lq_lora: {site} has {n} inputs, no multiple of {unit}, as {format} in such groups needs")
 
     def choices_of(kernels, weights, flat):
         """How each site's kernel is packed."""
@@ -272,6 +269,8 @@ def lq_lora(
         found = choose(params)
         for site in found:
             check(site, flat[f"{site}/kernel"], bool(tree.segments(params)))
+        if bits is None:
+            check_format("lq_lora", format, group, {site: flat[f"{site}/kernel"].shape[-2] for site in found})
         kernels = {site: matrix(flat[f"{site}/kernel"]) for site in found}
         started = {site for site in kernels if f"{site}/lq_lora/a0" in flat}
         weights = _weights(params, view) if fisher and started != set(kernels) else {}
@@ -316,10 +315,13 @@ def _allotted(kernels: Mapping[str, Any], weights: Mapping[str, Any], rank: int,
     """The choice of each site, within the budget of all."""
     error = np.full((len(kernels), len(CANDIDATES)), np.inf)
     size = np.zeros(error.shape)
+    of_width = lambda n: [i for i, choice in enumerate(CANDIDATES) if choice.fits(n)]
+    inputs = {site: kernel.shape[-2] for site, kernel in kernels.items()}
     for row, (site, kernel) in enumerate(kernels.items()):
-        fitting = [i for i, choice in enumerate(CANDIDATES) if choice.fits(kernel.shape[-2])]
-        if not fitting:
-            raise InputError(f"lq_lora: {site} has {kernel.shape[-2]} inputs, which no format of a budget packs")
+        if not (fitting := of_width(inputs[site])):
+            left = left_out(inputs, lambda n: bool(of_width(n)))
+            said = f"lq_lora: {site} has {inputs[site]} inputs, which no format of a budget packs"
+            raise InputError(f"{said}; {left or 'give no bits'}")
         choices = tuple(CANDIDATES[i] for i in fitting)
         size[row, fitting] = [num_bytes(kernel.shape, choice) for choice in choices]
         if isinstance(kernel, jax.core.Tracer):

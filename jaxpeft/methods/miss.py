@@ -34,6 +34,7 @@ from jaxpeft.model import Context
 from jaxpeft.peft import form
 from jaxpeft.quant import dense
 from jaxpeft.quant import merged as as_merged
+from jaxpeft.widths import dividing
 from pallas_kernels import dropout as _dropout
 
 
@@ -99,12 +100,15 @@ def miss(rank: int = 64, targets: Targets = "all-linear", mini: int = 0, dropout
 
     def choose(params):
         flat, found = tree.flatten(params), sites.find(params, targets, "miss")
-        for site in found:
-            n, m = flat[sites.kernel_path(flat, site)].shape[-2:]
+        shapes = {site: flat[sites.kernel_path(flat, site)].shape[-2:] for site in found}
+        for site, (n, m) in shapes.items():
             if rank > n:
                 raise InputError(f"miss: rank {rank} is above the {n} inputs of {site}, a kernel of {n} x {m}")
             if mini and m % mini:
-                raise InputError(f"miss: mini {mini} does not divide the {m} outputs of {site}, a kernel of {n} x {m}")
+                raise InputError(
+                    f"miss: mini {mini} does not divide the {m} outputs of {site}, a kernel of {n} x {m}; "
+                    f"{dividing(outputs for _, outputs in shapes.values())}"
+                )
         return found
 
     return Method(

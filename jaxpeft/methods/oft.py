@@ -38,6 +38,7 @@ from jaxpeft.model import Context
 from jaxpeft.peft import form
 from jaxpeft.quant import dense
 from jaxpeft.quant import merged as as_merged
+from jaxpeft.widths import dividing
 
 LEAST_TERMS = 4  # with fewer PEFT's series has other terms
 
@@ -144,12 +145,14 @@ def oft(
 
     def choose(params):
         flat, found = tree.flatten(params), sites.find(params, targets, "oft")
-        for site in found:
-            n, m = flat[sites.kernel_path(flat, site)].shape[-2:]
+        shapes = {site: flat[sites.kernel_path(flat, site)].shape[-2:] for site in found}
+        for site, (n, m) in shapes.items():
             if n % size_of(site):
+                name, nearest = tree.canonical(site).rsplit("/", 1)[-1], adjusted(n, size_of(site), least=2)
                 raise InputError(
                     f"oft: block_size {size_of(site)} does not divide the {n} inputs of {site}, a kernel of {n} x {m}; "
-                    f"nearest: {adjusted(n, size_of(site))}"
+                    f"{dividing(inputs for inputs, _ in shapes.values())}, and block_pattern {{{name}: {nearest}}} is "
+                    "for this one alone"
                 )
         return found
 
@@ -169,9 +172,9 @@ def _check_size(block_size: int) -> int:
     return block_size
 
 
-def adjusted(inputs: int, size: int) -> int:
+def adjusted(inputs: int, size: int, least: int = 1) -> int:
     """The divisor of `inputs` nearest to a size, the smaller of two: what PEFT takes in its place."""
-    return min((d for d in range(1, inputs + 1) if inputs % d == 0), key=lambda d: (abs(d - size), d))
+    return min((d for d in range(least, inputs + 1) if inputs % d == 0), key=lambda d: (abs(d - size), d), default=1)
 
 
 def fold(params: Mapping[str, Any], terms: int, exact: bool) -> tree.Params:

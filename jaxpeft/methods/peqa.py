@@ -44,6 +44,7 @@ from jaxpeft.methods.ia3 import scaled
 from jaxpeft.methods.lora import Targets
 from jaxpeft.model import Context
 from jaxpeft.quant import Affine, affine, by_layer, dense, folded_as, is_packed, matrix, merged, pack_affine
+from jaxpeft.widths import check_affine
 
 
 class PEQA(nn.Module):
@@ -89,16 +90,10 @@ def peqa(bits: int = 4, group: int = 0, targets: Targets = "all-linear") -> Meth
         raise InputError(f"peqa: group {group} must be at least 1, or 0 for one scale per output")
 
     def check(site, kernel, layered):
-        n, unit = kernel.shape[-2], Affine.aligned(bits)
         if layered and (kernel.ndim != 3 or not tree.stacked(site)):
             raise InputError(f"peqa: {site} is not in the layers, whose kernels alone can be packed")
         if is_packed(kernel):
             raise InputError(f"peqa: {site} is packed already; peqa packs kernels itself: give quantize other targets")
-        if n % (group or 1):
-            raise InputError(f"peqa: group {group} does not divide the {n} inputs of {site}")
-        if n % unit:
-            others = " or ".join(str(fitting) for fitting in affine.FIELDS if n % Affine.aligned(fitting) == 0)
-            raise InputError(f"peqa: {site} has {n} inputs, which {bits} bits pack in {unit}s; use {others} bits")
 
     def check_packed(site, kernel):
         if kernel.group_index is not None:
@@ -122,6 +117,7 @@ def peqa(bits: int = 4, group: int = 0, targets: Targets = "all-linear") -> Meth
         wanted = [site for site in kernels if site not in packed]
         for site in wanted:
             check(site, kernels[site], bool(tree.segments(params)))
+        check_affine("peqa", bits, group, {site: kernels[site].shape[-2] for site in wanted})
         return {f"{site}/kernel": pack for site in wanted}
 
     def prepare(params, view):

@@ -38,7 +38,8 @@ from jaxpeft.errors import InputError
 from jaxpeft.method import Method, Spec
 from jaxpeft.methods.lora import Targets
 from jaxpeft.quant import FORMATS, by_layer, dense, folded_as, is_packed, matrix, merged, pack
-from pallas_kernels.packed import ALIGNED, BITS, CODEBOOKS, Packed
+from jaxpeft.widths import check_format
+from pallas_kernels.packed import CODEBOOKS, Packed
 
 
 def saved_bytes(**_) -> int:
@@ -75,14 +76,8 @@ def quantize(
         raise InputError(f"quantize: double quantization is of {', '.join(CODEBOOKS)}, not of {format}")
 
     def check(site, kernel, layered):
-        n = kernel.shape[-2]
         if layered and (kernel.ndim != 3 or not tree.stacked(site)):
             raise InputError(f"quantize: {site} is not in the layers, whose kernels alone can be packed")
-        if n % (group or 1):
-            raise InputError(f"quantize: group {group} does not divide the {n} inputs of {site}")
-        if n % (unit := ALIGNED[BITS[format]]):
-            others = " or ".join(name for name in FORMATS if n % ALIGNED[BITS[name]] == 0)
-            raise InputError(f"quantize: {site} has {n} inputs, which {format} packs in {unit}s; use {others}")
 
     def convert(params):
         flat = tree.flatten(params)
@@ -90,6 +85,8 @@ def quantize(
         plain = {path: kernel for path, kernel in kernels.items() if not is_packed(kernel)}
         for path, kernel in plain.items():
             check(path.removesuffix("/kernel"), kernel, bool(tree.segments(params)))
+        inputs = {path.removesuffix("/kernel"): kernel.shape[-2] for path, kernel in plain.items()}
+        check_format("quantize", format, group, inputs)
         return dict.fromkeys(plain, functools.partial(pack, format=format, group=group, double=double))
 
     def prepare(params, view):

@@ -41,6 +41,7 @@ from jaxpeft.methods.lora import Targets, check_rank, chosen_sites, saved_bytes
 from jaxpeft.methods.lora import fold as fold_product
 from jaxpeft.model import Context
 from jaxpeft.peft import form
+from jaxpeft.widths import dividing
 
 
 class VBLoRA(nn.Module):
@@ -173,10 +174,9 @@ def check_length(length: int, kernels: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses vectors that do not divide both sides of every kernel."""
     for site, (n, m) in kernels.items():
         if n % length or m % length:
-            divides = math.gcd(*(side for sides in kernels.values() for side in sides))
+            instead = dividing(side for sides in kernels.values() for side in sides)
             raise InputError(
-                f"vblora: length {length} does not divide the sides of {site}, a kernel of {n} x {m}; {divides} and "
-                "its divisors divide those of all"
+                f"vblora: length {length} does not divide the sides of {site}, a kernel of {n} x {m}; {instead}"
             )
 
 

@@ -70,8 +70,8 @@ def import_adapter(
       names: of a model of one's own, to read one in PEFT's form: as `export_adapter` takes them.
 
     Returns:
-      (method, leaves): leaves `{path: array}` to put among the base's parameters before `jaxpeft.setup` (see
-        `attach`).
+      (method, leaves): leaves `{path: array}` to put among the base's parameters before `jaxpeft.setup`, which
+        `jaxpeft.attach` does.
 
     Raises:
       InputError: for no such adapter, pickled or damaged weights, also without a module that target_modules names, an
@@ -136,10 +136,11 @@ def attach(
     params: tree.Params,
     names: Mapping[str, str] = types.MappingProxyType({}),
 ) -> tuple[Model, tree.Params, Method]:
-    """A model with the adapter in a folder; `names` as in `import_adapter`.
+    """A model with the adapter in a folder, one of PEFT's or of ours; `names` as in `import_adapter`.
 
     Returns:
-      (adapted model, its nested parameters, the method).
+      (adapted model, its nested parameters, the method): `jaxpeft.split(params, method.trainable)` trains on, and
+        `method.merge(params)` has it folded into the base.
 
     Raises:
       InputError: as `import_adapter` does.

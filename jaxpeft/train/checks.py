@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxpeft.errors import InputError, shown
-from jaxpeft.train.hints import fits, in_words
+from jaxpeft.train.hints import fits, wanted
 
 MOST = 2**31 - 1  # of steps, tokens and whatever is counted
 MOST_SEED = 2**32 - 1  # JAX's keys hold 32 bits, and grain shuffles by as many
@@ -87,4 +87,4 @@ def check_rope_scaling(args: Any) -> None:
 def check_kind(name: str, value: Any, hint: Any) -> None:
     """Refuses a value that is not of its field's type, which the command line's parser never makes."""
     if not fits(value, hint):
-        raise InputError(f"{flag(name)} {value!r}: must be {in_words(hint)}")
+        raise InputError(f"{flag(name)} {value!r}: must be {wanted(name, hint)}")

@@ -1,11 +1,31 @@
 """Values against the types of a run's fields."""
 
+import re
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+_LISTED = ("targets",)  # fields of text that YAML and Python may give as a list of names
+
+
+def one_word(name: str, value: Any) -> Any:
+    """A field's list of names as the text that its flag takes; any other value as it is.
+
+    >>> one_word("targets", ["q_proj", "v_proj"]), one_word("targets", ["q_proj"])
+    ('q_proj,v_proj', 'q_proj,')
+    """
+    if name not in _LISTED or not isinstance(value, list | tuple) or not value:
+        return value
+    if not all(isinstance(item, str) and re.fullmatch(r"[\w./]+", item) for item in value):
+        return value
+    return ",".join(value) + ("," if len(value) == 1 else "")  # without a comma it would be a regular expression
+
+
+def wanted(name: str, hint: Any) -> str:
+    """What a field takes, as an error about it says it."""
+    return f"a list of names, or {in_words(hint)}" if name in _LISTED else in_words(hint)
 
 
 def in_words(hint: Any) -> str:

@@ -137,7 +137,7 @@ class Loop:
             say(f"{self.out}: {lost} steps are lost and taken again")
 
     def _begin(self) -> None:
-        """Scores the model as it was, before the first step."""
+        """Scores what training starts from: the base, with what the method or an adapter has put on it."""
         self.checkpoints.save_frozen(self.job.own)
         if self.args.warmup >= self.args.steps > 1:
             say(f"--warmup {self.args.warmup}: the rate reaches its peak in none of the {self.args.steps} steps")
@@ -147,7 +147,7 @@ class Loop:
                 took = f"{spec.name}'s {option}={spec.config[option]}"
                 say(f"--steps {self.args.steps}: {took} steps are not over by then")
         if self.job.data.validation or self.job.data.asked:
-            say("before the first step: compiling, and scoring the model as it is")
+            say("before the first step: compiling, and scoring what training starts from")
         answers = self._answer(self.job.data.asked)
         if self.job.data.validation:
             self._evaluate()

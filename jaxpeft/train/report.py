@@ -15,7 +15,7 @@ from jaxpeft.train import metrics
 # The owners of a step's memory, in the order of the table; docs and tests use these names.
 MEMORY = ("weights", "adapters", "optimizer", "gradients", "activations", "workspace")
 
-# What a model is judged by, as it was and as it became -> how the table calls it.
+# What a model is judged by, before the first step and after the last -> how the table calls it.
 SCORES = {
     "eval_loss": "validation loss",
     "overlap": "overlap (ROUGE-L)",
@@ -54,7 +54,7 @@ def build_report(
         tokens: tokens trained on, padding left out.
         seconds: wall time of this process's part of the run.
         train_loss: mean loss of the last step.
-        eval_loss: validation loss before and after; None without validation data.
+        eval_loss: validation loss before the first step and after the last; None without validation data.
         overlap: mean `rouge_l` of generated validation answers before and after.
         sample: one validation example as {"prompt", "reference", "before", "after"}.
         trainable_parameters: numbers of the model and its adapters that training changes.

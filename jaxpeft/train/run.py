@@ -30,6 +30,7 @@ from jaxpeft.train.checks import (
     check_shots,
     flag,
 )
+from jaxpeft.train.hints import one_word
 
 # The least value of a field that is a number.
 _LEAST = {
@@ -57,8 +58,8 @@ _LEAST = {
 class Run:
     """Everything that decides a run. Without arguments, the embedded model and examples.
 
-    Paths may be text, sequences lists, and `method_options` a mapping (see `jaxpeft.recipe`): each is kept in the type
-    of its field.
+    Paths may be text, sequences lists, `targets` a list of names, and `method_options` a mapping (see
+    `jaxpeft.recipe`): each is kept in the type of its field.
     """
 
     task: Literal["lm", "classify"] = "lm"
@@ -367,7 +368,7 @@ def fresh_directories(parent: Path) -> Iterator[Path]:
 
 
 def _in_type(values: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a run's values is not yet in its field's type: paths, sequences, options as a mapping."""
+    """What of a run's values is not yet in its field's type: paths, sequences, names, options as a mapping."""
     from jaxpeft.files import to_yaml
 
     found: dict[str, Any] = {}
@@ -382,4 +383,6 @@ def _in_type(values: Mapping[str, Any]) -> dict[str, Any]:
             found[name] = tuple(key if item is None else f"{key}={os.fspath(item)}" for key, item in value.items())
         elif name in ("buckets", "method_options", "adapters") and isinstance(value, list):
             found[name] = tuple(value)
+        elif (word := one_word(name, value)) is not value:
+            found[name] = word
     return found

@@ -8,9 +8,10 @@ import jax
 import pytest
 
 import jaxpeft as jp
-from jaxpeft import cli, method, tree
+from jaxpeft import aliases, cli, method, starts, tree
 from jaxpeft.about import About, Promises, check
 from jaxpeft.cli import methods
+from jaxpeft.cli.train import Train
 from jaxpeft.errors import InputError
 from jaxpeft.peft.export import adapter_of
 from tests import tiny
@@ -110,3 +111,26 @@ def test_every_option_is_explained():
 def test_a_method_that_nobody_knows_is_refused(capsys):
     assert cli.main(["methods", "galor"]) == 2
     assert capsys.readouterr().err.startswith("jaxpeft: error: unknown method 'galor'; nearest: galore")
+
+
+@pytest.mark.parametrize("name", aliases.FLAGS)
+def test_what_others_call_otherwise_is_told_as_flags_of_a_run(name, capsys):
+    """Which the command takes, with values that the method has."""
+    assert cli.main(["methods", name]) == 2
+    said = capsys.readouterr().err
+    flags = said.partition("here it is ")[2].removesuffix(" (see `jaxpeft methods`)\n")
+    assert flags == aliases.FLAGS[name]
+    cli.parse(Train, "train", flags.split()).check()
+    assert cli.main(["train", "--method", f"meft+{name.upper()}"]) == 2
+    assert flags in capsys.readouterr().err
+
+
+def test_each_start_of_loras_and_no_method_has_such_a_name():
+    spelt = {"".join(filter(str.isalnum, word)) for word in starts.STARTS}
+    assert spelt <= aliases.FLAGS.keys()
+    assert not aliases.FLAGS.keys() & {"".join(filter(str.isalnum, word)) for word in method.names()}
+
+
+def test_capitals_are_near():
+    with pytest.raises(InputError, match="unknown method 'LoRA'; nearest: lora,"):
+        method.module("LoRA")

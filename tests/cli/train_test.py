@@ -60,6 +60,15 @@ def test_a_quoted_value_is_text_and_a_number_without_a_dot_is_one(seen, tmp_path
     capsys.readouterr()
 
 
+def test_a_list_of_targets_is_the_same_run_in_a_file_as_names_with_commas(seen, tmp_path, capsys):
+    (tmp_path / "run.yaml").write_text("targets: [q_proj, v_proj]")
+    assert cli.main(["train", "--config", "run.yaml", "--json"]) == 0
+    assert cli.main(["train", "--targets", "q_proj,v_proj", "--json"]) == 0
+    assert [run.targets for run in seen] == ["q_proj,v_proj"] * 2
+    assert Run(targets=["q_proj", "v_proj"]) == Run(targets="q_proj,v_proj")
+    capsys.readouterr()
+
+
 def test_the_command_has_every_field_of_a_run():
     names = [name for name in vars(Train()) if name not in ("config", "json")]
     assert names == list(vars(Run()))

@@ -156,7 +156,7 @@ def test_subnets_that_are_none():
         (lambda: jp.llm_qfa(rank=0), "rank 0 must be at least 1"),
         (lambda: jp.llm_qfa(period=1), "period 1 must be at least 2"),
         (lambda: jp.llm_qfa(group=0), "group 0 must be at least 1"),
-        (lambda: jp.llm_qfa(rank=4, group=24), "down_proj has 56 inputs, which is no multiple for groups of 24"),
+        (lambda: jp.llm_qfa(rank=4, group=24), "group 24 does not divide the 56 inputs of .*/down_proj; 8 and its d"),
         (lambda: jp.llm_qfa(rank=4, targets="lm_head"), "lm_head is not in the layers"),
         (lambda: jp.chain(jp.quantize("int4"), jp.llm_qfa(rank=4)), "is packed already"),
     ],

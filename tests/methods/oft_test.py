@@ -137,12 +137,21 @@ def test_keeps_the_inputs():
     assert ours - floor <= 3 * (32 + 32 + 32 + 56) * 4
 
 
+def test_what_a_refusal_advises_is_taken():
+    for options in ({"block_size": 8}, {"block_size": 16, "block_pattern": {"down_proj": 14}}):
+        jp.setup(jp.oft(**options), *tiny.model(), jax.random.key(0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"block_size": 1}, "oft: block_size 1 must be at least 2"),
         ({"terms": 3}, "oft: terms 3 must be at least 4"),
-        ({"block_size": 16}, "oft: block_size 16 does not divide the 56 inputs of layers/mlp/down_proj, .*nearest: 14"),
+        (
+            {"block_size": 16},
+            "oft: block_size 16 does not divide the 56 inputs of layers/mlp/down_proj, .*; 8 and",
+        ),
+        ({"block_size": 16}, r"divide those of all, and block_pattern \{down_proj: 14\} is for this one alone"),
         ({"block_size": 8, "block_pattern": {"q_proj": 0}}, "oft: block_size 0 must be at least 2"),
     ],
 )

@@ -273,7 +273,10 @@ def test_codes_are_divided_over_a_mesh_and_one_scale_per_output_is_not():
     [
         (lambda: jp.peqa(5), "peqa: bits 5 is not one of 2, 3, 4, 8"),
         (lambda: jp.peqa(group=-1), "peqa: group -1 must be at least 1, or 0 for one scale per output"),
-        (lambda: jp.peqa(group=16), "peqa: group 16 does not divide the 56 inputs of layers/mlp/down_proj"),
+        (
+            lambda: jp.peqa(group=16),
+            "peqa: group 16 does not divide the 56 inputs of layers/mlp/down_proj; 8",
+        ),
         (lambda: jp.peqa(targets=["lm_head"]), "peqa: lm_head is not in the layers, whose kernels alone can be packed"),
         (lambda: jp.chain(jp.quantize("int4"), jp.peqa()), "layers/mlp/down_proj is packed already; peqa packs"),
         (lambda: jp.peqa(targets="q_prj"), "targets 'q_prj': matches no linear site"),
@@ -286,7 +289,7 @@ def test_refusals(method, message):
 
 def test_refuses_inputs_that_fill_no_bytes():
     _, params = tiny.model(intermediate_size=60)
-    message = "peqa: layers/mlp/down_proj has 60 inputs, which 3 bits pack in 8s; use 2 or 4 or 8 bits"
+    message = "peqa: layers/mlp/down_proj has 60 inputs, which 3 bits pack in 8s; use bits 2 or bits 4 or bits 8"
     with pytest.raises(jp.InputError, match=message):
         jp.peqa(3).convert(params)
 

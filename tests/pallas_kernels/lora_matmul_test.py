@@ -227,8 +227,9 @@ def test_the_platform_has_its_kernel(name):
     assert "custom_call" in lowered(where, implementation=KERNEL[name])
 
 
-def test_shapes_that_a_kernel_does_not_take(monkeypatch):
-    """Plain JAX, said once; an error if the kernel was asked for."""
+def test_shapes_that_a_kernel_does_not_take(monkeypatch, caplog):
+    """Plain JAX, said of the first of a type and logged of each; an error if the kernel was asked for."""
+    caplog.set_level("INFO", "pallas_kernels.platform")
     monkeypatch.setattr(platform, "_said", set())
     where = place("h200")
     with pytest.warns(
@@ -238,6 +239,10 @@ def test_shapes_that_a_kernel_does_not_take(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         lowered(where, n=100)
+        lowered(where, n=104)
+    assert "[256, 104]" in caplog.messages[-1] and "[256, 104]" not in "".join(caplog.messages[:-1])
+    with pytest.warns(platform.KernelFallback, match=r"does not take float32\[256, 256\]"):
+        lowered(where, dtype=jnp.float32)
     with pytest.raises(NotImplementedError, match="does not take"):
         lowered(where, n=100, implementation="mosaic_gpu")
     with pytest.warns(platform.KernelFallback, match=r"kernels run on compute capability 9\.x, not 8\.0"):

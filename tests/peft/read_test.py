@@ -64,7 +64,7 @@ def test_an_adapter_of_pefts_computes_the_same_here_and_goes_back_as_it_was(name
     theirs = reference.make_peft(base, **PEFTS[name])
     theirs.save_pretrained(tmp_path / "theirs")
     model, params = reference.load(base)
-    new, adapted, method = attach(tmp_path / "theirs", model, params)
+    new, adapted, method = jp.attach(tmp_path / "theirs", model, params)
     reference.assert_close(reference.logits(new, adapted), reference.torch_logits(theirs))
 
     export_adapter(tmp_path / "ours", adapted, method, model.config, base)
@@ -99,6 +99,8 @@ def test_gradients_are_pefts_and_training_goes_on(base, tmp_path):
     new, trainable, frozen = jp.setup(
         method, model, tree.unflatten({**tree.flatten(params), **leaves}), jax.random.key(0)
     )
+    _, attached, _ = jp.attach(tmp_path / "theirs", model, params)
+    jax.tree.map(np.testing.assert_array_equal, jp.split(attached, method.trainable), (trainable, frozen))
     batch = {
         "tokens": tokens,
         "targets": np.roll(tokens, -1, 1),

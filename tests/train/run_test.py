@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 import jaxpeft as jp
+from jaxpeft import sites
 from jaxpeft.errors import InputError
 from jaxpeft.method import Spec
+from jaxpeft.targets import chooses
 from jaxpeft.train import run
 from jaxpeft.train.run import Run
 from tests import tiny
@@ -57,6 +59,8 @@ def test_no_arguments_are_a_whole_run():
         ({"pack": 1}, "--pack 1: must be true or false"),
         ({"data": 3}, "--data 3: must be text or None"),
         ({"out": 3}, "--out 3: must be a path or None"),
+        ({"targets": ["q_proj", 3]}, "--targets ['q_proj', 3]: must be a list of names, or text or None"),
+        ({"targets": ["q(.*)"]}, "--targets ['q(.*)']: must be a list of names, or text or None"),
     ],
 )
 def test_a_value_that_makes_no_sense_is_refused(changes, message):
@@ -68,6 +72,23 @@ def test_a_value_that_makes_no_sense_is_refused(changes, message):
 def test_values_take_their_fields_types():
     made = Run(out="a/b", model=Path("m"), data=Path("d"), buckets=[4, 8], adapter="x")
     assert made == Run(out=Path("a/b"), model="m", data="d", buckets=(4, 8), adapter=Path("x"))
+
+
+@pytest.mark.parametrize("names", [["q_proj", "v_proj"], ["self_attn.q_proj"], ("k_proj",)])
+def test_a_list_of_targets_chooses_what_it_does_in_the_methods_factory(names):
+    params = tiny.model()[1]
+    targets = Run(targets=names).targets
+    assert isinstance(targets, str)
+    assert sites.find(params, targets) == sites.find(params, names)
+    assert [site for site in sites.find(params) if chooses(targets, site)] == sites.find(params, names)
+
+
+def test_a_list_of_one_name_is_no_expression():
+    """Which would be found in every site; no site ends with it."""
+    params = tiny.model()[1]
+    assert len(sites.find(params, "proj")) > 1
+    with pytest.raises(InputError, match="targets 'proj': matches no linear site"):
+        sites.find(params, Run(targets=["proj"]).targets)
 
 
 def test_options_may_be_a_mapping():
