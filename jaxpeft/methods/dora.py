@@ -91,10 +91,11 @@ def squared_norms(kernel: Any) -> jax.Array:
 
 def norms(kernel: Any, a: jax.Array, b: jax.Array, squares: jax.Array, scale: float, dtype: Any) -> jax.Array:
     """c (m,) float32 by A^T W, which is a product in `dtype`, and A^T A."""
+    b = scale * b  # s^2 alone may be above float32's numbers
     cross = jnp.sum(dot(a.T.astype(dtype), kernel).astype(jnp.float32) * b, axis=0)
     gram = jnp.matmul(a.T, a, precision="highest")
     own = jnp.sum(jnp.matmul(gram, b, precision="highest") * b, axis=0)
-    return jnp.sqrt(jnp.maximum(squares + 2 * scale * cross + scale**2 * own, TINY))
+    return jnp.sqrt(jnp.maximum(squares + 2 * cross + own, TINY))
 
 
 def _split(x: jax.Array, seed: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:

@@ -165,7 +165,7 @@ def project(a: jax.Array, d_b: jax.Array, scale: float) -> jax.Array:
     a = a.astype(jnp.float32)
     gram = jnp.einsum("...nr,...ns->...rs", a, a, precision="highest")
     gram += 1e-8 * jnp.eye(gram.shape[-1])
-    return jnp.linalg.solve(gram, d_b.astype(jnp.float32)) / scale**2
+    return jnp.linalg.solve(gram, d_b.astype(jnp.float32)) / scale / scale
 
 
 def factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int) -> tuple[jax.Array, jax.Array]:
