@@ -154,7 +154,7 @@ def lora_fa(
         roles=trains(lambda path: path.endswith("/lora_fa/b")),
         gradient=gradient if projected else unchanged,
         merge=lambda params: _lora.fold(
-            params, "lora_fa", lambda site: scale, lambda leaves, n: factors(config, leaves, n)
+            params, "lora_fa", lambda site: scale, lambda leaves, n: factors(config, leaves, n), lambda site: rank
         ),
         specs=(Spec("lora_fa", config),),
     )
