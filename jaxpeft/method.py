@@ -49,9 +49,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxpeft import aliases, factory, tree
+from jaxpeft import aliases, factory, scopes, tree
 from jaxpeft.about import About, check
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, shown
 from jaxpeft.model import Batch, Model
 from jaxpeft.quant import Absent, Folded, is_packed, matrix, refolded, unfolded, unfolded_all
 from jaxpeft.spec import Spec
@@ -241,15 +241,8 @@ def _no_conversions(params: tree.Params) -> dict[str, Callable[[jax.Array], Any]
     return {}
 
 
-class Method(NamedTuple):
-    """One way to fine-tune. See the module's docstring for the slots.
-
-    alone: for a modifier: the roles where no other method of a chain gives any; None for all others.
-    convert: params -> {path: array -> leaf}: which leaves `prepare` stores otherwise, each of them alone, so that a
-      checkpoint is converted as it is read (`jaxpeft.hf.load_pretrained`) and never lies in memory as it was. It is
-      given shapes, and refuses what it cannot convert; each function takes the leaf, or one layer (n, m) of it, and the
-      leaf is the layers stacked. `prepare` does the same to what comes to it as it was, and leaves the rest.
-    """
+class _Slots(NamedTuple):
+    """The slots of a `Method`, as they are given."""
 
     prepare: Callable[[tree.Params, View], tree.Params] = unchanged
     forward: Callable[[Model, View], Model] = unchanged
@@ -262,6 +255,32 @@ class Method(NamedTuple):
     specs: tuple[Spec, ...] = ()
     alone: Roles | None = None
     convert: Callable[[tree.Params], Mapping[str, Callable[[jax.Array], Any]]] = _no_conversions
+
+
+class Method(_Slots):
+    """One way to fine-tune. See the module's docstring for the slots.
+
+    alone: for a modifier: the roles where no other method of a chain gives any; None for all others.
+    convert: params -> {path: array -> leaf}: which leaves `prepare` stores otherwise, each of them alone, so that a
+      checkpoint is converted as it is read (`jaxpeft.hf.load_pretrained`) and never lies in memory as it was. It is
+      given shapes, and refuses what it cannot convert; each function takes the leaf, or one layer (n, m) of it, and the
+      leaf is the layers stacked. `prepare` does the same to what comes to it as it was, and leaves the rest.
+    """
+
+    __slots__ = ()
+
+    def merge(self, params: Mapping[str, Any]) -> tree.Params:  # type: ignore[override]
+        """Parameters of the adapted model, nested or flat -> nested parameters of the base with what was learnt.
+
+        Raises:
+          InputError: where adapters of another method would be left, or the base's own parameters are missing.
+        """
+        return scopes.merged(self.name, self.merge_own, params, names())
+
+    @property
+    def merge_own(self) -> Callable[[tree.Params], tree.Params]:
+        """The `merge` slot as it was given: it leaves what others have added, and is what a method is made of."""
+        return super().merge
 
     def role(self, path: str) -> Role:
         """A leaf's role."""
@@ -318,7 +337,7 @@ def chain(*methods: Method) -> Method:
     def merge(params):
         before = tree.flatten(params)
         for method in reversed(methods):  # each of them reads the kernels as matrices
-            params = tree.unflatten(refolded(tree.flatten(method.merge(params)), before))
+            params = tree.unflatten(refolded(tree.flatten(method.merge_own(params)), before))
         return tree.unflatten(unfolded_all(tree.flatten(params)))
 
     def convert(params):
@@ -344,10 +363,14 @@ def chain(*methods: Method) -> Method:
 def check_once(chained: Sequence[str]) -> None:
     """Raises InputError for a name that stands twice in a chain and whose file does not allow it."""
     for name in dict.fromkeys(chained):
-        if chained.count(name) > 1 and not (name in names() and about(name).twice):
+        if chained.count(name) > 1 and not _twice(name):
             raise InputError(
                 f"{'+'.join(chained)}: {name} stands twice; to give different targets or names is not possible yet"
             )
+
+
+def _twice(name: str) -> bool:
+    return name in names() and about(name).twice
 
 
 def settled(method: Method) -> Method:
@@ -384,13 +407,25 @@ def setup(
       leaves and moved ones, keep their dtype.
 
     Raises:
-      InputError: if nothing would train, or a packed kernel would.
+      InputError: if nothing would train, or a packed kernel would; for adapter leaves that nothing would read, or a
+        base that has the method already.
+      TypeError: for what is no method, or no model.
     """
+    for what, given, kind, source in (
+        ("method", method, Method, "jp.lora(8)"),
+        ("base", base, Model, "jp.load_pretrained"),
+    ):
+        if not isinstance(given, kind):
+            raise TypeError(f"setup: {what} is {shown(given)}; it should be a {kind.__name__}, as {source} gives one")
     params = base.adopt(dict(params))
+    _check_read(method, base, params, key)
     view = View(base, method.specs, method.role, shapes_of(params), batches, loss)
-    model = method.forward(base, view)._replace(base=base)
+    members = tuple(spec.name for spec in method.specs)
+    model = method.forward(base, view)._replace(base=base, methods=base.methods + members)
     params = model.init(key, method.prepare(dict(params), view))
     flat = _in_own_shapes(method, tree.flatten(params))
+    again = [name for name in dict.fromkeys(members) if name in base.methods and not _twice(name)]
+    scopes.check_new(method.name, flat, again)
     if not any(method.changes(path) for path in flat):
         asked = [which for spec in method.specs if (which := spec.config.get("which", "all")) != "all"]
         beside = f"chain what trains to it, as {_with_what_trains(method)}"
@@ -410,6 +445,18 @@ def _with_what_trains(method: Method) -> str:
     tried = [about(name).within if name in names() else "" for name in asked]
     words = dict.fromkeys("+".join(within or name for name, within in zip(asked, tried, strict=True)).split("+"))
     return "+".join(words if len(words) > len(asked) else [*words, "lora"])
+
+
+def _check_read(method: Method, base: Model, params: tree.Params, key: jax.Array) -> None:
+    """Raises InputError for leaves that an adapter has left, and neither the base nor the method reads."""
+    root = base.base or base
+    if root.config is None and root.shapes is None:  # what its own parameters are called is not known
+        return
+    others = set(names()) - {*base.methods, *(spec.name for spec in method.specs)}
+    found = scopes.within(tree.flatten(params), others)
+    if found and root.shapes is not None:
+        found = sorted(set(found) - set(root.shapes()))
+    scopes.check_read(method.name, params, found, lambda rest: setup(method, base, rest, key, lambda: ())[1:])
 
 
 def _in_own_shapes(method: Method, flat: tree.Flat) -> tree.Flat:

@@ -186,6 +186,7 @@ class Model(NamedTuple):
     shapes: () -> {path: shape and dtype} of the parameters of a model that has no configuration; None for one that has.
     axes: () -> {path: names of its axes} of the parameters to which a module of one's own gives such names, for whoever
       places them on a mesh; nothing here reads them.
+    methods: the names of the methods that `setup` has put on it.
     """
 
     init: Callable[[jax.Array, tree.Params], tree.Params]
@@ -195,6 +196,7 @@ class Model(NamedTuple):
     adopt: Callable[[tree.Params], tree.Params] = dict
     shapes: Callable[[], tree.Flat] | None = None
     axes: Callable[[], dict[str, PartitionSpec]] = dict
+    methods: tuple[str, ...] = ()
 
     def hidden(self, params: tree.Params, batch: Batch, key: jax.Array | None = None) -> jax.Array:
         """The stream after the last layer, (B, S, d); `head` turns it, or a part of it, into logits.

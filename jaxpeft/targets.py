@@ -147,5 +147,5 @@ def check_patterns(name: str, patterns: Mapping[str, Mapping[str, Any] | None], 
 
 def kernel_path(leaves: Mapping[str, Any], site: str) -> str:
     """The path of a site's matrix: an embedding's is no kernel."""
-    path = f"{site}/kernel"
-    return path if path in leaves else f"{site}/embedding"
+    table = f"{site}/embedding"
+    return table if table in leaves and f"{site}/kernel" not in leaves else f"{site}/kernel"

@@ -56,11 +56,12 @@ def split(params: Mapping[str, Any], trainable: Callable[[str], bool]) -> tuple[
 
 
 def combine(trainable: Mapping[str, Any], frozen: Mapping[str, Any]) -> Params:
-    """(trainable, frozen) -> nested params.
+    """(trainable, frozen) -> nested params; flat dicts, and nested ones too.
 
     Raises:
       ValueError: if a path is in both.
     """
+    trainable, frozen = flatten(trainable), flatten(frozen)
     if both := sorted(trainable.keys() & frozen.keys()):
         raise ValueError(f"paths both trainable and frozen: {', '.join(both)}")
     return unflatten({**frozen, **trainable})

@@ -7,6 +7,7 @@ import numpy as np
 import optax
 import pytest
 
+import jaxpeft as jp
 from jaxpeft.backward.compressed import compress, decompress
 from jaxpeft.features import layer_norm
 from jaxpeft.methods.lora_fa import project
@@ -68,24 +69,42 @@ class Maths(chex.TestCase):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"targets": np.zeros((4, 15), np.int32)}, "15"),
-        ({"loss_weights": np.ones(16, np.float32)}, "rank"),
-        ({"targets": np.zeros((4, 16), np.float32)}, "type"),
+        ({"targets": np.zeros((4, 15), np.int32)}, r"\['targets'\]: has shape \(4, 15\); it should be .*\(4, 16\)"),
+        ({"loss_weights": np.ones(16, np.float32)}, r"float32 of shape \(16,\); it should be floating-point numbers"),
+        ({"loss_weights": np.ones((4, 16), bool)}, r"\['loss_weights'\]: is bool of shape \(4, 16\)"),
+        ({"targets": np.zeros((4, 16), np.float32)}, "is float32 .*; it should be integers"),
     ],
 )
 def test_a_wrong_batch_is_an_error_not_a_broadcast(changes, said):
     base, params = tiny.model()
-    with pytest.raises(AssertionError, match=said):
+    with pytest.raises(jp.InputError, match=said):
         jax.eval_shape(lambda batch: completion_loss(base, params, batch), {**tiny.batch(), **changes})
 
 
-def test_a_batch_of_unequal_rows_is_refused_by_the_step():
-    import jaxpeft as jp
+def test_a_batch_without_what_the_loss_reads_is_refused():
+    base, params = tiny.model()
+    with pytest.raises(jp.InputError, match="holds tokens, and no targets; completion_loss takes targets"):
+        jax.eval_shape(lambda batch: completion_loss(base, params, batch), {"tokens": tiny.batch()["tokens"]})
 
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda batch: {**batch, "targets": tiny.batch(rows=3)["targets"]},
+            r"\['targets'\]: has shape \(3, 16\) beside",
+        ),
+        (lambda batch: {**batch, "weight": np.float32(1)}, r"\['weight'\]: has shape \(\) beside"),
+        (lambda batch: {name: x[:0] for name, x in batch.items()}, "has shape .0, 16.; a step needs at least one row"),
+        (lambda batch: {name: x[0] for name, x in batch.items()}, r"\['tokens'\]: is int32 of shape \(16,\)"),
+        (lambda batch: {**batch, "tokens": np.ones((4, 16), np.float32)}, "is float32 .*; it should be integers"),
+        (lambda batch: {}, "should be a dict of arrays"),
+    ],
+)
+def test_what_is_no_batch_is_refused_by_the_step(change, said):
     base, params = tiny.model()
     method = jp.lora(2)
     model, trainable, rest = jp.setup(method, base, params, jax.random.key(0))
     state = jp.init_state(method, optax.adam(1e-3), trainable, rest, jax.random.key(1))
-    batch = {**tiny.batch(), "targets": tiny.batch(rows=3)["targets"]}
-    with pytest.raises(AssertionError, match="prefix"):
-        jax.eval_shape(jp.make_train_step(model, method, optax.adam(1e-3)), state, batch)
+    with pytest.raises(jp.InputError, match=said):
+        jax.eval_shape(jp.make_train_step(model, method, optax.adam(1e-3)), state, change(tiny.batch()))

@@ -91,10 +91,11 @@ def squared_norms(kernel: Any) -> jax.Array:
 
 def norms(kernel: Any, a: jax.Array, b: jax.Array, squares: jax.Array, scale: float, dtype: Any) -> jax.Array:
     """c (m,) float32 by A^T W, which is a product in `dtype`, and A^T A."""
+    b = scale * b  # s^2 alone may be above float32's numbers
     cross = jnp.sum(dot(a.T.astype(dtype), kernel).astype(jnp.float32) * b, axis=0)
     gram = jnp.matmul(a.T, a, precision="highest")
     own = jnp.sum(jnp.matmul(gram, b, precision="highest") * b, axis=0)
-    return jnp.sqrt(jnp.maximum(squares + 2 * scale * cross + scale**2 * own, TINY))
+    return jnp.sqrt(jnp.maximum(squares + 2 * cross + own, TINY))
 
 
 def _split(x: jax.Array, seed: jax.Array, rate: float) -> tuple[jax.Array, jax.Array]:
@@ -163,7 +164,7 @@ def dora(
     return Method(
         forward=lambda model, view: _measured(sites.attach(model, "dora", adapter, choose)),
         roles=trains(lambda path: path.endswith(("/dora/a", "/dora/b", "/dora/mag"))),
-        merge=lambda params: fold(params, lambda site: scale_at(config, site)),
+        merge=lambda params: fold(params, lambda site: scale_at(config, site), rank_of),
         specs=(Spec("dora", config),),
     )
 
@@ -193,15 +194,19 @@ def scale_at(config: Mapping[str, Any], site: str) -> float:
     return _lora.scale_of(sites.first_match(config["alpha_pattern"] or {}, site, default), rank, config["rslora"])
 
 
-def fold(params: Mapping[str, Any], scale: Callable[[str], float]) -> tree.Params:
+def fold(params: Mapping[str, Any], scale: Callable[[str], float], rank_of: Callable[[str], int]) -> tree.Params:
     """W <- (mag / c) (W + s A B) at every adapted site, whose leaves go; in float32, rounded once to W's dtype.
 
     A packed kernel becomes a plain array.
+
+    Raises:
+      InputError: for factors of another rank than `rank_of(site)`.
     """
     flat = tree.flatten(params)
     merged = {path: leaf for path, leaf in flat.items() if "/dora/" not in path}
     for site in sorted({path.split("/dora/")[0] for path in flat if "/dora/" in path}):
         kernel, a, b, magnitude = (flat[f"{site}/{leaf}"] for leaf in ("kernel", "dora/a", "dora/b", "dora/mag"))
+        _lora.check_factor("dora", site, b, rank_of(site))
         summed = dense(kernel) + scale(site) * jnp.matmul(a, b, precision="highest")
         gain = magnitude / jnp.sqrt(jnp.maximum(squared_norms(summed), TINY))
         merged[f"{site}/kernel"] = as_merged(kernel, gain[..., None, :] * summed)

@@ -257,7 +257,7 @@ def projected(
         roles=roles,
         gradient=layer_by_layer(gradient) if projection == "sketch" else gradient,
         move=move,
-        merge=lambda params: weights.merge(merge(params)),
+        merge=lambda params: weights.merge_own(merge(params)),
         specs=(spec,),
         alone=lambda path: TRAINED if weights.trainable(path) else FROZEN,
     )

@@ -110,7 +110,7 @@ def hybrid(
         gradient=gradient,
         update=update,
         move=move,
-        merge=last.merge,
+        merge=last.merge_own,
         specs=(Spec("hybrid", config),),
         alone=lambda path: TRAINED if last.trainable(path) else OWN,
     )

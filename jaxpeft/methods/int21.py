@@ -170,7 +170,9 @@ def int21(
         forward=lambda model, view: sites.attach(model, "int21", lambda site: _lora.LoRA(rank, scale), choose),
         roles=trains(lambda path: path.endswith(("/int21/a", "/int21/b"))),
         loss=loss if recover > 0 else unchanged,
-        merge=lambda params: _lora.fold(params, "int21", lambda _: scale, lambda own, _: (own["a"], own["b"])),
+        merge=lambda params: _lora.fold(
+            params, "int21", lambda _: scale, lambda own, _: (own["a"], own["b"]), lambda site: rank
+        ),
         specs=(Spec("int21", {**config, "recover": 0.0}),),
     )
     return method._replace(convert=convert) if as_read else method

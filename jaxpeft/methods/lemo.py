@@ -109,7 +109,7 @@ def lemo(keep: float = 0.5, block: int = 64, score: str = "mean", which: str = "
     return Method(
         prepare=weights.prepare,
         forward=forward,
-        merge=weights.merge,
+        merge=weights.merge_own,
         specs=(Spec("lemo", config),),
         alone=lambda path: TRAINED if weights.trainable(path) else FROZEN,
     )

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxpeft import sites, tree
 from jaxpeft.about import About, Promises
 from jaxpeft.method import Method, Spec, trains
-from jaxpeft.methods.lora import INITS, Targets, check_alpha, check_rank, chosen_sites
+from jaxpeft.methods.lora import INITS, Targets, check_alpha, check_factor, check_rank, chosen_sites
 from jaxpeft.model import Context
 from jaxpeft.peft import form
 from jaxpeft.quant import dense
@@ -119,16 +119,21 @@ def loha(
     return Method(
         forward=lambda model, view: sites.attach(model, "loha", lambda site: LoHa(rank_of(site), scale(site)), choose),
         roles=trains(lambda path: "/loha/" in path),
-        merge=lambda params: fold(params, scale),
+        merge=lambda params: fold(params, scale, rank_of),
         specs=(Spec("loha", config),),
     )
 
 
-def fold(params: Mapping[str, Any], scale: Callable[[str], float]) -> tree.Params:
-    """W <- W + s (D1 U1) * (D2 U2) at every adapted site, whose leaves go; in float32, rounded once to W's dtype."""
+def fold(params: Mapping[str, Any], scale: Callable[[str], float], rank_of: Callable[[str], int]) -> tree.Params:
+    """W <- W + s (D1 U1) * (D2 U2) at every adapted site, whose leaves go; in float32, rounded once to W's dtype.
+
+    Raises:
+      InputError: for factors of another rank than `rank_of(site)`.
+    """
     flat = tree.flatten(params)
     merged = {path: leaf for path, leaf in flat.items() if "/loha/" not in path}
     for site in sorted({path.split("/loha/")[0] for path in flat if "/loha/" in path}):
+        check_factor("loha", site, flat[f"{site}/loha/w1_up"], rank_of(site))
         one, two = (
             jnp.matmul(flat[f"{site}/loha/{w}_down"], flat[f"{site}/loha/{w}_up"], precision="highest")
             for w in ("w1", "w2")

@@ -124,6 +124,15 @@ def check_alpha(name: str, alpha: float | None, pattern: Mapping[str, float] | N
             raise InputError(f"{name}: {what} {value} must be a finite number above 0")
 
 
+def check_factor(name: str, site: str, b: jax.Array, rank: int) -> None:
+    """Refuses a factor B (..., r, m) of another rank: the scale, which the rank is part of, is not that of its A B."""
+    if b.shape[-2] != rank:
+        raise InputError(
+            f"{name}: the factors at {site} have rank {b.shape[-2]}, where the method has {rank}; merge by the method "
+            "that they are of"
+        )
+
+
 def check_kernel(name: str, site: str, rank: int, kernel: Any) -> None:
     """Refuses a rank above the kernel's smaller side."""
     n, m = kernel.shape[-2:]
@@ -228,7 +237,7 @@ def lora(
         forward=lambda model, view: sites.attach(model, "lora", adapter, choose),
         roles=trains(lambda path: path.endswith(("/lora/a", "/lora/b"))),
         update=update if lr_ratio != 1 else unchanged,
-        merge=lambda params: fold(params, "lora", scale, lambda leaves, n: (leaves["a"], leaves["b"])),
+        merge=lambda params: fold(params, "lora", scale, lambda leaves, n: (leaves["a"], leaves["b"]), rank_of),
         specs=(Spec("lora", config),),
     )
 
@@ -238,12 +247,16 @@ def fold(
     scope: str,
     scale: Callable[[str], float],
     factors: Callable[[Mapping[str, Any], int], tuple[jax.Array, jax.Array]],
+    rank_of: Callable[[str], int] | None = None,
 ) -> tree.Params:
     """W <- W + s A B at every site with `scope`, whose leaves go; in float32, rounded once to W's dtype.
 
     A packed kernel becomes a plain array: its sum with an update would lose the update in packing.
 
     `factors(leaves, n)` gives A (..., n, r) and B (..., r, m) from a site's leaves.
+
+    Raises:
+      InputError: for factors of another rank than `rank_of(site)`, where that is known.
     """
     flat = tree.flatten(params)
     marker = f"/{scope}/"
@@ -253,6 +266,8 @@ def fold(
         path = sites.kernel_path(merged, site)
         kernel = merged[path]
         a, b = factors(leaves, kernel.shape[-2])
+        if rank_of is not None:
+            check_factor(scope, site, b, rank_of(site))
         delta = scale(site) * jnp.matmul(a, b, precision="highest")
         merged[path] = as_merged(kernel, dense(kernel) + delta)
     return tree.unflatten(merged)

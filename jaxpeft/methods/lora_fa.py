@@ -154,7 +154,7 @@ def lora_fa(
         roles=trains(lambda path: path.endswith("/lora_fa/b")),
         gradient=gradient if projected else unchanged,
         merge=lambda params: _lora.fold(
-            params, "lora_fa", lambda site: scale, lambda leaves, n: factors(config, leaves, n)
+            params, "lora_fa", lambda site: scale, lambda leaves, n: factors(config, leaves, n), lambda site: rank
         ),
         specs=(Spec("lora_fa", config),),
     )
@@ -165,7 +165,7 @@ def project(a: jax.Array, d_b: jax.Array, scale: float) -> jax.Array:
     a = a.astype(jnp.float32)
     gram = jnp.einsum("...nr,...ns->...rs", a, a, precision="highest")
     gram += 1e-8 * jnp.eye(gram.shape[-1])
-    return jnp.linalg.solve(gram, d_b.astype(jnp.float32)) / scale**2
+    return jnp.linalg.solve(gram, d_b.astype(jnp.float32)) / scale / scale
 
 
 def factors(config: Mapping[str, Any], leaves: Mapping[str, Any], inputs: int) -> tuple[jax.Array, jax.Array]:

@@ -293,7 +293,9 @@ def lq_lora(
         prepare=prepare,
         forward=lambda model, view: sites.attach(model, "lq_lora", lambda site: _lora.LoRA(rank, scale), choose),
         roles=trains(lambda path: path.endswith(("/lq_lora/a", "/lq_lora/b"))),
-        merge=lambda params: _lora.fold(params, "lq_lora", lambda _: scale, lambda own, _: (own["a"], own["b"])),
+        merge=lambda params: _lora.fold(
+            params, "lq_lora", lambda _: scale, lambda own, _: (own["a"], own["b"]), lambda site: rank
+        ),
         specs=(Spec("lq_lora", config),),
     )
 

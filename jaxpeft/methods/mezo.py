@@ -88,7 +88,7 @@ def mezo(
     weights = full(which)
     return zeroth_order.estimated(Settings("mezo", eps, seeds, rounding, 1 - sparsity, variant=variant))._replace(
         prepare=weights.prepare,
-        merge=weights.merge,
+        merge=weights.merge_own,
         specs=(Spec("mezo", config),),
         alone=lambda path: OWN if weights.trainable(path) else FROZEN,
     )

@@ -98,7 +98,7 @@ def sparse_mezo(
 
     def merge(params):
         flat = tree.flatten(params)
-        return weights.merge(tree.unflatten({path: x for path, x in flat.items() if not path.startswith(SCOPE)}))
+        return weights.merge_own(tree.unflatten({path: x for path, x in flat.items() if not path.startswith(SCOPE)}))
 
     settings = Settings("sparse_mezo", eps, seeds, rounding, scope=SCOPE, others=False)
     return zeroth_order.estimated(settings)._replace(

@@ -157,7 +157,7 @@ def velora(
         forward=lambda model, view: sites.attach(model, "velora", lambda site: VeLoRA(rank, scale, groups), choose),
         roles=trains(lambda path: path.endswith(("/velora/a", "/velora/b"))),
         merge=lambda params: _lora.fold(
-            params, "velora", lambda site: scale, lambda leaves, n: (leaves["a"], leaves["b"])
+            params, "velora", lambda site: scale, lambda leaves, n: (leaves["a"], leaves["b"]), lambda site: rank
         ),
         specs=(Spec("velora", config),),
     )

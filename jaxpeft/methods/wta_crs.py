@@ -310,7 +310,7 @@ def wta_crs(
         prepare=weights.prepare,
         forward=forward,
         gradient=gradient,
-        merge=weights.merge,
+        merge=weights.merge_own,
         specs=(Spec("wta_crs", config),),
         alone=lambda path: TRAINED if weights.trainable(path) else FROZEN,
     )

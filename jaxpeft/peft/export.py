@@ -19,6 +19,7 @@ from jaxpeft.method import Method, Spec
 from jaxpeft.models.labels import SCOPE
 from jaxpeft.peft.base import NATIVE, Foreign, classifier_names, config_of, fingerprint, is_added, is_own, is_written
 from jaxpeft.peft.form import Form, Written, base_of, form_of
+from jaxpeft.peft.leaves import check_leaves
 from jaxpeft.peft.schema import CONFIG, FORMAT, OWN, WEIGHTS
 
 # A model's head -> PEFT's name of the task, which says what class of model wraps it; None: any.
@@ -67,11 +68,15 @@ def export_adapter(
       `directory`.
 
     Raises:
-      InputError: if parameters of the base itself train; if `directory` is in the way or cannot be written; for names
-        of what is no site, or a site with an adapter and without a name.
+      InputError: if parameters of the base itself train; if adapters are not the method's, of such a base; if
+        `directory` is in the way or cannot be written; for names of what is no site, or a site with an adapter and
+        without a name.
     """
     base_config = config_of(base_config, names)
     found = adapter_of(method, params, base_config)
+    leaves = {path: leaf for path, leaf in tree.flatten(params).items() if is_written(path, method, base_config)}
+    missing: dict[str, Any] = {} if found is None else {"lacking": found[1].owns}
+    check_leaves("the adapter that is exported", leaves, method, base_config, **missing)
     target = files.expanded(directory)
     if distributed.is_first():
         files.check_target(target, CONFIG if replace else None)

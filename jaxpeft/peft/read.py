@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import types
 import warnings
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ import numpy as np
 
 from jaxpeft import files, models, tree
 from jaxpeft.errors import InputError, Notice, first_line
-from jaxpeft.method import Method, Spec, about, chain, from_specs, setup
+from jaxpeft.method import Method, Spec, chain, from_specs, setup
 from jaxpeft.methods.full import full
 from jaxpeft.model import Model
 from jaxpeft.models.labels import SCOPE
@@ -30,11 +29,11 @@ from jaxpeft.peft.base import (
     check_base,
     classifier_names,
     config_of,
-    is_written,
     shapes_of,
 )
 from jaxpeft.peft.chosen import is_target
 from jaxpeft.peft.form import Base, Form, base_of, form_of, method_for
+from jaxpeft.peft.leaves import check_leaves, check_values
 from jaxpeft.peft.schema import CONFIG, FORMAT, OWN, WEIGHTS, Own, adapter_config, own_document
 
 # Fields of every adapter_config.json that say nothing about what the adapter computes, or that are read here.
@@ -42,7 +41,6 @@ _ANY = (
     "peft_type auto_mapping base_model_name_or_path revision inference_mode task_type peft_version modules_to_save"
 ).split()
 
-_CUT = re.compile(r"layers_(\d{1,9})_(\d{1,9})/")
 # safetensors' names of the types that tensors come in.
 _KINDS = ("F32", "BF16", "F16", "F64", "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL")
 
@@ -123,7 +121,8 @@ def import_adapter(
     if classifier and own is None:
         method = chain(method, full(f"^{SCOPE}"))
     leaves = {**leaves, **classifier}
-    _check_leaves(file, leaves, method, base_config, whole=False)
+    check_leaves(os.fspath(file), leaves, method, base_config, lacking=lambda path: True, further=True)
+    check_values(os.fspath(file), leaves, method, base_config)
     if own is None and (folder / OWN).is_file():
         text = f"speaks of other tensors than {WEIGHTS} holds, and is passed over: the adapter is what {CONFIG} says"
         warnings.warn(f"{folder / OWN}: {text}; whether it is for this base is not known", Notice, stacklevel=2)
@@ -251,60 +250,6 @@ def _tensors(file: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _check_leaves(where: Path, leaves: Mapping[str, Any], method: Method, config: Any, whole: bool = True) -> None:
-    """Refuses leaves that are not exactly those that the method adds to such a base: names, shapes and types.
-
-    Those of PEFT's form need not be the `whole` of them: a prefix has lost the network that made it.
-    """
-    found = [] if isinstance(config, Foreign) else [_CUT.match(path) for path in leaves]
-    cuts = {int(layer) for cut in found if cut for layer in cut.groups()}
-
-    def added(key, params):
-        for layer in sorted(cuts):  # where a function that no file can name had cut the stack
-            params = tree.cut_layers(params, layer)
-        _, trainable, rest = setup(method, base, params, key, batches=lambda: ())
-        return {path: leaf for path, leaf in {**trainable, **rest}.items() if is_written(path, method, config)}
-
-    base = config.model if isinstance(config, Foreign) else models.model_of(config)
-    told = {
-        path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype if jnp.issubdtype(leaf.dtype, jnp.floating) else jnp.float32)
-        for path, leaf in leaves.items()
-        if any(about(spec.name).shaped(path) for spec in method.specs)
-    }
-    params = tree.unflatten({**shapes_of(config), **told})
-    expected = jax.eval_shape(added, jax.eval_shape(lambda: jax.random.key(0)), params)
-    if whole and (lacking := sorted(expected.keys() - leaves.keys())):
-        raise InputError(f"{where}: lacks {lacking[0]} of shape {expected[lacking[0]].shape}, which {method.name} has")
-    kernels = shapes_of(config)
-    if isinstance(config, Foreign):  # as sites have them: matrices
-        kernels = tree.flatten(jax.eval_shape(base.adopt, tree.unflatten(kernels)))
-    for path, leaf in leaves.items():
-        if path not in expected and not whole:
-            continue
-        if path not in expected:
-            raise InputError(f"{where}: holds {path}, which is no part of {method.name} on such a base")
-        if leaf.shape != expected[path].shape:
-            raise InputError(
-                f"{where}: {path} has shape {leaf.shape}, where {method.name} on such a base has {expected[path].shape}"
-            )
-        floats = [jnp.issubdtype(x.dtype, jnp.floating) for x in (leaf, expected[path])]
-        if floats[0] != floats[1] or not (floats[0] or leaf.dtype == expected[path].dtype):
-            raise InputError(f"{where}: {path} is {leaf.dtype}, where {method.name} has {expected[path].dtype}")
-        most = _places(path, method, kernels)
-        if most is not None and leaf.size and not (leaf.min() >= 0 and leaf.max() < most):
-            strange = leaf.min() if leaf.min() < 0 else leaf.max()
-            raise InputError(f"{where}: {path} holds {strange}, where {method.name} has 0 to {most - 1} on such a base")
-
-
-def _places(path: str, method: Method, base: Mapping[str, Any]) -> int | None:
-    """The number below which a leaf's integers are; None where they count no places in a kernel."""
-    for spec in method.specs:
-        kernel = base.get(f"{path.partition(f'/{spec.name}/')[0]}/kernel")
-        if kernel is not None and (most := about(spec.name).places(path, *kernel.shape[-2:])) is not None:
-            return most
-    return None
-
-
 # PEFT's form.
 
 
@@ -420,5 +365,6 @@ def _as_it_is(
     with _of(folder / OWN):
         method = from_specs(own["method"])
     tensors = _tensors(folder / WEIGHTS)
-    _check_leaves(folder / WEIGHTS, tensors, method, config)
+    check_leaves(os.fspath(folder / WEIGHTS), tensors, method, config)
+    check_values(os.fspath(folder / WEIGHTS), tensors, method, config)
     return method, {path: jnp.asarray(tensor) for path, tensor in tensors.items()}

@@ -24,9 +24,11 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.interpreters import partial_eval
 
 from jaxpeft import constraints, tree
+from jaxpeft.errors import InputError
 from jaxpeft.model import Batch, Model
 
 LOGIT_BYTES = 1 << 26  # of the logits that exist at once, in the type of the stream, at most
+_KINDS = {"targets": (jnp.integer, "integers"), "loss_weights": (jnp.floating, "floating-point numbers")}
 LEAST = 256  # tokens, at least: a product of fewer spends its time on reading the head
 
 
@@ -48,12 +50,16 @@ def completion_loss(
       batch of weight 0 has loss 0.
 
     Raises:
-      AssertionError: when traced, for targets or weights of other shapes than the stream's, or of other types.
+      InputError: when traced, for a batch without targets or weights, or with ones of another type, or of other shapes
+        than the stream's.
     """
-    chex.assert_rank([batch["targets"], batch["loss_weights"]], 2)
-    chex.assert_type([batch["targets"], batch["loss_weights"]], [int, float])
+    _check_kinds(batch)
     x = model.hidden(params, batch, key)
-    chex.assert_shape([x[..., 0], batch["targets"], batch["loss_weights"]], x.shape[:2])
+    for name in _KINDS:
+        if batch[name].shape != x.shape[:2]:
+            raise InputError(
+                f"batch[{name!r}]: has shape {batch[name].shape}; it should be that of tokens, {x.shape[:2]}"
+            )
     weight = jnp.sum(batch["loss_weights"], dtype=jnp.float32)
     shares = batch["loss_weights"] / jnp.maximum(weight, 1e-9)
 
@@ -61,6 +67,19 @@ def completion_loss(
     x, targets, shares = in_chunks(vocabulary, x, batch["targets"], shares, chunk=chunk)
     head, leaves = _traced(model.head, for_head(params), x[0])
     return _total(head, leaves, [x, targets, shares]), {"weight": weight}
+
+
+def _check_kinds(batch: Batch) -> None:
+    """Refuses a batch without what `completion_loss` reads, or with something else in its place."""
+    for name, (kind, words) in _KINDS.items():
+        if name not in batch:
+            raise InputError(
+                f"batch: holds {', '.join(sorted(batch)) or 'nothing'}, and no {name}; completion_loss takes {name} "
+                f"(B, S), {words}; give make_train_step another loss for other batches"
+            )
+        given = batch[name]
+        if given.ndim != 2 or not jnp.issubdtype(given.dtype, kind):
+            raise InputError(f"batch[{name!r}]: is {given.dtype} of shape {given.shape}; it should be {words} (B, S)")
 
 
 def in_chunks(vocabulary: int, x: jax.Array, *others: jax.Array, chunk: int | None = None) -> list[jax.Array]:

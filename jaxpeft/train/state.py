@@ -63,11 +63,12 @@ def init_state(
     Args:
       method: of the run.
       optimizer: an optax transform over the flat trainable dict.
-      trainable: from `setup`.
-      rest: from `setup`.
+      trainable: from `setup`, flat or nested.
+      rest: from `setup`, flat or nested.
       key: PRNG key of the run.
       model: the adapted model, for a method whose `update` slot asks the view for the base.
     """
+    trainable, rest = tree.flatten(trainable), tree.flatten(rest)
     moved = lying(method, {path: leaf for path, leaf in rest.items() if method.role(path).name == "moved"})
     frozen = {path: leaf for path, leaf in rest.items() if path not in moved}
     view = view_of(model or Model(None, None), method, {**rest, **trainable})  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ import optax
 
 from jaxpeft import host, tree
 from jaxpeft.backward.residuals import check_kept
-from jaxpeft.errors import InputError
+from jaxpeft.errors import InputError, shown
 from jaxpeft.method import Leaves, Method, Moment, Objective, view_of
 from jaxpeft.model import Batch, Model
 from jaxpeft.train import host_state, in_backward
@@ -69,12 +69,12 @@ def make_train_step(
       leaves, after the method's gradient slot, before clipping), lr where there is a rate, and the scalars of aux.
 
     Raises:
-      InputError: when traced, for a loss that gives no (loss, aux); for adapters of a model without visible layers that
-        the loss does not depend on; for updates in the backward pass that a method, a model or an optimizer cannot
-        have; for a memory plan that keeps activations where there is no backward pass.
+      InputError: when traced, for a batch that is none (`check_batch`); for a loss that gives no (loss, aux); for
+        adapters of a model without visible layers that the loss does not depend on; for updates in the backward pass
+        that a method, a model or an optimizer cannot have; for a memory plan that keeps activations where there is no
+        backward pass.
       ValueError: for a weight decay without a rate. When traced: for a batch that `accumulate` does not divide.
-      AssertionError: when traced, for a batch whose arrays differ in their rows, or gradients of other shapes than the
-        trained leaves.
+      AssertionError: when traced, for gradients of other shapes than the trained leaves.
     """
     if weight_decay and rate is None:
         raise ValueError("weight_decay needs a rate: an optimizer of your own has its own decay")
@@ -82,8 +82,7 @@ def make_train_step(
     loss = _with_aux(loss)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        rows = jax.tree.leaves(batch)[0].shape[:1]
-        chex.assert_tree_shape_prefix(dict(batch), rows)
+        check_batch(batch, model.stack.layered)
         now = None if schedule is None else jnp.asarray(schedule(state.step), jnp.float32)
         view = view_of(model, method, state.leaves, now)
         state = state._replace(moved=lying(method, state.moved))  # a program for a device that is described is told
@@ -131,6 +130,33 @@ def make_train_step(
         return new, metrics
 
     return step
+
+
+def check_batch(batch: Batch, tokens: bool) -> None:
+    """Refuses what is no batch.
+
+    Args:
+      batch: dict of arrays whose first axis is the row.
+      tokens: whether the model reads tokens (B, S).
+
+    Raises:
+      InputError: for a batch that is no dict, or without rows; for an array of other rows than the first; for tokens of
+        another shape or type.
+    """
+    if not isinstance(batch, Mapping) or not jax.tree.leaves(batch):
+        raise InputError(f"batch: is {shown(batch)}; it should be a dict of arrays whose first axis is the row")
+    arrays = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(dict(batch))}
+    (first, shape), *_ = arrays.items()
+    for name, other in arrays.items():
+        if not other or other[0] != shape[0]:
+            raise InputError(f"batch{name}: has shape {other} beside {shape} of batch{first}; all should have its rows")
+    if not shape[0]:
+        raise InputError(f"batch{first}: has shape {shape}; a step needs at least one row")
+    if not tokens or "tokens" not in batch:
+        return
+    given = batch["tokens"]
+    if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
+        raise InputError(f"batch['tokens']: is {given.dtype} of shape {given.shape}; it should be integers (B, S)")
 
 
 def in_place(step: Step) -> Callable[[TrainState, tree.Flat, Batch], tuple[TrainState, dict[str, jax.Array]]]:

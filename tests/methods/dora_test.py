@@ -5,6 +5,7 @@ from contextlib import nullcontext
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import torch
 
@@ -184,3 +185,14 @@ def test_memory_of_a_step_of_llama_1b():
     assert kept["again"] <= 0.02 * 2**30
     one_layer = 4 * 1024 * (config["intermediate_size"] + 2 * config["hidden_size"]) * 2
     assert max(more[name]["workspace"] for name in ("dora", "again")) <= one_layer
+
+
+@pytest.mark.parametrize("method", [jp.dora(2, alpha=1e38), jp.lora_fa(2, alpha=1e38)])
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_a_step_is_made_with_the_largest_scale(method):
+    """Its square is above float32's numbers."""
+    model, trainable, rest = jp.setup(method, *tiny.model(), jax.random.key(0))
+    optimizer = optax.sgd(0.0)
+    state = jp.init_state(method, optimizer, trainable, rest, jax.random.key(1), model)
+    _, metrics = jax.jit(jp.make_train_step(model, method, optimizer))(state, tiny.batch())
+    assert np.isfinite(metrics["loss"])

@@ -213,7 +213,7 @@ def whole(tmp_path_factory):
         (lambda tensors, name: tensors | {"norm/scale": np.ones(32, np.float32)}, "holds norm/scale, which is no part"),
         (lambda tensors, name: tensors | {"more": np.ones(3, np.float32)}, "holds more, which is no part of "),
         (lambda tensors, name: {x: y for x, y in tensors.items() if x != name}, "lacks {name} of shape"),
-        (lambda tensors, name: {x + "x" * (x == name): y for x, y in tensors.items()}, "lacks {name} of shape"),
+        (lambda tensors, name: {x + "x" * (x == name): y for x, y in tensors.items()}, "holds {name}x, which is no"),
         (lambda tensors, name: tensors | {name: tensors[name][..., :1].copy()}, "{name} has shape .*1.*, where .* has"),
         (lambda tensors, name: tensors | {name: np.float32(0)[None]}, "{name} has shape .1,., where "),
         (lambda tensors, name: tensors | {name: tensors[name].astype(np.int32)}, "{name} is int32, where .* has float"),

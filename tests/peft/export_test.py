@@ -260,3 +260,37 @@ def test_a_write_that_fails_leaves_what_was_there(old, llama, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == (["adapter"] if old else [])
     if old:
         import_adapter(target, model.config, original)
+
+
+@pytest.mark.parametrize(
+    ("made", "said_to_be", "reason"),
+    [
+        (
+            jp.lora(2),
+            jp.lora(4, alpha=8),
+            r"/lora/a has shape \(\S+ \S+ 2\), where lora on such a base has \(\S+ \S+ 4\)",
+        ),
+        (jp.dora(2), jp.lora(2), r"holds \S*/dora/\w+, which is no part of lora on such a base"),
+        (jp.lora(2), jp.lora(2, targets=["q_proj"]), r"holds layers/(?!\S*q_proj)\S*/lora/a, which is no part of lora"),
+        (
+            jp.lora(2, targets=["q_proj"]),
+            jp.chain(jp.lora(2), jp.houlsby(2)),
+            r"lacks \S+ of shape \S.*, which lora\+h",
+        ),
+    ],
+)
+def test_adapters_of_another_method_are_not_written(made, said_to_be, reason, tmp_path):
+    base, params = tiny.model()
+    _, trainable, frozen = jp.setup(made, base, params, jax.random.key(1))
+    with pytest.raises(InputError, match=reason):
+        export_adapter(tmp_path / "adapter", tree.combine(trainable, frozen), said_to_be, base.config)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_leaves_that_the_method_does_not_read_are_not_written(tmp_path):
+    base, params = tiny.model()
+    _, trainable, frozen = jp.setup(jp.lora(2), base, params, jax.random.key(1))
+    _, scales, _ = jp.setup(jp.ia3(), base, params, jax.random.key(1))
+    with pytest.raises(InputError, match=r"holds \S+/lora/a, which is no part of ia3 on such a base"):
+        export_adapter(tmp_path / "adapter", tree.combine({**trainable, **scales}, frozen), jp.ia3(), base.config)
+    assert list(tmp_path.iterdir()) == []

@@ -96,7 +96,7 @@ def test_an_adapter_for_another_base_is_refused(tmp_path):
     with pytest.raises(jp.InputError, match="an adapter's base is None; for a model without a configuration give the"):
         jp.import_adapter(folder, base.config, params)
     ours, weights = tiny.model()
-    with pytest.raises(jp.InputError, match="lacks layers/mlp/down_proj/lora/a of shape"):
+    with pytest.raises(jp.InputError, match=r"holds \S+/lora/\w, which is no part of lora on such a base"):
         jp.import_adapter(folder, ours)
     adapted, trainable, _ = jp.setup(method, ours, weights, jax.random.key(0))
     known = jp.export_adapter(tmp_path / "known", tree.unflatten(trainable), method, adapted)
