@@ -272,10 +272,13 @@ class Method(_Slots):
     def merge(self, params: Mapping[str, Any]) -> tree.Params:  # type: ignore[override]
         """Parameters of the adapted model, nested or flat -> nested parameters of the base with what was learnt.
 
+        Every leaf is as its module has it, whatever shape adapters read it in.
+
         Raises:
           InputError: where adapters of another method would be left, or the base's own parameters are missing.
         """
-        return scopes.merged(self.name, self.merge_own, params, names())
+        merged = scopes.merged(self.name, self.merge_own, params, names())
+        return tree.unflatten(unfolded_all(tree.flatten(merged)))
 
     @property
     def merge_own(self) -> Callable[[tree.Params], tree.Params]:
@@ -338,7 +341,7 @@ def chain(*methods: Method) -> Method:
         before = tree.flatten(params)
         for method in reversed(methods):  # each of them reads the kernels as matrices
             params = tree.unflatten(refolded(tree.flatten(method.merge_own(params)), before))
-        return tree.unflatten(unfolded_all(tree.flatten(params)))
+        return params
 
     def convert(params):
         found: dict[str, Callable[[jax.Array], Any]] = {}

@@ -34,7 +34,6 @@ from jaxpeft.method import Method, Spec, View, trains
 from jaxpeft.model import Model, marked_as
 from jaxpeft.peft import form
 from jaxpeft.peft.base import config_of, shapes_of
-from jaxpeft.quant import unfolded_all
 from jaxpeft.targets import among
 
 SCOPE = "ln_tuning"
@@ -143,12 +142,8 @@ def in_place(params: Any, scope: str, cast: Callable[[Any, Any], Any] = lambda o
 
 
 def merge(params: Any, scope: str) -> Any:
-    """Nested parameters with the copies in the place of the base's vectors, rounded once to their dtype.
-
-    Every leaf is as its module has it: kernels beside copies are as they were, and were kept as sites read them.
-    """
-    placed = in_place(params, scope, lambda own, base: own.astype(base.dtype))
-    return tree.unflatten(unfolded_all(tree.flatten(placed)))
+    """Nested parameters with the copies in the place of the base's vectors, rounded once to their dtype."""
+    return in_place(params, scope, lambda own, base: own.astype(base.dtype))
 
 
 ABOUT = About(
