@@ -317,7 +317,7 @@ def _refuse(chosen: Implementation, wanted: str | None, reason: tuple[Any, ...],
     _log.info("%s; plain JAX runs instead", why)
     if reason not in _said:
         _said.add(reason)
-        warnings.warn(f"{why}; plain JAX runs instead, there and in calls like it", KernelFallback, stacklevel=2)
+        warnings.warn(f"{why}; plain JAX runs instead", KernelFallback, stacklevel=2)
 
 
 def _kinds(args: Sequence[Any]) -> tuple[str, ...]:
