@@ -277,7 +277,8 @@ class Method(_Slots):
         Raises:
           InputError: where adapters of another method would be left, or the base's own parameters are missing.
         """
-        merged = scopes.merged(self.name, self.merge_own, params, names())
+        adapts = lambda name: about(name).level in ("site", "module")
+        merged = scopes.merged(self.name, self.merge_own, params, names(), adapts)
         return tree.unflatten(unfolded_all(tree.flatten(merged)))
 
     @property

@@ -16,16 +16,19 @@ _OWN = ("kernel", "embedding", "scale")  # what a module at which an adapter lie
 def at_modules(paths: Iterable[str], names: Collection[str]) -> dict[str, str]:
     """{path: name} of the leaves in a scope with one of the names beside a module's own leaf.
 
-    >>> at_modules(["mlp/up/kernel", "mlp/up/lora/a", "lora/out/kernel"], ["lora"])
+    A scope with a kernel or a table is a module that is called so, and no adapter.
+
+    >>> at_modules(["mlp/up/kernel", "mlp/up/lora/a", "lora/out/kernel", "out/kernel", "out/lora/kernel"], ["lora"])
     {'mlp/up/lora/a': 'lora'}
     """
     paths = list(paths)
     modules = {path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] in _OWN}
+    called = {path.rpartition("/")[0] for path in paths if path.rpartition("/")[2] in ("kernel", "embedding")}
     found = {}
     for path in paths:
         parts = path.split("/")
         for at, part in enumerate(parts[1:-1], 1):
-            if part in names and "/".join(parts[:at]) in modules:
+            if part in names and "/".join(parts[:at]) in modules and "/".join(parts[: at + 1]) not in called:
                 found[path] = part
                 break
     return found
@@ -38,7 +41,11 @@ def within(paths: Iterable[str], names: Collection[str]) -> list[str]:
 
 
 def merged(
-    name: str, merge: Callable[[tree.Params], tree.Params], params: Mapping[str, Any], names: Collection[str]
+    name: str,
+    merge: Callable[[tree.Params], tree.Params],
+    params: Mapping[str, Any],
+    names: Collection[str],
+    adapts: Callable[[str], bool],
 ) -> tree.Params:
     """merge(params), if that leaves no adapter behind: a base does not read it, and what it has learnt would be lost.
 
@@ -47,6 +54,7 @@ def merged(
       merge: of the method.
       params: of the adapted model, nested or flat.
       names: of all methods.
+      adapts: name -> whether a method puts leaves beside those of a module; others' are modules that are called so.
 
     Raises:
       InputError: for leaves of another method, or parameters without those of the base.
@@ -58,12 +66,12 @@ def merged(
             f"{name}: merge misses {error.args[0]!r}; it takes all parameters of a model that {name} has adapted: "
             "jp.combine(trainable, rest)"
         ) from error
-    if left := at_modules(tree.flatten(found), names):
-        path, scope = next(iter(left.items()))
-        raise InputError(
-            f"{name}: merge leaves {path} as it is, which the base does not read; merge by the method that the "
-            f"parameters are of, with {scope} in it"
-        )
+    for path, scope in at_modules(tree.flatten(found), names).items():
+        if adapts(scope):
+            raise InputError(
+                f"{name}: merge leaves {path} as it is, which the base does not read; merge by the chain that the "
+                f"parameters are of, with {scope} in it, in the order of setup (a merge of one's own calls merge_own)"
+            )
     return found
 
 

@@ -94,7 +94,7 @@ def test_a_batch_without_what_the_loss_reads_is_refused():
             lambda batch: {**batch, "targets": tiny.batch(rows=3)["targets"]},
             r"\['targets'\]: has shape \(3, 16\) beside",
         ),
-        (lambda batch: {**batch, "weight": np.float32(1)}, r"\['weight'\]: has shape \(\) beside"),
+        (lambda batch: {**batch, "beta": np.float32(1)}, r"\['beta'\]: is a scalar; the first axis of all should be"),
         (lambda batch: {name: x[:0] for name, x in batch.items()}, "has shape .0, 16.; a step needs at least one row"),
         (lambda batch: {name: x[0] for name, x in batch.items()}, r"\['tokens'\]: is int32 of shape \(16,\)"),
         (lambda batch: {**batch, "tokens": np.ones((4, 16), np.float32)}, "is float32 .*; it should be integers"),

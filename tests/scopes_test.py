@@ -1,5 +1,6 @@
 """Adapters that would be lost without a word: leaves that a merge or a setup would leave unread are refused."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,7 +119,6 @@ def test_modules_may_be_called_as_methods_are():
     """Of a model of one's own, whose modules are no adapters."""
     flat = {"prompt/lora/kernel": 0, "prompt/prefix/scale": 0, "full/kernel": 0, "full/bias": 0}
     assert scopes.at_modules(flat, methods.names()) == {}
-    import flax.linen as nn
 
     class Own(nn.Module):
         @nn.compact
@@ -132,6 +132,28 @@ def test_modules_may_be_called_as_methods_are():
     model, trainable, rest = jp.setup(method, base, params, KEY)
     merged = method.merge(jp.combine(trainable, rest))
     np.testing.assert_allclose(base.apply(merged, example), model.apply(jp.combine(trainable, rest), example))
+
+
+@pytest.mark.parametrize("method", [jp.lora(2, targets=["out"]), jp.full(), jp.dora(2, targets=["out"])])
+def test_modules_called_so_beside_parameters_of_their_own_are_merged(method):
+    """A scale of the module's own beside a branch `parallel`, a norm `half` and a linear map `vera`."""
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scale = self.param("scale", nn.initializers.ones, (4,))
+            return scale * nn.Dense(4, name="parallel")(nn.LayerNorm(name="half")(x)) + nn.Dense(4, name="vera")(x)
+
+    class Outer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(4, name="out")(Own(name="block")(x))
+
+    example = {"x": jnp.arange(8.0).reshape(2, 4)}
+    base = jp.from_linen(Outer(), example)
+    model, trainable, rest = jp.setup(method, base, base.init(KEY, {}), KEY)
+    params = jp.combine({path: leaf + 0.1 for path, leaf in trainable.items()}, rest)
+    np.testing.assert_allclose(base.apply(method.merge(params), example), model.apply(params, example), rtol=1e-5)
 
 
 def test_nested_parts_do_as_flat_ones():

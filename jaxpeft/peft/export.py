@@ -68,7 +68,8 @@ def export_adapter(
       `directory`.
 
     Raises:
-      InputError: if parameters of the base itself train; if adapters are not the method's, of such a base; if
+      InputError: if parameters of the base itself train; if adapters are not the method's, of such a base; for one at a
+        module that is saved whole with the classifier; if
         `directory` is in the way or cannot be written; for names of what is no site, or a site with an adapter and
         without a name.
     """
@@ -103,6 +104,7 @@ def export_adapter(
         written = _written(params, method, method.specs[at], form, base_config)
         own |= {"spec": at, **written.facts}
         classifier = _classifier(params, method, base_config)
+        _check_apart(form.root, classifier, written.tensors)
         tensors = written.tensors | {f"{form.root}{name}": leaf for name, leaf in classifier.items()}
         config |= {"peft_type": form.type, **_ANY, **written.fields}
         config["modules_to_save"] = _saved_modules(classifier) or None
@@ -180,6 +182,16 @@ def _classifier(params: Mapping[str, Any], method: Method, config: Any) -> dict[
         if path in flat and method.changes(path):
             tensors[name] = np.ascontiguousarray(flat[path].T if transposed else flat[path], np.float32)
     return tensors
+
+
+def _check_apart(root: str, classifier: Iterable[str], tensors: Iterable[str]) -> None:
+    """Refuses adapters at modules that are saved whole: PEFT would drop them (a pooler that imported LoRA adapts)."""
+    for module in sorted({name.rpartition(".")[0] for name in classifier}):
+        if any(name.startswith(f"{root}{module}.") for name in tensors):
+            raise InputError(
+                f"{module} is saved whole with the classifier, where PEFT runs no adapter; merge this one "
+                "(`jaxpeft merge`), or train one whose targets leave it out"
+            )
 
 
 def _saved_modules(names: Iterable[str]) -> list[str]:

@@ -53,7 +53,7 @@ def completion_loss(
       InputError: when traced, for a batch without targets or weights, or with ones of another type, or of other shapes
         than the stream's.
     """
-    _check_kinds(batch)
+    _check_kinds(batch, model.stack.layered)
     x = model.hidden(params, batch, key)
     for name in _KINDS:
         if batch[name].shape != x.shape[:2]:
@@ -69,9 +69,13 @@ def completion_loss(
     return _total(head, leaves, [x, targets, shares]), {"weight": weight}
 
 
-def _check_kinds(batch: Batch) -> None:
-    """Refuses a batch without what `completion_loss` reads, or with something else in its place."""
-    for name, (kind, words) in _KINDS.items():
+def _check_kinds(batch: Batch, layered: bool) -> None:
+    """Refuses a batch without what `completion_loss` reads, or with something else in its place.
+
+    layered: whether the model is one of tokens (B, S); another one's inputs may be called and shaped otherwise.
+    """
+    tokens = {"tokens": _KINDS["targets"]} if layered and "tokens" in batch else {}
+    for name, (kind, words) in {**tokens, **_KINDS}.items():
         if name not in batch:
             raise InputError(
                 f"batch: holds {', '.join(sorted(batch)) or 'nothing'}, and no {name}; completion_loss takes {name} "

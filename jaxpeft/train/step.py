@@ -82,7 +82,7 @@ def make_train_step(
     loss = _with_aux(loss)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
-        check_batch(batch, model.stack.layered)
+        check_batch(batch)
         now = None if schedule is None else jnp.asarray(schedule(state.step), jnp.float32)
         view = view_of(model, method, state.leaves, now)
         state = state._replace(moved=lying(method, state.moved))  # a program for a device that is described is told
@@ -132,31 +132,23 @@ def make_train_step(
     return step
 
 
-def check_batch(batch: Batch, tokens: bool) -> None:
-    """Refuses what is no batch.
-
-    Args:
-      batch: dict of arrays whose first axis is the row.
-      tokens: whether the model reads tokens (B, S).
+def check_batch(batch: Batch) -> None:
+    """Refuses what is no batch: a dict of arrays whose first axis is the row.
 
     Raises:
-      InputError: for a batch that is no dict, or without rows; for an array of other rows than the first; for tokens of
-        another shape or type.
+      InputError: for a batch that is no dict, or without rows; for a scalar; for an array of other rows than the first.
     """
     if not isinstance(batch, Mapping) or not jax.tree.leaves(batch):
         raise InputError(f"batch: is {shown(batch)}; it should be a dict of arrays whose first axis is the row")
     arrays = {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(dict(batch))}
     (first, shape), *_ = arrays.items()
     for name, other in arrays.items():
-        if not other or other[0] != shape[0]:
+        if not other:
+            raise InputError(f"batch{name}: is a scalar; the first axis of all should be the row (broadcast it)")
+        if other[0] != shape[0]:
             raise InputError(f"batch{name}: has shape {other} beside {shape} of batch{first}; all should have its rows")
     if not shape[0]:
         raise InputError(f"batch{first}: has shape {shape}; a step needs at least one row")
-    if not tokens or "tokens" not in batch:
-        return
-    given = batch["tokens"]
-    if given.ndim != 2 or not jnp.issubdtype(given.dtype, jnp.integer):
-        raise InputError(f"batch['tokens']: is {given.dtype} of shape {given.shape}; it should be integers (B, S)")
 
 
 def in_place(step: Step) -> Callable[[TrainState, tree.Flat, Batch], tuple[TrainState, dict[str, jax.Array]]]:

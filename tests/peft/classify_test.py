@@ -103,6 +103,21 @@ def test_an_adapter_of_pefts_computes_the_same_here(base, tmp_path):
     reference.assert_close(np.asarray(new.classify(mine, BATCH)), torch_logits(theirs))
 
 
+def test_an_adapter_at_a_module_that_is_saved_whole_is_not_written(tmp_path):
+    """PEFT runs none there: of LoRA at a pooler, which its own training allows, it would read the rest alone."""
+    base = write_base(tmp_path / "bert", "bert")
+    config = peft.LoraConfig(task_type="SEQ_CLS", r=2, target_modules=["query", "pooler.dense"])
+    theirs = peft.get_peft_model(torch_base(base), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    model, params = hf.load_pretrained(base, jnp.float32, NAMES, jax.random.key(4))
+    _, mine, method = attach(tmp_path / "theirs", model, params)
+    with pytest.raises(
+        InputError, match="^bert.pooler.dense is saved whole with the classifier, where PEFT runs no ad"
+    ):
+        export_adapter(tmp_path / "ours", mine, method, model.config, base, labels=NAMES)
+    assert not (tmp_path / "ours").exists()
+
+
 def test_a_base_without_these_labels_is_refused(tmp_path):
     folder = write_base(tmp_path / "llama", "llama")
     model, _, _, mine = adapted(folder, METHOD)
