@@ -62,8 +62,11 @@ def merged(
     try:
         found = merge(tree.unflatten(tree.flatten(params)))
     except KeyError as error:
+        missing = str(error.args[0]) if error.args else ""
+        if "/" not in missing:  # no leaf's path: a fault of the merge itself
+            raise
         raise InputError(
-            f"{name}: merge misses {error.args[0]!r}; it takes all parameters of a model that {name} has adapted: "
+            f"{name}: merge misses {missing!r}; it takes all parameters of a model that {name} has adapted: "
             "jp.combine(trainable, rest)"
         ) from error
     for path, scope in at_modules(tree.flatten(found), names).items():

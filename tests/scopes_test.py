@@ -65,6 +65,11 @@ def test_a_merge_of_the_adapter_alone_says_what_it_lacks(method):
         method.merge(trainable)
 
 
+def test_a_fault_of_a_merge_itself_keeps_its_traceback():
+    with pytest.raises(KeyError, match="alpha"):
+        jp.Method(merge=lambda params: {}["alpha"]).merge(tiny.model()[1])
+
+
 def test_members_of_a_chain_merge_beside_one_another():
     base, _, model, params = adapted(jp.chain(jp.ia3(), LORA, jp.mezo()))
     merged = jp.chain(jp.ia3(), LORA, jp.mezo()).merge(params)

@@ -69,9 +69,8 @@ def export_adapter(
 
     Raises:
       InputError: if parameters of the base itself train; if adapters are not the method's, of such a base; for one at a
-        module that is saved whole with the classifier; if
-        `directory` is in the way or cannot be written; for names of what is no site, or a site with an adapter and
-        without a name.
+        module that is saved whole with the classifier; if `directory` is in the way or cannot be written; for names of
+        what is no site, or a site with an adapter and without a name.
     """
     base_config = config_of(base_config, names)
     found = adapter_of(method, params, base_config)
